@@ -1,0 +1,23 @@
+"""The operators under SALAD, registered as `torch.ops.salad.*`: routing, block-sparse attention, linear attention.
+
+Each folder holds one operator: `api.py` (schema, checks, fake, autograd), `reference.py` (its definition in plain torch)
+and one file per device. Importing this package registers the operators; it imports nothing else of ours.
+"""
+
+from .block_sparse import block_sparse_attention
+from .errors import KernelArgumentError
+from .linear import linear_output, linear_state
+from .measure import Execution, measure_executions
+from .routing import kept_blocks, pool_blocks, select_blocks
+
+__all__ = [
+    "Execution",
+    "KernelArgumentError",
+    "block_sparse_attention",
+    "kept_blocks",
+    "linear_output",
+    "linear_state",
+    "measure_executions",
+    "pool_blocks",
+    "select_blocks",
+]

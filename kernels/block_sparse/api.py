@@ -1,0 +1,137 @@
+"""`salad::block_sparse_attention` and its backward operator."""
+
+import torch
+from torch.autograd.function import FunctionCtx
+
+from ..checks import accumulation_dtype
+from ..layout import empty_bshd
+from ..measure import record_execution
+from . import cpu
+from .checks import check_arguments, check_gradient, check_types
+
+
+@torch.library.custom_op("salad::block_sparse_attention", mutates_args=())
+def block_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    order: torch.Tensor | None,
+    query_block: int,
+    key_block: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact softmax attention over the selected key blocks of every query block (method.md section 4.2, step 6).
+
+    A query block whose count is 0 gives 0 (and lse -inf), with zero gradients.
+
+    Args:
+        query, key: (B, H, S, D), any strides; fp32, bf16, fp16 or fp64. 16-bit inputs accumulate in fp32.
+        value: (B, H, S, Dv), same dtype.
+        lut: int32 (B, H, Mq, K), ascending ids of the selected key blocks, Mq = ceil(S / query_block).
+        count: int32 (B, H, Mq), valid entries per row of lut; the others are ignored.
+        order: int32 (S,), order[i] is the native index of the i-th token; blocks are consecutive runs in it. None is
+            the native order. Inputs and outputs are in native order either way.
+        query_block, key_block: tokens per block; only the last one is short.
+        scale: factor on the scores, usually D ** -0.5.
+
+    Returns:
+        out: (B, H, S, Dv) in the query's dtype, laid out as a contiguous (B, S, H, Dv) seen transposed.
+        lse: (B, H, S), natural logarithm of the softmax denominator, fp32 (fp64 for fp64); not differentiable.
+
+    Raises:
+        KernelArgumentError: on wrong ranks, shapes, dtypes, devices or block sizes; on the CPU also if lut, count or
+            order hold values they must not.
+    """
+    check_arguments(query, key, value, lut, count, order, query_block, key_block, scale)
+    record_execution(lut, count, query.shape[2], key.shape[2], query_block, key_block)
+    return cpu.forward(query, key, value, lut, count, order, query_block, key_block, scale)
+
+
+@block_sparse_attention.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    order: torch.Tensor | None,
+    query_block: int,
+    key_block: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_types(query, key, value, lut, count, order, query_block, key_block, scale)
+    batch, heads, tokens, _ = query.shape
+    return (
+        empty_bshd(query, batch, heads, tokens, value.shape[-1]),
+        query.new_empty((batch, heads, tokens), dtype=accumulation_dtype(query.dtype)),
+    )
+
+
+@torch.library.custom_op("salad::block_sparse_attention_backward", mutates_args=())
+def block_sparse_attention_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    order: torch.Tensor | None,
+    query_block: int,
+    key_block: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `block_sparse_attention`; the weights are computed again from lse, chunk by chunk. Deterministic.
+
+    Args:
+        grad_out: (B, H, S, Dv) in the query's dtype, any strides, also expanded.
+        out, lse: as `block_sparse_attention` returned them.
+        query, key, value, lut, count, order, query_block, key_block, scale: as given to `block_sparse_attention`.
+
+    Returns:
+        grad_query, grad_key, grad_value in the dtypes and shapes of query, key and value, (B, S, H, D) in memory.
+
+    Raises:
+        KernelArgumentError: as `block_sparse_attention`, and if grad_out, out or lse do not fit.
+    """
+    check_arguments(query, key, value, lut, count, order, query_block, key_block, scale)
+    check_gradient(grad_out, query, value, out, lse)
+    return cpu.backward(grad_out, query, key, value, out, lse, lut, count, order, query_block, key_block, scale)
+
+
+@block_sparse_attention_backward.register_fake
+def _(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    order: torch.Tensor | None,
+    query_block: int,
+    key_block: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_types(query, key, value, lut, count, order, query_block, key_block, scale)
+    return empty_bshd(query, *query.shape), empty_bshd(key, *key.shape), empty_bshd(value, *value.shape)
+
+
+def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key, value, lut, count, order, *settings = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(query, key, value, out, lse, lut, count, order)  # type: ignore[arg-type]
+    ctx.settings = settings  # type: ignore[attr-defined]
+
+
+def _backward(ctx: FunctionCtx, grad_out: torch.Tensor, _grad_lse: object) -> tuple[torch.Tensor | None, ...]:
+    grads = block_sparse_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings)  # type: ignore[attr-defined]
+    return (*grads, *(None,) * 6)
+
+
+block_sparse_attention.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,45 @@
+"""The definition of block-sparse attention in plain torch: a dense token mask, then masked softmax. Needs S x S memory."""
+
+import torch
+
+from ..checks import accumulation_dtype
+from ..layout import block_count
+
+
+def token_mask(
+    lut: torch.Tensor, count: torch.Tensor, order: torch.Tensor | None, tokens: int, query_block: int, key_block: int
+) -> torch.Tensor:
+    """bool (B, H, S, S) in native order: True where query token i may attend to key token j."""
+    slots = torch.arange(lut.shape[-1], device=lut.device)
+    key_blocks = block_count(tokens, key_block)
+    selected = torch.nn.functional.one_hot(torch.where(slots < count[..., None], lut, key_blocks).long(), key_blocks + 1)
+    block_mask = selected.sum(dim=-2)[..., :key_blocks] > 0
+    position = torch.arange(tokens, device=lut.device)
+    if order is not None:
+        position = torch.empty_like(position).scatter_(0, order.long(), position)  # native index -> place in the order
+    return block_mask[:, :, position // query_block][:, :, :, position // key_block]
+
+
+def block_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    order: torch.Tensor | None,
+    query_block: int,
+    key_block: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact softmax over the selected blocks (method.md section 4.2, step 6); a row without any key gives 0.
+
+    Same arguments and results as `salad::block_sparse_attention`; differentiable by autograd.
+    """
+    dtype = accumulation_dtype(query.dtype)
+    mask = token_mask(lut, count, order, query.shape[2], query_block, key_block)
+    scores = (query.to(dtype) @ key.to(dtype).transpose(-1, -2)) * scale
+    scores = scores.masked_fill(~mask, float("-inf"))
+    lse = scores.logsumexp(dim=-1)
+    empty = ~mask.any(dim=-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
+    return (weights @ value.to(dtype)).to(query.dtype), lse.detach()

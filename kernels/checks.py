@@ -1,0 +1,64 @@
+"""Checks and dtype rules that several operators share. Each operator's own rules stand in its folder."""
+
+import torch
+
+from .errors import KernelArgumentError
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `KernelArgumentError(message)` unless `condition` holds."""
+    if not condition:
+        raise KernelArgumentError(message)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: fp64 for fp64, fp32 for everything narrower (method.md section 1)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_float_4d(**tensors: torch.Tensor) -> None:
+    """Every tensor is 4-D, floating point, and of one common dtype. Reads no sizes, so a fake may call it."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        require(tensor.dim() == 4, f"{name} must have 4 dimensions (B, H, S, D), got {tensor.dim()}")
+        require(
+            tensor.dtype in FLOAT_DTYPES,
+            f"{name} has dtype {tensor.dtype}; supported are float32, bfloat16, float16 and float64",
+        )
+        require(
+            tensor.dtype == first.dtype,
+            f"{name} has dtype {tensor.dtype} but {first_name} has {first.dtype}; cast them to one dtype",
+        )
+
+
+def check_same_device(**tensors: torch.Tensor | None) -> None:
+    """All given tensors live on one device."""
+    present = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    require(len(set(present.values())) <= 1, f"all tensors must be on one device, got {present}")
+
+
+def check_block(name: str, block: int) -> None:
+    """A block size is a positive number of tokens."""
+    require(block > 0, f"{name} must be at least 1 token, got {block}")
+
+
+def check_order_type(order: torch.Tensor | None) -> None:
+    """The token order is a 1-D int32 tensor, or None for the native order. Reads no sizes."""
+    if order is not None:
+        require(order.dtype == torch.int32, f"order must be int32, got {order.dtype}")
+        require(order.dim() == 1, f"order must have 1 dimension (S,), got {order.dim()}")
+
+
+def check_order(order: torch.Tensor | None, tokens: int) -> None:
+    """The token order has one entry per token; on the CPU also that it is a permutation (elsewhere that would sync)."""
+    check_order_type(order)
+    if order is None:
+        return
+    require(order.shape[0] == tokens, f"order has {order.shape[0]} entries but there are {tokens} tokens")
+    if order.device.type == "cpu":
+        low, high = (int(bound) for bound in order.aminmax())
+        require(low >= 0 and high < tokens, f"order has entries in [{low}, {high}], outside [0, {tokens})")
+        seen = torch.zeros(tokens, dtype=torch.bool).index_fill_(0, order.long(), 1)
+        require(bool(seen.all()), "order is not a permutation: some tokens occur twice and others never")

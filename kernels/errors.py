@@ -1,0 +1,5 @@
+"""What the operators raise when they are called wrongly."""
+
+
+class KernelArgumentError(ValueError):
+    """An argument of a `salad::` operator has the wrong shape, dtype, device or value; the message names it and the mend."""

@@ -1,0 +1,61 @@
+"""Counting what block-sparse attention really computed (method.md section 4.5)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from .layout import block_count
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One forward run of `salad::block_sparse_attention`: token pairs summed over batch, heads and queries."""
+
+    computed_pairs: int
+    total_pairs: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of token pairs that were left out."""
+        return 1 - self.computed_pairs / self.total_pairs
+
+
+_active: list[list[Execution]] = []
+
+
+@contextmanager
+def measure_executions() -> Iterator[list[Execution]]:
+    """While active, every forward execution of block-sparse attention appends an `Execution` to the yielded list.
+
+    Sees eager calls and calls from inside compiled graphs alike. Contexts nest; each sees all executions inside it.
+    Reading the selection forces the device to finish, so leave it out of timings. Not active, it costs one truth test.
+    """
+    executions: list[Execution] = []
+    _active.append(executions)
+    try:
+        yield executions
+    finally:
+        # by identity: two empty lists are equal, and contexts may close in any order
+        _active[:] = [entry for entry in _active if entry is not executions]
+
+
+def record_execution(
+    lut: torch.Tensor, count: torch.Tensor, query_tokens: int, key_tokens: int, query_block: int, key_block: int
+) -> None:
+    """Called by every device's forward kernel. Does nothing unless a `measure_executions` context is active."""
+    if not _active:
+        return
+    batch, heads, query_blocks, slots = lut.shape
+    key_rows = torch.full((block_count(key_tokens, key_block),), key_block, dtype=torch.int64, device=lut.device)
+    key_rows[-1] = key_tokens - (len(key_rows) - 1) * key_block
+    query_rows = torch.full((query_blocks,), query_block, dtype=torch.int64, device=lut.device)
+    query_rows[-1] = query_tokens - (query_blocks - 1) * query_block
+    valid = torch.arange(slots, device=lut.device) < count[..., None]
+    rows = key_rows[torch.where(valid, lut, 0).long()] * valid
+    execution = Execution(
+        computed_pairs=int((rows.sum(-1) * query_rows).sum()), total_pairs=batch * heads * query_tokens * key_tokens
+    )
+    for executions in _active:
+        executions.append(execution)

@@ -1,0 +1,37 @@
+"""How many key blocks a query block keeps: one integer formula for ints and SymInts alike."""
+
+import torch
+
+from ..checks import require
+
+
+def check_density(query_block: int, key_block: int, density_permille: int) -> None:
+    """Block sizes are positive and one divides the other; the density lies in 0..1000 permille."""
+    require(query_block > 0, f"query_block must be at least 1 token, got {query_block}")
+    require(key_block > 0, f"key_block must be at least 1 token, got {key_block}")
+    require(
+        query_block % key_block == 0 or key_block % query_block == 0,
+        f"one of query_block={query_block} and key_block={key_block} must divide the other",
+    )
+    require(0 <= density_permille <= 1000, f"density_permille must lie in 0..1000, got {density_permille}")
+
+
+def kept_blocks(key_blocks: int, query_block: int, key_block: int, density_permille: int) -> int:
+    """Number of key blocks kept per query block (method.md section 4.2, step 4; our choice).
+
+    Integer arithmetic, because (1 - 0.9) * 10 is below 1 in floats: min(Mk, max(forced, Mk * density_permille // 1000)),
+    where forced = max(1, query_block // key_block) is the number of key blocks under one full query block.
+
+    Args:
+        key_blocks: Mk, the number of key blocks; an int or a SymInt (no guard is added).
+        query_block: tokens per query block.
+        key_block: tokens per key block.
+        density_permille: 1000 * (1 - sparsity), in 0..1000.
+
+    Raises:
+        KernelArgumentError: if a block size is not positive, neither divides the other, or the density is out of range.
+    """
+    check_density(query_block, key_block, density_permille)
+    forced = max(1, query_block // key_block)
+    kept: int = torch.sym_min(key_blocks, torch.sym_max(forced, key_blocks * density_permille // 1000))
+    return kept

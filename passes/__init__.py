@@ -1,0 +1,1 @@
+"""Graph passes: one concern per file, run in the order that `driver.PASSES` lists."""

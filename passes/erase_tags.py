@@ -1,0 +1,48 @@
+"""Erase the markers, and name every converted site that did not become SALAD: an erased tag is the silent no-op."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..tag import DENSE, SITES, TAGS
+
+
+def erase_tags(graph: fx.Graph, used: set[fx.Node]) -> list[str]:
+    """Remove all tags and site markers from a graph.
+
+    Args:
+        used: the tags whose attention call was rewritten or deliberately left dense.
+
+    Returns:
+        One sentence for each converted site of this graph that is lost.
+    """
+    tags = [node for node in graph.nodes if node.target in TAGS]
+    sites = [node for node in graph.nodes if node.target in SITES]
+    lost = [_describe(tag, "its attention call is not in the same graph") for tag in tags if _is_orphan(tag, used)]
+    tagged = [_gate_bias(tag) for tag in tags if tag.args[4] != DENSE]
+    lost += [_describe(site, "its query projection did not run") for site in sites if site.args[0] not in tagged]
+    for tag in tags:
+        out = tag.args[0]
+        assert isinstance(out, fx.Node)
+        tag.replace_all_uses_with(out)
+        graph.erase_node(tag)  # only what was matched: dead code elimination breaks pairs of side-effecting nodes
+    for site in sites:
+        graph.erase_node(site)
+    return lost
+
+
+def _is_orphan(tag: fx.Node, used: set[fx.Node]) -> bool:
+    return tag.args[4] != DENSE and tag not in used
+
+
+def _gate_bias(tag: fx.Node) -> object:
+    """The parameter by which a site and its tag know each other."""
+    params = tag.args[2]
+    assert isinstance(params, (list, tuple))
+    return params[1]
+
+
+def _describe(node: fx.Node, what: str) -> str:
+    stack = node.meta.get("nn_module_stack")
+    path = str(list(stack.values())[-1][0]) if stack else "the compiled module"
+    return f"{path}: {what}"

@@ -1,0 +1,68 @@
+"""Walking rules: from a value in a Dynamo graph back to the tag or the projection that made it.
+
+Dynamo's graphs are not functional: Wan's rotation is `empty_like` and two `setitem`s, so writers of a value are parents
+too. Shapes and scalars are not: following sizes made one attention call resolve to seventeen projections.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ..attention_call import ATTENTION_FUNCTIONS
+from ..tag import TAGS
+
+PROJECTIONS = frozenset({F.linear, torch.ops.aten.linear.default})
+# Methods whose further tensor arguments lend a shape or a dtype, and no data.
+_SELF_ONLY = frozenset({"type_as", "view_as", "expand_as", "reshape_as", "to"})
+_NO_DATA = (int, float, bool, torch.Size, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def example_value(node: fx.Node) -> object:
+    """The fake tensor or number that Dynamo (example_value) or export (val) recorded for a node."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def data_parents(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose data went into this one, in-place writers included."""
+    if node.target in TAGS or (node.op == "call_method" and node.target in _SELF_ONLY):
+        first = node.args[0]
+        return [first] if isinstance(first, fx.Node) else []
+    writers = [user for user in node.users if _writes_to(user, node)]
+    return [n for n in [*node.all_input_nodes, *writers] if not isinstance(example_value(n), _NO_DATA)]
+
+
+def _writes_to(user: fx.Node, node: fx.Node) -> bool:
+    if not user.args or user.args[0] is not node:
+        return False
+    if user.op == "call_method":
+        name = str(user.target)
+        return name.endswith("_") and not name.endswith("__")
+    return user.target is operator.setitem
+
+
+def _walk(start: fx.Node) -> Iterator[fx.Node]:
+    """From a value backwards, breadth first; tags, projections and attention are yielded and not passed."""
+    seen, todo = {start}, [start]
+    for node in todo:
+        yield node
+        if node.target not in TAGS and node.target not in PROJECTIONS and node.target not in ATTENTION_FUNCTIONS:
+            parents = [parent for parent in data_parents(node) if parent not in seen]
+            seen.update(parents)
+            todo.extend(parents)
+
+
+def find_tag(value: fx.Node) -> fx.Node | None:
+    """The tag through which a query came, or None when its projection was not converted."""
+    return next((node for node in _walk(value) if node.target in TAGS), None)
+
+
+def projection_inputs(value: fx.Node) -> set[fx.Node]:
+    """The inputs of the projections that made a value: one node for a plain projection, none for a free value."""
+    projections = (node for node in _walk(value) if node.target in PROJECTIONS)
+    arguments = ((p.args[0] if p.args else p.kwargs.get("input")) for p in projections)
+    return {argument for argument in arguments if isinstance(argument, fx.Node)}

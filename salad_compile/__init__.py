@@ -1,0 +1,54 @@
+"""SALAD for any traced video DiT: block-sparse plus gated linear attention, spliced in by graph passes.
+
+    model = salad_compile.convert(model)                 # before fine-tuning: gate, projection and LoRA on every site
+    model = torch.compile(model, backend="salad")        # converted or not
+    salad_compile.save(model, "salad.safetensors")       # and salad_compile.load(model, "salad.safetensors")
+
+Importing this package is light: everything is loaded on first use; Triton and Inductor only when something is
+compiled, and diffusers never.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import load as load
+    from .checkpoint import save as save
+    from .config import SaladConfig as SaladConfig
+    from .convert import convert as convert
+    from .convert import plan as plan
+    from .errors import *  # noqa: F403
+    from .inspection import explain as explain
+    from .inspection import summary as summary
+    from .merge import merge_lora as merge_lora
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "SaladConfig": "config",
+    "convert": "convert",
+    "explain": "inspection",
+    "load": "checkpoint",
+    "merge_lora": "merge",
+    "plan": "convert",
+    "save": "checkpoint",
+    "summary": "inspection",
+}
+
+__all__ = ["SaladConfig", "convert", "explain", "load", "merge_lora", "plan", "save", "summary"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    if name.endswith("Error"):
+        errors = importlib.import_module(".errors", __name__)
+        if hasattr(errors, name):
+            return getattr(errors, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

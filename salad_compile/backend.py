@@ -1,0 +1,96 @@
+"""torch.compile(model, backend="salad"): options -> passes -> lowering.
+
+Found through the entry point `torch_dynamo_backends`, so that it works in a process that never imports this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .config import BackendOptions
+from .errors import ConfigError
+from .logs import logger
+from .passes.driver import GraphReport, run_passes
+
+_recorders: list[list[GraphReport]] = []
+_announced: set[str] = set()
+
+
+def salad(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend.
+
+    Args:
+        gm, example_inputs: what Dynamo captured.
+        mode: a mode of torch.compile ("reduce-overhead", "max-autotune", ...), handed on to Inductor.
+        options: see :class:`salad_compile.config.BackendOptions`.
+
+    Raises:
+        ConfigError, SiteLostError: inside torch's BackendCompilerFailed, as its `inner_exception`.
+    """
+    parsed = BackendOptions.from_options(options)
+    report = run_passes(gm, parsed)
+    for recorder in _recorders:
+        recorder.append(report)
+    _announce(report, parsed)
+    return _lower(gm, example_inputs, parsed, mode)
+
+
+@contextlib.contextmanager
+def record_graphs() -> Iterator[list[GraphReport]]:
+    """Collect the report of every graph that is compiled meanwhile."""
+    recorder: list[GraphReport] = []
+    _recorders.append(recorder)
+    try:
+        yield recorder
+    finally:
+        _recorders.remove(recorder)
+
+
+def _lower(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions, mode: str | None
+) -> Callable[..., Any]:
+    if options.lowering == "eager":
+        return gm.forward
+    if options.lowering == "aot_eager":
+        return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
+    # Inductor loads Triton and takes a second: only here
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    try:
+        patches = {**(list_mode_options(mode) if mode else {}), **options.inductor}
+    except RuntimeError as error:
+        raise ConfigError(f"unknown mode {mode!r}: {error}") from error
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    return compiled  # type: ignore[no-any-return]
+
+
+def _announce(report: GraphReport, options: BackendOptions) -> None:
+    """Tell, once, what happens to a model that was never converted."""
+    if count := report.count("block-sparse"):
+        _say_once(
+            f"this model was never converted: {count} self-attention calls of this graph became block-sparse at "
+            f"sparsity {options.sparsity} without any training, which may change the quality of what it makes. "
+            "options={'sparsity': ...} sets it (0 computes everything); salad_compile.convert(model) and fine-tuning "
+            "adds what repairs the quality."
+        )
+    elif report.calls and not report.count("salad"):
+        reasons = dict.fromkeys(call.reason for call in report.calls)
+        _say_once(f"nothing was rewritten in this graph, all attention stays dense: {'; '.join(reasons)}.")
+
+
+def _say_once(message: str) -> None:
+    if message not in _announced:
+        _announced.add(message)
+        logger.warning(message)

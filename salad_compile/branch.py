@@ -1,0 +1,226 @@
+"""The parameters of one converted site, and the hooks by which they take part in the model's forward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import tag as _tag  # registers torch.ops.salad.tag and .site
+from .attention import BranchTensors
+from .config import SaladConfig
+from .eager import SaladMode
+
+assert _tag  # imported for its effect
+
+# Name of the submodule that a converted attention module gets. No other key of the base model's state dict changes.
+BRANCH_NAME = "salad"
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """Where a converted site lives and what shape it has; stored in saved files, so that loading needs no inputs.
+
+    Module names are relative to the converted model. A fused projection is named once for each role that it serves.
+    """
+
+    owner: str
+    query: str
+    key: str
+    value: str
+    out: str | None
+    heads: int
+    head_dim: int
+    value_dim: int
+    batch: int
+    tokens: int
+    call_index: int
+
+    @property
+    def width(self) -> int:
+        """D, the width of the concatenated heads."""
+        return self.heads * self.value_dim
+
+    def projections(self) -> dict[str, str]:
+        """Role -> module name, in the order query, key, value, out, without an unknown out."""
+        roles = {"query": self.query, "key": self.key, "value": self.value, "out": self.out}
+        return {role: name for role, name in roles.items() if name is not None}
+
+    def shared_roles(self) -> dict[str, tuple[str, ...]]:
+        """First role of each distinct projection -> all its roles, as {"query": ("query", "key", "value")}."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for name in dict.fromkeys(self.projections().values()):
+            roles = tuple(role for role, other in self.projections().items() if other == name)
+            groups[roles[0]] = roles
+        return groups
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SiteRecord:
+        """Inverse of :meth:`to_dict`."""
+        return cls(**values)
+
+
+class SaladBranch(nn.Module):
+    """Gate, projection and low-rank updates of ONE site, hung on its owner as `.salad`.
+
+    Everything is a bare `nn.Parameter`: peft's `target_modules="all-linear"` would wrap an `nn.Linear` in here and
+    rename its keys, and its suffix matching would hit child modules called `q`.
+
+    The projection starts at zero, so a freshly converted model computes pure block-sparse attention; the gate starts at
+    sigmoid(0) = 0.5, because two factors that both start at zero would never train (method.md section 3).
+
+    Args:
+        record: the site. config: the configuration; both are kept, shared between the sites of a model.
+        widths: role -> (in_features, out_features per role) of the projections that get a low-rank update.
+        gate_width: C, the width of the input of the query projection.
+        dtype, device: of the parameters.
+    """
+
+    lora_scale: Tensor
+
+    def __init__(
+        self,
+        record: SiteRecord,
+        config: SaladConfig,
+        *,
+        gate_width: int,
+        widths: Mapping[str, tuple[int, int]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.record = record
+        self.config = config
+        self.spec = config.spec.encode()
+        self.roles = record.shared_roles()
+        self.measured_sparsity: float | None = None
+        self.armed: Tensor | None = None  # the gate's input, between the query projection and the attention call
+        self._owner: tuple[nn.Module, Callable[..., Any] | None] | None = None
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+
+        self.gate_weight, self.gate_bias = empty(1, gate_width), empty(1)
+        self.proj_weight, self.proj_bias = empty(record.width, record.width), empty(record.width)
+        self.lora_roles = tuple(widths) if config.lora_rank else ()
+        for role in self.lora_roles:
+            in_features, out_features = widths[role]
+            self.register_parameter(f"lora_{role}_down", empty(config.lora_rank, in_features))
+            self.register_parameter(f"lora_{role}_up", empty(out_features, config.lora_rank))
+        # a tensor, because a Python number in a graph recompiles when it changes; fp32 whatever the parameters are
+        self.register_buffer("lora_scale", torch.empty((), dtype=torch.float32, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise: everything zero but LoRA's `down`, which is Kaiming uniform (method.md section 6)."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("_down"):
+                    nn.init.kaiming_uniform_(parameter, a=5**0.5)
+                else:
+                    parameter.zero_()
+            self.lora_scale.fill_(self.config.lora_scale)
+
+    def tensors(self) -> BranchTensors:
+        """The parameters of the linear branch, in the order of the tag's `params`."""
+        return BranchTensors(self.gate_weight, self.gate_bias, self.proj_weight, self.proj_bias)
+
+    # --- hooks: bound methods, so that deepcopy and pickle rebind them to the copied branch --------------------------
+
+    def attach(self, owner: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        """Hang this branch on `owner`; `modules` maps the first role of each projection to its module.
+
+        Chains whatever `forward` the instance already has: accelerate's and diffusers' hooks put theirs there too.
+        """
+        self._owner = (owner, owner.__dict__.get("forward"))
+        owner.add_module(BRANCH_NAME, self)
+        hooks = {"query": self.on_query, "key": self.on_key, "value": self.on_value, "out": self.on_out}
+        for role, module in modules.items():
+            module.register_forward_hook(hooks[role])
+        owner.forward = self.run_owner
+
+    def detach_forward(self) -> None:
+        """Give the owner back the forward that it had; the hooks stay."""
+        assert self._owner is not None
+        owner, chained = self._owner
+        if chained is None:
+            owner.__dict__.pop("forward", None)
+        else:
+            owner.forward = chained
+
+    def on_query(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """Forward hook of the query (or fused) projection: its update, then the tag or, uncompiled, arming."""
+        out = self._update("query", args[0], out)
+        if torch.compiler.is_compiling():
+            tagged: Tensor = torch.ops.salad.tag(out, args[0], list(self.tensors()), None, self.spec)
+            return tagged
+        self.armed = args[0]
+        return out
+
+    def on_key(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """Forward hook of the key projection, unless it is the query's."""
+        return self._update("key", args[0], out)
+
+    def on_value(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """Forward hook of the value projection, unless it is the query's or the key's."""
+        return self._update("value", args[0], out)
+
+    def on_out(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """Forward hook of the output projection."""
+        return self._update("out", args[0], out)
+
+    def run_owner(self, *args: Any, **kwargs: Any) -> Any:
+        """The owner's forward. Compiled: the original, announced to the passes. Uncompiled: under the eager twin."""
+        assert self._owner is not None
+        owner, chained = self._owner
+        if torch.compiler.is_compiling():
+            torch.ops.salad.site(self.gate_bias)
+            return chained(*args, **kwargs) if chained else type(owner).forward(owner, *args, **kwargs)
+        mode = SaladMode(self)
+        try:
+            with mode:
+                out = chained(*args, **kwargs) if chained else type(owner).forward(owner, *args, **kwargs)
+        finally:
+            self.armed = None  # a tensor left here would keep its graph alive and break deepcopy
+        mode.require_replaced()
+        return out
+
+    def _update(self, group: str, x: Tensor, out: Tensor) -> Tensor:
+        """Add the low-rank update of each role that the projection serves to its share of the output.
+
+        Added to the output and not to the weight, so that quantised and wrapped projections work.
+        """
+        roles = self.roles[group]
+        if not any(role in self.lora_roles for role in roles):
+            return out
+        shares = out.chunk(len(roles), dim=-1)
+        updated = [
+            share + self._low_rank(role, x).to(out.dtype) if role in self.lora_roles else share
+            for role, share in zip(roles, shares, strict=True)
+        ]
+        return updated[0] if len(updated) == 1 else torch.cat(updated, dim=-1)
+
+    def _low_rank(self, role: str, x: Tensor) -> Tensor:
+        down, up = (getattr(self, f"lora_{role}_{part}") for part in ("down", "up"))
+        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * self.lora_scale.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """One line for `print(model)`: torchao's users complain that a printed model tells nothing."""
+        config = self.config
+        lora = f"lora_rank={config.lora_rank} on {'/'.join(self.lora_roles)}" if self.lora_roles else "no lora"
+        return f"{config.pattern}, sparsity={config.sparsity}, {config.query_block}x{config.key_block} blocks, {lora}"
+
+
+def branches(model: nn.Module) -> dict[str, SaladBranch]:
+    """Name of the branch module -> branch, in the order of the model's modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SaladBranch)}

@@ -1,0 +1,370 @@
+"""save(model, path) and load(model, path): one safetensors file with exactly the branch state, strict both ways.
+
+The header says what the tensors mean: format version, configuration, base class and digest, table of sites. Loading
+checks everything, names and shapes included, before it touches the model; saving writes to a temporary name first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .branch import BRANCH_NAME, SaladBranch, SiteRecord, branches
+from .config import SaladConfig
+from .convert import attach, dense_projections, prepare
+from .errors import (
+    AlreadyConvertedError,
+    BaseModelMismatchError,
+    CheckpointError,
+    CorruptFileError,
+    FormatVersionError,
+    MissingKeysError,
+    NotASaladFileError,
+    NotConvertedError,
+    SaladError,
+    ShapeMismatchError,
+    UnexpectedKeysError,
+    UnknownProjectionError,
+)
+from .logs import logger
+from .model_tree import plain_key, single_model
+
+FORMAT_VERSION = 1
+FILE_NAME = "salad.safetensors"
+_HEADER_KEY = "salad_config"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a SALAD file says about itself."""
+
+    config: SaladConfig
+    base_class: str
+    base_digest: str
+    sites: tuple[SiteRecord, ...]
+    dense_projections: tuple[str, ...]
+    versions: Mapping[str, str]
+
+    def to_json(self) -> str:
+        """The text stored under `salad_config` in the file's metadata."""
+        return json.dumps(
+            {
+                "format_version": FORMAT_VERSION,
+                "versions": dict(self.versions),
+                "config": self.config.to_dict(),
+                "base_class": self.base_class,
+                "base_digest": self.base_digest,
+                "sites": [site.to_dict() for site in self.sites],
+                "dense_projections": list(self.dense_projections),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> Header:
+        """Raises FormatVersionError or CorruptFileError."""
+        try:
+            values = json.loads(text)
+            version = values["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptFileError(f"{path}: the header is not readable: {error!r}") from error
+        if version != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"{path} has format version {version}, this release of salad_compile reads {FORMAT_VERSION}. "
+                f"It was written by {values.get('versions')}: use that release, or a newer one."
+            )
+        try:
+            return cls(
+                config=SaladConfig.from_dict(values["config"]),
+                base_class=values["base_class"],
+                base_digest=values["base_digest"],
+                sites=tuple(SiteRecord.from_dict(site) for site in values["sites"]),
+                dense_projections=tuple(values["dense_projections"]),
+                versions=values["versions"],
+            )
+        except (KeyError, TypeError, SaladError) as error:
+            raise CorruptFileError(f"{path}: the header is damaged: {error!r}") from error
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write the branch state of a converted model: gates, projections and LoRA, nothing of the base.
+
+    Works on models wrapped in torch.compile, DDP, FSDP or checkpoint wrappers. Under torch.distributed every rank must
+    call it (sharded parameters are gathered); rank 0 writes.
+
+    Args:
+        path: a file, or a directory, in which the file is called `salad.safetensors`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        NotConvertedError: the model has no branch. OSError: the file cannot be written; a file that was there before
+        is as it was.
+    """
+    bare = single_model(model, "save")
+    header = describe(bare)
+    state = {name: _whole(tensor) for name, tensor in branch_state(bare).items()}
+    target = Path(path)
+    if target.is_dir():
+        target = target / FILE_NAME
+    if (
+        not torch.distributed.is_available()
+        or not torch.distributed.is_initialized()
+        or not torch.distributed.get_rank()
+    ):
+        _write(state, header, target)
+        logger.info("saved %d tensors of %d sites to %s", len(state), len(header.sites), target)
+    return target
+
+
+def describe(model: nn.Module) -> Header:
+    """The header for a converted model.
+
+    Raises:
+        NotConvertedError: the model has no branch.
+    """
+    known = list(branches(model).values())
+    if not known:
+        raise NotConvertedError(
+            f"{type(model).__name__} has no SALAD branch to save: call salad_compile.convert(model) before fine-tuning."
+        )
+    from . import __version__
+
+    records = tuple(branch.record for branch in known)
+    return Header(
+        config=known[0].config,
+        base_class=base_class(model),
+        base_digest=base_digest(model, records),
+        sites=records,
+        dense_projections=tuple(dense_projections(model)),
+        versions={"salad_compile": __version__, "torch": torch.__version__},
+    )
+
+
+def branch_state(model: nn.Module) -> dict[str, Tensor]:
+    """Plain name (`blocks.0.attn1.salad.gate_weight`) -> parameter or buffer of every branch."""
+    return {
+        plain_key(f"{name}.{key}"): tensor
+        for name, branch in branches(model).items()
+        for key, tensor in branch.state_dict(keep_vars=True).items()
+    }
+
+
+def base_class(model: nn.Module) -> str:
+    """The class's name; FSDP2 puts a generated subclass in front of it."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
+def base_digest(model: nn.Module, records: tuple[SiteRecord, ...]) -> str:
+    """A digest of the structure that branches depend on: class, sites, projections and their widths.
+
+    Structure and not values: a file fits every fine-tune of its base, and a quantised base too.
+    """
+    parts: list[Any] = [base_class(model)]
+    for record in records:
+        projections = {role: model.get_submodule(name) for role, name in record.projections().items()}
+        widths = {role: [int(m.in_features), int(m.out_features)] for role, m in projections.items()}  # type: ignore[arg-type]
+        parts.append([plain_key(record.owner), record.heads, record.head_dim, record.value_dim, widths])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):  # a DTensor of FSDP2
+        tensor = tensor.full_tensor()
+    return tensor.cpu().contiguous()
+
+
+def _write(state: Mapping[str, Tensor], header: Header, target: Path) -> None:
+    from safetensors.torch import save_file
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        save_file(dict(state), temporary, metadata={"format": "pt", _HEADER_KEY: header.to_json()})
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load(model: Model, path: str | os.PathLike[str]) -> Model:
+    """Read a file of :func:`save` into `model`, converting it first, from the file's configuration, if need be.
+
+    Args:
+        model: the base model, or a model converted with the same configuration.
+        path: a file, a directory that holds `salad.safetensors`, or the id of a repository on the Hugging Face Hub.
+
+    Raises:
+        CheckpointError: one of its subclasses for each way in which the file can be wrong.
+        AlreadyConvertedError: the model was converted with another configuration.
+        Whatever is raised, the model is unchanged.
+    """
+    bare = single_model(model, "load")
+    file = _locate(path)
+    with _opened(file) as content:
+        header = read_header(content, file)
+        _check_base(bare, header, file)
+        known = branches(bare)
+        prepared = [] if known else _prepare(bare, header, file)
+        expected = branch_state(bare) if known else _planned_state(prepared)
+        tensors = _read_checked(content, expected, file)
+    if not known:
+        attach(bare, prepared, header.config, header.dense_projections)
+    with torch.no_grad():
+        for name, parameter in branch_state(bare).items():
+            _assign(parameter, tensors[name])
+    logger.info("loaded %d tensors of %d sites from %s", len(tensors), len(header.sites), file)
+    return model
+
+
+def _assign(parameter: Tensor, value: Tensor) -> None:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(parameter, DTensor):  # FSDP2: every rank keeps its share
+        whole = value.to(parameter.device, parameter.dtype)
+        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
+    else:
+        parameter.copy_(value)
+
+
+def _locate(path: str | os.PathLike[str]) -> Path:
+    local = Path(path)
+    if local.is_dir():
+        local = local / FILE_NAME
+    if local.exists():
+        return local
+    name = os.fspath(path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".safetensors"):
+        raise FileNotFoundError(f"no SALAD file at {local}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, FILE_NAME))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a file nor a directory here, and {FILE_NAME} could not be had from a Hub repository "
+            f"of that name: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        content = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise CorruptFileError(
+            f"{file} is no complete safetensors file ({error}): truncated by an interrupted copy or download?"
+        ) from error
+    with content:
+        yield content
+
+
+def read_header(content: Any, file: Path) -> Header:
+    """The header of an opened safetensors file.
+
+    Raises:
+        NotASaladFileError: the file has none. FormatVersionError, CorruptFileError: it cannot be used.
+    """
+    metadata = content.metadata() or {}
+    if _HEADER_KEY not in metadata:
+        first = ", ".join(list(content.keys())[:3])
+        raise NotASaladFileError(
+            f"{file} is a safetensors file but no SALAD file (its first tensors: {first}). A LoRA is loaded with "
+            "pipe.load_lora_weights, a base checkpoint with from_pretrained; salad_compile.save writes what load reads."
+        )
+    return Header.from_json(metadata[_HEADER_KEY], file)
+
+
+def _check_base(model: nn.Module, header: Header, file: Path) -> None:
+    if base_class(model) != header.base_class:
+        raise BaseModelMismatchError(
+            f"{file} belongs to a {header.base_class}, and this model is a {base_class(model)}."
+        )
+    known = list(branches(model).values())
+    if known and known[0].config != header.config:
+        raise AlreadyConvertedError(
+            f"the model was converted with another configuration than {file} (model != file): "
+            f"{known[0].config.difference(header.config)}. Load into the base model: it is converted from the file."
+        )
+    if known and {b.record.owner for b in known} != {record.owner for record in header.sites}:
+        raise BaseModelMismatchError(
+            f"the model has {len(known)} converted sites and {file} has {len(header.sites)}, or under other names. "
+            "Load into the base model: it is converted from the file."
+        )
+    try:
+        digest = base_digest(model, header.sites)
+    except AttributeError as error:
+        raise BaseModelMismatchError(
+            f"{file} belongs to another {header.base_class}: {error}. It has {len(header.sites)} sites, "
+            f"from {header.sites[0].owner!r} to {header.sites[-1].owner!r}."
+        ) from error
+    if digest != header.base_digest:
+        raise BaseModelMismatchError(
+            f"{file} belongs to a {header.base_class} with other widths or heads; its first site has "
+            f"{header.sites[0].heads} heads of {header.sites[0].head_dim}."
+        )
+
+
+def _prepare(model: nn.Module, header: Header, file: Path) -> list[tuple[SaladBranch, SiteRecord]]:
+    try:
+        return prepare(model, header.sites, header.config)
+    except UnknownProjectionError as error:
+        raise BaseModelMismatchError(f"{file} does not fit this {header.base_class}: {error}") from error
+
+
+def _planned_state(prepared: list[tuple[SaladBranch, SiteRecord]]) -> dict[str, Tensor]:
+    return {
+        ".".join(part for part in (record.owner, BRANCH_NAME, key) if part): tensor
+        for branch, record in prepared
+        for key, tensor in branch.state_dict(keep_vars=True).items()
+    }
+
+
+def _read_checked(content: Any, expected: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """All tensors of the file; strict both ways, and every shape, before any of them is used."""
+    there = {plain_key(key): key for key in content.keys()}  # noqa: SIM118 (safe_open is no dictionary)
+    _require_keys(sorted(set(expected) - set(there)), MissingKeysError, f"{file} lacks", "Is the file complete?")
+    _require_keys(
+        sorted(set(there) - set(expected)),
+        UnexpectedKeysError,
+        f"{file} has, beyond the model's sites,",
+        "Was the model converted with fewer sites or LoRA targets?",
+    )
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in expected.items():
+        tensor = content.get_tensor(there[name])
+        if tensor.shape != parameter.shape:
+            raise ShapeMismatchError(
+                f"{file}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(parameter.shape)}."
+            )
+        tensors[name] = tensor
+    return tensors
+
+
+def _require_keys(keys: list[str], error: type[CheckpointError], what: str, hint: str) -> None:
+    if keys:
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise error(f"{what} {len(keys)} tensors: {', '.join(keys[:3])}{more}. {hint}")

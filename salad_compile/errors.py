@@ -1,0 +1,103 @@
+"""One class per mistake a user can make; each message says what was seen and how to mend it.
+
+Every class derives from :class:`SaladError`. Errors are raised before anything is changed: a model is never left half
+converted and a file is never left half written.
+
+Torch wraps what a backend raises in `torch._dynamo.exc.BackendCompilerFailed`; the class below is its
+`inner_exception`, and the message is shown in full.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SaladError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class ConfigError(SaladError, ValueError):
+    """An unknown option, a value out of range, or options that contradict each other."""
+
+
+class InputsError(SaladError, ValueError):
+    """Example inputs are missing, cannot be synthesised, or do not fit the model's forward."""
+
+
+class ProbeError(SaladError, RuntimeError):
+    """The discovery forward failed inside the model; the cause is chained."""
+
+
+class NoAttentionError(SaladError, ValueError):
+    """The model called no attention function that this package knows."""
+
+
+class NoEligibleSiteError(SaladError, ValueError):
+    """The model has attention, but no call that can be converted; the message lists each call with its reason."""
+
+
+class AlreadyConvertedError(SaladError, ValueError):
+    """The model was converted before, with another configuration."""
+
+
+class WrappedModelError(SaladError, ValueError):
+    """The model is wrapped (torch.compile, DDP, ...); conversion comes before wrapping."""
+
+
+class NotConvertedError(SaladError, ValueError):
+    """A converted model is needed here, and this one has no SALAD branch."""
+
+
+class UnknownProjectionError(SaladError, ValueError):
+    """A LoRA target or a saved site names a projection that the model does not have."""
+
+
+class SiteLostError(SaladError, RuntimeError):
+    """A converted site did not run as SALAD: its attention call, its projection or its tag is gone."""
+
+
+class WrongBackendError(SaladError, RuntimeError):
+    """A converted model was compiled with another backend than `salad`."""
+
+
+class MergeError(SaladError, ValueError):
+    """LoRA cannot be merged into this base: quantised, wrapped or already merged projections."""
+
+
+class CheckpointError(SaladError, ValueError):
+    """Base of everything that can be wrong with a SALAD file."""
+
+
+class NotASaladFileError(CheckpointError):
+    """The file is readable, but it is no SALAD file (a LoRA or a base checkpoint, perhaps)."""
+
+
+class CorruptFileError(CheckpointError):
+    """The file is truncated or not a safetensors file."""
+
+
+class FormatVersionError(CheckpointError):
+    """The file was written in a format version that this release does not read."""
+
+
+class BaseModelMismatchError(CheckpointError):
+    """The file belongs to another base model."""
+
+
+class MissingKeysError(CheckpointError):
+    """The file lacks tensors that the model's sites need."""
+
+
+class UnexpectedKeysError(CheckpointError):
+    """The file holds tensors for which the model has no place."""
+
+
+class ShapeMismatchError(CheckpointError):
+    """A tensor of the file has another shape than its parameter."""
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the nearest valid name, or the empty string when nothing is near."""
+    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

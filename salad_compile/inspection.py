@@ -1,0 +1,102 @@
+"""summary(model) and explain(model, *inputs): what a conversion added, and what the backend does with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .branch import SaladBranch, branches
+from .cost import site_cost
+from .errors import NotConvertedError
+from .model_tree import components, single_model, unwrap
+from .report import Explanation, SiteSummary, Summary
+
+
+def summary(model: Any) -> Summary:
+    """Parameters added, target and measured sparsity and FLOPs of every converted site.
+
+    Args:
+        model: a converted module (wrapped or not) or pipeline.
+
+    Raises:
+        NotConvertedError: nothing in it is converted.
+    """
+    modules = {"": unwrap(model)} if isinstance(model, nn.Module) else components(model)
+    sites = [
+        _summarise(component, branch) for component, module in modules.items() for branch in branches(module).values()
+    ]
+    if not sites:
+        raise NotConvertedError("nothing here is converted: call salad_compile.convert(model) first.")
+    everything = sum(p.numel() for module in modules.values() for p in module.parameters())
+    added = sum(site.branch_parameters + site.lora_parameters for site in sites)
+    return Summary(sites=sites, base_parameters=everything - added)
+
+
+def _summarise(component: str, branch: SaladBranch) -> SiteSummary:
+    sizes = {name: p.numel() for name, p in branch.named_parameters()}
+    lora = sum(size for name, size in sizes.items() if name.startswith("lora_"))
+    return SiteSummary(
+        component=component,
+        name=branch.record.owner,
+        tokens=branch.record.tokens,
+        heads=branch.record.heads,
+        head_dim=branch.record.head_dim,
+        branch_parameters=sum(sizes.values()) - lora,
+        lora_parameters=lora,
+        trainable_parameters=sum(p.numel() for p in branch.parameters() if p.requires_grad),
+        target_sparsity=branch.config.sparsity,
+        measured_sparsity=branch.measured_sparsity,
+        cost=site_cost(branch),
+    )
+
+
+def explain(model: nn.Module, *inputs: Any, **keyword_inputs: Any) -> Explanation:
+    """Compile and run one forward, and report what the backend rewrote, graph by graph, with reasons for the rest.
+
+    The graphs run without Inductor, so this is quick; what the user compiled stays compiled. For a converted model the
+    measured sparsity of its sites is noted for :func:`summary`.
+
+    Raises:
+        ConfigError: a pipeline was passed instead of its transformer.
+        Whatever the model's forward raises.
+    """
+    from .backend import record_graphs, salad
+    from .kernels.measure import measure_executions
+
+    bare = single_model(model, "explain")
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Any:
+        return salad(gm, example_inputs, options={"lowering": "eager", "strict": False})
+
+    with _uncompiled(bare), record_graphs() as graphs, measure_executions() as executions, torch.no_grad():
+        torch.compile(bare, backend=backend)(*inputs, **keyword_inputs)
+    known = list(branches(bare).values())
+    if len(executions) == len(known):
+        for branch, execution in zip(known, executions, strict=True):
+            branch.measured_sparsity = execution.sparsity
+    total = sum(execution.total_pairs for execution in executions)
+    return Explanation(
+        graphs=graphs,
+        converted_sites=len(known),
+        executions=len(executions),
+        measured_sparsity=1 - sum(e.computed_pairs for e in executions) / total if total else None,
+    )
+
+
+@contextlib.contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Set aside what Module.compile() put on submodules: cached graphs would not come by the backend again.
+
+    `_compiled_call_impl` is private (torch 2.11 and 2.13; tests/salad_compile/test_inspection.py).
+    """
+    aside = {module: module.__dict__.pop("_compiled_call_impl", None) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, compiled in aside.items():
+            if compiled is not None:
+                module.__dict__["_compiled_call_impl"] = compiled
