@@ -1,7 +1,7 @@
 """The operators under SALAD, registered as `torch.ops.salad.*`: routing, block-sparse attention, linear attention.
 
-Each folder holds one operator: `api.py` (schema, checks, fake, autograd), `reference.py` (its definition in plain torch)
-and one file per device. Importing this package registers the operators; it imports nothing else of ours.
+Each folder holds one operator: `api.py` (schema, checks, fake, autograd), `reference.py` (its definition in plain
+torch) and one file per device. Importing this package registers the operators; it imports nothing else of ours.
 """
 
 from .block_sparse import block_sparse_attention

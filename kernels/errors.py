@@ -2,4 +2,4 @@
 
 
 class KernelArgumentError(ValueError):
-    """An argument of a `salad::` operator has the wrong shape, dtype, device or value; the message names it and the mend."""
+    """An argument of a `salad::` operator has a wrong shape, dtype, device or value; the message says which."""

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .config import SaladConfig as SaladConfig
-    from .convert import convert as convert
-    from .convert import plan as plan
+    from .conversion import convert as convert
+    from .conversion import plan as plan
     from .errors import *  # noqa: F403
     from .inspection import explain as explain
     from .inspection import summary as summary
@@ -28,11 +28,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "SaladConfig": "config",
-    "convert": "convert",
+    "convert": "conversion",
     "explain": "inspection",
     "load": "checkpoint",
     "merge_lora": "merge",
-    "plan": "convert",
+    "plan": "conversion",
     "save": "checkpoint",
     "summary": "inspection",
 }

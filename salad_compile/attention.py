@@ -26,7 +26,7 @@ assert _kernels  # imported for its effect
 class BranchTensors(NamedTuple):
     """Parameters of one site's linear branch. C is the width of the layer's input, D = heads * value head_dim.
 
-    Shapes: gate_weight (1, C), gate_bias (1,), proj_weight (D, D), proj_bias (D,). Any floating dtype: they are cast
+    Shapes: gate_weight (C,), gate_bias (1,), proj_weight (D, D), proj_bias (D,). Any floating dtype: they are cast
     to the activations' dtype where they are used, so fp32 masters under 16-bit activations work without autocast.
     """
 
@@ -80,6 +80,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
+def _gate(gate_input: Tensor, branch: BranchTensors, dtype: torch.dtype) -> Tensor:
+    """sigmoid(x w_g + b_g), one number per token, (B, S, 1); the sigmoid is taken in `dtype` (method.md section 1)."""
+    logits = torch.matmul(gate_input, branch.gate_weight.to(gate_input.dtype)).unsqueeze(-1)
+    return torch.sigmoid((logits + branch.gate_bias.to(gate_input.dtype)).to(dtype))
+
+
 def salad_attention(
     query: Tensor,
     key: Tensor,
@@ -108,8 +114,7 @@ def salad_attention(
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     sparse = sparse_attention(query, key, value, order, spec, scale)
     linear = linear_attention(query, key, value, spec).transpose(1, 2)  # (B, S, H, head_dim)
-    logits = _linear(gate_input, branch.gate_weight, branch.gate_bias).to(torch.promote_types(dtype, torch.float32))
-    gate = torch.sigmoid(logits).to(dtype)
+    gate = _gate(gate_input, branch, torch.promote_types(dtype, torch.float32)).to(dtype)
     update = gate * _linear(linear.flatten(2), branch.proj_weight, branch.proj_bias)
     # under autocast F.linear may answer in 16 bits whatever it was given
     return sparse + update.to(dtype).view_as(linear).transpose(1, 2)

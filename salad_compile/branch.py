@@ -105,12 +105,13 @@ class SaladBranch(nn.Module):
         self.roles = record.shared_roles()
         self.measured_sparsity: float | None = None
         self.armed: Tensor | None = None  # the gate's input, between the query projection and the attention call
-        self._owner: tuple[nn.Module, Callable[..., Any] | None] | None = None
+        # a tuple, because an attribute that is a module would be registered as a child
+        self._original: tuple[Callable[..., Any], tuple[nn.Module, ...]] | None = None
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
 
-        self.gate_weight, self.gate_bias = empty(1, gate_width), empty(1)
+        self.gate_weight, self.gate_bias = empty(gate_width), empty(1)
         self.proj_weight, self.proj_bias = empty(record.width, record.width), empty(record.width)
         self.lora_roles = tuple(widths) if config.lora_rank else ()
         for role in self.lora_roles:
@@ -142,21 +143,23 @@ class SaladBranch(nn.Module):
 
         Chains whatever `forward` the instance already has: accelerate's and diffusers' hooks put theirs there too.
         """
-        self._owner = (owner, owner.__dict__.get("forward"))
+        # The class's function and not a bound method: Dynamo does not look `forward` up on a class that diffusers
+        # allows in graphs, and a bound method would unpickle as whatever `owner.forward` is by then.
+        chained = owner.__dict__.get("forward")
+        self._original = (type(owner).forward, (owner,)) if chained is None else (chained, ())
         owner.add_module(BRANCH_NAME, self)
         hooks = {"query": self.on_query, "key": self.on_key, "value": self.on_value, "out": self.on_out}
         for role, module in modules.items():
             module.register_forward_hook(hooks[role])
         owner.forward = self.run_owner
 
-    def detach_forward(self) -> None:
+    def detach_forward(self, owner: nn.Module) -> None:
         """Give the owner back the forward that it had; the hooks stay."""
-        assert self._owner is not None
-        owner, chained = self._owner
-        if chained is None:
-            owner.__dict__.pop("forward", None)
-        else:
-            owner.forward = chained
+        assert self._original is not None
+        original, bound = self._original
+        owner.__dict__.pop("forward")
+        if not bound:
+            owner.forward = original
 
     def on_query(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the query (or fused) projection: its update, then the tag or, uncompiled, arming."""
@@ -181,15 +184,15 @@ class SaladBranch(nn.Module):
 
     def run_owner(self, *args: Any, **kwargs: Any) -> Any:
         """The owner's forward. Compiled: the original, announced to the passes. Uncompiled: under the eager twin."""
-        assert self._owner is not None
-        owner, chained = self._owner
+        assert self._original is not None
+        original, bound = self._original
         if torch.compiler.is_compiling():
             torch.ops.salad.site(self.gate_bias)
-            return chained(*args, **kwargs) if chained else type(owner).forward(owner, *args, **kwargs)
+            return original(*bound, *args, **kwargs)
         mode = SaladMode(self)
         try:
             with mode:
-                out = chained(*args, **kwargs) if chained else type(owner).forward(owner, *args, **kwargs)
+                out = original(*bound, *args, **kwargs)
         finally:
             self.armed = None  # a tensor left here would keep its graph alive and break deepcopy
         mode.require_replaced()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .branch import BRANCH_NAME, SaladBranch, SiteRecord, branches
 from .config import SaladConfig
-from .convert import attach, dense_projections, prepare
+from .conversion import attach, dense_projections, prepare
 from .errors import (
     AlreadyConvertedError,
     BaseModelMismatchError,

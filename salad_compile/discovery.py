@@ -339,7 +339,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     for module, _ in before:
         module.training = False  # gradient checkpointing and dropout are for training
         if isinstance(branch := module._modules.get(BRANCH_NAME), SaladBranch):
-            branch.detach_forward()  # a converted model is probed as the model that it was
+            branch.detach_forward(module)  # a converted model is probed as the model that it was
     try:
         yield
     finally:

@@ -70,10 +70,10 @@ def _check_contents(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> 
     if count.numel() == 0:
         return
     low, high = (int(bound) for bound in count.aminmax())
-    require(0 <= low and high <= slots, f"count has entries in [{low}, {high}], outside [0, {slots}]")
+    require(low >= 0 and high <= slots, f"count has entries in [{low}, {high}], outside [0, {slots}]")
     valid = torch.arange(slots) < count[..., None]
     low, high = (int(bound) for bound in torch.where(valid, lut, 0).aminmax())
-    require(0 <= low and high < key_blocks, f"lut has entries in [{low}, {high}], outside [0, {key_blocks})")
+    require(low >= 0 and high < key_blocks, f"lut has entries in [{low}, {high}], outside [0, {key_blocks})")
     ascending = (lut[..., 1:] > lut[..., :-1]) | ~valid[..., 1:]
     require(bool(ascending.all()), "lut must list each selected key block once, in ascending order")
 

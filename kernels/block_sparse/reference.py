@@ -1,4 +1,4 @@
-"""The definition of block-sparse attention in plain torch: a dense token mask, then masked softmax. Needs S x S memory."""
+"""The definition of block-sparse attention in plain torch: a dense token mask, then masked softmax; S x S memory."""
 
 import torch
 
@@ -12,7 +12,9 @@ def token_mask(
     """bool (B, H, S, S) in native order: True where query token i may attend to key token j."""
     slots = torch.arange(lut.shape[-1], device=lut.device)
     key_blocks = block_count(tokens, key_block)
-    selected = torch.nn.functional.one_hot(torch.where(slots < count[..., None], lut, key_blocks).long(), key_blocks + 1)
+    selected = torch.nn.functional.one_hot(
+        torch.where(slots < count[..., None], lut, key_blocks).long(), key_blocks + 1
+    )
     block_mask = selected.sum(dim=-2)[..., :key_blocks] > 0
     position = torch.arange(tokens, device=lut.device)
     if order is not None:

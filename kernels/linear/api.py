@@ -55,7 +55,7 @@ def check_output(query: torch.Tensor, state: torch.Tensor, key_sum: torch.Tensor
     )
 
 
-# --- linear_state ------------------------------------------------------------------------------------------------------
+# --- linear_state ---------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("salad::linear_state", mutates_args=())
@@ -136,7 +136,7 @@ def _state_backward(
 
 linear_state.register_autograd(_state_backward, setup_context=_state_setup)
 
-# --- linear_output -----------------------------------------------------------------------------------------------------
+# --- linear_output --------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("salad::linear_output", mutates_args=())
@@ -164,9 +164,7 @@ def linear_output(
 
 
 @linear_output.register_fake
-def _(
-    query: torch.Tensor, state: torch.Tensor, key_sum: torch.Tensor, feature_map: str, eps: float
-) -> torch.Tensor:
+def _(query: torch.Tensor, state: torch.Tensor, key_sum: torch.Tensor, feature_map: str, eps: float) -> torch.Tensor:
     check_output_types(query, state, key_sum, feature_map, eps)
     batch, heads, tokens, _ = query.shape
     return empty_bshd(query, batch, heads, tokens, state.shape[-1])

@@ -17,7 +17,7 @@ def pool_blocks(x: torch.Tensor, order: torch.Tensor | None, block: int) -> torc
     full = tokens // block
     pooled = x.new_empty((batch, heads, block_count(tokens, block), head_dim), dtype=dtype)
     if full:
-        rows = x[:, :, : full * block].unflatten(2, (full, block))
+        rows = torch.unflatten(x[:, :, : full * block], 2, (full, block))
         torch.mean(rows, dim=3, dtype=dtype, out=pooled[:, :, :full])
     if full * block < tokens:
         torch.mean(x[:, :, full * block :], dim=2, dtype=dtype, out=pooled[:, :, full])

@@ -19,8 +19,8 @@ def check_density(query_block: int, key_block: int, density_permille: int) -> No
 def kept_blocks(key_blocks: int, query_block: int, key_block: int, density_permille: int) -> int:
     """Number of key blocks kept per query block (method.md section 4.2, step 4; our choice).
 
-    Integer arithmetic, because (1 - 0.9) * 10 is below 1 in floats: min(Mk, max(forced, Mk * density_permille // 1000)),
-    where forced = max(1, query_block // key_block) is the number of key blocks under one full query block.
+    min(Mk, max(forced, Mk * density_permille // 1000)), where forced = max(1, query_block // key_block) is the number
+    of key blocks under one full query block. Integer arithmetic, because (1 - 0.9) * 10 is below 1 in floats.
 
     Args:
         key_blocks: Mk, the number of key blocks; an int or a SymInt (no guard is added).
@@ -33,5 +33,6 @@ def kept_blocks(key_blocks: int, query_block: int, key_block: int, density_permi
     """
     check_density(query_block, key_block, density_permille)
     forced = max(1, query_block // key_block)
-    kept: int = torch.sym_min(key_blocks, torch.sym_max(forced, key_blocks * density_permille // 1000))
+    wanted: int = torch.sym_max(forced, key_blocks * density_permille // 1000)  # type: ignore[no-untyped-call]
+    kept: int = torch.sym_min(key_blocks, wanted)  # type: ignore[no-untyped-call]
     return kept

@@ -7,9 +7,9 @@ from ..layout import take_in_order
 
 
 def pool_blocks(x: torch.Tensor, order: torch.Tensor | None, block: int) -> torch.Tensor:
-    """Mean of the valid rows of each block. x: (B, H, S, D); returns (B, H, ceil(S/block), D) in fp32 (fp64 for fp64)."""
+    """Mean of the valid rows of each block: (B, H, S, D) -> (B, H, ceil(S/block), D) in fp32 (fp64 for fp64)."""
     rows = take_in_order(x, order).to(accumulation_dtype(x.dtype))
-    return torch.stack([run.mean(dim=2) for run in rows.split(block, dim=2)], dim=2)
+    return torch.stack([run.mean(dim=2) for run in torch.split(rows, block, dim=2)], dim=2)
 
 
 def overlap(query_blocks: int, key_blocks: int, query_block: int, key_block: int) -> torch.Tensor:

@@ -1,0 +1,137 @@
+"""How block-sparse attention is cut into pieces that stay in cache: heads in groups, query blocks in chunks, scratch."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..layout import block_count, take_in_order
+
+_GROUP_BYTES = 16 << 20  # query, key and value of the heads worked on together: half of a common last-level cache
+_CHUNK_BYTES = 5 << 20  # gathered keys and values and scores of the query blocks worked on together; measured
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of one call."""
+
+    query_block: int
+    key_block: int
+    query_blocks: int
+    key_blocks: int
+    slots: int
+    short: int  # valid tokens of the last key block where that block is short, else 0
+
+    @classmethod
+    def of(cls, tokens: int, lut: torch.Tensor, query_block: int, key_block: int) -> "Plan":
+        key_blocks = block_count(tokens, key_block)
+        return cls(
+            query_block=query_block,
+            key_block=key_block,
+            query_blocks=block_count(tokens, query_block),
+            key_blocks=key_blocks,
+            slots=lut.shape[-1],
+            short=tokens % key_block,
+        )
+
+    @property
+    def gathered(self) -> int:
+        """Key tokens that one query block sees."""
+        return self.slots * self.key_block
+
+    def chunk(self, width: int, itemsize: int) -> int:
+        """Query blocks worked on together; width is the number of channels gathered per key token."""
+        per_query_block = self.gathered * (width + self.query_block) * itemsize
+        blocks = max(1, _CHUNK_BYTES // per_query_block)
+        threads = torch.get_num_threads()
+        return blocks // threads * threads if blocks > threads else blocks  # every thread gets whole matrices
+
+
+def head_groups(query: torch.Tensor, width: int, itemsize: int) -> Iterator[tuple[int, slice]]:
+    """(batch index, run of heads) pairs small enough for their blocks to stay in the last-level cache."""
+    batch, heads, tokens, _ = query.shape
+    step = max(1, _GROUP_BYTES // max(1, tokens * width * itemsize))
+    for b in range(batch):
+        for start in range(0, heads, step):
+            yield b, slice(start, min(start + step, heads))
+
+
+class Scratch:
+    """Named buffers that live for one call: fresh memory for every chunk would cost a page fault per 4 KiB."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor of that shape; contents are whatever was there."""
+        numel = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < numel or buffer.dtype != dtype:
+            buffer = self._buffers[name] = torch.empty(numel, dtype=dtype, device=self._device)
+        return buffer[:numel].view(shape)
+
+    def blocks(
+        self, name: str, x: torch.Tensor, order: torch.Tensor | None, block: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """(G, S, D) of any strides -> contiguous (G * M, block, D) in token order; the short last block ends in 0."""
+        groups, tokens, head_dim = x.shape
+        padded = block_count(tokens, block) * block
+        blocks = self(name, (groups, padded, head_dim), dtype)
+        blocks[:, :tokens] = take_in_order(x, order)
+        blocks[:, tokens:] = 0
+        return blocks.view(-1, block, head_dim)
+
+    def gather(self, name: str, blocks: torch.Tensor, index: torch.Tensor, gathered: int) -> torch.Tensor:
+        """blocks: (M, block, D), index: (n * K,) -> (n, gathered, D), the blocks of each row side by side."""
+        _, block, head_dim = blocks.shape
+        out = self(name, (len(index), block, head_dim), blocks.dtype)
+        return torch.index_select(blocks, 0, index, out=out).view(-1, gathered, head_dim)
+
+
+def from_blocks(blocks: torch.Tensor, order: torch.Tensor | None, out: torch.Tensor) -> None:
+    """The inverse of `Scratch.blocks`, written into out: (G, S, D), any strides and dtype, or (G, S) for 2-D blocks."""
+    groups, tokens = out.shape[:2]
+    rows = blocks.view(groups, -1, *out.shape[2:])[:, :tokens]
+    if order is None:
+        out.copy_(rows)
+    else:
+        out.index_copy_(1, order.long(), rows.to(out.dtype))
+
+
+class Selection:
+    """The selection of one group of heads, as rows of a flat list of query blocks."""
+
+    def __init__(self, plan: Plan, lut: torch.Tensor, count: torch.Tensor) -> None:
+        """lut: (G, Mq, K) and count: (G, Mq) of the heads of the group."""
+        self.plan = plan
+        unused = torch.arange(plan.slots, device=lut.device) >= count[..., None]
+        head_start = torch.arange(len(lut), device=lut.device)[:, None, None] * plan.key_blocks
+        # unused slots may hold anything: they read block 0 of the head and are masked afterwards
+        self._index = (lut.long().masked_fill(unused, 0) + head_start).view(-1)
+        visible = torch.full_like(lut, plan.key_block)  # leading tokens of each slot that may be seen
+        if plan.short:
+            visible.masked_fill_(lut == plan.key_blocks - 1, plan.short)
+        self._visible = visible.masked_fill_(unused, 0).view(-1, plan.slots)
+        # On the CPU we look which rows need a mask; elsewhere that would sync, so every row gets one.
+        self._masked: list[bool] | None = None
+        if lut.device.type == "cpu":
+            self._masked = (self._visible < plan.key_block).any(dim=-1).tolist()
+
+    def chunks(self, step: int) -> Iterator[tuple[slice, torch.Tensor, bool]]:
+        """(rows, ids of their gathered key blocks, does any of them need a mask), in order."""
+        total = len(self._visible)
+        for start in range(0, total, step):
+            rows = slice(start, min(start + step, total))
+            masked = self._masked is None or any(self._masked[rows])
+            yield rows, self._index[rows.start * self.plan.slots : rows.stop * self.plan.slots], masked
+
+    def mask(self, scores: torch.Tensor, rows: slice) -> None:
+        """Set to -inf what the query blocks `rows` must not see: unused slots and the padding of the last key block.
+
+        scores: (n, query_block, gathered).
+        """
+        offset = torch.arange(self.plan.key_block, device=scores.device)
+        hidden = offset >= self._visible[rows, :, None]
+        scores.masked_fill_(hidden.view(-1, 1, self.plan.gathered), float("-inf"))

@@ -1,0 +1,72 @@
+"""Inputs and distances that the kernel tests share."""
+
+import torch
+from salad_compile.kernels.routing import reference as routing
+
+LENGTHS = (1, 63, 64, 65, 113, 203, 1023)
+BLOCKS = ((64, 64), (128, 64), (128, 128), (64, 128))
+LAYOUTS = ("bhsd", "bshd", "fused")
+FORWARD_BAR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}  # targets.md, 5
+
+
+def make_qkv(
+    tokens: int,
+    layout: str = "bshd",
+    dtype: torch.dtype = torch.float64,
+    *,
+    batch: int = 2,
+    heads: int = 3,
+    head_dim: int = 16,
+    scale: float = 1.0,
+    seed: int = 0,
+    grad: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """query, key, value (B, H, S, D) in one of three memory layouts; query and key are multiplied by `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+    fused = torch.randn(batch, tokens, 3, heads, head_dim, generator=generator, dtype=torch.float64)
+    fused[:, :, :2] *= scale
+    fused = fused.to(dtype)
+    query, key, value = (fused[:, :, i].transpose(1, 2) for i in range(3))
+    if layout == "bshd":
+        query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value))
+    elif layout == "bhsd":
+        query, key, value = (x.contiguous() for x in (query, key, value))
+    if grad:
+        query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
+    return query, key, value
+
+
+def make_order(tokens: int, seed: int = 1) -> torch.Tensor:
+    """A random permutation as an order tensor."""
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed)).int()
+
+
+def make_selection(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    order: torch.Tensor | None,
+    query_block: int,
+    key_block: int,
+    density_permille: int = 400,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """lut and count of the reference's selection on these inputs."""
+    query, key = query.detach().double(), key.detach().double()
+    return routing.select_blocks(
+        routing.pool_blocks(query, order, query_block),
+        routing.pool_blocks(key, order, key_block),
+        query_block,
+        key_block,
+        density_permille,
+    )
+
+
+def relative_l2(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """|actual - expected| / |expected| in fp64."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())
+
+
+def cosine(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Cosine of the angle between two tensors in fp64."""
+    actual, expected = actual.detach().double().flatten(), expected.detach().double().flatten()
+    return float(actual @ expected / (actual.norm() * expected.norm()))
