@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from ..tag import DENSE, SITES, TAGS
+from .provenance import module_path
 
 
 def erase_tags(graph: fx.Graph, used: set[fx.Node]) -> list[str]:
@@ -43,6 +44,4 @@ def _gate_bias(tag: fx.Node) -> object:
 
 
 def _describe(node: fx.Node, what: str) -> str:
-    stack = node.meta.get("nn_module_stack")
-    path = str(list(stack.values())[-1][0]) if stack else "the compiled module"
-    return f"{path}: {what}"
+    return f"{module_path(node) or 'the compiled module'}: {what}"

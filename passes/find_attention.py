@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..attention_call import ATTENTION_FUNCTIONS, AttentionArguments, default_scale, dense_reason
 from ..config import BackendOptions
 from ..tag import DENSE, TAGS
-from .provenance import example_value, find_tag, projection_inputs
+from .provenance import example_value, find_tag, module_path, projection_inputs
 
 CONVERTED, TRAINING_FREE, LEFT_DENSE = "salad", "block-sparse", "dense"
 
@@ -42,9 +42,8 @@ class AttentionCall:
 
     @property
     def module(self) -> str:
-        """For messages only: the path is relative to the frame, and the compile root has none."""
-        stack = self.node.meta.get("nn_module_stack")
-        return str(list(stack.values())[-1][0]) if stack else ""
+        """Where the call is, for messages."""
+        return module_path(self.node)
 
     @property
     def shape(self) -> str:

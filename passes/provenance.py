@@ -7,6 +7,7 @@ too. Shapes and scalars are not: following sizes made one attention call resolve
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +26,17 @@ _NO_DATA = (int, float, bool, torch.Size, torch.SymInt, torch.SymFloat, torch.Sy
 def example_value(node: fx.Node) -> object:
     """The fake tensor or number that Dynamo (example_value) or export (val) recorded for a node."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def module_path(node: fx.Node) -> str:
+    """Where a node came from, for messages only: the path is relative to the frame, and the compile root has none."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"\.?__dict__\['_modules'\]|\._modules", "", path)
+    path = re.sub(r"\['?(\w+)'?\]", r".\1", path)
+    return re.sub(r"^L\.(self|fn|mod)\.?", "", path)
 
 
 def data_parents(node: fx.Node) -> list[fx.Node]:

@@ -17,10 +17,11 @@ from .errors import ConfigError
 from .logs import logger
 from .passes.driver import GraphReport, run_passes
 
-# Inductor's C++ code for the tail of a vectorised loop computes wrong gradients on some shapes, without an error (seen in
-# torch 2.13 with AVX-512: 154 tokens, relative error 0.3; right with this switch, and right with one lane). Only CPU code
-# is concerned. docs/architecture.md, "Measured"; tests/models/test_tier1.py holds compiled against eager gradients.
-_DEFAULT_PATCHES: dict[str, Any] = {"cpp.enable_loop_tail_vec": False}
+# Inductor's horizontally fused C++ loops compute wrong gradients of some of our graphs, without an error: seen in torch
+# 2.13 on a CPU with AVX-512, gradients off by 0.5 % to 120 % where a reduction over the channels feeds the gate; right
+# with this switch, right with one lane. docs/architecture.md tells more; tests/models/test_tier1.py holds compiled
+# against eager gradients. Only CPU code is concerned; options={"inductor": {...}} overrules it.
+_DEFAULT_PATCHES: dict[str, Any] = {"cpp.max_horizontal_fusion_size": 1}
 
 _recorders: list[list[GraphReport]] = []
 _announced: set[str] = set()

@@ -206,12 +206,14 @@ class SaladBranch(nn.Module):
         roles = self.roles[group]
         if not any(role in self.lora_roles for role in roles):
             return out
+        if len(roles) == 1:
+            return out + self._low_rank(roles[0], x).to(out.dtype)
         shares = out.chunk(len(roles), dim=-1)
         updated = [
             share + self._low_rank(role, x).to(out.dtype) if role in self.lora_roles else share
             for role, share in zip(roles, shares, strict=True)
         ]
-        return updated[0] if len(updated) == 1 else torch.cat(updated, dim=-1)
+        return torch.cat(updated, dim=-1)
 
     def _low_rank(self, role: str, x: Tensor) -> Tensor:
         down, up = (getattr(self, f"lora_{role}_{part}") for part in ("down", "up"))

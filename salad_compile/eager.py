@@ -18,10 +18,12 @@ from .attention import salad_attention
 from .attention_call import ATTENTION_FUNCTIONS, AttentionArguments, default_scale
 from .config import AttentionSpec
 from .errors import SiteLostError
-from .kernels.measure import measure_executions
+from .kernels.measure import Execution, measure_executions
 
 if TYPE_CHECKING:
     from .branch import SaladBranch
+
+_NOT_MEASURED: contextlib.AbstractContextManager[list[Execution]] = contextlib.nullcontext([])
 
 
 class SaladMode(TorchFunctionMode):
@@ -56,20 +58,12 @@ class SaladMode(TorchFunctionMode):
         gate_input, branch.armed = branch.armed, None
         assert gate_input is not None
         self.replaced += 1
-        # once: counting waits for the device
-        measuring = measure_executions() if branch.measured_sparsity is None else contextlib.nullcontext([])
-        with measuring as executions:
-            out = salad_attention(
-                call.query,
-                call.key,
-                call.value,
-                gate_input,
-                branch.tensors(),
-                None,
-                AttentionSpec.decode(branch.spec),
-                scale=default_scale(call.query.shape[-1]) if call.scale is None else call.scale,
-                dtype=_result_dtype(call.query),
-            )
+        arguments = (call.query, call.key, call.value, gate_input, branch.tensors(), None)
+        scale = default_scale(call.query.shape[-1]) if call.scale is None else call.scale
+        spec, dtype = AttentionSpec.decode(branch.spec), _result_dtype(call.query)
+        # measured once: counting waits for the device
+        with measure_executions() if branch.measured_sparsity is None else _NOT_MEASURED as executions:
+            out = salad_attention(*arguments, spec, scale=scale, dtype=dtype)
         if executions:  # none on the meta device
             branch.measured_sparsity = executions[0].sparsity
         return out

@@ -57,8 +57,8 @@ def _projections(
         linear = model.get_submodule(name)
         if type(linear) is not nn.Linear or linear.weight.dtype.itemsize < 2 or not linear.weight.is_floating_point():
             raise MergeError(
-                f"{name!r} is a {type(linear).__name__}: only plain floating-point Linears can be merged. Dequantise, or "
-                "unload the other adapter, first."
+                f"{name!r} is a {type(linear).__name__}: only plain floating-point Linears can be merged. Dequantise, "
+                "or unload the other adapter, first."
             )
         yield branch, name, linear, roles
 

@@ -73,7 +73,8 @@ def run(
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """||value - reference|| / ||reference||."""
     assert value.shape == reference.shape
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
+    value, reference = value.detach().double(), reference.detach().double()
+    return float((value - reference).norm() / reference.norm())
 
 
 def assert_same(actual: Result, expected: Result, *, bound: float = 1e-5, gradient_bound: float = 1e-4) -> None:

@@ -21,6 +21,7 @@ def check_types(
     scale: float,
 ) -> None:
     """What can be checked without reading a size; the fakes call it as well."""
+    checks.check_same_device(query=query, key=key, value=value, lut=lut, count=count, order=order)
     checks.check_float_4d(query=query, key=key, value=value)
     for name, tensor, rank, shape in (("lut", lut, 4, "(B, H, Mq, K)"), ("count", count, 3, "(B, H, Mq)")):
         require(tensor.dtype == torch.int32, f"{name} must be int32, got {tensor.dtype}")
@@ -44,7 +45,6 @@ def check_arguments(
 ) -> None:
     """Every check. The contents of lut, count and order are read on the CPU only: elsewhere that would sync."""
     check_types(query, key, value, lut, count, order, query_block, key_block, scale)
-    checks.check_same_device(query=query, key=key, value=value, lut=lut, count=count, order=order)
     batch, heads, tokens, head_dim = query.shape
     require(tokens > 0 and head_dim > 0, f"query {tuple(query.shape)} needs at least one token and one channel")
     require(key.shape == query.shape, f"key {tuple(key.shape)} must have the shape of query {tuple(query.shape)}")

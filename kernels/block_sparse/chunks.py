@@ -1,4 +1,4 @@
-"""How block-sparse attention is cut into pieces that stay in cache: heads in groups, query blocks in chunks, scratch."""
+"""How block-sparse attention is cut to stay in cache: heads in groups, query blocks in chunks, one set of buffers."""
 
 import math
 from collections.abc import Iterator

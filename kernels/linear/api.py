@@ -12,6 +12,7 @@ from .feature_maps import feature_map_named
 
 def check_state_types(key: torch.Tensor, value: torch.Tensor, feature_map: str) -> None:
     """What can be checked without reading a size; the fakes call it as well."""
+    checks.check_same_device(key=key, value=value)
     checks.check_float_4d(key=key, value=value)
     feature_map_named(feature_map)
 
@@ -19,7 +20,6 @@ def check_state_types(key: torch.Tensor, value: torch.Tensor, feature_map: str) 
 def check_state(key: torch.Tensor, value: torch.Tensor, feature_map: str) -> None:
     """Every check of `linear_state`."""
     check_state_types(key, value, feature_map)
-    checks.check_same_device(key=key, value=value)
     require(
         key.shape[:3] == value.shape[:3],
         f"key {tuple(key.shape)} and value {tuple(value.shape)} must agree in batch, heads and tokens",
@@ -30,6 +30,7 @@ def check_output_types(
     query: torch.Tensor, state: torch.Tensor, key_sum: torch.Tensor, feature_map: str, eps: float
 ) -> None:
     """What can be checked without reading a size; the fakes call it as well."""
+    checks.check_same_device(query=query, state=state, key_sum=key_sum)
     checks.check_float_4d(query=query)
     require(state.dim() == 4, f"state must have 4 dimensions (B, H, D, Dv), got {state.dim()}")
     require(key_sum.dim() == 3, f"key_sum must have 3 dimensions (B, H, D), got {key_sum.dim()}")
@@ -46,7 +47,6 @@ def check_output_types(
 def check_output(query: torch.Tensor, state: torch.Tensor, key_sum: torch.Tensor, feature_map: str, eps: float) -> None:
     """Every check of `linear_output`."""
     check_output_types(query, state, key_sum, feature_map, eps)
-    checks.check_same_device(query=query, state=state, key_sum=key_sum)
     batch, heads, _, head_dim = query.shape
     require(
         state.shape[:3] == key_sum.shape == (batch, heads, head_dim),

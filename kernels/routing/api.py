@@ -12,6 +12,7 @@ from .density import check_density, kept_blocks
 
 def check_pool_types(x: torch.Tensor, order: torch.Tensor | None, block: int) -> None:
     """What can be checked without reading a size; the fake calls it as well."""
+    checks.check_same_device(x=x, order=order)
     checks.check_float_4d(x=x)
     checks.check_block("block", block)
     checks.check_order_type(order)
@@ -21,7 +22,6 @@ def check_pool(x: torch.Tensor, order: torch.Tensor | None, block: int) -> None:
     """Every check of `pool_blocks`."""
     check_pool_types(x, order, block)
     require(x.shape[2] > 0, "x has no tokens: S must be at least 1")
-    checks.check_same_device(x=x, order=order)
     checks.check_order(order, x.shape[2])
 
 
@@ -57,6 +57,7 @@ def check_select_types(
     pooled_query: torch.Tensor, pooled_key: torch.Tensor, query_block: int, key_block: int, density_permille: int
 ) -> None:
     """What can be checked without reading a size; the fake calls it as well."""
+    checks.check_same_device(pooled_query=pooled_query, pooled_key=pooled_key)
     checks.check_float_4d(pooled_query=pooled_query, pooled_key=pooled_key)
     require(
         pooled_query.dtype in (torch.float32, torch.float64),
@@ -70,7 +71,6 @@ def check_select(
 ) -> None:
     """Every check of `select_blocks`."""
     check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille)
-    checks.check_same_device(pooled_query=pooled_query, pooled_key=pooled_key)
     (batch, heads, query_blocks, head_dim), (key_batch, key_heads, key_blocks, key_dim) = (
         pooled_query.shape,
         pooled_key.shape,

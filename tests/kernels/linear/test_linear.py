@@ -3,7 +3,7 @@
 import pytest
 import torch
 from salad_compile.kernels import KernelArgumentError, linear_output, linear_state
-from salad_compile.kernels.linear import reference
+from salad_compile.kernels.linear import cpu, reference
 
 from ..helpers import FORWARD_BAR, LAYOUTS, LENGTHS, cosine, make_qkv, relative_l2
 
@@ -24,9 +24,7 @@ def test_equals_the_quadratic_sum(tokens: int, layout: str, feature_map: str) ->
     expected = reference.quadratic_attention(*qkv, feature_map, EPS)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(out)
-    for ours, theirs in zip(
-        torch.autograd.grad(out, qkv, grad), torch.autograd.grad(expected, qkv, grad), strict=True
-    ):
+    for ours, theirs in zip(torch.autograd.grad(out, qkv, grad), torch.autograd.grad(expected, qkv, grad), strict=True):
         # a single token that barely fires divides by a tiny sum, so gradients reach 1e3 and more
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
@@ -46,9 +44,9 @@ def test_each_operator_equals_its_reference(feature_map: str) -> None:
 
 @pytest.mark.parametrize("feature_map", MAPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_narrow_dtypes_within_the_bars(dtype: torch.dtype, feature_map: str) -> None:
-    # more tokens than one chunk of the engine holds
-    qkv = make_qkv(3000, dtype=dtype, head_dim=64, grad=True)
+def test_narrow_dtypes_within_the_bars(dtype: torch.dtype, feature_map: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_CHUNK_ELEMENTS", 1 << 14)  # several chunks, and a short one at the end
+    qkv = make_qkv(600, dtype=dtype, head_dim=64, grad=True)
     wide = [x.detach().double().requires_grad_() for x in qkv]
     out, expected = linear_attention(*qkv, feature_map), reference.quadratic_attention(*wide, feature_map, EPS)
     assert relative_l2(out, expected) <= FORWARD_BAR[dtype]

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from salad_compile.kernels import KernelArgumentError, kept_blocks
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 @pytest.mark.parametrize(
@@ -38,14 +40,10 @@ def test_rejects(arguments: tuple[int, int, int]) -> None:
 
 
 def test_symbolic_sizes_add_no_guard() -> None:
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-    env = ShapeEnv()
-    with torch._subclasses.FakeTensorMode(shape_env=env) as mode:
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        symbolic = mode.from_tensor(torch.empty(512), symbolic_context=context).shape[0]
-        before = len(env.guards)
-        kept = kept_blocks(symbolic, 128, 64, 100)
-        assert isinstance(kept, torch.SymInt)
-        assert len(env.guards) == before
-        assert kept.node.hint == 51
+    env, tensor = ShapeEnv(), torch.empty(512, 2)
+    symbolic = FakeTensorMode(shape_env=env, static_shapes=False).from_tensor(tensor).shape[0]
+    before = len(env.guards)
+    kept = kept_blocks(symbolic, 128, 64, 100)
+    assert isinstance(kept, torch.SymInt)
+    assert len(env.guards) == before
+    assert kept.node.hint == 51

@@ -70,7 +70,7 @@ def test_invariant_under_a_shift_of_all_keys() -> None:
     assert torch.equal(lut, shifted)
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e38])
 def test_forced_blocks_survive_bad_scores(poison: float) -> None:
     query, key = pooled(64 * 12, 64, 64)
     query, key = query.float(), key.float()

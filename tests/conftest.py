@@ -1,0 +1,74 @@
+"""`--support-table`: write docs/models.md and the block of README.md from the outcomes of tests/models."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+
+from tools.support_table import IncompleteError, Model, cell_of, write
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--support-table",
+        action="store_true",
+        help="write docs/models.md and the table in README.md from the outcomes of tests/models",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # under pytest-xdist the controller sees the reports of all workers
+    if config.getoption("--support-table") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_SupportTable())
+
+
+class _SupportTable:
+    """Collects outcomes, and writes the tables when the session ends."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[tuple[str, str], str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        cell = cell_of(report.nodeid)
+        if cell is not None and (report.when == "call" or not report.passed):
+            self.outcomes[cell] = _outcome(report)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        terminal = session.config.pluginmanager.getplugin("terminalreporter")
+        try:
+            write(_models(), self.outcomes, _versions())
+            terminal.write_line("\nwrote docs/models.md and the table in README.md")
+        except IncompleteError as error:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            terminal.write_line(f"\nthe support table was not written: {error}")
+
+
+def _outcome(report: pytest.TestReport) -> str:
+    """`yes`, `no (reason)` for a skip or an expected failure, `no` for a failure."""
+    if report.passed:
+        return "yes"
+    if not report.skipped:
+        return "no"
+    reason = getattr(report, "wasxfail", "") or (
+        report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    )
+    return f"no ({reason.removeprefix('reason: ').removeprefix('Skipped: ')})"
+
+
+def _models() -> list[Model]:
+    from .models.zoo import CASES
+
+    models = []
+    for case in CASES.values():
+        cls = type(case.build())
+        home = cls.__module__.partition(".")[0]
+        models.append(Model(case.name, f"`{cls.__name__}` ({home})", case.sites, case.note))
+    return models
+
+
+def _versions() -> str:
+    import diffusers
+    import torch
+
+    return f"Python {platform.python_version()}, torch {torch.__version__} and diffusers {diffusers.__version__}"

@@ -1,0 +1,43 @@
+"""No tensor of the engine grows with S x S."""
+
+from typing import Any
+
+import pytest
+import torch
+from salad_compile.kernels.block_sparse import cpu
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any result inside it really stores (an expanded view stores few)."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return result
+
+
+@pytest.mark.parametrize("tokens", [2048, 16384])
+@pytest.mark.parametrize("permille", [50, 1000])
+def test_largest_tensor_is_linear_in_tokens(tokens: int, permille: int) -> None:
+    if tokens == 16384 and permille == 1000:
+        tokens = 8192  # 16 times the work for the same statement
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad = torch.randn(4, 1, 1, tokens, 8, generator=generator).unbind(0)
+    key_blocks = tokens // 64
+    kept = max(1, key_blocks * permille // 1000)
+    lut = torch.arange(kept, dtype=torch.int32).expand(1, 1, key_blocks, kept)
+    selection = lut, torch.full((1, 1, key_blocks), kept, dtype=torch.int32)
+    with LargestTensor() as largest:
+        out, lse = cpu.forward(query, key, value, *selection, None, 64, 64, 0.35)
+        cpu.backward(grad, query, key, value, out, lse, *selection, None, 64, 64, 0.35)
+    assert largest.elements >= tokens * 8
+    # one chunk, or one query block against all keys where that is more than a chunk
+    assert largest.elements <= max(5 << 18, 64 * tokens)
+    if tokens > 2048:
+        assert largest.elements < tokens * tokens // 16

@@ -1,0 +1,127 @@
+"""The order of passes, and the law that nothing is silently dense."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+
+import salad_compile
+from salad_compile.backend import record_graphs
+from salad_compile.errors import ConfigError, SaladError, SiteLostError
+
+from .. import toys
+from ..support import randomise_branches, relative_error
+
+CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
+
+
+def converted(*layers: nn.Module) -> toys.Stack:
+    model = toys.Stack(*(layers or (toys.SelfAttention(), toys.SelfAttention())))
+    salad_compile.convert(model, CONFIG, example_inputs=(toys.tokens(),))
+    randomise_branches(model)
+    return model
+
+
+def compile_error(model: nn.Module, **options: Any) -> SaladError:
+    torch._dynamo.reset()
+    with pytest.raises(BackendCompilerFailed) as caught:
+        torch.compile(model, backend="salad", options={"lowering": "eager", **options})(toys.tokens())
+    assert isinstance(caught.value.inner_exception, SaladError)
+    return caught.value.inner_exception
+
+
+def test_a_vanished_attention_call_is_an_error_compiled_and_not() -> None:
+    model = converted()
+    model.layers[1].attend = lambda q, k, v: (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1) @ v
+    with pytest.raises(SiteLostError, match=r"'layers\.1' ran without SALAD"):
+        model(toys.tokens())
+    error = compile_error(model)
+    assert isinstance(error, SiteLostError)
+    assert "1 of 2 converted sites" in str(error)
+    assert "layers.1" in str(error)
+    assert "optimize_ddp" in str(error)
+
+
+def test_a_vanished_projection_is_an_error_compiled_and_not() -> None:
+    model = converted()
+    model.layers[0].q = nn.Linear(toys.WIDTH, toys.WIDTH)
+    with pytest.raises(SiteLostError, match=r"'layers\.0' ran without SALAD"):
+        model(toys.tokens())
+    error = compile_error(model)
+    assert isinstance(error, SiteLostError)
+    assert "its query projection did not run" in str(error)
+
+
+def test_not_strict_warns_and_runs(caplog: pytest.LogCaptureFixture) -> None:
+    model = converted()
+    model.layers[0].q = nn.Linear(toys.WIDTH, toys.WIDTH)
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, "salad_compile"):
+        out = torch.compile(model, backend="salad", options={"lowering": "eager", "strict": False})(toys.tokens())
+    assert "1 of 2 converted sites" in caplog.text
+    assert out.isfinite().all()
+
+
+def test_a_graph_break_between_projection_and_attention_is_an_error() -> None:
+    def broken(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return toys.positional(q, k, v)
+
+    error = compile_error(converted(toys.SelfAttention(broken)))
+    assert isinstance(error, SiteLostError)
+
+
+def test_self_attention_that_the_conversion_left_dense_stays_dense() -> None:
+    class Both(nn.Module):
+        """Video tokens and a shorter second stream, each with its own self-attention."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.video, self.other = toys.SelfAttention(), toys.SelfAttention()
+
+        def forward(self, x: Tensor, audio: Tensor) -> Tensor:
+            return self.video(x) + self.other(audio).mean(1, keepdim=True)
+
+    inputs = {"x": toys.tokens(90), "audio": toys.tokens(70)}
+    model = salad_compile.convert(Both(), CONFIG, example_inputs=inputs)
+    assert [name for name, _ in model.named_modules() if name.endswith("salad")] == ["video.salad"]
+    with record_graphs() as graphs:
+        options = {"lowering": "eager", "min_tokens": 1}
+        compiled = torch.compile(model, backend="salad", options=options)(**inputs)
+        # the second stream in a graph of its own: nothing there says that the model was converted, but for the tag
+        torch.compile(model.other, backend="salad", options=options)(inputs["audio"])
+    assert relative_error(compiled, model(**inputs)) < 1e-6
+    assert [(call.status, call.reason) for graph in graphs for call in graph.calls] == [
+        ("salad", ""),
+        ("dense", "the conversion left it dense"),
+        ("dense", "the conversion left it dense"),
+    ]
+
+
+def test_options_that_contradict_the_conversion_are_an_error() -> None:
+    error = compile_error(converted(), sparsity=0.9)
+    assert isinstance(error, ConfigError)
+    assert "sparsity=0.9" in str(error)
+    torch._dynamo.reset()
+    model = converted()
+    same = torch.compile(model, backend="salad", options={"lowering": "eager", "sparsity": 0.6, "key_block": 16})
+    assert relative_error(same(toys.tokens()), model(toys.tokens())) < 1e-6
+
+
+def test_graphs_are_logged_before_and_after(caplog: pytest.LogCaptureFixture) -> None:
+    model = converted(toys.SelfAttention())
+    torch._dynamo.reset()
+    with caplog.at_level(logging.DEBUG, "salad_compile"):
+        torch.compile(model, backend="salad", options={"lowering": "eager"})(toys.tokens())
+    before, after = (next(r.message for r in caplog.records if r.message.startswith(w)) for w in ("before", "after"))
+    assert "scaled_dot_product_attention" in before
+    assert "salad.tag" in before
+    assert "salad.block_sparse_attention" in after
+    assert "salad.tag" not in after
+    assert "1 attention calls, 1 salad, 0 block-sparse, 0 dense, 0 lost" in caplog.text

@@ -1,0 +1,71 @@
+"""The checked-in support tables list exactly the zoo's cases and checks: no capability without a test."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+from tools import support_table
+from tools.support_table import COLUMNS, COMMAND, TABLE, cell_of, read_readme_block, read_rows
+
+from .models import test_tier1
+from .models.zoo import CASES
+
+HEADINGS = [heading for heading, _ in COLUMNS.values()]
+STALE = f"run: {COMMAND}"
+
+
+def test_every_test_of_a_case_has_a_column() -> None:
+    functions = inspect.getmembers(test_tier1, inspect.isfunction)
+    tests = {n for n, f in functions if n.startswith("test_") and "case" in inspect.signature(f).parameters}
+    assert tests == set(COLUMNS)
+
+
+def test_full_table_is_current() -> None:
+    rows = read_rows(TABLE.read_text())
+    assert [row["model"] for row in rows] == list(CASES), STALE
+    for row in rows:
+        assert list(row) == ["model", "class", *HEADINGS, "converted sites", "note"], STALE
+        case = CASES[row["model"]]
+        assert row["converted sites"] == _sites(row["model"]), STALE
+        assert row["note"] == (case.note or "-"), STALE
+        for heading in HEADINGS:
+            assert re.fullmatch(r"yes|no \(.+\)", row[heading]), f"{row['model']}, {heading}: a no without a reason"
+
+
+def test_readme_block_agrees_with_the_full_table() -> None:
+    block = read_readme_block()
+    full = {row["model"]: row for row in read_rows(TABLE.read_text())}
+    rows = read_rows(block)
+    assert [row["model"] for row in rows] == list(CASES), STALE
+    for row in rows:
+        passed = sum(full[row["model"]][heading] == "yes" for heading in HEADINGS)
+        assert row["checks passed"] == f"{passed} of {len(COLUMNS)}", STALE
+        assert row["converted sites"] == _sites(row["model"]), STALE
+    assert f"Checks: {', '.join(HEADINGS)}." in block, STALE
+
+
+def _sites(name: str) -> str:
+    return support_table.shown_sites(CASES[name].sites)
+
+
+@pytest.mark.parametrize(
+    ("node_id", "cell"),
+    [
+        ("tests/models/test_tier1.py::test_eager_equals_compiled[Wan]", ("Wan", "test_eager_equals_compiled")),
+        ("tests/models/test_tier1.py::test_eager_equals_whole_model_through_inductor[Wan]", None),
+        ("tests/kernels/test_operators.py::test_opcheck[pool]", None),
+    ],
+)
+def test_cell_of(node_id: str, cell: tuple[str, str] | None) -> None:
+    assert cell_of(node_id) == cell
+
+
+def test_an_incomplete_run_writes_nothing() -> None:
+    before = TABLE.read_text(), support_table.README.read_text()
+    model = support_table.Model("Wan", "`Wan`", ("blocks.0.attn1",), "")
+    with pytest.raises(support_table.IncompleteError, match=f"{len(COLUMNS)} of {len(COLUMNS)} outcomes are missing"):
+        support_table.write([model], {}, "")
+    assert (TABLE.read_text(), support_table.README.read_text()) == before

@@ -1,0 +1,155 @@
+"""The support table: what the tests of tests/models/test_tier1.py found, as docs/models.md and as a block of README.md.
+
+`tests/conftest.py` collects the outcomes when pytest is run with `--support-table`, and calls :func:`write`.
+`tests/test_support_table.py` holds the checked-in tables against the zoo and against `COLUMNS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README, TABLE = ROOT / "README.md", ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
+TESTS = "tests/models/test_tier1.py"
+COMMAND = 'make test PYTEST_ARGS="tests/models --support-table"'
+
+# Test function -> (column heading, what a "yes" means). Every test there that takes a `case` has a column.
+COLUMNS = {
+    "test_discovery_finds_exactly_the_video_self_attention": (
+        "sites",
+        "`plan` finds exactly the video self-attention and its four projections, and nothing else is eligible",
+    ),
+    "test_sparsity_zero_equals_dense": ("s = 0", "converted at sparsity 0, the model computes what the dense one does"),
+    "test_zero_projection_equals_pure_sparse": (
+        "proj = 0",
+        "freshly converted, it computes what training-free block-sparse compilation of the base model does",
+    ),
+    "test_eager_equals_compiled": (
+        "compiled",
+        "the whole model in one graph (AOTAutograd, without Inductor): output and all gradients as uncompiled",
+    ),
+    "test_eager_equals_compiled_per_block_through_inductor": (
+        "per block",
+        "each block compiled by Inductor: output and gradients as uncompiled, every block with its own parameters",
+    ),
+    "test_gradient_checkpointing": (
+        "checkpointing",
+        "the blocks under non-reentrant activation checkpointing, uncompiled and compiled",
+    ),
+    "test_second_resolution_costs_at_most_one_compile": (
+        "resolutions",
+        "two video sizes through one compiled model: right results, and at most one more compilation",
+    ),
+}
+
+_HEADINGS = [heading for heading, _ in COLUMNS.values()]
+_NODE = re.compile(rf"{re.escape(TESTS)}::(\w+)\[([^\]]+)\]")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the table says about a case of the zoo, outcomes apart."""
+
+    name: str
+    class_name: str
+    sites: tuple[str, ...]
+    note: str
+
+
+class IncompleteError(Exception):
+    """Outcomes are missing: not all tests of all cases were run."""
+
+
+def cell_of(node_id: str) -> tuple[str, str] | None:
+    """(case, test) of a test's node id, or None where it has no cell in the table."""
+    match = _NODE.search(node_id)
+    if match is None or match[1] not in COLUMNS:
+        return None
+    return match[2], match[1]
+
+
+def write(models: Iterable[Model], outcomes: Mapping[tuple[str, str], str], versions: str) -> None:
+    """Write docs/models.md and the block of README.md.
+
+    Args:
+        models: the zoo, in order.
+        outcomes: (case, test) -> "yes", "no" or "no (reason)".
+        versions: what the tests ran on.
+
+    Raises:
+        IncompleteError: an outcome is missing; nothing is written.
+    """
+    models = list(models)
+    missing = [f"{test}[{m.name}]" for m in models for test in COLUMNS if (m.name, test) not in outcomes]
+    if missing:
+        raise IncompleteError(f"{len(missing)} of {len(models) * len(COLUMNS)} outcomes are missing: {missing[0]}, ...")
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{_short(models, outcomes)}\n{END}{after}")
+    TABLE.write_text(_full(models, outcomes, versions))
+
+
+def _short(models: list[Model], outcomes: Mapping[tuple[str, str], str]) -> str:
+    rows = []
+    for model in models:
+        passed = sum(outcomes[model.name, test] == "yes" for test in COLUMNS)
+        rows.append((model.name, shown_sites(model.sites), f"{passed} of {len(COLUMNS)}"))
+    return _table(("model", "converted sites", "checks passed"), rows) + f"\n\nChecks: {', '.join(_HEADINGS)}."
+
+
+def _full(models: list[Model], outcomes: Mapping[tuple[str, str], str], versions: str) -> str:
+    rows = [
+        (m.name, m.class_name, *(outcomes[m.name, test] for test in COLUMNS), shown_sites(m.sites), m.note or "-")
+        for m in models
+    ]
+    meanings = "\n".join(f"- **{heading}** (`{test}`): {text}." for test, (heading, text) in COLUMNS.items())
+    return f"""# Models that the tests hold SALAD against
+
+<!-- Generated, do not edit: {COMMAND} -->
+
+Written from the outcomes of `{TESTS}` on {versions}.
+Each model is built tiny, with random weights, in fp32 on the CPU: the table shows that the mechanics are right on this
+architecture. It says nothing about speed, about trained weights or about the quality of videos. What the table does not
+list may work or not; `salad_compile.plan(model)` tells which sites it finds, and an error tells when one is lost.
+
+{_table(("model", "class", *_HEADINGS, "converted sites", "note"), rows)}
+
+A "yes" means that the test passed:
+
+{meanings}
+
+To write this file and the block in README.md again: `{COMMAND}`.
+"""
+
+
+def shown_sites(sites: Iterable[str]) -> str:
+    """`blocks.*.attn1`: sites that differ in a number only are one."""
+    return ", ".join(dict.fromkeys(f"`{re.sub(r'(?<=[.])[0-9]+(?=[.]|$)', '*', site)}`" for site in sites))
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+# --- reading, for the test -------------------------------------------------------------------------------------------
+
+
+def read_rows(text: str) -> list[dict[str, str]]:
+    """The rows of the one table in a text, as heading -> cell."""
+    lines = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")
+    ]
+    head, _, *rows = lines
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def read_readme_block() -> str:
+    """What stands between the markers of README.md."""
+    _, _, rest = README.read_text().partition(BEGIN)
+    block, _, _ = rest.partition(END)
+    return block
