@@ -29,7 +29,6 @@ from .branch import BRANCH_NAME, SaladBranch, SiteRecord
 from .errors import InputsError, ProbeError
 from .inputs import normalise_inputs, synthesise_inputs
 from .logs import logger
-from .model_tree import common_module
 
 # How far an output projection may lie behind its attention call, in autograd nodes. Wan has three between them.
 _OUT_WALK = 64
@@ -278,8 +277,7 @@ def _inputs(
 
 def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Probe:
     probe = Probe()
-    bound = _named_inputs(model, args, kwargs)
-    probe.input_tokens = _input_tokens(bound)
+    probe.input_tokens = _input_tokens(_named_inputs(model, args, kwargs))
     with (
         _untouched(model),
         _hooked(model, probe),
@@ -288,8 +286,15 @@ def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         torch.enable_grad(),
         probe,
     ):
-        model(*args, **kwargs)
+        model(*(_with_history(value) for value in args), **{k: _with_history(v) for k, v in kwargs.items()})
     return probe
+
+
+def _with_history(value: Any) -> Any:
+    """Features that already have an autograd node, so that views and casts of them can be told to be the same."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
+        return value.detach().requires_grad_().clone()  # no leaf: models write into their inputs
+    return value
 
 
 def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -389,13 +394,11 @@ def _site_of(call: _Call, probe: Probe, min_tokens: int) -> AttentionSite:
 
 
 def _owner_of(call: _Call, projections: list[str]) -> str:
-    """The innermost running module that contains the call and all its projections."""
-    running = [name for name, _ in call.stack]
-    parents = [name.rpartition(".")[0] for name in projections]
-    shared = common_module([running[-1], *parents]) if running else ""
-    while shared not in running and shared:
-        shared = shared.rpartition(".")[0]  # a container such as ModuleList has no forward
-    return shared
+    """The innermost running module that contains all projections; helper modules may be shared between owners."""
+    for name, _ in reversed(call.stack):
+        if all(not name or projection.startswith(f"{name}.") for projection in projections):
+            return name
+    return ""
 
 
 def _call_index(call: _Call, owner: str, calls: list[_Call]) -> int:

@@ -1,8 +1,7 @@
-"""Names of modules: pipelines, wrappers, prefixes, common ancestors."""
+"""Names of modules: pipelines, wrappers, and the prefixes that wrappers put into names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch.nn as nn
@@ -14,17 +13,6 @@ PIPELINE_COMPONENTS = ("transformer", "transformer_2")
 
 # What torch.compile, DDP, FSDP1 and the activation checkpoint wrapper put into parameter names.
 WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
-
-
-def common_module(names: Sequence[str]) -> str:
-    """The longest dotted prefix of all names: common_module(["a.b.c", "a.b"]) == "a.b"."""
-    parts = [name.split(".") if name else [] for name in names]
-    shared = []
-    for column in zip(*parts, strict=False):
-        if len(set(column)) > 1:
-            break
-        shared.append(column[0])
-    return ".".join(shared)
 
 
 def components(model: Any) -> dict[str, nn.Module]:

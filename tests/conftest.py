@@ -6,7 +6,7 @@ import platform
 
 import pytest
 
-from tools.support_table import IncompleteError, Model, cell_of, write
+from tools.support_table import Model, UnusableError, cell_of, write
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,7 +39,7 @@ class _SupportTable:
         try:
             write(_models(), self.outcomes, _versions())
             terminal.write_line("\nwrote docs/models.md and the table in README.md")
-        except IncompleteError as error:
+        except UnusableError as error:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
             terminal.write_line(f"\nthe support table was not written: {error}")
 

@@ -63,9 +63,11 @@ def test_cell_of(node_id: str, cell: tuple[str, str] | None) -> None:
     assert cell_of(node_id) == cell
 
 
-def test_an_incomplete_run_writes_nothing() -> None:
+@pytest.mark.parametrize(("ran", "message"), [(False, "were not run"), (True, "failed")])
+def test_an_incomplete_or_failed_run_writes_nothing(ran: bool, message: str) -> None:
     before = TABLE.read_text(), support_table.README.read_text()
     model = support_table.Model("Wan", "`Wan`", ("blocks.0.attn1",), "")
-    with pytest.raises(support_table.IncompleteError, match=f"{len(COLUMNS)} of {len(COLUMNS)} outcomes are missing"):
-        support_table.write([model], {}, "")
+    outcomes = {("Wan", test): "no" for test in COLUMNS} if ran else {}
+    with pytest.raises(support_table.UnusableError, match=f"{len(COLUMNS)} of {len(COLUMNS)} tests {message}"):
+        support_table.write([model], outcomes, "")
     assert (TABLE.read_text(), support_table.README.read_text()) == before

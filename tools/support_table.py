@@ -60,8 +60,8 @@ class Model:
     note: str
 
 
-class IncompleteError(Exception):
-    """Outcomes are missing: not all tests of all cases were run."""
+class UnusableError(Exception):
+    """The outcomes make no table: not all tests of all cases were run, or some failed without a given reason."""
 
 
 def cell_of(node_id: str) -> tuple[str, str] | None:
@@ -77,16 +77,21 @@ def write(models: Iterable[Model], outcomes: Mapping[tuple[str, str], str], vers
 
     Args:
         models: the zoo, in order.
-        outcomes: (case, test) -> "yes", "no" or "no (reason)".
+        outcomes: (case, test) -> "yes", "no (reason)", or "no" for a failure.
         versions: what the tests ran on.
 
     Raises:
-        IncompleteError: an outcome is missing; nothing is written.
+        UnusableError: an outcome is missing, or a "no" has no reason; nothing is written.
     """
     models = list(models)
-    missing = [f"{test}[{m.name}]" for m in models for test in COLUMNS if (m.name, test) not in outcomes]
-    if missing:
-        raise IncompleteError(f"{len(missing)} of {len(models) * len(COLUMNS)} outcomes are missing: {missing[0]}, ...")
+    cells = [(model.name, test) for model in models for test in COLUMNS]
+    for what, unusable in (
+        ("were not run", [cell for cell in cells if cell not in outcomes]),
+        ("failed", [cell for cell in cells if outcomes.get(cell) == "no"]),
+    ):
+        if unusable:
+            names = ", ".join(f"{test}[{model}]" for model, test in unusable[:3])
+            raise UnusableError(f"{len(unusable)} of {len(cells)} tests {what}: {names}")
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     README.write_text(f"{before}{BEGIN}\n{_short(models, outcomes)}\n{END}{after}")

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn as nn
+from salad_compile.passes.find_attention import LEFT_DENSE, TRAINING_FREE, AttentionCall, find_attention
 from torch import Tensor, fx
 
 from salad_compile.config import BackendOptions
-from salad_compile.passes.find_attention import LEFT_DENSE, TRAINING_FREE, AttentionCall, find_attention
 
 from .. import toys
 

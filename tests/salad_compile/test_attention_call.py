@@ -1,0 +1,29 @@
+"""Facts about torch on which matching rests, and the binding of arguments."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from salad_compile.attention_call import ATTENTION_FUNCTIONS, AttentionArguments, default_scale
+
+
+def test_dynamo_uses_the_functional_object_as_target() -> None:
+    assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+    assert F.scaled_dot_product_attention in ATTENTION_FUNCTIONS
+
+
+def test_arguments_are_bound_from_any_mix() -> None:
+    schema = torch.ops.aten.scaled_dot_product_attention.default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert sorted(names) == sorted(AttentionArguments.__dataclass_fields__)
+    assert AttentionArguments.bind(("q", "k"), {"value": "v", "scale": 2.0}) == AttentionArguments(
+        "q", "k", "v", None, 0.0, False, 2.0, False
+    )
+    assert AttentionArguments.bind(("q", "k", "v", "mask", 0.1, True), {}).is_causal is True
+
+
+def test_default_scale_is_torchs() -> None:
+    q, k, v = torch.randn(3, 1, 1, 5, 12).unbind(0)
+    by_hand = (q @ k.transpose(-1, -2) * default_scale(12)).softmax(-1) @ v
+    assert torch.allclose(F.scaled_dot_product_attention(q, k, v), by_hand, atol=1e-6)

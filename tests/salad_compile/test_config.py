@@ -1,0 +1,58 @@
+"""Configuration: round trips, checks, and the integer arithmetic of densities."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from salad_compile.config import AttentionSpec, BackendOptions, SaladConfig, density_permille
+from salad_compile.errors import ConfigError
+
+
+def test_json_round_trip() -> None:
+    config = SaladConfig(sparsity=0.85, lora_targets=("query", "out"), lora_alpha=16, feature_map="elu")
+    assert SaladConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sparsity": 1.0}, r"\[0, 1\)"),
+        ({"sparsity": True}, r"\[0, 1\)"),
+        ({"sparsity": float("nan")}, r"\[0, 1\)"),
+        ({"feature_map": "rellu"}, "Did you mean 'relu'"),
+        ({"pattern": "band"}, "'topk'"),
+        ({"query_block": 48}, "query_block"),
+        ({"lora_rank": -1}, "lora_rank"),
+        ({"lora_rank": 1.5}, "lora_rank"),
+        ({"lora_alpha": 0}, "lora_alpha"),
+        ({"lora_targets": "query"}, r"\('query',\)"),
+        ({"lora_targets": ("to_q",)}, "'query'"),
+        ({"train_base": 1}, "train_base"),
+        ({"lora_rnk": 4}, "Did you mean 'lora_rank'"),
+    ],
+)
+def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SaladConfig.from_dict(values)
+
+
+def test_densities_are_integers() -> None:
+    assert [density_permille(s) for s in (0.0, 0.5, 0.9, 0.97, 0.774)] == [1000, 500, 100, 30, 226]
+
+
+def test_specs_travel_as_text() -> None:
+    spec = SaladConfig(sparsity=0.9, query_block=64, key_block=128, feature_map="softmax").spec
+    assert AttentionSpec.decode(spec.encode()) == spec == AttentionSpec("topk", 100, 64, 128, "softmax")
+
+
+def test_options_remember_what_was_given() -> None:
+    assert BackendOptions.from_options({"sparsity": 0.5}).given == {"sparsity"}
+    assert BackendOptions.from_options(None).given == frozenset()
+
+
+def test_differences_are_listed() -> None:
+    assert SaladConfig().difference(SaladConfig()) == ""
+    assert SaladConfig(lora_rank=4).difference(SaladConfig(sparsity=0.5)) == "sparsity: 0.9 != 0.5, lora_rank: 4 != 64"
