@@ -13,15 +13,10 @@ import torch
 from torch import fx
 
 from .config import BackendOptions
+from .cpu_fusion import inner_compile
 from .errors import ConfigError
 from .logs import logger
 from .passes.driver import GraphReport, run_passes
-
-# Inductor's horizontally fused C++ loops compute wrong gradients of some of our graphs, without an error: seen in torch
-# 2.13 on a CPU with AVX-512, gradients off by 0.5 % to 120 % where a reduction over the channels feeds the gate; right
-# with this switch, right with one lane. docs/architecture.md tells more; tests/models/test_tier1.py holds compiled
-# against eager gradients. Only CPU code is concerned; options={"inductor": {...}} overrules it.
-_DEFAULT_PATCHES: dict[str, Any] = {"cpp.max_horizontal_fusion_size": 1}
 
 _recorders: list[list[GraphReport]] = []
 _announced: set[str] = set()
@@ -75,10 +70,10 @@ def _lower(
     from torch._inductor.compile_fx import compile_fx
 
     try:
-        patches = {**_DEFAULT_PATCHES, **(list_mode_options(mode) if mode else {}), **options.inductor}
+        patches = {**(list_mode_options(mode) if mode else {}), **options.inductor}
     except RuntimeError as error:
         raise ConfigError(f"unknown mode {mode!r}: {error}") from error
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=inner_compile, config_patches=patches or None)
     return compiled  # type: ignore[no-any-return]
 
 

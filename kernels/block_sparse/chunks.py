@@ -9,7 +9,7 @@ import torch
 from ..layout import block_count, take_in_order
 
 _GROUP_BYTES = 16 << 20  # query, key and value of the heads worked on together: half of a common last-level cache
-_CHUNK_BYTES = 5 << 20  # gathered keys and values and scores of the query blocks worked on together; measured
+_CHUNK_BYTES = 4 << 20  # gathered keys or values, and scores, of the query blocks worked on together; measured
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Plan:
         return self.slots * self.key_block
 
     def chunk(self, width: int, itemsize: int) -> int:
-        """Query blocks worked on together; width is the number of channels gathered per key token."""
-        per_query_block = self.gathered * (width + self.query_block) * itemsize
+        """Query blocks worked on together; width is the number of elements kept per gathered key token."""
+        per_query_block = self.gathered * width * itemsize
         blocks = max(1, _CHUNK_BYTES // per_query_block)
         threads = torch.get_num_threads()
         return blocks // threads * threads if blocks > threads else blocks  # every thread gets whole matrices
@@ -66,11 +66,11 @@ class Scratch:
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor of that shape; contents are whatever was there."""
-        numel = math.prod(shape)
+        size = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < numel or buffer.dtype != dtype:
-            buffer = self._buffers[name] = torch.empty(numel, dtype=dtype, device=self._device)
-        return buffer[:numel].view(shape)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[name] = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return buffer[:size].view(dtype).view(shape)
 
     def blocks(
         self, name: str, x: torch.Tensor, order: torch.Tensor | None, block: int, dtype: torch.dtype
@@ -83,10 +83,13 @@ class Scratch:
         blocks[:, tokens:] = 0
         return blocks.view(-1, block, head_dim)
 
-    def gather(self, name: str, blocks: torch.Tensor, index: torch.Tensor, gathered: int) -> torch.Tensor:
-        """blocks: (M, block, D), index: (n * K,) -> (n, gathered, D), the blocks of each row side by side."""
+    def gather(self, blocks: torch.Tensor, index: torch.Tensor, gathered: int) -> torch.Tensor:
+        """blocks: (M, block, D), index: (n * K,) -> (n, gathered, D), the blocks of each row side by side.
+
+        Overwrites the last result: with one buffer for keys and values a chunk stays in a core's own cache.
+        """
         _, block, head_dim = blocks.shape
-        out = self(name, (len(index), block, head_dim), blocks.dtype)
+        out = self("gathered", (len(index), block, head_dim), blocks.dtype)
         return torch.index_select(blocks, 0, index, out=out).view(-1, gathered, head_dim)
 
 

@@ -60,9 +60,10 @@ def _forward_group(
     plan, value_dim = selection.plan, value.shape[-1]
     out = scratch("out", (*query.shape[:2], value_dim), value.dtype)
     lse, largest = (scratch(name, query.shape[:2], query.dtype) for name in ("lse", "largest"))
-    for rows, index, masked in selection.chunks(plan.chunk(key.shape[-1] + value_dim, key.element_size())):
+    step = plan.chunk(max(key.shape[-1], value_dim) + plan.query_block, key.element_size())
+    for rows, index, masked in selection.chunks(step):
         shape = (rows.stop - rows.start, plan.query_block, plan.gathered)
-        keys = scratch.gather("keys", key, index, plan.gathered)
+        keys = scratch.gather(key, index, plan.gathered)
         scores = scratch("scores", shape, query.dtype)
         torch.baddbmm(scores, query[rows], keys.transpose(1, 2), beta=0, alpha=scale, out=scores)
         if masked:
@@ -78,7 +79,7 @@ def _forward_group(
             largest[rows].masked_fill_(empty, 1)
         if weights.dtype != value.dtype:
             weights = scratch("rounded", shape, value.dtype).copy_(weights)
-        torch.bmm(weights, scratch.gather("values", value, index, plan.gathered), out=out[rows])
+        torch.bmm(weights, scratch.gather(value, index, plan.gathered), out=out[rows])
     # the largest weight is exp(highest - lse), and at least 1 / gathered: its logarithm loses no digits
     return out, lse.sub_(largest.log_())
 
@@ -140,24 +141,25 @@ def _backward_group(
     grad_query = scratch("grad_query", query.shape, dtype)
     grad_key = scratch("grad_key", key.shape, dtype).zero_()
     grad_value = scratch("grad_value", value.shape, dtype).zero_()
-    for rows, index, masked in selection.chunks(plan.chunk(2 * (key.shape[-1] + value.shape[-1]), key.element_size())):
+    widest = max(key.shape[-1], value.shape[-1])
+    for rows, index, masked in selection.chunks(plan.chunk(widest + 2 * plan.query_block, key.element_size())):
         shape = (rows.stop - rows.start, plan.query_block, plan.gathered)
-        keys = scratch.gather("keys", key, index, plan.gathered)
+        # `gathered` holds, one after the other: values, keys, gradients of the keys, gradients of the values
+        gathered = scratch.gather(value, index, plan.gathered)
+        grad_scores = scratch("grad_scores", shape, dtype)
+        torch.baddbmm(delta[rows], grad_out[rows], gathered.transpose(1, 2), beta=-1, out=grad_scores)
+        gathered = scratch.gather(key, index, plan.gathered)
         weights = scratch("weights", shape, dtype)
-        torch.baddbmm(lse[rows], query[rows], keys.transpose(1, 2), beta=-1, alpha=scale, out=weights)
+        torch.baddbmm(lse[rows], query[rows], gathered.transpose(1, 2), beta=-1, alpha=scale, out=weights)
         if masked:
             selection.mask(weights, rows)
         weights.exp_()
-        values = scratch.gather("values", value, index, plan.gathered)
-        grad_scores = scratch("grad_scores", shape, dtype)
-        torch.baddbmm(delta[rows], grad_out[rows], values.transpose(1, 2), beta=-1, out=grad_scores)
         grad_scores.mul_(weights)
-        torch.baddbmm(grad_query[rows], grad_scores, keys, beta=0, alpha=scale, out=grad_query[rows])
-        # keys and values are spent, so their buffers take the gradients of what was gathered
-        torch.baddbmm(keys, grad_scores.transpose(1, 2), query[rows], beta=0, alpha=scale, out=keys)
-        _accumulate(grad_key, index, keys)
-        torch.bmm(weights.transpose(1, 2), grad_out[rows], out=values)
-        _accumulate(grad_value, index, values)
+        torch.baddbmm(grad_query[rows], grad_scores, gathered, beta=0, alpha=scale, out=grad_query[rows])
+        torch.baddbmm(gathered, grad_scores.transpose(1, 2), query[rows], beta=0, alpha=scale, out=gathered)
+        _accumulate(grad_key, index, gathered)
+        gathered = scratch("gathered", (shape[0], plan.gathered, value.shape[-1]), dtype)
+        _accumulate(grad_value, index, torch.bmm(weights.transpose(1, 2), grad_out[rows], out=gathered))
     return grad_query, grad_key, grad_value
 
 
