@@ -104,6 +104,7 @@ class SaladBranch(nn.Module):
         self.spec = config.spec.encode()
         self.roles = record.shared_roles()
         self.measured_sparsity: float | None = None
+        self.lora_merged = False  # then the branch fits only the base that holds its update
         self.armed: Tensor | None = None  # the gate's input, between the query projection and the attention call
         # a tuple, because an attribute that is a module would be registered as a child
         self._original: tuple[Callable[..., Any], tuple[nn.Module, ...]] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ class Header:
     sites: tuple[SiteRecord, ...]
     dense_projections: tuple[str, ...]
     versions: Mapping[str, str]
+    # after merge_lora: sums of the absolute weights of each site's projections, since only that base fits the file
+    merged_weights: tuple[float, ...] = ()
 
     def to_json(self) -> str:
         """The text stored under `salad_config` in the file's metadata."""
@@ -68,6 +71,7 @@ class Header:
                 "base_digest": self.base_digest,
                 "sites": [site.to_dict() for site in self.sites],
                 "dense_projections": list(self.dense_projections),
+                "merged_weights": list(self.merged_weights),
             }
         )
 
@@ -92,6 +96,7 @@ class Header:
                 sites=tuple(SiteRecord.from_dict(site) for site in values["sites"]),
                 dense_projections=tuple(values["dense_projections"]),
                 versions=values["versions"],
+                merged_weights=tuple(values["merged_weights"]),
             )
         except (KeyError, TypeError, SaladError) as error:
             raise CorruptFileError(f"{path}: the header is damaged: {error!r}") from error
@@ -153,6 +158,7 @@ def describe(model: nn.Module) -> Header:
         sites=records,
         dense_projections=tuple(dense_projections(model)),
         versions={"salad_compile": __version__, "torch": torch.__version__},
+        merged_weights=tuple(_weight_sums(model, records)) if any(branch.lora_merged for branch in known) else (),
     )
 
 
@@ -181,6 +187,12 @@ def base_digest(model: nn.Module, records: tuple[SiteRecord, ...]) -> str:
         widths = {role: [int(m.in_features), int(m.out_features)] for role, m in projections.items()}  # type: ignore[arg-type]
         parts.append([plain_key(record.owner), record.heads, record.head_dim, record.value_dim, widths])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _weight_sums(model: nn.Module, records: tuple[SiteRecord, ...]) -> Iterator[float]:
+    for record in records:
+        weights = [model.get_submodule(name).weight for name in record.projections().values()]
+        yield sum(float(_whole(weight.detach()).abs().sum(dtype=torch.float64)) for weight in weights)  # type: ignore[union-attr,operator]
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -325,6 +337,12 @@ def _check_base(model: nn.Module, header: Header, file: Path) -> None:
         raise BaseModelMismatchError(
             f"{file} belongs to a {header.base_class} with other widths or heads; its first site has "
             f"{header.sites[0].heads} heads of {header.sites[0].head_dim}."
+        )
+    here = _weight_sums(model, header.sites) if header.merged_weights else ()
+    if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(here, header.merged_weights, strict=True)):
+        raise BaseModelMismatchError(
+            f"{file} was saved after merge_lora, and this model's projections do not hold that update: load it into the "
+            "merged base model, or save the model before merging."
         )
 
 

@@ -65,7 +65,7 @@ def _check_attention_options(options: SaladConfig | BackendOptions) -> None:
 
 def check_names(cls: type, given: Mapping[str, Any], what: str) -> None:
     """Reject names that the dataclass `cls` does not have, naming the nearest valid one."""
-    valid = [field.name for field in dataclasses.fields(cls)]
+    valid = [field.name for field in dataclasses.fields(cls) if field.init]
     for name in given:
         _require(name in valid, f"unknown {what} {name!r}.{did_you_mean(name, valid)} Valid: {', '.join(valid)}.")
 
@@ -179,8 +179,9 @@ class SaladConfig:
 class BackendOptions:
     """`options=` of `torch.compile(model, backend="salad", options={...})`.
 
-    The first five apply to models that were never converted (training-free block-sparse attention); a converted model
-    carries its own, and giving other values for it is an error. All names are those of :class:`SaladConfig`.
+    The first five apply to models that were never converted (training-free block-sparse attention). A converted model
+    carries its own sparsity, pattern and blocks, and giving other values for them is an error; its sites are chosen
+    already, so min_tokens does nothing. All names are those of :class:`SaladConfig`.
 
     Attributes:
         sparsity, pattern, query_block, key_block, min_tokens: see :class:`SaladConfig`; sparsity defaults to 0.5 here.

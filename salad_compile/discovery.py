@@ -242,13 +242,23 @@ def run_probe(model: nn.Module, example_inputs: Any) -> Probe:
             raise
         except Exception as error:
             # whatever the model raises: on fake tensors anything that reads values fails, each in its own way
-            logger.info("the forward on %s failed: %s", "real tensors" if small or on_meta else "fake tensors", error)
-            failure = failure or error if on_meta else error
+            _tell_fallback(error, last=attempt is attempts[-1], synthetic=example_inputs is None)
+            failure = error
     raise ProbeError(
         f"the forward of {type(model).__name__} failed while looking for attention: "
         f"{type(failure).__name__}: {failure}\nPass example_inputs that the model accepts, as a tuple of positional "
         "or a dict of keyword inputs. A model on the meta device whose forward reads values needs real weights."
     ) from failure
+
+
+def _tell_fallback(error: Exception, *, last: bool, synthetic: bool) -> None:
+    if last:
+        return
+    size = " with a small synthetic video, whose token counts mean nothing" if synthetic else ""
+    logger.warning(
+        "the forward on fake tensors failed (%s: %s); trying real tensors%s. example_inputs decide what is looked at.",
+        *(type(error).__name__, error, size),
+    )
 
 
 def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:

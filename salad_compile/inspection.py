@@ -58,7 +58,8 @@ def explain(model: nn.Module, *inputs: Any, **keyword_inputs: Any) -> Explanatio
     """Compile and run one forward, and report what the backend rewrote, graph by graph, with reasons for the rest.
 
     The graphs run without Inductor, so this is quick; what the user compiled stays compiled. For a converted model the
-    measured sparsity of its sites is noted for :func:`summary`.
+    measured sparsity of its sites is noted for :func:`summary`. A model that was never converted is shown under the
+    backend's default options.
 
     Raises:
         ConfigError: a pipeline was passed instead of its transformer.

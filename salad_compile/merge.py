@@ -87,5 +87,6 @@ def _drop_lora(branch: SaladBranch) -> None:
         delattr(branch, f"lora_{role}_down")
         delattr(branch, f"lora_{role}_up")
     branch.lora_roles = ()
+    branch.lora_merged = True
     branch.config = dataclasses.replace(branch.config, lora_rank=0)
     branch.lora_scale.zero_()

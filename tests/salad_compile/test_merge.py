@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import salad_compile
-from salad_compile.errors import MergeError, NotConvertedError
+from salad_compile.branch import branches
+from salad_compile.errors import BaseModelMismatchError, MergeError, NotConvertedError
 
 from ..models.zoo import CASES
 from ..support import TINY, Recorder, randomise_branches, relative_error, run
@@ -34,6 +35,9 @@ def test_merged_equals_unmerged(name: str, tmp_path: Path) -> None:
     # what is left, gates and projections, is saved and loaded onto the merged base
     path = salad_compile.save(model, tmp_path)
     bare = case.build()
+    with pytest.raises(BaseModelMismatchError, match="merge_lora"):
+        salad_compile.load(bare, path)
+    assert not branches(bare)
     bare.load_state_dict({k: v for k, v in model.state_dict().items() if "salad" not in k})
     reloaded = run(salad_compile.load(bare, path), case.inputs(0), case.output, gradients=False).output
     assert relative_error(reloaded, expected) < 1e-5
