@@ -3,8 +3,9 @@
     python examples/quickstart.py                 # what `make demo` runs
     python examples/quickstart.py --tiny          # seconds instead of minutes; the speed-up means nothing at this size
 
-The model is diffusers' WanTransformer3DModel with random weights: on a GPU with the widths of Wan2.1-1.3B at 480p and 81
-frames, on a CPU with fewer heads and layers and a smaller video. Random weights show speed and mechanics, not quality.
+The model is diffusers' WanTransformer3DModel with random weights: on a GPU with the widths of Wan2.1-1.3B at 480p and
+81 frames, on a CPU with fewer heads and layers and a smaller video. Random weights show speed and mechanics, not
+quality.
 """
 
 from __future__ import annotations

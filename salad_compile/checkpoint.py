@@ -191,8 +191,8 @@ def base_digest(model: nn.Module, records: tuple[SiteRecord, ...]) -> str:
 
 def _weight_sums(model: nn.Module, records: tuple[SiteRecord, ...]) -> Iterator[float]:
     for record in records:
-        weights = [model.get_submodule(name).weight for name in record.projections().values()]
-        yield sum(float(_whole(weight.detach()).abs().sum(dtype=torch.float64)) for weight in weights)  # type: ignore[union-attr,operator]
+        weights: list[Any] = [model.get_submodule(name).weight for name in record.projections().values()]
+        yield sum(float(_whole(weight).abs().sum(dtype=torch.float64)) for weight in weights)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -341,8 +341,8 @@ def _check_base(model: nn.Module, header: Header, file: Path) -> None:
     here = _weight_sums(model, header.sites) if header.merged_weights else ()
     if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(here, header.merged_weights, strict=True)):
         raise BaseModelMismatchError(
-            f"{file} was saved after merge_lora, and this model's projections do not hold that update: load it into the "
-            "merged base model, or save the model before merging."
+            f"{file} was saved after merge_lora, and this model's projections do not hold that update: load it into "
+            "the merged base model, or save the model before merging."
         )
 
 

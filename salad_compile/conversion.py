@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from .branch import BRANCH_NAME, SaladBranch, SiteRecord, branches
 from .config import SaladConfig
-from .discovery import AttentionSite, discover, is_linear
+from .discovery import AttentionSite, discover
 from .errors import (
     AlreadyConvertedError,
     ConfigError,
@@ -20,6 +20,7 @@ from .errors import (
 )
 from .logs import logger
 from .model_tree import components
+from .probe import is_linear
 from .report import Plan
 from .tag import leave_dense
 

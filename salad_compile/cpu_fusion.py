@@ -1,14 +1,14 @@
-"""A work-around for wrong gradients out of Inductor's C++ code generator, applied to the graphs that this backend lowers.
+"""A work-around for wrong gradients out of Inductor's C++ code generator, for the graphs that this backend lowers.
 
-Inductor fuses a row-wise reduction with the pointwise work around it by sharing the outer loop, and keeps the row between
-them in a local buffer of one row. When that outer loop is vectorised, which happens when an input is stored channels
-first, as the output of a patch convolution is, all lanes write into that one row and the last one wins: silently wrong
-values. Seen in torch 2.13 on a CPU with AVX-512; a dense model can meet it too (the test has twelve lines that do). Our
-graphs meet it in the backward of the norm before a converted projection.
+Inductor fuses a row-wise reduction with the pointwise work around it by sharing the outer loop, and keeps the row
+between them in a local buffer of one row. When that outer loop is vectorised, which happens when an input is stored
+channels first, as the output of a patch convolution is, all lanes write into that one row and the last one wins:
+silently wrong values. Seen in torch 2.13 on a CPU with AVX-512; a dense model can meet it too (the test has nine lines
+that do). Our graphs meet it in the backward of the norm before a converted projection.
 
-So the fusion is switched off while Inductor schedules our graphs. There is no option for it: the method below is private,
-seen in torch 2.11 and 2.13; tests/salad_compile/test_cpu_fusion.py fails when it goes away, and says when the bug is
-mended.
+So the fusion is switched off while Inductor schedules our graphs. There is no option for it: the method below is
+private, seen in torch 2.11 and 2.13; tests/salad_compile/test_cpu_fusion.py fails when it goes away, and says when the
+bug is mended.
 """
 
 from __future__ import annotations

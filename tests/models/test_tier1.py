@@ -1,4 +1,4 @@
-"""Every tier-1 video DiT of diffusers and three hand-written ones: discovery, invariants, eager = compiled = per block."""
+"""Every tier-1 video DiT of diffusers and three hand-written ones: discovery, invariants, eager = compiled."""
 
 from __future__ import annotations
 
