@@ -56,7 +56,7 @@ def _check_attention_options(options: SaladConfig | BackendOptions) -> None:
     _check_sparsity(options.sparsity)
     _check_choice("pattern", options.pattern, PATTERNS)
     _check_choice("query_block", options.query_block, BLOCK_SIZES)
-    _check_choice("key_block", options.key_block, BLOCK_SIZES)
+    _check_choice("key_block", options.key_block, BLOCK_SIZES)  # powers of two: one of the sizes divides the other
     _require(
         _is_int(options.min_tokens) and options.min_tokens >= 0,
         f"min_tokens is a number of tokens, 0 or more, got {options.min_tokens!r}.",
@@ -127,10 +127,6 @@ class SaladConfig:
     def __post_init__(self) -> None:
         _check_attention_options(self)
         _check_choice("feature_map", self.feature_map, FEATURE_MAPS)
-        _require(
-            max(self.query_block, self.key_block) % min(self.query_block, self.key_block) == 0,
-            f"one of query_block={self.query_block} and key_block={self.key_block} must divide the other.",
-        )
         _require(
             _is_int(self.lora_rank) and self.lora_rank >= 0, f"lora_rank must be 0 or more, got {self.lora_rank!r}."
         )
@@ -205,10 +201,6 @@ class BackendOptions:
 
     def __post_init__(self) -> None:
         _check_attention_options(self)
-        _require(
-            max(self.query_block, self.key_block) % min(self.query_block, self.key_block) == 0,
-            f"one of query_block={self.query_block} and key_block={self.key_block} must divide the other.",
-        )
         _require(isinstance(self.strict, bool), f"strict must be True or False, got {self.strict!r}.")
         _check_choice("lowering", self.lowering, LOWERINGS)
         _require(
