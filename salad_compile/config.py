@@ -48,7 +48,8 @@ def _check_sparsity(value: object) -> None:
 
 def _check_choice(name: str, value: object, valid: tuple[Any, ...]) -> None:
     hint = did_you_mean(value, valid) if isinstance(value, str) else ""
-    _require(value in valid, f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}.{hint}")
+    fits = type(value) is type(valid[0]) and value in valid  # 128.0 equals 128, and is no block size
+    _require(fits, f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}.{hint}")
 
 
 def _check_attention_options(options: SaladConfig | BackendOptions) -> None:

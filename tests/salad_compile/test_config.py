@@ -25,6 +25,7 @@ def test_json_round_trip() -> None:
         ({"feature_map": "rellu"}, "Did you mean 'relu'"),
         ({"pattern": "band"}, "'topk'"),
         ({"query_block": 48}, "query_block"),
+        ({"key_block": 64.0}, "key_block"),
         ({"lora_rank": -1}, "lora_rank"),
         ({"lora_rank": 1.5}, "lora_rank"),
         ({"lora_alpha": 0}, "lora_alpha"),
