@@ -44,10 +44,11 @@ def _demo() -> list[str]:
     dense, salad = (f"{statistics.median(row[name]):.2f} s" for name in ("dense", "salad"))
     spreads = [f"{min(row[name]):.2f} to {max(row[name]):.2f}" for name in ("dense", "salad")]
     return [
-        f"Whole forward of a Wan-class model, `{row['command']}`: {row['tokens']:,} tokens, 2 blocks,",
-        f"{row['threads']} threads, torch {row['versions']['torch']}, 90 % sparsity, LoRA unmerged: dense under "
-        f"torch.compile {dense} ({spreads[0]}), SALAD",
-        f"{salad} ({spreads[1]}), **{row['speed_up']:.2f}x** (medians of {len(row['dense'])}, timed in turn).",
+        "Whole forward of a Wan-class model with two blocks,",
+        f"`{row['command']}`:",
+        f"{row['tokens']:,} tokens, {row['threads']} threads, torch {row['versions']['torch']}, 90 % sparsity, LoRA "
+        f"unmerged. Dense under torch.compile: {dense} ({spreads[0]});",
+        f"SALAD: {salad} ({spreads[1]}); **{row['speed_up']:.2f}x** (medians of {len(row['dense'])}, timed in turn).",
     ]
 
 

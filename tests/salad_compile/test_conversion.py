@@ -28,7 +28,7 @@ from salad_compile.errors import (
 
 from .. import toys
 from ..models.zoo import CASES
-from ..support import TINY, Recorder, assert_same, randomise_branches, relative_error, run
+from ..support import TINY, Recorder, assert_same, check_rewrite, randomise_branches, relative_error, run
 
 CONFIG = SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
 
@@ -235,6 +235,28 @@ def test_an_attribute_in_the_way_is_named() -> None:
     with pytest.raises(ConfigError, match="'salad'"):
         salad_compile.convert(model, CONFIG, example_inputs=(X,))
     assert_unchanged(model, before)
+
+
+class Int8Linear(nn.Module):
+    """Stores integers, as quantisers do."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("weight", (linear.weight.detach() * 64).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight.to(x.dtype) / 64).T
+
+
+def test_quantised_projections_are_converted_and_trained() -> None:
+    model = toys.SelfAttention()
+    for name in "qkvo":
+        setattr(model, name, Int8Linear(getattr(model, name)))
+    salad_compile.convert(model, CONFIG, example_inputs=(X,))
+    randomise_branches(model)
+    recorder = check_rewrite(model, {"x": X}, sites=1)
+    assert recorder.after["salad.linear_state"] == 1
 
 
 def test_branch_parameters_follow_the_projections_dtype() -> None:
