@@ -65,6 +65,7 @@ def run_passes(gm: fx.GraphModule, options: BackendOptions) -> GraphReport:
     for module in modules:
         found = [_settle(call, converted, options) for call in find_attention(module.graph, options)]
         calls += [CallReport(c.module, c.shape, c.status, c.reason) for c in found]
+        lost += [f"{call.module or 'the compiled module'}: {call.reason}" for call in found if call.lost]
         for call in found:
             rewrite(call, options)
         lost += erase_tags(module.graph, {call.tag for call in found if call.tag is not None})

@@ -50,6 +50,11 @@ class AttentionCall:
         """(batch, heads, queries, head_dim) as text; symbolic sizes print as symbols."""
         return str(tuple(_tensor(self.arguments.query).shape))
 
+    @property
+    def lost(self) -> bool:
+        """Whether this is a converted site whose call can no longer become SALAD."""
+        return self.status == LEFT_DENSE and self.tag is not None and self.tag.args[4] != DENSE
+
     def replace_with(self, value: fx.Node) -> None:
         """Let every user of the attention node read `value`, which takes over its meta data, and erase the node."""
         self.node.replace_all_uses_with(value, delete_user_cb=lambda user: user is not value)
@@ -66,7 +71,9 @@ def _classify(node: fx.Node, options: BackendOptions) -> AttentionCall:
     arguments = AttentionArguments.bind(node.args, node.kwargs)
     tag = find_tag(arguments.query)
     if tag is not None and tag.args[4] != DENSE:
-        return AttentionCall(node, arguments, tag, CONVERTED, "")
+        shapes = [_tensor(operand).shape for operand in (arguments.query, arguments.key, arguments.value)]
+        reason = dense_reason(arguments, *shapes)  # a mask, dropout, ... that was not there at conversion
+        return AttentionCall(node, arguments, tag, LEFT_DENSE if reason else CONVERTED, reason)
     reason = "the conversion left it dense" if tag is not None else _dense_reason(arguments, options)
     return AttentionCall(node, arguments, tag, LEFT_DENSE if reason else TRAINING_FREE, reason)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .attention import salad_attention
-from .attention_call import ATTENTION_FUNCTIONS, AttentionArguments, default_scale
+from .attention_call import ATTENTION_FUNCTIONS, AttentionArguments, default_scale, dense_reason
 from .config import AttentionSpec
 from .errors import SiteLostError
 from .kernels.measure import Execution, measure_executions
@@ -55,6 +55,11 @@ class SaladMode(TorchFunctionMode):
 
     def _replace(self, call: AttentionArguments) -> Tensor:
         branch = self.branch
+        if reason := dense_reason(call, call.query.shape, call.key.shape, call.value.shape):
+            raise SiteLostError(
+                f"the converted site {branch.record.owner!r} cannot run as SALAD: {reason}, which was not so at "
+                "conversion. Convert with example_inputs that show it, or leave it out of the call."
+            )
         gate_input, branch.armed = branch.armed, None
         assert gate_input is not None
         self.replaced += 1

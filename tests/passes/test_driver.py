@@ -58,6 +58,19 @@ def test_a_vanished_projection_is_an_error_compiled_and_not() -> None:
     assert "its query projection did not run" in str(error)
 
 
+@pytest.mark.parametrize(("attend", "reason"), [(toys.masked, "attention mask"), (toys.dropped, "dropout")])
+def test_a_mask_or_dropout_that_conversion_did_not_see_is_an_error(attend: toys.Attend, reason: str) -> None:
+    """The definition has neither: computing without them would be silently wrong."""
+    model = converted()
+    model.layers[0].attend = attend
+    with pytest.raises(SiteLostError, match=rf"'layers\.0' cannot run as SALAD: .*{reason}"):
+        model(toys.tokens())
+    error = compile_error(model)
+    assert isinstance(error, SiteLostError)
+    assert "1 of 2 converted sites" in str(error)
+    assert reason in str(error)
+
+
 def test_not_strict_warns_and_runs(caplog: pytest.LogCaptureFixture) -> None:
     model = converted()
     model.layers[0].q = nn.Linear(toys.WIDTH, toys.WIDTH)
