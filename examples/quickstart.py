@@ -16,6 +16,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,8 @@ from torch import Tensor
 
 import salad_compile
 
-console = Console()
+# a pipe has no width: tables must not fold there
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass(frozen=True)

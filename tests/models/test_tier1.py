@@ -40,13 +40,14 @@ def converted(case: Case, *, randomise: bool = True, **changes: Any) -> nn.Modul
     return model
 
 
-def bound(case: Case) -> float:
-    """What stock Inductor's own rounding does to the dense model (its sines differ from ATen's), or our usual bound."""
-    dense, inputs = case.build(), case.inputs(0)
-    expected = run(dense, inputs, case.output, gradients=False)
-    for name in case.repeated_blocks:
-        dense.get_submodule(name).compile()
-    return max(1e-5, 2 * relative_error(run(dense, inputs, case.output, gradients=False).output, expected.output))
+def bounds(case: Case) -> dict[str, float]:
+    """Outputs and gradients agree to fp32 rounding; to that of bf16 (half a step) where a model rounds to bf16 inside.
+
+    Kandinsky5 rotates query and key in bf16 whatever its dtype: a last bit of fp32 may flip one of bf16.
+    """
+    if case.name == "Kandinsky5":
+        return {"bound": 2.0**-9, "gradient_bound": 2.0**-9}
+    return {"bound": 1e-5, "gradient_bound": 1e-4}
 
 
 @every_case
@@ -100,13 +101,13 @@ def test_eager_equals_compiled(case: Case) -> None:
 @every_case
 def test_eager_equals_compiled_per_block_through_inductor(case: Case) -> None:
     model, inputs = converted(case), case.inputs(0)
-    tolerance = bound(case)
-    torch._dynamo.reset()
     expected = run(model, inputs, case.output)
+    # without it Inductor drops casts to 16 bits and back, and so computes something else than the model says
+    options = {"inductor": {"emulate_precision_casts": True}}
     for name in case.repeated_blocks:
-        model.get_submodule(name).compile(backend="salad", fullgraph=True)
+        model.get_submodule(name).compile(backend="salad", fullgraph=True, options=options)
     actual = run(model, inputs, case.output)
-    assert_same(actual, expected, bound=tolerance, gradient_bound=10 * tolerance)
+    assert_same(actual, expected, **bounds(case))
     _assert_distinct_gradients(actual, case)
 
 

@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import salad_compile
-from salad_compile import backend
+from salad_compile import backend, cpu_fusion
 from salad_compile.backend import record_graphs
 from salad_compile.errors import ConfigError, WrongBackendError
 
@@ -67,8 +67,9 @@ def test_lowerings_agree(lowering: str) -> None:
 def test_modes_and_inductor_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 
-    def compile_fx(gm: Any, inputs: Any, config_patches: dict[str, Any]) -> Any:
-        seen.append(config_patches)
+    def compile_fx(gm: Any, inputs: Any, inner_compile: Any, config_patches: dict[str, Any] | None) -> Any:
+        assert inner_compile is cpu_fusion.inner_compile
+        seen.append(config_patches or {})
         return gm.forward
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
@@ -78,11 +79,6 @@ def test_modes_and_inductor_options_reach_inductor(monkeypatch: pytest.MonkeyPat
     torch.compile(model, backend="salad", options={"inductor": {"epilogue_fusion": False}})(toys.tokens())
     assert seen[0]["triton.cudagraphs"] is True
     assert seen[1]["epilogue_fusion"] is False
-    # the work-around for wrong gradients is on unless the user says otherwise
-    assert seen[0]["cpp.max_horizontal_fusion_size"] == seen[1]["cpp.max_horizontal_fusion_size"] == 1
-    import torch._inductor.config as inductor_config
-
-    assert "cpp.max_horizontal_fusion_size" in inductor_config.get_config_copy(), "Inductor renamed the switch"
 
 
 def test_an_unconverted_model_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
