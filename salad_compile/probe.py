@@ -193,7 +193,7 @@ def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     if not parameters:
         return torch.device("cpu"), torch.float32
-    # the widest dtype stands for the model: norms and embeddings kept in fp32 accept nothing else
+    # the dtype of most parameters stands for the model: some keep norms and embeddings in fp32
     counts: dict[torch.dtype, int] = {}
     for parameter in parameters:
         if parameter.dtype.itemsize > 1:  # not 8-bit storage formats
@@ -243,10 +243,15 @@ def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def _input_tokens(inputs: Mapping[str, Any]) -> dict[str, int]:
-    """Input name -> tokens, for the (batch, tokens, channels) inputs beside the first, which is the video."""
-    tensors = [(name, value) for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim >= 3]
-    video = tensors[0][1].shape[1] if tensors and tensors[0][1].ndim == 3 else None
-    return {name: t.shape[1] for name, t in tensors[1:] if t.ndim == 3 and t.shape[1] != video}
+    """Input name -> tokens, for the (batch, tokens, channels) inputs that are not the video.
+
+    The video is what comes as a grid (more than three dimensions); packed, it is the input with the most tokens.
+    """
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim >= 3}
+    tokens = {name: tensor.shape[1] for name, tensor in tensors.items() if tensor.ndim == 3}
+    packed = len(tokens) == len(tensors)
+    video = max(tokens.values(), default=None) if packed else None
+    return {name: count for name, count in tokens.items() if count != video}
 
 
 @contextlib.contextmanager
@@ -279,11 +284,11 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         (module, {name: dict(v) if type(v) is dict else v for name, v in module.__dict__.items()})
         for module in model.modules()
     ]
-    for module, _ in before:
-        module.training = False  # gradient checkpointing and dropout are for training
-        if isinstance(branch := module._modules.get(BRANCH_NAME), SaladBranch):
-            branch.detach_forward(module)  # a converted model is probed as the model that it was
     try:
+        for module, _ in before:
+            module.training = False  # gradient checkpointing and dropout are for training
+            if isinstance(branch := module._modules.get(BRANCH_NAME), SaladBranch):
+                branch.detach_forward(module)  # a converted model is probed as the model that it was
         yield
     finally:
         for module, attributes in before:

@@ -62,6 +62,23 @@ def test_min_tokens() -> None:
     assert (site.eligible, site.reason) == (False, "63 tokens, fewer than min_tokens=64")
 
 
+@pytest.mark.parametrize("order", [("x", "text"), ("text", "x")])
+def test_the_video_is_the_input_with_the_most_tokens(order: tuple[str, str]) -> None:
+    class TwoStreams(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.video, self.refiner = toys.SelfAttention(), toys.SelfAttention()
+
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            x, text = (first, second) if order[0] == "x" else (second, first)
+            return self.video(x) + self.refiner(text).mean(1, keepdim=True)
+
+    inputs = {"x": toys.tokens(90), "text": toys.tokens(70)}
+    sites = {site.name: site for site in sites_of(TwoStreams(), *(inputs[name] for name in order))}
+    assert sites["video"].eligible
+    assert "not of the video" in sites["refiner"].reason
+
+
 def test_two_streams_are_joint_attention() -> None:
     class Joint(nn.Module):
         def __init__(self) -> None:
