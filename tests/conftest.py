@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 
 import pytest
+import torch
 
 from tools.support_table import Model, UnusableError, cell_of, write
 
@@ -72,3 +73,9 @@ def _versions() -> str:
     import torch
 
     return f"Python {platform.python_version()}, torch {torch.__version__} and diffusers {diffusers.__version__}"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Toy models draw their weights from the global generator: the same in every run."""
+    torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -71,7 +72,9 @@ def test_spliced_nodes_inherit_their_origin_and_the_last_its_value() -> None:
 
 
 def test_autocast_results_keep_the_dtype_of_the_replaced_call() -> None:
-    model = salad_compile.convert(toys.SelfAttention(), CONFIG, example_inputs=(toys.tokens(),))
+    # at sparsity 0: in 16 bits a last digit may decide which of two near blocks is selected
+    config = dataclasses.replace(CONFIG, sparsity=0.0)
+    model = salad_compile.convert(toys.SelfAttention(), config, example_inputs=(toys.tokens(),))
     randomise_branches(model)
     x = toys.tokens()
     recorder = Recorder()
@@ -80,6 +83,5 @@ def test_autocast_results_keep_the_dtype_of_the_replaced_call() -> None:
         expected, actual = model(x), compiled(x)
     assert expected.dtype == actual.dtype == torch.bfloat16
     assert recorder.after["salad.block_sparse_attention"] == 1
-    # 16-bit pooling may select other blocks than fp32: both runs see the same 16 bits, and agree to their rounding
     assert relative_error(actual, expected) < 1e-2
-    assert relative_error(actual, model(x)) < 0.1
+    assert relative_error(actual, model(x)) < 3e-2
