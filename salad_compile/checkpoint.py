@@ -346,17 +346,17 @@ def _check_base(model: nn.Module, header: Header, file: Path) -> None:
         )
 
 
-def _prepare(model: nn.Module, header: Header, file: Path) -> list[tuple[SaladBranch, SiteRecord]]:
+def _prepare(model: nn.Module, header: Header, file: Path) -> list[SaladBranch]:
     try:
         return prepare(model, header.sites, header.config)
     except UnknownProjectionError as error:
         raise BaseModelMismatchError(f"{file} does not fit this {header.base_class}: {error}") from error
 
 
-def _planned_state(prepared: list[tuple[SaladBranch, SiteRecord]]) -> dict[str, Tensor]:
+def _planned_state(prepared: list[SaladBranch]) -> dict[str, Tensor]:
     return {
-        ".".join(part for part in (record.owner, BRANCH_NAME, key) if part): tensor
-        for branch, record in prepared
+        ".".join(part for part in (branch.record.owner, BRANCH_NAME, key) if part): tensor
+        for branch in prepared
         for key, tensor in branch.state_dict(keep_vars=True).items()
     }
 

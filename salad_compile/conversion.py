@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -88,23 +88,16 @@ def convert(
     return model
 
 
-def prepare(
-    model: nn.Module, records: Iterable[SiteRecord], config: SaladConfig
-) -> list[tuple[SaladBranch, SiteRecord]]:
+def prepare(model: nn.Module, records: Iterable[SiteRecord], config: SaladConfig) -> list[SaladBranch]:
     """Build the branches of `records` without touching the model.
 
     Raises:
         UnknownProjectionError: a module that a record names is missing or is no projection of the recorded widths.
     """
-    return [(build_branch(model, record, config), record) for record in records]
+    return [build_branch(model, record, config) for record in records]
 
 
-def attach(
-    model: nn.Module,
-    prepared: Iterable[tuple[SaladBranch, SiteRecord]],
-    config: SaladConfig,
-    dense: Iterable[str] = (),
-) -> None:
+def attach(model: nn.Module, prepared: Sequence[SaladBranch], config: SaladConfig, dense: Iterable[str] = ()) -> None:
     """Hang prepared branches on the model, and freeze its base.
 
     Args:
@@ -113,17 +106,15 @@ def attach(
     if not config.train_base:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-    count = 0
-    for branch, record in prepared:
-        owner = model.get_submodule(record.owner)
-        projections = record.projections()
-        modules = {roles: model.get_submodule(projections[roles]) for roles in record.shared_roles()}
+    for branch in prepared:
+        owner = model.get_submodule(branch.record.owner)
+        projections = branch.record.projections()
+        modules = {role: model.get_submodule(projections[role]) for role in branch.record.shared_roles()}
         branch.train(owner.training)
         branch.attach(owner, modules)
-        count += 1
     for name in dense:
         model.get_submodule(name).register_forward_hook(leave_dense)
-    logger.info("converted %d sites of %s at sparsity %s", count, type(model).__name__, config.sparsity)
+    logger.info("converted %d sites of %s at sparsity %s", len(prepared), type(model).__name__, config.sparsity)
 
 
 def dense_projections(model: nn.Module) -> list[str]:

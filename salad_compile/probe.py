@@ -101,10 +101,13 @@ class Probe(TorchFunctionMode):
     def _made_by(self, tensor: Tensor) -> list[Projection]:
         """The marked projections from which a value was computed, without passing through one."""
         found: list[Projection] = []
-        for node in _ancestors(tensor.grad_fn, stop=lambda n: n in self._projections or n in self._outputs):
+        for node in _ancestors(tensor.grad_fn, stop=self._is_marked):
             if node in self._projections:
                 found.append(self._projections[node])
         return found
+
+    def _is_marked(self, node: Any) -> bool:
+        return node in self._projections or node in self._outputs
 
     def enter(self, name: str) -> None:
         self._stack.append((name, next(self._invocations)))
@@ -127,8 +130,7 @@ class Probe(TorchFunctionMode):
         return marked
 
     def _note_out(self, name: str, gate_input: Tensor) -> None:
-        stop = lambda n: n in self._projections or n in self._outputs  # noqa: E731
-        for node in itertools.islice(_ancestors(gate_input.grad_fn, stop=stop), _OUT_WALK):
+        for node in itertools.islice(_ancestors(gate_input.grad_fn, stop=self._is_marked), _OUT_WALK):
             call = self._outputs.get(node)
             if call is not None and call.out is None:
                 call.out = name

@@ -88,6 +88,18 @@ class CrossAttention(SelfAttention):
         return result
 
 
+class Int8Linear(nn.Module):
+    """Stores integers, as quantisers do: no autograd edge, no floating-point parameter."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("weight", (linear.weight.detach() * 64).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight.to(x.dtype) / 64).T
+
+
 class Stack(nn.Module):
     """Residual blocks of attention modules, optionally under activation checkpointing."""
 

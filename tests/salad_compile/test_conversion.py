@@ -237,22 +237,10 @@ def test_an_attribute_in_the_way_is_named() -> None:
     assert_unchanged(model, before)
 
 
-class Int8Linear(nn.Module):
-    """Stores integers, as quantisers do."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("weight", (linear.weight.detach() * 64).round().to(torch.int8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.weight.to(x.dtype) / 64).T
-
-
 def test_quantised_projections_are_converted_and_trained() -> None:
     model = toys.SelfAttention()
     for name in "qkvo":
-        setattr(model, name, Int8Linear(getattr(model, name)))
+        setattr(model, name, toys.Int8Linear(getattr(model, name)))
     salad_compile.convert(model, CONFIG, example_inputs=(X,))
     randomise_branches(model)
     recorder = check_rewrite(model, {"x": X}, sites=1)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 import salad_compile
@@ -135,17 +134,6 @@ def test_one_module_called_twice_is_one_site() -> None:
 
 
 def test_quantised_and_wrapped_projections_are_projections() -> None:
-    class Int8Linear(nn.Module):
-        """Stores integers, as quantisers do: no autograd edge, no floating-point parameter."""
-
-        def __init__(self, linear: nn.Linear) -> None:
-            super().__init__()
-            self.in_features, self.out_features = linear.in_features, linear.out_features
-            self.register_buffer("weight", (linear.weight.detach() * 64).round().to(torch.int8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.weight.to(x.dtype) / 64)
-
     class Adapter(nn.Module):
         """A Linear and a low-rank pair of Linears beside it, as peft wraps them."""
 
@@ -157,7 +145,7 @@ def test_quantised_and_wrapped_projections_are_projections() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.base_layer(x) + self.lora_B(self.lora_A(x))
 
-    for wrap in (Int8Linear, Adapter):
+    for wrap in (toys.Int8Linear, Adapter):
         model = toys.SelfAttention()
         for name in "qkvo":
             setattr(model, name, wrap(getattr(model, name)))
