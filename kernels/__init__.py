@@ -5,7 +5,8 @@ torch) and one file per device. Importing this package registers the operators; 
 """
 
 from .block_sparse import block_sparse_attention
-from .errors import KernelArgumentError
+from .dispatch import use_engine
+from .errors import KernelArgumentError, UnsupportedKernelError
 from .linear import linear_output, linear_state
 from .measure import Execution, measure_executions
 from .routing import kept_blocks, pool_blocks, select_blocks
@@ -13,6 +14,7 @@ from .routing import kept_blocks, pool_blocks, select_blocks
 __all__ = [
     "Execution",
     "KernelArgumentError",
+    "UnsupportedKernelError",
     "block_sparse_attention",
     "kept_blocks",
     "linear_output",
@@ -20,4 +22,5 @@ __all__ = [
     "measure_executions",
     "pool_blocks",
     "select_blocks",
+    "use_engine",
 ]

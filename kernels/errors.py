@@ -3,3 +3,8 @@
 
 class KernelArgumentError(ValueError):
     """An argument of a `salad::` operator has a wrong shape, dtype, device or value; the message says which."""
+
+
+class UnsupportedKernelError(KernelArgumentError):
+    """The arguments are sound, but no kernel exists for this dtype, head_dim, block size or GPU; the message says which
+    do, and which engine takes the rest."""

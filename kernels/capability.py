@@ -1,0 +1,54 @@
+"""What the Triton kernels can do: dtypes, head_dims, block sizes, GPUs. One table, and one check with its errors."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from .errors import UnsupportedKernelError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_HEAD_DIM = 128
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+# (major, minor) of the oldest GPU: asynchronous copies and bf16 matrix products came with Ampere.
+OLDEST_ARCH = (8, 0)
+_OTHERWISE = "salad_compile.kernels.use_engine('torch') runs plain torch operators instead, more slowly"
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Width of the tile that holds one head: the next power of two, at least 16. The rest of it is masked."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def require_supported(device: torch.device, dtype: torch.dtype, *head_dims: int, **blocks: int) -> None:
+    """Raise unless the Triton kernels take this dtype, these head_dims and block sizes, on this device.
+
+    Raises:
+        UnsupportedKernelError: naming what was asked for, what there is, and the engine that takes the rest.
+    """
+    if dtype not in DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise UnsupportedKernelError(f"no Triton kernel for {dtype}; there are {names}. {_OTHERWISE}")
+    for head_dim in head_dims:
+        if not 1 <= head_dim <= LARGEST_HEAD_DIM:
+            raise UnsupportedKernelError(
+                f"no Triton kernel for head_dim {head_dim}; any from 1 to {LARGEST_HEAD_DIM} will do. {_OTHERWISE}"
+            )
+    for name, block in blocks.items():
+        if block not in BLOCK_SIZES:
+            raise UnsupportedKernelError(
+                f"no Triton kernel for {name} {block}; there are {', '.join(map(str, BLOCK_SIZES))}. {_OTHERWISE}"
+            )
+    if device.type == "cuda" and arch_of(device) < OLDEST_ARCH:
+        major, minor = arch_of(device)
+        raise UnsupportedKernelError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the Triton kernels need "
+            f"{OLDEST_ARCH[0]}.{OLDEST_ARCH[1]} or newer. {_OTHERWISE}"
+        )
+
+
+@lru_cache(maxsize=64)
+def arch_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; of the newest tuned for where kernels are interpreted."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
