@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -13,6 +15,8 @@ LARGEST_HEAD_DIM = 128
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 # (major, minor) of the oldest GPU: asynchronous copies and bf16 matrix products came with Ampere.
 OLDEST_ARCH = (8, 0)
+# stands in where kernels are interpreted or recorded
+NEWEST_TUNED_ARCH = (9, 0)
 _OTHERWISE = "salad_compile.kernels.use_engine('torch') runs plain torch operators instead, more slowly"
 
 
@@ -48,7 +52,27 @@ def require_supported(device: torch.device, dtype: torch.dtype, *head_dims: int,
         )
 
 
-@lru_cache(maxsize=64)
+# A plain global and not a context variable, as in `dispatch`: the gate that sets it runs on one thread.
+_targets: list[tuple[int, int]] = []
+
+
+@contextmanager
+def target_arch(arch: tuple[int, int]) -> Iterator[None]:
+    """While active, `arch_of` answers `arch` for everything but CUDA: host code then prepares launches for that GPU."""
+    _targets.append(arch)
+    try:
+        yield
+    finally:
+        _targets.pop()
+
+
 def arch_of(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device; of the newest tuned for where kernels are interpreted."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    """Compute capability of a CUDA device; elsewhere the one of `target_arch`, or the newest tuned for."""
+    if device.type == "cuda":
+        return _cuda_arch(device)
+    return _targets[-1] if _targets else NEWEST_TUNED_ARCH
+
+
+@lru_cache(maxsize=64)
+def _cuda_arch(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -62,3 +62,20 @@ def check_order(order: torch.Tensor | None, tokens: int) -> None:
         require(low >= 0 and high < tokens, f"order has entries in [{low}, {high}], outside [0, {tokens})")
         seen = torch.zeros(tokens, dtype=torch.bool).index_fill_(0, order.long(), 1)
         require(bool(seen.all()), "order is not a permutation: some tokens occur twice and others never")
+
+
+def check_key_mask(key_mask: torch.Tensor | None, batch: int, tokens: int) -> None:
+    """A key-padding mask is bool (B, S) in native order, True where a token is valid; or None. Reads no values."""
+    check_key_mask_type(key_mask)
+    if key_mask is None:
+        return
+    require(
+        key_mask.shape == (batch, tokens), f"key_mask must be (B, S) = {(batch, tokens)}, got {tuple(key_mask.shape)}"
+    )
+
+
+def check_key_mask_type(key_mask: torch.Tensor | None) -> None:
+    """The part of `check_key_mask` that reads no sizes, for fakes."""
+    if key_mask is not None:
+        require(key_mask.dtype == torch.bool, f"key_mask must be bool, True where a token is valid; got {key_mask.dtype}")
+        require(key_mask.dim() == 2, f"key_mask must have 2 dimensions (B, S), got {key_mask.dim()}")

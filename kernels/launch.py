@@ -34,6 +34,11 @@ def record_launches() -> Iterator[list[Launch]]:
         _recorders.remove(recorded)
 
 
+def recording() -> bool:
+    """Whether launches are collected instead of run."""
+    return bool(_recorders)
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],

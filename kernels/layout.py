@@ -2,6 +2,9 @@
 
 import torch
 
+# In the place of a query block's count: it attends to every key block, and its list of them is not kept.
+ALL_BLOCKS = -1
+
 
 def block_count(tokens: int, block: int) -> int:
     """ceil(tokens / block), for ints and SymInts alike."""

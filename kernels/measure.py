@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from .layout import block_count
+from .layout import ALL_BLOCKS, block_count
 
 
 @dataclass(frozen=True)
 class Execution:
-    """One forward run of `salad::block_sparse_attention`: token pairs summed over batch, heads and queries."""
+    """One forward run of `salad::block_sparse_attention`: token pairs summed over batch, heads and queries.
+
+    Keys that a padding mask hides count like the others.
+    """
 
     computed_pairs: int
     total_pairs: int
@@ -53,9 +56,9 @@ def record_execution(
     query_rows = torch.full((query_blocks,), query_block, dtype=torch.int64, device=lut.device)
     query_rows[-1] = query_tokens - (query_blocks - 1) * query_block
     valid = torch.arange(slots, device=lut.device) < count[..., None]
-    rows = key_rows[torch.where(valid, lut, 0).long()] * valid
+    rows = (key_rows[torch.where(valid, lut, 0).long()] * valid).sum(-1).masked_fill(count == ALL_BLOCKS, key_tokens)
     execution = Execution(
-        computed_pairs=int((rows.sum(-1) * query_rows).sum()), total_pairs=batch * heads * query_tokens * key_tokens
+        computed_pairs=int((rows * query_rows).sum()), total_pairs=batch * heads * query_tokens * key_tokens
     )
     for executions in _active:
         executions.append(execution)

@@ -4,10 +4,12 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from ..checks import accumulation_dtype
+from ..dispatch import engine_for
 from ..layout import empty_bshd
 from ..measure import record_execution
-from . import cpu
 from .checks import check_arguments, check_gradient, check_types
+
+ENGINES = ("triton", "torch", "flex")
 
 
 @torch.library.custom_op("salad::block_sparse_attention", mutates_args=())
@@ -21,20 +23,24 @@ def block_sparse_attention(
     query_block: int,
     key_block: int,
     scale: float,
+    key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact softmax attention over the selected key blocks of every query block (method.md section 4.2, step 6).
 
-    A query block whose count is 0 gives 0 (and lse -inf), with zero gradients.
+    A query that sees no key, because its block's count is 0 or every key is masked, gives 0 (and lse -inf), with zero
+    gradients.
 
     Args:
         query, key: (B, H, S, D), any strides; fp32, bf16, fp16 or fp64. 16-bit inputs accumulate in fp32.
         value: (B, H, S, Dv), same dtype.
         lut: int32 (B, H, Mq, K), ascending ids of the selected key blocks, Mq = ceil(S / query_block).
-        count: int32 (B, H, Mq), valid entries per row of lut; the others are ignored.
+        count: int32 (B, H, Mq), valid entries per row of lut; the others are ignored. ALL_BLOCKS (-1) instead: the
+            query block attends to every key block and its row of lut is ignored; text rows of a joint sequence do.
         order: int32 (S,), order[i] is the native index of the i-th token; blocks are consecutive runs in it. None is
             the native order. Inputs and outputs are in native order either way.
         query_block, key_block: tokens per block; only the last one is short.
         scale: factor on the scores, usually D ** -0.5.
+        key_mask: bool (B, S) in native order, True where a key is valid; None where all are.
 
     Returns:
         out: (B, H, S, Dv) in the query's dtype, laid out as a contiguous (B, S, H, Dv) seen transposed.
@@ -42,11 +48,15 @@ def block_sparse_attention(
 
     Raises:
         KernelArgumentError: on wrong ranks, shapes, dtypes, devices or block sizes; on the CPU also if lut, count or
-            order hold values they must not.
+            order hold values they must not. On a GPU such values are clamped, and raise at a later call: see
+            `kernels.deferred`.
+        UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, block size or GPU.
     """
-    check_arguments(query, key, value, lut, count, order, query_block, key_block, scale)
+    check_arguments(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)
     record_execution(lut, count, query.shape[2], key.shape[2], query_block, key_block)
-    return cpu.forward(query, key, value, lut, count, order, query_block, key_block, scale)
+    engine = engine_for(__package__, query.device, ENGINES)
+    out, lse = engine.forward(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)
+    return out, lse
 
 
 @block_sparse_attention.register_fake
@@ -60,8 +70,9 @@ def _(
     query_block: int,
     key_block: int,
     scale: float,
+    key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_types(query, key, value, lut, count, order, query_block, key_block, scale)
+    check_types(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)
     batch, heads, tokens, _ = query.shape
     return (
         empty_bshd(query, batch, heads, tokens, value.shape[-1]),
@@ -83,13 +94,14 @@ def block_sparse_attention_backward(
     query_block: int,
     key_block: int,
     scale: float,
+    key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `block_sparse_attention`; the weights are computed again from lse, chunk by chunk. Deterministic.
 
     Args:
         grad_out: (B, H, S, Dv) in the query's dtype, any strides, also expanded.
         out, lse: as `block_sparse_attention` returned them.
-        query, key, value, lut, count, order, query_block, key_block, scale: as given to `block_sparse_attention`.
+        query, key, value, lut, count, order, query_block, key_block, scale, key_mask: as given to the forward.
 
     Returns:
         grad_query, grad_key, grad_value in the dtypes and shapes of query, key and value, (B, S, H, D) in memory.
@@ -97,9 +109,12 @@ def block_sparse_attention_backward(
     Raises:
         KernelArgumentError: as `block_sparse_attention`, and if grad_out, out or lse do not fit.
     """
-    check_arguments(query, key, value, lut, count, order, query_block, key_block, scale)
+    check_arguments(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)
     check_gradient(grad_out, query, value, out, lse)
-    return cpu.backward(grad_out, query, key, value, out, lse, lut, count, order, query_block, key_block, scale)
+    selection = (lut, count, order, query_block, key_block, scale, key_mask)
+    engine = engine_for(__package__, query.device, ENGINES)
+    grad_query, grad_key, grad_value = engine.backward(grad_out, query, key, value, out, lse, *selection)
+    return grad_query, grad_key, grad_value
 
 
 @block_sparse_attention_backward.register_fake
@@ -116,22 +131,24 @@ def _(
     query_block: int,
     key_block: int,
     scale: float,
+    key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_types(query, key, value, lut, count, order, query_block, key_block, scale)
+    check_types(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)
     return empty_bshd(query, *query.shape), empty_bshd(key, *key.shape), empty_bshd(value, *value.shape)
 
 
 def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, lut, count, order, *settings = inputs
+    query, key, value, lut, count, order, *settings, key_mask = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(query, key, value, out, lse, lut, count, order)  # type: ignore[arg-type]
+    ctx.save_for_backward(query, key, value, out, lse, lut, count, order, key_mask)  # type: ignore[arg-type]
     ctx.settings = settings  # type: ignore[attr-defined]
 
 
 def _backward(ctx: FunctionCtx, grad_out: torch.Tensor, _grad_lse: object) -> tuple[torch.Tensor | None, ...]:
-    grads = block_sparse_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings)  # type: ignore[attr-defined]
-    return (*grads, *(None,) * 6)
+    *saved, key_mask = ctx.saved_tensors  # type: ignore[attr-defined]
+    grads = block_sparse_attention_backward(grad_out, *saved, *ctx.settings, key_mask)  # type: ignore[attr-defined]
+    return (*grads, *(None,) * 7)
 
 
 block_sparse_attention.register_autograd(_backward, setup_context=_setup)

@@ -6,7 +6,7 @@ import torch
 
 from .. import checks
 from ..checks import require
-from ..layout import block_count
+from ..layout import ALL_BLOCKS, block_count
 
 
 def check_types(
@@ -19,14 +19,16 @@ def check_types(
     query_block: int,
     key_block: int,
     scale: float,
+    key_mask: torch.Tensor | None = None,
 ) -> None:
     """What can be checked without reading a size; the fakes call it as well."""
-    checks.check_same_device(query=query, key=key, value=value, lut=lut, count=count, order=order)
+    checks.check_same_device(query=query, key=key, value=value, lut=lut, count=count, order=order, key_mask=key_mask)
     checks.check_float_4d(query=query, key=key, value=value)
     for name, tensor, rank, shape in (("lut", lut, 4, "(B, H, Mq, K)"), ("count", count, 3, "(B, H, Mq)")):
         require(tensor.dtype == torch.int32, f"{name} must be int32, got {tensor.dtype}")
         require(tensor.dim() == rank, f"{name} must have {rank} dimensions {shape}, got {tensor.dim()}")
     checks.check_order_type(order)
+    checks.check_key_mask_type(key_mask)
     checks.check_block("query_block", query_block)
     checks.check_block("key_block", key_block)
     require(math.isfinite(scale), f"scale must be finite, got {scale}")
@@ -42,9 +44,10 @@ def check_arguments(
     query_block: int,
     key_block: int,
     scale: float,
+    key_mask: torch.Tensor | None = None,
 ) -> None:
     """Every check. The contents of lut, count and order are read on the CPU only: elsewhere that would sync."""
-    check_types(query, key, value, lut, count, order, query_block, key_block, scale)
+    check_types(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)
     batch, heads, tokens, head_dim = query.shape
     require(tokens > 0 and head_dim > 0, f"query {tuple(query.shape)} needs at least one token and one channel")
     require(key.shape == query.shape, f"key {tuple(key.shape)} must have the shape of query {tuple(query.shape)}")
@@ -61,6 +64,7 @@ def check_arguments(
     )
     require(count.shape == rows, f"count {tuple(count.shape)} must be {rows}")
     checks.check_order(order, tokens)
+    checks.check_key_mask(key_mask, batch, tokens)
     if lut.device.type == "cpu":
         _check_contents(lut, count, key_blocks)
 
@@ -70,7 +74,10 @@ def _check_contents(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> 
     if count.numel() == 0:
         return
     low, high = (int(bound) for bound in count.aminmax())
-    require(low >= 0 and high <= slots, f"count has entries in [{low}, {high}], outside [0, {slots}]")
+    require(
+        low >= ALL_BLOCKS and high <= slots,
+        f"count has entries in [{low}, {high}], outside [{ALL_BLOCKS} (all blocks), {slots}]",
+    )
     valid = torch.arange(slots) < count[..., None]
     low, high = (int(bound) for bound in torch.where(valid, lut, 0).aminmax())
     require(low >= 0 and high < key_blocks, f"lut has entries in [{low}, {high}], outside [0, {key_blocks})")

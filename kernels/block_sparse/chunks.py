@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -104,23 +104,40 @@ def from_blocks(blocks: torch.Tensor, order: torch.Tensor | None, out: torch.Ten
 
 
 class Selection:
-    """The selection of one group of heads, as rows of a flat list of query blocks."""
+    """Which key blocks some query blocks attend to: rows of a flat list of the query blocks of a group of heads."""
 
-    def __init__(self, plan: Plan, lut: torch.Tensor, count: torch.Tensor) -> None:
-        """lut: (G, Mq, K) and count: (G, Mq) of the heads of the group."""
+    def __init__(
+        self, plan: Plan, ids: torch.Tensor, unused: torch.Tensor, head: torch.Tensor, valid: torch.Tensor | None
+    ) -> None:
+        """ids and unused: (R, K), key blocks of the row's head; head: (R,); valid: bool (Mk, key_block), or None."""
         self.plan = plan
-        unused = torch.arange(plan.slots, device=lut.device) >= count[..., None]
-        head_start = torch.arange(len(lut), device=lut.device)[:, None, None] * plan.key_blocks
         # unused slots may hold anything: they read block 0 of the head and are masked afterwards
-        self._index = (lut.long().masked_fill(unused, 0) + head_start).view(-1)
-        visible = torch.full_like(lut, plan.key_block)  # leading tokens of each slot that may be seen
+        self._ids = ids.long().masked_fill(unused, 0)
+        self._index = (self._ids + head[:, None] * plan.key_blocks).view(-1)
+        visible = torch.full_like(ids, plan.key_block)  # leading tokens of each slot that may be seen
         if plan.short:
-            visible.masked_fill_(lut == plan.key_blocks - 1, plan.short)
-        self._visible = visible.masked_fill_(unused, 0).view(-1, plan.slots)
+            visible.masked_fill_(ids == plan.key_blocks - 1, plan.short)
+        self._visible = visible.masked_fill_(unused, 0)
+        self._valid = valid
         # On the CPU we look which rows need a mask; elsewhere that would sync, so every row gets one.
         self._masked: list[bool] | None = None
-        if lut.device.type == "cpu":
+        if ids.device.type == "cpu" and valid is None:
             self._masked = (self._visible < plan.key_block).any(dim=-1).tolist()
+
+    @classmethod
+    def listed(cls, plan: Plan, lut: torch.Tensor, count: torch.Tensor, valid: torch.Tensor | None) -> "Selection":
+        """The lists of all query blocks of a group. lut: (G, Mq, K) and count: (G, Mq); a dense row lists nothing."""
+        groups, query_blocks, slots = lut.shape
+        unused = torch.arange(slots, device=lut.device) >= count[..., None]
+        head = torch.arange(groups, device=lut.device).repeat_interleave(query_blocks)
+        return cls(plan, lut.reshape(-1, slots), unused.view(-1, slots), head, valid)
+
+    @classmethod
+    def everything(cls, plan: Plan, rows: torch.Tensor, valid: torch.Tensor | None) -> "Selection":
+        """All key blocks for the query blocks `rows` (R,) of a group."""
+        ids = torch.arange(plan.key_blocks, device=rows.device, dtype=torch.int32).expand(len(rows), -1)
+        wide = replace(plan, slots=plan.key_blocks)
+        return cls(wide, ids, torch.zeros_like(ids, dtype=torch.bool), rows // plan.query_blocks, valid)
 
     def chunks(self, step: int) -> Iterator[tuple[slice, torch.Tensor, bool]]:
         """(rows, ids of their gathered key blocks, does any of them need a mask), in order."""
@@ -131,10 +148,21 @@ class Selection:
             yield rows, self._index[rows.start * self.plan.slots : rows.stop * self.plan.slots], masked
 
     def mask(self, scores: torch.Tensor, rows: slice) -> None:
-        """Set to -inf what the query blocks `rows` must not see: unused slots and the padding of the last key block.
+        """Set to -inf what the query blocks `rows` must not see: unused slots, padding keys, the end of the last block.
 
         scores: (n, query_block, gathered).
         """
         offset = torch.arange(self.plan.key_block, device=scores.device)
         hidden = offset >= self._visible[rows, :, None]
+        if self._valid is not None:
+            hidden |= ~self._valid[self._ids[rows]]
         scores.masked_fill_(hidden.view(-1, 1, self.plan.gathered), float("-inf"))
+
+
+def valid_blocks(key_mask: torch.Tensor | None, order: torch.Tensor | None, key_block: int) -> torch.Tensor | None:
+    """bool (S,) in native order -> (Mk, key_block) in token order; the padding of the last block is not valid."""
+    if key_mask is None:
+        return None
+    in_order = key_mask if order is None else key_mask.index_select(0, order)
+    padded = torch.nn.functional.pad(in_order, (0, -len(in_order) % key_block))
+    return padded.view(-1, key_block)

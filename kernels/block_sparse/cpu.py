@@ -7,8 +7,8 @@ large batched matmuls over buffers that stay in cache. Nothing ever holds S x S 
 import torch
 
 from ..checks import accumulation_dtype
-from ..layout import empty_bshd
-from .chunks import Plan, Scratch, Selection, from_blocks, head_groups
+from ..layout import ALL_BLOCKS, empty_bshd
+from .chunks import Plan, Scratch, Selection, from_blocks, head_groups, valid_blocks
 
 
 def forward(
@@ -21,6 +21,7 @@ def forward(
     query_block: int,
     key_block: int,
     scale: float,
+    key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.block_sparse_attention`."""
     batch, heads, tokens, head_dim = query.shape
@@ -32,20 +33,27 @@ def forward(
     out = empty_bshd(query, batch, heads, tokens, value.shape[-1])
     lse = query.new_empty((batch, heads, tokens), dtype=dtype)
     width = 2 * head_dim + value.shape[-1]
-    scratch = Scratch(query.device)
+    scratch, dense_scratch = Scratch(query.device), Scratch(query.device)
+    any_dense = bool((count == ALL_BLOCKS).any())
     for b, group in head_groups(query, width, dtype.itemsize):
-        selection = Selection(plan, lut[b, group], count[b, group])
-        blocks_out, blocks_lse = _forward_group(
-            scratch.blocks("query", query[b, group], order, query_block, dtype),
-            scratch.blocks("key", key[b, group], order, key_block, dtype),
-            scratch.blocks("value", value[b, group], order, key_block, value_dtype),
-            selection,
-            scale,
-            scratch,
-        )
+        valid = valid_blocks(None if key_mask is None else key_mask[b], order, key_block)
+        queries = scratch.blocks("query", query[b, group], order, query_block, dtype)
+        keys = scratch.blocks("key", key[b, group], order, key_block, dtype)
+        values = scratch.blocks("value", value[b, group], order, key_block, value_dtype)
+        selection = Selection.listed(plan, lut[b, group], count[b, group], valid)
+        blocks_out, blocks_lse = _forward_group(queries, keys, values, selection, scale, scratch)
+        if any_dense and len(rows := _dense_rows(count[b, group])):
+            everything = Selection.everything(plan, rows, valid)
+            dense = _forward_group(queries[rows], keys, values, everything, scale, dense_scratch)
+            blocks_out[rows], blocks_lse[rows] = dense
         from_blocks(blocks_out, order, out[b, group])
         from_blocks(blocks_lse, order, lse[b, group])
     return out, lse
+
+
+def _dense_rows(count: torch.Tensor) -> torch.Tensor:
+    """Which query blocks of a group attend to everything, as rows of the flat list. count: (G, Mq)."""
+    return (count.reshape(-1) == ALL_BLOCKS).nonzero()[:, 0]
 
 
 def _forward_group(
@@ -56,7 +64,7 @@ def _forward_group(
     scale: float,
     scratch: Scratch,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """query: (G * Mq, query_block, D); key and value: (G * Mk, key_block, D). Returns blocks of out and lse."""
+    """query: (R, query_block, D); key and value: (G * Mk, key_block, D). Returns blocks of out and lse."""
     plan, value_dim = selection.plan, value.shape[-1]
     out = scratch("out", (*query.shape[:2], value_dim), value.dtype)
     lse, largest = (scratch(name, query.shape[:2], query.dtype) for name in ("lse", "largest"))
@@ -97,29 +105,37 @@ def backward(
     query_block: int,
     key_block: int,
     scale: float,
+    key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `forward`, all in fp32 (fp64 for fp64) until the result is written."""
     dtype = accumulation_dtype(query.dtype)
     plan = Plan.of(query.shape[2], lut, query_block, key_block)
     grads = empty_bshd(query, *query.shape), empty_bshd(key, *key.shape), empty_bshd(value, *value.shape)
     width = 4 * (query.shape[-1] + value.shape[-1])
-    scratch = Scratch(query.device)
+    scratch, dense_scratch = Scratch(query.device), Scratch(query.device)
+    any_dense = bool((count == ALL_BLOCKS).any())
     for b, group in head_groups(query, width, dtype.itemsize):
         # d/dscore = weight * (grad_out . value - delta), with delta = grad_out . out per query
         delta = (grad_out[b, group].to(dtype) * out[b, group].to(dtype)).sum(-1, keepdim=True)
         # a row without keys has lse -inf; +inf makes its weights exp(-inf) = 0 instead of NaN
         safe_lse = lse[b, group, :, None].masked_fill(lse[b, group, :, None] == float("-inf"), float("inf"))
-        blocks = _backward_group(
+        keys = scratch.blocks("key", key[b, group], order, key_block, dtype)
+        values = scratch.blocks("value", value[b, group], order, key_block, dtype)
+        per_query = (
             scratch.blocks("grad_out", grad_out[b, group], order, query_block, dtype),
             scratch.blocks("query", query[b, group], order, query_block, dtype),
-            scratch.blocks("key", key[b, group], order, key_block, dtype),
-            scratch.blocks("value", value[b, group], order, key_block, dtype),
             scratch.blocks("delta", delta, order, query_block, dtype),
             scratch.blocks("lse", safe_lse, order, query_block, dtype),
-            Selection(plan, lut[b, group], count[b, group]),
-            scale,
-            scratch,
         )
+        valid = valid_blocks(None if key_mask is None else key_mask[b], order, key_block)
+        selection = Selection.listed(plan, lut[b, group], count[b, group], valid)
+        blocks = _backward_group(*per_query, keys, values, selection, scale, scratch)
+        if any_dense and len(rows := _dense_rows(count[b, group])):
+            everything = Selection.everything(plan, rows, valid)
+            dense = _backward_group(*(x[rows] for x in per_query), keys, values, everything, scale, dense_scratch)
+            blocks[0][rows] = dense[0]
+            for total, part in zip(blocks[1:], dense[1:], strict=True):
+                total += part
         for grad, block in zip(grads, blocks, strict=True):
             from_blocks(block, order, grad[b, group])
     return grads
@@ -128,15 +144,15 @@ def backward(
 def _backward_group(
     grad_out: torch.Tensor,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
     delta: torch.Tensor,
     lse: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     selection: Selection,
     scale: float,
     scratch: Scratch,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All as blocks, delta and lse (G * Mq, query_block, 1). Returns the blocks of the three gradients."""
+    """All as blocks, delta and lse (R, query_block, 1). Returns the blocks of the three gradients."""
     plan, dtype = selection.plan, query.dtype
     grad_query = scratch("grad_query", query.shape, dtype)
     grad_key = scratch("grad_key", key.shape, dtype).zero_()

@@ -3,11 +3,17 @@
 import torch
 
 from ..checks import accumulation_dtype
-from ..layout import block_count
+from ..layout import ALL_BLOCKS, block_count
 
 
 def token_mask(
-    lut: torch.Tensor, count: torch.Tensor, order: torch.Tensor | None, tokens: int, query_block: int, key_block: int
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    order: torch.Tensor | None,
+    tokens: int,
+    query_block: int,
+    key_block: int,
+    key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """bool (B, H, S, S) in native order: True where query token i may attend to key token j."""
     slots = torch.arange(lut.shape[-1], device=lut.device)
@@ -15,11 +21,12 @@ def token_mask(
     selected = torch.nn.functional.one_hot(
         torch.where(slots < count[..., None], lut, key_blocks).long(), key_blocks + 1
     )
-    block_mask = selected.sum(dim=-2)[..., :key_blocks] > 0
+    block_mask = (selected.sum(dim=-2)[..., :key_blocks] > 0) | (count == ALL_BLOCKS)[..., None]
     position = torch.arange(tokens, device=lut.device)
     if order is not None:
         position = torch.empty_like(position).scatter_(0, order.long(), position)  # native index -> place in the order
-    return block_mask[:, :, position // query_block][:, :, :, position // key_block]
+    mask = block_mask[:, :, position // query_block][:, :, :, position // key_block]
+    return mask if key_mask is None else mask & key_mask[:, None, None, :]
 
 
 def block_sparse_attention(
@@ -32,13 +39,14 @@ def block_sparse_attention(
     query_block: int,
     key_block: int,
     scale: float,
+    key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact softmax over the selected blocks (method.md section 4.2, step 6); a row without any key gives 0.
 
     Same arguments and results as `salad::block_sparse_attention`; differentiable by autograd.
     """
     dtype = accumulation_dtype(query.dtype)
-    mask = token_mask(lut, count, order, query.shape[2], query_block, key_block)
+    mask = token_mask(lut, count, order, query.shape[2], query_block, key_block, key_mask)
     scores = (query.to(dtype) @ key.to(dtype).transpose(-1, -2)) * scale
     scores = scores.masked_fill(~mask, float("-inf"))
     lse = scores.logsumexp(dim=-1)

@@ -3,30 +3,17 @@
 import torch
 from torch.autograd.function import FunctionCtx
 
-from .. import checks
-from ..checks import accumulation_dtype, require
+from ..checks import accumulation_dtype
+from ..dispatch import engine_for
 from ..layout import block_count
-from . import cpu
-from .density import check_density, kept_blocks
-
-
-def check_pool_types(x: torch.Tensor, order: torch.Tensor | None, block: int) -> None:
-    """What can be checked without reading a size; the fake calls it as well."""
-    checks.check_same_device(x=x, order=order)
-    checks.check_float_4d(x=x)
-    checks.check_block("block", block)
-    checks.check_order_type(order)
-
-
-def check_pool(x: torch.Tensor, order: torch.Tensor | None, block: int) -> None:
-    """Every check of `pool_blocks`."""
-    check_pool_types(x, order, block)
-    require(x.shape[2] > 0, "x has no tokens: S must be at least 1")
-    checks.check_order(order, x.shape[2])
+from .checks import check_pool, check_pool_types, check_select, check_select_types
+from .density import list_width
 
 
 @torch.library.custom_op("salad::pool_blocks", mutates_args=())
-def pool_blocks(x: torch.Tensor, order: torch.Tensor | None, block: int) -> torch.Tensor:
+def pool_blocks(
+    x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean of the valid rows of each block of tokens (method.md section 4.2, step 1; our choice).
 
     The result never requires grad, also where `x` does: selection carries no gradient (method.md section 4.2, step 6).
@@ -35,95 +22,92 @@ def pool_blocks(x: torch.Tensor, order: torch.Tensor | None, block: int) -> torc
         x: (B, H, S, D), any strides; fp32, bf16, fp16 or fp64.
         order: int32 (S,), a permutation; order[i] is the native index of the i-th token. None is the native order.
         block: tokens per block; blocks are consecutive runs in `order`, and only the last one is short.
+        key_mask: bool (B, S) in native order, True where a row is valid; None where all are.
 
     Returns:
-        (B, H, ceil(S / block), D), contiguous, fp32 (fp64 for fp64).
+        (B, H, ceil(S / block), D), contiguous, fp32 (fp64 for fp64); 0 for a block without a valid row.
 
     Raises:
-        KernelArgumentError: on a wrong rank, dtype, device, block size or order.
+        KernelArgumentError: on a wrong rank, dtype, device, block size, order or mask.
+        UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, block size or GPU.
     """
-    check_pool(x, order, block)
-    return cpu.pool_blocks(x, order, block)
+    check_pool(x, order, block, key_mask)
+    pooled: torch.Tensor = engine_for(__package__, x.device).pool_blocks(x, order, block, key_mask)
+    return pooled
 
 
 @pool_blocks.register_fake
-def _(x: torch.Tensor, order: torch.Tensor | None, block: int) -> torch.Tensor:
-    check_pool_types(x, order, block)
+def _(
+    x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    check_pool_types(x, order, block, key_mask)
     batch, heads, tokens, head_dim = x.shape
     return x.new_empty((batch, heads, block_count(tokens, block), head_dim), dtype=accumulation_dtype(x.dtype))
 
 
-def check_select_types(
-    pooled_query: torch.Tensor, pooled_key: torch.Tensor, query_block: int, key_block: int, density_permille: int
-) -> None:
-    """What can be checked without reading a size; the fake calls it as well."""
-    checks.check_same_device(pooled_query=pooled_query, pooled_key=pooled_key)
-    checks.check_float_4d(pooled_query=pooled_query, pooled_key=pooled_key)
-    require(
-        pooled_query.dtype in (torch.float32, torch.float64),
-        f"pooled tensors must be float32 or float64 as pool_blocks returns them, got {pooled_query.dtype}",
-    )
-    check_density(query_block, key_block, density_permille)
-
-
-def check_select(
-    pooled_query: torch.Tensor, pooled_key: torch.Tensor, query_block: int, key_block: int, density_permille: int
-) -> None:
-    """Every check of `select_blocks`."""
-    check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille)
-    (batch, heads, query_blocks, head_dim), (key_batch, key_heads, key_blocks, key_dim) = (
-        pooled_query.shape,
-        pooled_key.shape,
-    )
-    require(
-        (batch, heads, head_dim) == (key_batch, key_heads, key_dim),
-        f"pooled_query {tuple(pooled_query.shape)} and pooled_key {tuple(pooled_key.shape)} may differ only in blocks",
-    )
-    require(query_blocks > 0 and key_blocks > 0, "there must be at least one query block and one key block")
-    # Both come from S tokens: each must be possible, or the forced blocks would lie outside.
-    shortest, longest = (query_blocks - 1) * query_block + 1, query_blocks * query_block
-    require(
-        (key_blocks - 1) * key_block + 1 <= longest and key_blocks * key_block >= shortest,
-        f"{query_blocks} query blocks of {query_block} and {key_blocks} key blocks of {key_block} tokens cannot cover "
-        "the same sequence",
-    )
-
-
 @torch.library.custom_op("salad::select_blocks", mutates_args=())
 def select_blocks(
-    pooled_query: torch.Tensor, pooled_key: torch.Tensor, query_block: int, key_block: int, density_permille: int
+    pooled_query: torch.Tensor,
+    pooled_key: torch.Tensor,
+    query_block: int,
+    key_block: int,
+    density_permille: int,
+    sink_begin: int = 0,
+    sink_end: int = 0,
+    key_mask: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The key blocks with the best pooled scores, for every query block (method.md section 4.2; our choice).
 
-    Key blocks that overlap the query block are always selected and count towards the number kept. Ties may resolve
-    either way, but the same inputs give the same answer on every run. Not differentiable.
+    Key blocks that overlap the query block are always selected and count towards the number kept. Text tokens of a
+    joint sequence are sinks (method.md section 4.4): key blocks that hold one are always selected, on top of the number
+    kept, and query blocks that hold one attend to everything. Key blocks without a valid key are never selected. NaN
+    ranks below every number. Ties may resolve either way, but the same inputs give the same answer on every run. Not
+    differentiable.
 
     Args:
         pooled_query: (B, H, Mq, D), fp32 or fp64, from `pool_blocks`.
         pooled_key: (B, H, Mk, D), same dtype.
         query_block, key_block: tokens per block; one divides the other.
         density_permille: 1000 * (1 - sparsity), in 0..1000; 1000 selects everything.
+        sink_begin, sink_end: positions [sink_begin, sink_end) in the order are text; none where they are equal.
+        key_mask: bool (B, S) in native order, True where a key is valid; None where all are.
+        order: int32 (S,), order[i] is the native index of the i-th token. Used to read `key_mask`, and for nothing else.
 
     Returns:
-        lut: int32 (B, H, Mq, K), ids of the selected key blocks, ascending and unique, K = `kept_blocks(Mk, ...)`.
-        count: int32 (B, H, Mq), how many entries of each row are valid; all K today. Consumers ignore the rest.
+        lut: int32 (B, H, Mq, K), ids of the selected key blocks, ascending and unique. K is `kept_blocks(Mk, ...)` plus
+            the number of sinks, at most Mk.
+        count: int32 (B, H, Mq), how many entries of each row are valid: K, fewer where there are fewer valid key blocks,
+            or ALL_BLOCKS (-1) where the query block attends to everything. Consumers ignore the rest of the row.
 
     Raises:
-        KernelArgumentError: on wrong ranks, dtypes, devices, shapes, block sizes or density.
+        KernelArgumentError: on wrong ranks, dtypes, devices, shapes, block sizes, density, sinks, mask or order.
+        UnsupportedKernelError: the engine has no kernel for this dtype or GPU.
     """
-    check_select(pooled_query, pooled_key, query_block, key_block, density_permille)
-    return cpu.select_blocks(pooled_query, pooled_key, query_block, key_block, density_permille)
+    settings = (query_block, key_block, density_permille)
+    check_select(pooled_query, pooled_key, *settings, sink_begin, sink_end, key_mask, order)
+    engine = engine_for(__package__, pooled_query.device)
+    lut, count = engine.select_blocks(pooled_query, pooled_key, *settings, sink_begin, sink_end, key_mask, order)
+    return lut, count
 
 
 @select_blocks.register_fake
 def _(
-    pooled_query: torch.Tensor, pooled_key: torch.Tensor, query_block: int, key_block: int, density_permille: int
+    pooled_query: torch.Tensor,
+    pooled_key: torch.Tensor,
+    query_block: int,
+    key_block: int,
+    density_permille: int,
+    sink_begin: int = 0,
+    sink_end: int = 0,
+    key_mask: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille)
+    check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille, key_mask, order)
     batch, heads, query_blocks, _ = pooled_query.shape
-    keep = kept_blocks(pooled_key.shape[2], query_block, key_block, density_permille)
+    slots = list_width(pooled_key.shape[2], query_block, key_block, density_permille, sink_begin, sink_end)
     return (
-        pooled_query.new_empty((batch, heads, query_blocks, keep), dtype=torch.int32),
+        pooled_query.new_empty((batch, heads, query_blocks, slots), dtype=torch.int32),
         pooled_query.new_empty((batch, heads, query_blocks), dtype=torch.int32),
     )
 
@@ -134,11 +118,11 @@ def _no_gradient(ctx: FunctionCtx, inputs: tuple[object, ...], output: object) -
 
 
 def _pool_backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[None, ...]:
-    return (None,) * 3
+    return (None,) * 4
 
 
 def _select_backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[None, ...]:
-    return (None,) * 5
+    return (None,) * 9
 
 
 pool_blocks.register_autograd(_pool_backward, setup_context=_no_gradient)

@@ -3,14 +3,18 @@
 import torch
 
 from ..checks import accumulation_dtype
-from ..layout import block_count
-from .density import kept_blocks
+from ..layout import ALL_BLOCKS, block_count
+from .density import list_width
 
 
-def pool_blocks(x: torch.Tensor, order: torch.Tensor | None, block: int) -> torch.Tensor:
+def pool_blocks(
+    x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """See `reference.pool_blocks`. Full blocks are one strided reduction, the short last block a second one."""
     batch, heads, tokens, head_dim = x.shape
     dtype = accumulation_dtype(x.dtype)
+    if key_mask is not None:
+        x = x.masked_fill(~key_mask[:, None, :, None], 0)
     if order is not None:
         # (B, S, H, D) rows are contiguous in the usual layout, so the gather is made along S of that view
         x = x.transpose(1, 2).index_select(1, order).transpose(1, 2)
@@ -18,24 +22,66 @@ def pool_blocks(x: torch.Tensor, order: torch.Tensor | None, block: int) -> torc
     pooled = x.new_empty((batch, heads, block_count(tokens, block), head_dim), dtype=dtype)
     if full:
         rows = torch.unflatten(x[:, :, : full * block], 2, (full, block))
-        torch.mean(rows, dim=3, dtype=dtype, out=pooled[:, :, :full])
+        torch.sum(rows, dim=3, dtype=dtype, out=pooled[:, :, :full])
     if full * block < tokens:
-        torch.mean(x[:, :, full * block :], dim=2, dtype=dtype, out=pooled[:, :, full])
-    return pooled
+        torch.sum(x[:, :, full * block :], dim=2, dtype=dtype, out=pooled[:, :, full])
+    if key_mask is None:
+        seen = _rows(torch.ones(1, tokens, dtype=torch.bool, device=x.device), None, block)
+    else:
+        seen = _rows(key_mask, order, block).clamp_(min=1)
+    return pooled.div_(seen[:, None, :, None])
 
 
 def select_blocks(
-    pooled_query: torch.Tensor, pooled_key: torch.Tensor, query_block: int, key_block: int, density_permille: int
+    pooled_query: torch.Tensor,
+    pooled_key: torch.Tensor,
+    query_block: int,
+    key_block: int,
+    density_permille: int,
+    sink_begin: int = 0,
+    sink_end: int = 0,
+    key_mask: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.select_blocks`. Forced blocks score +inf, everything else stays below it, then one top-k."""
+    """See `reference.select_blocks`. Forced blocks score +inf, masked ones -inf, all others lie between: one top-k."""
     key_blocks = pooled_key.shape[2]
-    keep = kept_blocks(key_blocks, query_block, key_block, density_permille)
+    slots = list_width(key_blocks, query_block, key_block, density_permille, sink_begin, sink_end)
     scores = pooled_query @ pooled_key.transpose(-1, -2)
     # An overflow must not tie with a forced block, and NaN must not outrank it: the self block is always selected.
-    scores.nan_to_num_(nan=torch.finfo(scores.dtype).min, posinf=torch.finfo(scores.dtype).max)
+    lowest, highest = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
+    scores.nan_to_num_(nan=lowest, posinf=highest, neginf=lowest)
     _force_overlap(scores, query_block, key_block)
-    lut = scores.topk(keep, dim=-1, sorted=False).indices.sort(dim=-1).values.to(torch.int32)
-    return lut, torch.full(lut.shape[:3], keep, dtype=torch.int32, device=lut.device)
+    if sink_begin < sink_end:
+        scores[..., sink_begin // key_block : block_count(sink_end, key_block)] = float("inf")
+    if key_mask is None:
+        lut = scores.topk(slots, dim=-1, sorted=False).indices.sort(dim=-1).values.to(torch.int32)
+        count = torch.full(lut.shape[:3], slots, dtype=torch.int32, device=lut.device)
+    else:
+        lut, count = _among_valid(scores, slots, _rows(key_mask, order, key_block) > 0)
+    if sink_begin < sink_end:
+        text = slice(sink_begin // query_block, block_count(sink_end, query_block))
+        lut[:, :, text] = torch.arange(slots, dtype=torch.int32, device=lut.device)
+        count[:, :, text] = ALL_BLOCKS
+    return lut, count
+
+
+def _rows(key_mask: torch.Tensor, order: torch.Tensor | None, block: int) -> torch.Tensor:
+    """int64 (B, M): how many valid rows each block has."""
+    if order is not None:
+        key_mask = key_mask.index_select(1, order)
+    tokens = key_mask.shape[1]
+    blocks = block_count(tokens, block)
+    return torch.nn.functional.pad(key_mask, (0, blocks * block - tokens)).unflatten(1, (blocks, block)).sum(dim=2)
+
+
+def _among_valid(scores: torch.Tensor, slots: int, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The top-k among the blocks that are valid (B, Mk); rows with fewer of them end in zeros. Changes `scores`."""
+    key_blocks = scores.shape[-1]
+    valid = valid[:, None, None, :].expand_as(scores)
+    chosen = scores.masked_fill_(~valid, float("-inf")).topk(slots, dim=-1, sorted=False).indices
+    found = valid.gather(-1, chosen)
+    lut = chosen.masked_fill_(~found, key_blocks).sort(dim=-1).values
+    return lut.masked_fill_(lut == key_blocks, 0).to(torch.int32), found.sum(dim=-1).to(torch.int32)
 
 
 def _force_overlap(scores: torch.Tensor, query_block: int, key_block: int) -> None:

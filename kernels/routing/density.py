@@ -1,8 +1,9 @@
-"""How many key blocks a query block keeps: one integer formula for ints and SymInts alike."""
+"""How many key blocks a query block keeps: integer formulas for ints and SymInts alike."""
 
 import torch
 
 from ..checks import require
+from ..layout import block_count
 
 
 def check_density(query_block: int, key_block: int, density_permille: int) -> None:
@@ -36,3 +37,15 @@ def kept_blocks(key_blocks: int, query_block: int, key_block: int, density_permi
     wanted: int = torch.sym_max(forced, key_blocks * density_permille // 1000)  # type: ignore[no-untyped-call]
     kept: int = torch.sym_min(key_blocks, wanted)  # type: ignore[no-untyped-call]
     return kept
+
+
+def list_width(
+    key_blocks: int, query_block: int, key_block: int, density_permille: int, sink_begin: int, sink_end: int
+) -> int:
+    """K, the entries per row of the list: what `kept_blocks` says, and the sinks on top. Adds no guard on a SymInt."""
+    touched = block_count(sink_end, key_block) - sink_begin // key_block
+    # an empty range may lie inside a block, and no range touches more blocks than it has tokens
+    sinks = torch.sym_min(sink_end - sink_begin, touched)  # type: ignore[no-untyped-call]
+    kept = kept_blocks(key_blocks, query_block, key_block, density_permille)
+    width: int = torch.sym_min(key_blocks, kept + sinks)  # type: ignore[no-untyped-call]
+    return width

@@ -3,13 +3,25 @@
 import torch
 
 from ..checks import accumulation_dtype
-from ..layout import take_in_order
+from ..layout import ALL_BLOCKS, take_in_order
 
 
-def pool_blocks(x: torch.Tensor, order: torch.Tensor | None, block: int) -> torch.Tensor:
+def pool_blocks(
+    x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean of the valid rows of each block: (B, H, S, D) -> (B, H, ceil(S/block), D) in fp32 (fp64 for fp64)."""
     rows = take_in_order(x, order).to(accumulation_dtype(x.dtype))
-    return torch.stack([run.mean(dim=2) for run in torch.split(rows, block, dim=2)], dim=2)
+    if key_mask is None:
+        key_mask = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device)
+    # (B, 1, S, 1), so that it is taken in order as the rows are
+    valid = take_in_order(key_mask[:, None, :, None], order)
+    return torch.stack(
+        [
+            run.masked_fill(~seen, 0).sum(dim=2) / seen.sum(dim=2).clamp(min=1)
+            for run, seen in zip(torch.split(rows, block, dim=2), torch.split(valid, block, dim=2), strict=True)
+        ],
+        dim=2,
+    )
 
 
 def overlap(query_blocks: int, key_blocks: int, query_block: int, key_block: int) -> torch.Tensor:
@@ -19,18 +31,54 @@ def overlap(query_blocks: int, key_blocks: int, query_block: int, key_block: int
     return (key_start < query_start + query_block) & (query_start < key_start + key_block)
 
 
+def touched(blocks: int, block: int, begin: int, end: int) -> torch.Tensor:
+    """bool (M,): True where a block has a token in [begin, end)."""
+    start = torch.arange(blocks) * block
+    return (start < end) & (begin < start + block) & (begin < end)
+
+
+def valid_blocks(key_mask: torch.Tensor, order: torch.Tensor | None, block: int) -> torch.Tensor:
+    """bool (B, Mk): True where a block has a valid key."""
+    in_order = take_in_order(key_mask[:, :, None], order)
+    return torch.stack([run.any(dim=1) for run in torch.split(in_order[..., 0], block, dim=1)], dim=1)
+
+
 def select_blocks(
-    pooled_query: torch.Tensor, pooled_key: torch.Tensor, query_block: int, key_block: int, density_permille: int
+    pooled_query: torch.Tensor,
+    pooled_key: torch.Tensor,
+    query_block: int,
+    key_block: int,
+    density_permille: int,
+    sink_begin: int = 0,
+    sink_end: int = 0,
+    key_mask: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keep the blocks whose rank is below `keep`, where blocks that overlap the query block rank first."""
-    query_blocks, key_blocks = pooled_query.shape[2], pooled_key.shape[2]
+    """Rank the valid blocks, those that overlap the query block and sinks first, and keep ranks below K."""
+    batch, _, query_blocks, _ = pooled_query.shape
+    key_blocks, device = pooled_key.shape[2], pooled_query.device
+    sinks = touched(key_blocks, key_block, sink_begin, sink_end).to(device)
     forced = max(1, query_block // key_block)
     keep = min(key_blocks, max(forced, key_blocks * density_permille // 1000))
+    slots = min(key_blocks, keep + int(sinks.sum()))
+
+    if key_mask is None:
+        valid = torch.ones(batch, key_blocks, dtype=torch.bool, device=device)
+    else:
+        valid = valid_blocks(key_mask, order, key_block)
+    first = overlap(query_blocks, key_blocks, query_block, key_block).to(device) | sinks
     scores = pooled_query @ pooled_key.transpose(-1, -2)
-    forced_blocks = overlap(query_blocks, key_blocks, query_block, key_block).to(scores.device)
-    scores = scores.masked_fill(forced_blocks, float("inf"))
-    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    kept = rank < keep
-    ids = torch.arange(key_blocks, device=scores.device).expand_as(kept)
-    lut = ids[kept].reshape(*kept.shape[:-1], keep)
-    return lut.to(torch.int32), torch.full_like(lut[..., 0], keep, dtype=torch.int32)
+    scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    # 2: always selected, 1: selected by score, 0: never
+    group = ((1 + first.int()) * valid[:, None, None, :]).expand_as(scores)
+    best = scores.argsort(dim=-1, descending=True, stable=True)
+    best = best.gather(-1, group.gather(-1, best).argsort(dim=-1, descending=True, stable=True))
+    kept = torch.zeros_like(group, dtype=torch.bool).scatter(-1, best[..., :slots], True) & (group > 0)
+
+    ids = torch.arange(key_blocks, device=device).expand_as(kept)
+    lut = ids.masked_fill(~kept, key_blocks).sort(dim=-1).values[..., :slots]
+    lut = lut.masked_fill(lut == key_blocks, 0)
+    dense = touched(query_blocks, query_block, sink_begin, sink_end).to(device)
+    lut = torch.where(dense[:, None], ids[..., :slots], lut)
+    count = kept.sum(dim=-1).masked_fill(dense, ALL_BLOCKS)
+    return lut.to(torch.int32), count.to(torch.int32)

@@ -48,7 +48,10 @@ def with_entry(name: str, where: tuple[int, ...], entry: int) -> dict[str, torch
         (with_entry("lut", (0, 0, 0, 0), -1), "outside"),
         (with_entry("lut", (0, 0, 0), 2), "once, in ascending order"),
         (with_entry("count", (0, 0, 0), 3), "outside"),
-        (with_entry("count", (0, 0, 0), -1), "outside"),
+        (with_entry("count", (0, 0, 0), -2), "outside"),
+        ({"key_mask": torch.ones(2, 202).bool()}, "key_mask"),
+        ({"key_mask": torch.ones(2, 203)}, "key_mask must be bool"),
+        ({"key_mask": torch.ones(203).bool()}, "2 dimensions"),
     ],
 )
 def test_rejects(change: dict[str, Any], message: str) -> None:

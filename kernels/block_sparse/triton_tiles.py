@@ -1,0 +1,54 @@
+"""Pieces that the forward and the backward kernels share: reading a list of blocks, and loading rows of tokens.
+
+Ids of blocks and tokens that come from memory are clamped to their range, so that a wrong list reads the wrong block
+and never foreign memory; `triton_checks.py` reports such lists.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def listed_blocks(count_ptr, slots, key_blocks):
+    """How many key blocks a query block attends to, and whether they are all of them, unlisted (a negative count)."""
+    count = tl.load(count_ptr)
+    everything = count < 0
+    return tl.where(everything, key_blocks, tl.minimum(count, slots)), everything
+
+
+@triton.jit
+def block_id(list_ptr, entry, everything, blocks):
+    """The entry-th block of a list, below `blocks`; the entry itself where everything is attended to."""
+    listed = tl.load(list_ptr + tl.where(everything, 0, entry))
+    return tl.minimum(tl.maximum(tl.where(everything, entry, listed), 0), blocks - 1)
+
+
+@triton.jit
+def token_rows(order_ptr, positions, in_range, tokens, HAS_ORDER: tl.constexpr):
+    """Native indices (int64) of the tokens at `positions` of the order. in_range: where positions < tokens, or None."""
+    if HAS_ORDER:
+        if in_range is None:
+            rows = tl.load(order_ptr + positions)
+        else:
+            rows = tl.load(order_ptr + positions, mask=in_range, other=0)
+        rows = tl.minimum(tl.maximum(rows, 0), tokens - 1)
+    else:
+        rows = positions
+    return rows.to(tl.int64)
+
+
+@triton.jit
+def load_rows(ptr, rows, in_range, stride_s, stride_d, WIDTH: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+    """A (rows, TILE) tile; channels beyond WIDTH are 0, and rows that are not in_range if MASKED."""
+    channels = tl.arange(0, TILE)
+    pointers = ptr + rows[:, None] * stride_s + channels[None, :] * stride_d
+    if MASKED:
+        if WIDTH == TILE:
+            tile = tl.load(pointers, mask=in_range[:, None], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=in_range[:, None] & (channels < WIDTH)[None, :], other=0.0)
+    elif WIDTH == TILE:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(channels < WIDTH)[None, :], other=0.0)
+    return tile

@@ -1,0 +1,11 @@
+"""Gradients of arguments that were not given."""
+
+import torch
+
+
+def absent(like: torch.Tensor) -> torch.Tensor:
+    """What a backward operator returns as the gradient of an optional argument that was None: shape (0,).
+
+    Operators of torch.library return tensors only, each of them new.
+    """
+    return like.new_empty((0,))

@@ -1,0 +1,194 @@
+"""Kernels of `linear_output`: every query reads the state, and the gradients of query, rotated query and state."""
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import (
+    feature_map,
+    feature_map_backward,
+    load_state,
+    load_tile,
+    narrow_state,
+    nonzero,
+    run_of_tiles,
+    store_state,
+    store_tile,
+    times_state,
+    times_transposed_state,
+    valid_rows,
+)
+
+
+@triton.jit(do_not_specialize=["heads", "tokens"])
+def output_kernel(
+    query_ptr,
+    rotated_ptr,
+    state_ptr,
+    key_sum_ptr,
+    out_ptr,
+    query_stride_b,
+    query_stride_h,
+    query_stride_s,
+    query_stride_d,
+    rotated_stride_b,
+    rotated_stride_h,
+    rotated_stride_s,
+    rotated_stride_d,
+    heads,
+    tokens,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    TILE_D: tl.constexpr,
+    TILE_V: tl.constexpr,
+    TILE_S: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    HAS_ROTATED: tl.constexpr,
+):
+    """state (B, H, D, Dv) and key_sum (B, H, D) contiguous fp32, out (B, S, H, Dv) contiguous.
+
+    Grid (B * H, splits): every program keeps the state and walks over a run of token tiles.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    query_ptr += batch * query_stride_b + head * query_stride_h
+    out_ptr += (batch * tokens * heads + head) * VALUE_DIM
+    if HAS_ROTATED:
+        rotated_ptr += batch * rotated_stride_b + head * rotated_stride_h
+
+    channels = tl.arange(0, TILE_D)
+    key_sum = tl.load(key_sum_ptr + pair * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)
+    state = load_state(state_ptr + pair * (HEAD_DIM * VALUE_DIM), HEAD_DIM, VALUE_DIM, TILE_D, TILE_V)
+    narrow, unit = narrow_state(state, query_ptr.dtype.element_ty)
+    first, stop = run_of_tiles(tokens, TILE_S)
+    for tile in range(first, stop):
+        start = tile * TILE_S
+        valid = valid_rows(None, start, tokens, TILE_S, False)
+        query = load_tile(query_ptr, start, valid, query_stride_s, query_stride_d, TILE_S, HEAD_DIM, TILE_D)
+        features = feature_map(query.to(tl.float32), HEAD_DIM, TILE_D, FEATURE_MAP)
+        denominator = tl.sum(features * key_sum[None, :], 1) + eps
+        if HAS_ROTATED:
+            rotated = load_tile(
+                rotated_ptr, start, valid, rotated_stride_s, rotated_stride_d, TILE_S, HEAD_DIM, TILE_D
+            )
+            numerator = times_state(rotated.to(tl.float32), narrow, unit)
+        else:
+            numerator = times_state(features, narrow, unit)
+        out = numerator / denominator[:, None]
+        store_tile(out_ptr, out, start, tokens, heads * VALUE_DIM, TILE_S, VALUE_DIM, TILE_V)
+
+
+@triton.jit
+def _add_product(left, right, state, unit):
+    """state += left^T @ right for fp32 rows `left`. In fp16 state is kept in units that grow with the largest left."""
+    if right.dtype == tl.float16:
+        largest = tl.maximum(unit, tl.max(tl.max(tl.abs(left), 1), 0))
+        state = state * (unit / nonzero(largest))
+        unit = largest
+        left = left / nonzero(unit)
+    return tl.dot(tl.trans(left.to(right.dtype)), right, state, input_precision="ieee"), unit
+
+
+@triton.jit(do_not_specialize=["heads", "tokens"])
+def output_backward_kernel(
+    grad_out_ptr,
+    query_ptr,
+    rotated_ptr,
+    state_ptr,
+    key_sum_ptr,
+    grad_query_ptr,
+    grad_rotated_ptr,
+    grad_state_ptr,
+    grad_key_sum_ptr,
+    grad_out_stride_b,
+    grad_out_stride_h,
+    grad_out_stride_s,
+    grad_out_stride_d,
+    query_stride_b,
+    query_stride_h,
+    query_stride_s,
+    query_stride_d,
+    rotated_stride_b,
+    rotated_stride_h,
+    rotated_stride_s,
+    rotated_stride_d,
+    heads,
+    tokens,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    TILE_D: tl.constexpr,
+    TILE_V: tl.constexpr,
+    TILE_S: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    HAS_ROTATED: tl.constexpr,
+):
+    """With s = a.z + eps and w = KV g: da = w / s + ds z, ds = -(w.a) / s^2, dKV = sum a (g / s)^T, dz = sum ds a.
+
+    w / s and ds z nearly cancel where all values have a common mean. So this works on KV - z m^T, where m is about the
+    mean output: what is taken off is put back exactly, and 16 bits hold the rest. With rotation nothing cancels: w / s
+    is the gradient of the rotated query, ds = -(w . rotated query) / s^2 and da = ds z.
+
+    state, key_sum, grad_query and grad_rotated as in `output_kernel`, grad_state (B, H, splits, D, Dv) and grad_key_sum
+    (B, H, splits, D) contiguous fp32. Grid (B * H, splits).
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    grad_out_ptr += batch * grad_out_stride_b + head * grad_out_stride_h
+    query_ptr += batch * query_stride_b + head * query_stride_h
+    grad_query_ptr += (batch * tokens * heads + head) * HEAD_DIM
+    if HAS_ROTATED:
+        rotated_ptr += batch * rotated_stride_b + head * rotated_stride_h
+        grad_rotated_ptr += (batch * tokens * heads + head) * HEAD_DIM
+
+    channels = tl.arange(0, TILE_D)
+    key_sum = tl.load(key_sum_ptr + pair * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)
+    state = load_state(state_ptr + pair * (HEAD_DIM * VALUE_DIM), HEAD_DIM, VALUE_DIM, TILE_D, TILE_V)
+    if not HAS_ROTATED:
+        mean = tl.sum(state, 0) / nonzero(tl.sum(tl.abs(key_sum), 0))
+        state -= key_sum[:, None] * mean[None, :]
+    narrow, unit = narrow_state(state, query_ptr.dtype.element_ty)
+
+    grad_state = tl.zeros([TILE_D, TILE_V], tl.float32)
+    grad_unit = 0.0
+    grad_sum = tl.zeros([TILE_D], tl.float32)
+    first, stop = run_of_tiles(tokens, TILE_S)
+    for tile in range(first, stop):
+        start = tile * TILE_S
+        valid = valid_rows(None, start, tokens, TILE_S, False)
+        grad = load_tile(
+            grad_out_ptr, start, valid, grad_out_stride_s, grad_out_stride_d, TILE_S, VALUE_DIM, TILE_V
+        )
+        query = load_tile(query_ptr, start, valid, query_stride_s, query_stride_d, TILE_S, HEAD_DIM, TILE_D)
+        weight = times_transposed_state(grad, narrow, unit)
+        x = query.to(tl.float32)
+        features = feature_map(x, HEAD_DIM, TILE_D, FEATURE_MAP)
+        reached = tl.sum(features * key_sum[None, :], 1)
+        inverse = 1.0 / (reached + eps)
+        if HAS_ROTATED:
+            left = load_tile(
+                rotated_ptr, start, valid, rotated_stride_s, rotated_stride_d, TILE_S, HEAD_DIM, TILE_D
+            ).to(tl.float32)
+            grad_denominator = -tl.sum(weight * left, 1) * inverse * inverse
+            store_tile(
+                grad_rotated_ptr, weight * inverse[:, None], start, tokens, heads * HEAD_DIM, TILE_S, HEAD_DIM, TILE_D
+            )
+            grad_features = grad_denominator[:, None] * key_sum[None, :]
+        else:
+            left = features
+            along_mean = tl.sum(grad.to(tl.float32) * mean[None, :], 1)
+            along_rest = tl.sum(weight * features, 1)
+            grad_denominator = -(along_rest + along_mean * reached) * inverse * inverse
+            remaining = (along_mean * eps - along_rest) * inverse
+            grad_features = (weight + remaining[:, None] * key_sum[None, :]) * inverse[:, None]
+        grad_query = feature_map_backward(grad_features, features, x, FEATURE_MAP)
+        store_tile(grad_query_ptr, grad_query, start, tokens, heads * HEAD_DIM, TILE_S, HEAD_DIM, TILE_D)
+        # rows beyond the last token have gradients 0, so neither sum sees them
+        grad_sum += tl.sum(features * grad_denominator[:, None], 0)
+        grad_state, grad_unit = _add_product(left * inverse[:, None], grad, grad_state, grad_unit)
+
+    if query_ptr.dtype.element_ty == tl.float16:
+        grad_state = grad_state * grad_unit
+    partial = pair * tl.num_programs(1) + tl.program_id(1)
+    store_state(grad_state_ptr + partial * (HEAD_DIM * VALUE_DIM), grad_state, HEAD_DIM, VALUE_DIM, TILE_D, TILE_V)
+    tl.store(grad_key_sum_ptr + partial * HEAD_DIM + channels, grad_sum, mask=channels < HEAD_DIM)

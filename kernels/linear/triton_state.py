@@ -1,0 +1,180 @@
+"""Kernels of `linear_state`: the sums over all tokens, and the gradients of key, value and rotated key."""
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import (
+    feature_map,
+    feature_map_backward,
+    load_state,
+    load_tile,
+    narrow_state,
+    run_of_tiles,
+    store_state,
+    store_tile,
+    times_state,
+    times_transposed_state,
+    valid_rows,
+)
+
+# Features of the softmax map are at most 1. In fp16 they are kept times this, so that small ones do not vanish.
+_SOFTMAX_UNIT: tl.constexpr = tl.constexpr(32768.0)
+
+
+@triton.jit(do_not_specialize=["heads", "tokens"])
+def state_kernel(
+    key_ptr,
+    value_ptr,
+    rotated_ptr,
+    mask_ptr,
+    state_ptr,
+    key_sum_ptr,
+    key_stride_b,
+    key_stride_h,
+    key_stride_s,
+    key_stride_d,
+    value_stride_b,
+    value_stride_h,
+    value_stride_s,
+    value_stride_d,
+    rotated_stride_b,
+    rotated_stride_h,
+    rotated_stride_s,
+    rotated_stride_d,
+    heads,
+    tokens,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    TILE_D: tl.constexpr,
+    TILE_V: tl.constexpr,
+    TILE_S: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_ROTATED: tl.constexpr,
+):
+    """state (B, H, splits, D, Dv) and key_sum (B, H, splits, D), contiguous fp32; mask (B, S) contiguous.
+
+    Grid (B * H, splits): every program sums a run of token tiles.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    key_ptr += batch * key_stride_b + head * key_stride_h
+    value_ptr += batch * value_stride_b + head * value_stride_h
+    if HAS_ROTATED:
+        rotated_ptr += batch * rotated_stride_b + head * rotated_stride_h
+    if HAS_MASK:
+        mask_ptr += batch * tokens
+    SCALED: tl.constexpr = FEATURE_MAP == "softmax" and not HAS_ROTATED and key_ptr.dtype.element_ty == tl.float16
+
+    state = tl.zeros([TILE_D, TILE_V], tl.float32)
+    sums = tl.zeros([TILE_S, TILE_D], tl.float32)
+    first, stop = run_of_tiles(tokens, TILE_S)
+    for tile in range(first, stop):
+        start = tile * TILE_S
+        valid = valid_rows(mask_ptr, start, tokens, TILE_S, HAS_MASK)
+        key = load_tile(key_ptr, start, valid, key_stride_s, key_stride_d, TILE_S, HEAD_DIM, TILE_D)
+        value = load_tile(value_ptr, start, valid, value_stride_s, value_stride_d, TILE_S, VALUE_DIM, TILE_V)
+        features = feature_map(key.to(tl.float32), HEAD_DIM, TILE_D, FEATURE_MAP)
+        if FEATURE_MAP != "relu":  # which maps the 0 of other rows to 0
+            features = tl.where(valid[:, None], features, 0.0)
+        sums += features
+        if HAS_ROTATED:
+            left = load_tile(
+                rotated_ptr, start, valid, rotated_stride_s, rotated_stride_d, TILE_S, HEAD_DIM, TILE_D
+            )
+        else:
+            if SCALED:
+                features = features * _SOFTMAX_UNIT
+            left = features.to(key.dtype)
+        state = tl.dot(tl.trans(left), value, state, input_precision="ieee")
+
+    if SCALED:
+        state = state / _SOFTMAX_UNIT
+    partial = pair * tl.num_programs(1) + tl.program_id(1)
+    store_state(state_ptr + partial * (HEAD_DIM * VALUE_DIM), state, HEAD_DIM, VALUE_DIM, TILE_D, TILE_V)
+    channels = tl.arange(0, TILE_D)
+    tl.store(key_sum_ptr + partial * HEAD_DIM + channels, tl.sum(sums, 0), mask=channels < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["heads", "tokens"])
+def state_backward_kernel(
+    grad_state_ptr,
+    grad_key_sum_ptr,
+    key_ptr,
+    value_ptr,
+    rotated_ptr,
+    mask_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    grad_rotated_ptr,
+    key_stride_b,
+    key_stride_h,
+    key_stride_s,
+    key_stride_d,
+    value_stride_b,
+    value_stride_h,
+    value_stride_s,
+    value_stride_d,
+    rotated_stride_b,
+    rotated_stride_h,
+    rotated_stride_s,
+    rotated_stride_d,
+    heads,
+    tokens,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    TILE_D: tl.constexpr,
+    TILE_V: tl.constexpr,
+    TILE_S: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_ROTATED: tl.constexpr,
+):
+    """db = dKV v + dz, dv = dKV^T b, dk = phi'(k) db; with rotation dKV v is the gradient of the rotated key instead.
+
+    grad_state (B, H, D, Dv) and grad_key_sum (B, H, D) contiguous fp32, the other gradients contiguous (B, S, H, D).
+    Grid (B * H, splits), as in `state_kernel`.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    key_ptr += batch * key_stride_b + head * key_stride_h
+    value_ptr += batch * value_stride_b + head * value_stride_h
+    grad_key_ptr += (batch * tokens * heads + head) * HEAD_DIM
+    grad_value_ptr += (batch * tokens * heads + head) * VALUE_DIM
+    if HAS_ROTATED:
+        rotated_ptr += batch * rotated_stride_b + head * rotated_stride_h
+        grad_rotated_ptr += (batch * tokens * heads + head) * HEAD_DIM
+    if HAS_MASK:
+        mask_ptr += batch * tokens
+
+    channels = tl.arange(0, TILE_D)
+    grad_sum = tl.load(grad_key_sum_ptr + pair * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)
+    state = load_state(grad_state_ptr + pair * (HEAD_DIM * VALUE_DIM), HEAD_DIM, VALUE_DIM, TILE_D, TILE_V)
+    narrow, unit = narrow_state(state, key_ptr.dtype.element_ty)
+    first, stop = run_of_tiles(tokens, TILE_S)
+    for tile in range(first, stop):
+        start = tile * TILE_S
+        valid = valid_rows(mask_ptr, start, tokens, TILE_S, HAS_MASK)
+        key = load_tile(key_ptr, start, valid, key_stride_s, key_stride_d, TILE_S, HEAD_DIM, TILE_D)
+        value = load_tile(value_ptr, start, valid, value_stride_s, value_stride_d, TILE_S, VALUE_DIM, TILE_V)
+        grad = times_transposed_state(value, narrow, unit)
+        x = key.to(tl.float32)
+        features = feature_map(x, HEAD_DIM, TILE_D, FEATURE_MAP)
+        if HAS_ROTATED:
+            store_tile(grad_rotated_ptr, grad, start, tokens, heads * HEAD_DIM, TILE_S, HEAD_DIM, TILE_D)
+            grad = tl.broadcast_to(grad_sum[None, :], [TILE_S, TILE_D])
+        else:
+            grad += grad_sum[None, :]
+        grad_key = feature_map_backward(grad, features, x, FEATURE_MAP)
+        if FEATURE_MAP != "relu":  # whose derivative is 0 at the 0 of other rows
+            grad_key = tl.where(valid[:, None], grad_key, 0.0)
+            features = tl.where(valid[:, None], features, 0.0)
+        store_tile(grad_key_ptr, grad_key, start, tokens, heads * HEAD_DIM, TILE_S, HEAD_DIM, TILE_D)
+        if HAS_ROTATED:
+            rotated = load_tile(
+                rotated_ptr, start, valid, rotated_stride_s, rotated_stride_d, TILE_S, HEAD_DIM, TILE_D
+            )
+            grad_value = times_state(rotated.to(tl.float32), narrow, unit)
+        else:
+            grad_value = times_state(features, narrow, unit)
+        store_tile(grad_value_ptr, grad_value, start, tokens, heads * VALUE_DIM, TILE_S, VALUE_DIM, TILE_V)

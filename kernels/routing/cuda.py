@@ -1,0 +1,119 @@
+"""Host side of the Triton engine of routing: allocations, grids, launches. Reads no tensor's values."""
+
+from __future__ import annotations
+
+import torch
+
+from ..capability import padded_head_dim, require_supported
+from ..launch import launch
+from ..layout import ALL_BLOCKS, block_count
+from .density import list_width
+from .triton_pool import pool_kernel, valid_blocks_kernel
+from .triton_select import select_kernel
+
+# Rows of a tile that is loaded at once.
+POOL_ROWS = 32
+# Keys of a row that stay in registers (the smaller width where it suffices), and what is read at once of longer rows.
+NARROW, WIDE, CHUNK = 512, 2048, 512
+# Scores in memory at once, 256 MB: heads beyond that come after one another.
+SCORES_AT_ONCE = 1 << 26
+
+
+def pool_blocks(
+    x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See `reference.pool_blocks`."""
+    batch, heads, tokens, head_dim = x.shape
+    require_supported(x.device, x.dtype, head_dim, block=block)
+    blocks = block_count(tokens, block)
+    pooled = x.new_empty((batch, heads, blocks, head_dim), dtype=torch.float32)
+    order, mask = _contiguous(order, key_mask)
+    launch(
+        pool_kernel,
+        (batch * blocks * heads,),
+        x.device,
+        *(x, order, mask, pooled, *x.stride(), heads, tokens, blocks),
+        HEAD_DIM=head_dim,
+        TILE_D=padded_head_dim(head_dim),
+        BLOCK=block,
+        ROWS=min(block, POOL_ROWS),
+        HAS_ORDER=order is not None,
+        HAS_MASK=mask is not None,
+        num_warps=4,
+    )
+    return pooled
+
+
+def select_blocks(
+    pooled_query: torch.Tensor,
+    pooled_key: torch.Tensor,
+    query_block: int,
+    key_block: int,
+    density_permille: int,
+    sink_begin: int = 0,
+    sink_end: int = 0,
+    key_mask: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.select_blocks`. Scores are one product of the library, in the precision that torch is set to."""
+    require_supported(pooled_query.device, pooled_query.dtype)
+    batch, heads, query_blocks, _ = pooled_query.shape
+    key_blocks = pooled_key.shape[2]
+    slots = list_width(key_blocks, query_block, key_block, density_permille, sink_begin, sink_end)
+    lut = pooled_query.new_empty((batch, heads, query_blocks, slots), dtype=torch.int32)
+    count = pooled_query.new_empty((batch, heads, query_blocks), dtype=torch.int32)
+    valid = None
+    if key_mask is not None:
+        valid = _valid_blocks(key_mask, order, key_block)[:, None].expand(batch, heads, key_blocks).flatten(0, 1)
+    text = (*_touched(sink_begin, sink_end, key_block), *_touched(sink_begin, sink_end, query_block))
+    query, key = pooled_query.flatten(0, 1), pooled_key.flatten(0, 1).transpose(1, 2)
+    group = max(1, SCORES_AT_ONCE // (query_blocks * key_blocks))
+    for first in range(0, batch * heads, group):
+        part = slice(first, first + group)
+        scores = torch.bmm(query[part], key[part])
+        launch(
+            select_kernel,
+            (scores.shape[0] * query_blocks,),
+            scores.device,
+            *(scores, None if valid is None else valid[part], lut.flatten(0, 1)[part], count.flatten(0, 1)[part]),
+            *(query_blocks, key_blocks, slots, query_block, key_block, *text),
+            HAS_MASK=valid is not None,
+            NARROW=NARROW,
+            WIDE=WIDE,
+            CHUNK=CHUNK,
+            ALL_BLOCKS=ALL_BLOCKS,
+            num_warps=1,
+        )
+    return lut, count
+
+
+def _valid_blocks(key_mask: torch.Tensor, order: torch.Tensor | None, block: int) -> torch.Tensor:
+    """uint8 (B, M): 1 where a block has a valid key."""
+    batch, tokens = key_mask.shape
+    blocks = block_count(tokens, block)
+    valid = key_mask.new_empty((batch, blocks), dtype=torch.uint8)
+    order, mask = _contiguous(order, key_mask)
+    launch(
+        valid_blocks_kernel,
+        (blocks, batch),
+        key_mask.device,
+        *(mask, order, valid, tokens, blocks, block),
+        CHUNK=128,
+        HAS_ORDER=order is not None,
+        num_warps=1,
+    )
+    return valid
+
+
+def _contiguous(
+    order: torch.Tensor | None, key_mask: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (
+        None if order is None else order.contiguous(),
+        None if key_mask is None else key_mask.contiguous().view(torch.uint8),
+    )
+
+
+def _touched(begin: int, end: int, block: int) -> tuple[int, int]:
+    """The blocks [first, end) that hold tokens of [begin, end)."""
+    return (begin // block, block_count(end, block)) if begin < end else (0, 0)
