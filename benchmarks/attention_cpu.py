@@ -14,13 +14,12 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import common
 import torch
 import torch.nn.functional as F
 from salad_compile.kernels import (
@@ -28,8 +27,6 @@ from salad_compile.kernels import (
     linear_output,
     linear_state,
     measure_executions,
-    pool_blocks,
-    select_blocks,
 )
 
 RESULTS = Path(__file__).parent / "results" / "attention_cpu.json"
@@ -80,10 +77,8 @@ def dense_matmuls(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 
 def select(settings: Settings, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Routing: pool queries and keys, choose the key blocks."""
-    pooled = pool_blocks(query, None, settings.block), pool_blocks(key, None, settings.block)
-    lut, count = select_blocks(*pooled, settings.block, settings.block, settings.density_permille)
-    return lut, count
+    """Routing at the settings' blocks and density."""
+    return common.select(query, key, settings.block, settings.block, settings.density_permille)
 
 
 def make_rows(settings: Settings, dtype: torch.dtype) -> list[Row]:
@@ -181,29 +176,14 @@ def time_rows(settings: Settings, rows: list[Row]) -> Timings:
     return timings
 
 
-def commit() -> str:
-    """The commit this runs from, with a mark if the tree has changes."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() + (" + changes" if changed.stdout.strip() else "")
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
-
-
 def describe(settings: Settings, load: float) -> dict[str, object]:
     """What every JSON row repeats, so that a row can be read alone."""
     return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit(),
+        "command": common.command(),
+        "commit": common.commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "cpu": cpu_model(),
+        "cpu": common.cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "load_before": load,
@@ -216,15 +196,13 @@ def summarise(rows: list[Row], timings: Timings) -> list[dict[str, object]]:
     """Median, range and ratios of every row; a ratio is over the medians of two rows of the same rounds."""
     summary: list[dict[str, object]] = []
     for row in rows:
-        times = sorted(timings.of(row.name))
+        times = timings.of(row.name)
         quiet, quiet_baseline = timings.of(row.name, quiet=True), timings.of(row.baseline, quiet=True)
         summary.append(
             {
                 "row": row.name,
                 "baseline": row.baseline,
-                "median_ms": statistics.median(times),
-                "p10_ms": times[len(times) // 10],
-                "p90_ms": times[-1 - len(times) // 10],
+                **common.spread(times),
                 "speedup": statistics.median(timings.of(row.baseline)) / statistics.median(times),
                 "quiet_rounds": len(quiet),
                 "quiet_median_ms": statistics.median(quiet) if quiet else None,
@@ -264,15 +242,15 @@ def main() -> None:
     settings = Settings(density_permille=250 if options.quick else 100, threads=2, seed=0, **sizes)
     torch.set_num_threads(settings.threads)
     load = os.getloadavg()[0]
-    common = describe(settings, load)
+    about = describe(settings, load)
     rows = [row for dtype in (torch.float32, torch.bfloat16) for row in make_rows(settings, dtype)]
     summary = summarise(rows, time_rows(settings, rows))
-    print(f"{common['cpu']}, {settings.threads} threads, torch {torch.__version__}, load before {load:.2f}")
+    print(f"{about['cpu']}, {settings.threads} threads, torch {torch.__version__}, load before {load:.2f}")
     print(f"S {settings.tokens}, H {settings.heads}, D {settings.head_dim}, blocks of {settings.block}, ", end="")
-    print(f"measured sparsity {common['measured_sparsity']:.4f}")
+    print(f"measured sparsity {about['measured_sparsity']:.4f}")
     print_table(summary)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps([common | row for row in summary], indent=1) + "\n")
+    options.output.write_text(json.dumps([about | row for row in summary], indent=1) + "\n")
 
 
 if __name__ == "__main__":

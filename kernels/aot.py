@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import tempfile
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,7 @@ class Report:
     tensor_memory: int
     wgmma: int
     tma: int
+    seconds: float
     serialised: str = field(default="")
     """Why the assembler runs the matrix products of Hopper one after the other; empty where it does not."""
     wide_dot: bool = field(default=False)
@@ -111,14 +113,14 @@ def compile_report(source: Specialised) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    log = io.StringIO()
+    log, start = io.StringIO(), time.perf_counter()
     with _assembler_log(), contextlib.redirect_stdout(log):
         built = triton.compile(
             ASTSource(source.kernel, source.signature, source.constants, source.attributes),
             target=GPUTarget("cuda", source.arch, 32),
             options=source.options.__dict__,
         )
-    return _read_report(source.arch, built, log.getvalue())
+    return _read_report(source.arch, built, log.getvalue(), time.perf_counter() - start)
 
 
 @contextlib.contextmanager
@@ -139,7 +141,7 @@ def _assembler_log() -> Any:
         yield
 
 
-def _read_report(arch: int, built: Any, log: str) -> Report:
+def _read_report(arch: int, built: Any, log: str, seconds: float) -> Report:
     """Read the numbers from a compiled kernel and the log of ptxas."""
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
@@ -155,6 +157,7 @@ def _read_report(arch: int, built: Any, log: str) -> Report:
         tensor_memory=metadata.tmem_size or 0,
         wgmma=ptx.count("wgmma.mma_async"),
         tma=ptx.count("cp.async.bulk.tensor"),
+        seconds=round(seconds, 2),
         serialised=serialised[1] if serialised else "",
         wide_dot=any(int(rows) >= _NARROWEST_WGMMA for rows in _WIDE_DOT.findall(built.asm["ttir"])),
     )

@@ -77,5 +77,7 @@ def check_key_mask(key_mask: torch.Tensor | None, batch: int, tokens: int) -> No
 def check_key_mask_type(key_mask: torch.Tensor | None) -> None:
     """The part of `check_key_mask` that reads no sizes, for fakes."""
     if key_mask is not None:
-        require(key_mask.dtype == torch.bool, f"key_mask must be bool, True where a token is valid; got {key_mask.dtype}")
+        require(
+            key_mask.dtype == torch.bool, f"key_mask must be bool, True where a token is valid; got {key_mask.dtype}"
+        )
         require(key_mask.dim() == 2, f"key_mask must have 2 dimensions (B, S), got {key_mask.dim()}")

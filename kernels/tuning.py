@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
@@ -94,7 +93,7 @@ def forget() -> None:
 
 
 def cache_file() -> Path:
-    """Where winners are kept: tuning.json in $SALAD_CACHE_DIR, $XDG_CACHE_HOME/salad_compile or ~/.cache/salad_compile."""
+    """Where winners are kept: tuning.json in $SALAD_CACHE_DIR, else in salad_compile of $XDG_CACHE_HOME or ~/.cache."""
     folder = os.environ.get("SALAD_CACHE_DIR")
     if folder:
         return Path(folder) / "tuning.json"
@@ -116,10 +115,12 @@ def _measure(
     """Time every candidate, remember the fastest and write it down. The default where none runs: it will say why."""
     times = {candidate: _median_ms(functools.partial(run, candidate), operator, device) for candidate in candidates}
     winner = min(times, key=times.__getitem__)  # the first one when all are infinite
+    if times[winner] == float("inf"):
+        logger.warning("%s %s on %s: no launch settings could be timed", operator, key, device)
+        return winner
     logger.info("%s %s on %s: %s takes %.3f ms", operator, key, device, winner, times[winner])
-    if times[winner] < float("inf"):
-        _measured[_entry_name(operator, key, device)] = _fields(winner)
-        _write()
+    _measured[_entry_name(operator, key, device)] = _fields(winner)
+    _write()
     return winner
 
 
@@ -156,7 +157,7 @@ def _read(path: Path) -> dict[str, dict[str, object]]:
     """The entries of a file; none, with a warning, if it cannot be understood."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         warnings.warn(f"ignoring the tuned launch settings in {path}: {error}", stacklevel=2)
@@ -177,11 +178,9 @@ def _write() -> None:
     content = {"format": _FORMAT, "entries": dict(sorted((_read(path) | _measured).items()))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix="tuning-", suffix=".tmp", delete=False, encoding="utf-8"
-        ) as file:
-            json.dump(content, file, indent=1)
-        os.replace(file.name, path)
+        temporary = path.with_name(f"tuning-{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
     except OSError as error:
         warnings.warn(f"tuned launch settings are not kept: {error}", stacklevel=2)
 

@@ -3,15 +3,114 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MACHINE = {
+    "command": "python benchmarks/x.py",
+    "commit": "0123456789abcdef",
+    "device": "NVIDIA Imaginary",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "cuda": "13.0",
+    "driver": "580.1",
+}
 
 
-def test_the_block_is_what_the_raw_rows_say() -> None:
+@pytest.fixture(scope="module")
+def measured() -> ModuleType:
     spec = importlib.util.spec_from_file_location("measured", ROOT / "tools" / "measured.py")
     assert spec is not None
     assert spec.loader is not None
-    measured = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(measured)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder with the CPU's rows, to which a test adds rows of a GPU that does not exist."""
+    for name in ("attention_cpu.json", "quickstart_cpu.json"):
+        shutil.copy(RESULTS / name, tmp_path)
+    return tmp_path
+
+
+def kernel_row(name: str, kind: str, step: str, ms: float, **facts: Any) -> dict[str, Any]:
+    shape = {"case": "1.3B-480p", "tokens": 32_760, "heads": 12, "head_dim": 128, "dtype": "bfloat16"}
+    timings = {"median_ms": ms, "p10_ms": ms * 0.9, "p90_ms": ms * 1.1, "error": None}
+    return {**MACHINE, **shape, "row": name, "kind": kind, "pass": step, **timings, **facts}
+
+
+def test_the_block_is_what_the_raw_rows_say(measured: ModuleType) -> None:
     assert measured.render() in (ROOT / "README.md").read_text(), "run: python tools/measured.py"
+
+
+def test_without_gpu_rows_the_block_has_no_gpu_part(measured: ModuleType, results: Path) -> None:
+    block = measured.render(results)
+    assert "Kernels," not in block
+    assert "Whole steps," not in block
+    assert "Operators," in block
+
+
+def test_the_kernel_table(measured: ModuleType, results: Path) -> None:
+    blocks = {"query_block": 128, "key_block": 64, "sparsity": 0.9, "measured_sparsity": 0.8995}
+    rate = {"tflops": 444.0, "peak_share": 0.555}
+    rows = [
+        kernel_row("matmul 8192", "ceiling", "forward", 1.4, tflops=800.0, peak_share=1.0),
+        kernel_row("copy", "ceiling", "forward", 0.7, gigabytes_per_s=3012.0),
+        kernel_row("dense SDPA flash", "dense", "forward", 20.0, tflops=300.0, peak_share=0.375, speedup=0.5),
+        kernel_row("dense SDPA cuDNN", "dense", "forward", 10.0, tflops=600.0, peak_share=0.75, speedup=1.0),
+        kernel_row("block-sparse forward", "salad", "forward", 1.6, speedup=6.25, **blocks, **rate),
+        kernel_row("block-sparse forward", "salad", "forward", 9.9, speedup=1.0, **blocks | {"sparsity": 0.0}, **rate),
+        kernel_row("routing alone", "salad", "forward", 0.1234, speedup=81.0),
+        {
+            **MACHINE,
+            "row": "operator forward",
+            "case": "1.3B-480p",
+            "kind": "salad",
+            "pass": "forward",
+            "error": "Oops",
+        },
+        {**MACHINE, "row": "SLA", "case": "1.3B-480p", "kind": "rival", "pass": "forward", "error": "not installed: x"},
+    ]
+    (results / "attention_imaginary.json").write_text(json.dumps(rows))
+    block = measured.render(results)
+    assert "`python benchmarks/x.py`: NVIDIA Imaginary, torch 2.11.0, Triton 3.6.0, CUDA 13.0, driver 580.1" in block
+    assert "blocks of 128 x 64, sparsity 0.9 (0.8995 measured)" in block
+    assert "`matmul 8192` reached 800 TFLOP/s, the peak and a copy 3,012 GB/s" in block
+    assert "| 1.3B-480p | dense SDPA cuDNN forward | 10.00 (9.00 to 11.00) | 600 | 75% | 1.00x |" in block
+    assert "| 1.3B-480p | block-sparse forward | 1.60 (1.44 to 1.76) | 444 | 56% | 6.25x |" in block
+    assert "| 1.3B-480p | routing alone | 0.12 (0.11 to 0.14) |  |  | 81.00x |" in block
+    assert "SDPA flash" not in block, "only the best dense kernel"
+    assert "Without a timing there: 1 not installed, 1 failed." in block
+    assert measured.render(RESULTS) in (ROOT / "README.md").read_text(), "other folders change nothing"
+
+
+def test_the_table_of_whole_steps(measured: ModuleType, results: Path) -> None:
+    def step_row(kind: str, sparsity: float, ms: float, **facts: Any) -> dict[str, Any]:
+        about = {"layers": 30, "measured_sparsity": sparsity, "working_bytes": 3 * 2**30}
+        return kernel_row(f"{kind}, torch.compile", kind, "denoising step", ms, **about, **facts)
+
+    rows = [
+        step_row("dense", 0.0, 500.0),
+        step_row("salad", 0.8995, 250.0, speedup=2.0),
+        step_row("dense", 0.0, 510.0),
+        {**step_row("salad", 0.8, 1.0), "error": "OutOfMemoryError"},
+        {**MACHINE, "row": "all rows", "case": "14B-720p", "kind": "none", "pass": "denoising step",
+         "error": "left out: the budget of 280 s was spent"},
+    ]  # fmt: skip
+    (results / "transformer_imaginary.json").write_text(json.dumps(rows))
+    block = measured.render(results)
+    assert (
+        "| 1.3B-480p, 30 layers, 32,760 tokens | denoising step | 0.899 | 500.0 (450.0 to 550.0) | "
+        "250.0 (225.0 to 275.0) | **2.00x** | 3.0, 3.0 |" in block
+    )
+    assert "510.0" not in block, "its only partner failed"
+    assert "Without a timing there: 1 left out, 1 failed." in block

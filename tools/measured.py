@@ -13,15 +13,163 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+Row = dict[str, Any]
+
+# What the kernel table shows of each shape, in this order: dense stands for the fastest dense kernel of the pass.
+KERNEL_ROWS = {
+    "1.3B-480p": (
+        ("dense", "forward"),
+        ("block-sparse forward", "forward"),
+        ("routing alone", "forward"),
+        ("linear branch alone", "forward"),
+        ("operator forward", "forward"),
+        ("operator + Proj forward", "forward"),
+        ("dense", "forward + backward"),
+        ("block-sparse forward + backward", "forward + backward"),
+        ("operator forward + backward", "forward + backward"),
+    ),
+    "14B-720p": (("dense", "forward"), ("operator forward", "forward"), ("operator + Proj forward", "forward")),
+}
 
 
-def render() -> str:
-    """The block's text, markers included."""
-    return "\n".join([BEGIN, *_operators(), "", *_demo(), END])
+def render(results: Path = RESULTS) -> str:
+    """The block's text, markers included, from the raw rows in `results`."""
+    gpu = [part for path in _gpu_files(results, "attention") for part in (*_kernels(path), "")]
+    gpu += [part for path in _gpu_files(results, "transformer") for part in (*_transformers(path), "")]
+    return "\n".join([BEGIN, *gpu, *_operators(results), "", *_demo(results), END])
 
 
-def _operators() -> list[str]:
-    rows: list[dict[str, Any]] = json.loads((RESULTS / "attention_cpu.json").read_text())
+def _gpu_files(results: Path, script: str) -> list[Path]:
+    return [path for path in sorted(results.glob(f"{script}_*.json")) if path.name != "attention_cpu.json"]
+
+
+# ---------------------------------------------------------------- GPU
+
+
+def _machine(row: Row) -> str:
+    return (
+        f"{row['device']}, torch {row['torch']}, Triton {row['triton']}, CUDA {row['cuda']}, driver {row['driver']}, "
+        f"commit {row['commit'][:12]}"
+    )
+
+
+def _milliseconds(row: Row) -> str:
+    digits = 0 if row["median_ms"] >= 1000 else 1 if row["median_ms"] >= 100 else 2
+    median, low, high = (f"{row[name]:,.{digits}f}" for name in ("median_ms", "p10_ms", "p90_ms"))
+    return f"{median} ({low} to {high})"
+
+
+def _timed(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if "median_ms" in row and not row["error"]]
+
+
+def _missing(rows: list[Row], path: Path) -> str:
+    """One line about the rows that are not timings; failures are not hidden."""
+    absent = [row for row in rows if row["error"]]
+    where = f"All rows: `benchmarks/results/{path.name}`."
+    if not absent:
+        return where
+    reasons = {"not installed": 0, "left out": 0, "failed": 0}
+    for row in absent:
+        reasons[next((reason for reason in reasons if row["error"].startswith(reason)), "failed")] += 1
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+    return f"{where} Without a timing there: {counts}."
+
+
+def _kernels(path: Path) -> list[str]:
+    """One table of the kernels at the reference shapes."""
+    rows: list[Row] = json.loads(path.read_text())
+    shown = [row for case, wanted in KERNEL_ROWS.items() for row in _chosen(_timed(rows), case, wanted)]
+    first = rows[0]
+    shapes = {row["case"]: f"{row['tokens']:,} tokens and {row['heads']} heads of {row['head_dim']}" for row in shown}
+    lines = [
+        f"Kernels, `{first['command']}`: {_machine(first)}.",
+        f"{_blocks(shown)} Medians, in brackets the middle 80 %; all rows of a shape are timed in turn.",
+        f"{'; '.join(f'{case} is {shape}' for case, shape in shapes.items())}.",
+        f"TFLOP/s count only token pairs that are computed. {_ceilings(rows)}",
+        "",
+        "| shape | row | milliseconds | TFLOP/s | of the peak | best dense / row |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in shown:
+        rate = f"{row['tflops']:.0f} | {row['peak_share']:.0%}" if row.get("peak_share") else " | "
+        name = f"{row['row']} {row['pass']}" if row["kind"] == "dense" else row["row"]
+        lines.append(f"| {row['case']} | {name} | {_milliseconds(row)} | {rate} | {_ratio(row)} |")
+    return [*lines, "", _missing(rows, path)]
+
+
+def _blocks(rows: list[Row]) -> str:
+    sparse = next((row for row in rows if row.get("query_block")), None)
+    if sparse is None:
+        return ""
+    return (
+        f"{sparse['dtype']}, blocks of {sparse['query_block']} x {sparse['key_block']}, sparsity "
+        f"{sparse['sparsity']} ({sparse['measured_sparsity']:.4f} measured)."
+    )
+
+
+def _ceilings(rows: list[Row]) -> str:
+    """What the device reached in the same run."""
+    found = [row for row in _timed(rows) if row["kind"] == "ceiling"]
+    texts = [f"`{row['row']}` reached {row['tflops']:.0f} TFLOP/s, the peak" for row in found if "tflops" in row][:1]
+    texts += [f"a copy {row['gigabytes_per_s']:,.0f} GB/s" for row in found if "gigabytes_per_s" in row][:1]
+    return f"In the same run {' and '.join(texts)}." if texts else ""
+
+
+def _chosen(rows: list[Row], case: str, wanted: tuple[tuple[str, str], ...]) -> list[Row]:
+    """The rows of a shape that the table shows, where they were timed: the default blocks at the main sparsity."""
+    chosen = []
+    for name, step in wanted:
+        found = [row for row in rows if row["case"] == case and row["pass"] == step]
+        if name == "dense":
+            found = sorted((row for row in found if row["kind"] == "dense"), key=lambda row: row["median_ms"])
+        else:
+            found = [row for row in found if row["row"] == name]
+        chosen += found[:1]
+    return chosen
+
+
+def _ratio(row: Row) -> str:
+    return f"{row['speedup']:.2f}x" if row.get("speedup") else ""
+
+
+def _transformers(path: Path) -> list[str]:
+    """One table of whole steps; each SALAD row beside the dense row it was timed in turn with."""
+    rows: list[Row] = json.loads(path.read_text())
+    pairs: list[tuple[Row, Row]] = []
+    dense: Row | None = None
+    for row in rows:
+        if row["kind"] == "dense":
+            dense = row if _timed([row]) else None
+        elif row["kind"] == "salad" and dense is not None and _timed([row]):
+            pairs.append((dense, row))
+    first = rows[0]
+    lines = [
+        f"Whole steps, `{first['command']}`: {_machine(first)}.",
+        "diffusers' WanTransformer3DModel in the widths of Wan2.1, with random weights: speed, not quality. Both sides",
+        "compiled block by block and timed in turn; medians, in brackets the middle 80 %. Memory is what a step takes",
+        "beyond the weights. Denoising steps have LoRA merged. Training steps use gradient checkpointing; SALAD trains",
+        "gate, projection and LoRA, dense trains nothing and only passes gradients through.",
+        "",
+        "| model | step | sparsity | dense, ms | SALAD, ms | dense / SALAD | GiB, dense and SALAD |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for plain, row in pairs:
+        about = f"{row['case']}, {row['layers']} layers, {row['tokens']:,} tokens | {row['pass']}"
+        times = f"{_milliseconds(plain)} | {_milliseconds(row)} | **{_ratio(row)}**"
+        lines.append(f"| {about} | {row['measured_sparsity']:.3f} | {times} | {_memory(plain)}, {_memory(row)} |")
+    return [*lines, "", _missing(rows, path)]
+
+
+def _memory(row: Row) -> str:
+    return f"{row['working_bytes'] / 2**30:.1f}" if row.get("working_bytes") else "-"
+
+
+# ---------------------------------------------------------------- CPU
+
+
+def _operators(results: Path) -> list[str]:
+    rows: list[Row] = json.loads((results / "attention_cpu.json").read_text())
     first = rows[0]
     lines = [
         f"Operators, `{first['command']}`: {first['cpu']}, {first['threads']} threads,",
@@ -39,8 +187,8 @@ def _operators() -> list[str]:
     return lines
 
 
-def _demo() -> list[str]:
-    row: dict[str, Any] = json.loads((RESULTS / "quickstart_cpu.json").read_text())
+def _demo(results: Path) -> list[str]:
+    row: Row = json.loads((results / "quickstart_cpu.json").read_text())
     dense, salad = (f"{statistics.median(row[name]):.2f} s" for name in ("dense", "salad"))
     spreads = [f"{min(row[name]):.2f} to {max(row[name]):.2f}" for name in ("dense", "salad")]
     return [

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..capability import padded_head_dim, require_supported
 from ..launch import launch
@@ -30,27 +33,32 @@ def forward(
     key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.block_sparse_attention`."""
-    _require_supported(query, value, query_block, key_block)
+    call = _Call.of(query, value, query_block, key_block, order, key_mask)
     if scale < 0:  # the kernels take the largest score before they scale it
         query, scale = -query, -scale
     batch, heads, tokens, _ = query.shape
-    lut, count, order, key_mask = _contiguous(lut, count, order, key_mask)
+    lut, count = lut.contiguous(), count.contiguous()
+    order, key_mask = (None if x is None else x.contiguous() for x in (order, key_mask))
     out = empty_bshd(query, batch, heads, tokens, value.shape[-1])
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
 
+    tensors = (query, key, value)
+    described = call.describable(*tensors)
+
     def run(tiling: Tiling) -> None:
+        sources = _sources(tiling, (tiling.query, tiling.key, tiling.key), *tensors)
         launch(
             forward_kernel,
             (block_count(tokens, tiling.query), heads, batch),
             query.device,
-            *(query, key, value, out, lse, lut, count, order, key_mask),
-            *(stride for x in (query, key, value) for stride in x.stride()),
+            *(*sources, out, lse, lut, count, order, key_mask),
+            *(stride for x in tensors for stride in x.stride()),
             *(heads, tokens, lut.shape[-1], lut.shape[2], block_count(tokens, key_block)),
             scale * math.log2(math.e),
-            **_constants(query, value, order, key_mask, query_block, key_block, tiling),
+            **call.constants(tiling),
         )
 
-    run(_tiling("forward", query, value, query_block, key_block, order, key_mask, run))
+    run(call.choose("forward", described, run))
     return out, lse
 
 
@@ -70,107 +78,129 @@ def backward(
     key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `forward`: one kernel over the lists of the query blocks, one over the lists of the key blocks."""
-    _require_supported(query, value, query_block, key_block)
+    call = _Call.of(query, value, query_block, key_block, order, key_mask)
     batch, heads, tokens, _ = query.shape
-    lut, count, order, key_mask = _contiguous(lut, count, order, key_mask)
+    lut, count = lut.contiguous(), count.contiguous()
+    order, key_mask = (None if x is None else x.contiguous() for x in (order, key_mask))
     lse = lse.contiguous()
-    delta = torch.empty_like(lse)
+    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
     query_blocks, key_blocks = lut.shape[2], block_count(tokens, key_block)
     grad_query, grad_key, grad_value = (empty_bshd(x, *x.shape) for x in (query, key, value))
 
+    if not _describable(grad_out):  # expanded, perhaps: the gradient of a sum
+        grad_out = grad_out.contiguous()
+    tensors = (query, key, value, out, grad_out)
+    described = call.describable(*tensors)
+
     def run_query(tiling: Tiling) -> None:
+        sources = _sources(tiling, (tiling.query, tiling.key, tiling.key, tiling.query, tiling.query), *tensors)
         launch(
             query_gradient_kernel,
             (block_count(tokens, tiling.query), heads, batch),
             query.device,
-            *(query, key, value, out, grad_out, lse, delta, grad_query, lut, count, order, key_mask),
-            *(stride for x in (query, key, value, out, grad_out) for stride in x.stride()),
+            *(*sources, lse, delta, lse_log2, grad_query, lut, count, order, key_mask),
+            *(stride for x in tensors for stride in x.stride()),
             *(heads, tokens, lut.shape[-1], query_blocks, key_blocks),
             *(scale, scale * math.log2(math.e)),
-            **_constants(query, value, order, key_mask, query_block, key_block, tiling),
+            **call.constants(tiling),
         )
 
-    run_query(_tiling("query_gradient", query, value, query_block, key_block, order, key_mask, run_query))
+    run_query(call.choose("query_gradient", described, run_query))
     index = invert(lut, count, key_blocks)
 
     def run_key(tiling: Tiling) -> None:
+        queries, grads = _sources(tiling, (tiling.query, tiling.query), query, grad_out)
         launch(
             key_gradient_kernel,
             (block_count(tokens, tiling.key), heads, batch),
             query.device,
-            *(query, key, value, grad_out, lse, delta, grad_key, grad_value),
-            *(index.rows, index.start, index.dense_rows, index.dense_count, order, key_mask),
+            *(queries, key, value, grads, lse_log2, delta, grad_key, grad_value),
+            *(index.rows, index.start, order, key_mask),
             *(stride for x in (query, key, value, grad_out) for stride in x.stride()),
-            *(heads, tokens, query_blocks, key_blocks, index.rows.shape[-1]),
+            *(heads, tokens, key_blocks, index.rows.shape[-1]),
             *(scale, scale * math.log2(math.e)),
-            **_constants(query, value, order, key_mask, query_block, key_block, tiling),
+            **call.constants(tiling),
         )
 
-    run_key(_tiling("key_gradient", query, value, query_block, key_block, order, key_mask, run_key))
+    run_key(call.choose("key_gradient", described, run_key))
     return grad_query, grad_key, grad_value
 
 
-def _require_supported(query: torch.Tensor, value: torch.Tensor, query_block: int, key_block: int) -> None:
-    require_supported(
-        query.device,
-        query.dtype,
-        query.shape[-1],
-        value.shape[-1],
-        query_block=query_block,
-        key_block=key_block,
-    )
+@dataclass(frozen=True)
+class _Call:
+    """What of a call decides which kernel is compiled; no length is among it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    query_block: int
+    key_block: int
+    ordered: bool
+    masked: bool
+
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        query_block: int,
+        key_block: int,
+        order: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
+    ) -> _Call:
+        dims = (query.shape[-1], value.shape[-1])
+        require_supported(query.device, query.dtype, *dims, query_block=query_block, key_block=key_block)
+        blocks = (query_block, key_block)
+        return cls(query.device, query.dtype, *dims, *blocks, order is not None, key_mask is not None)
+
+    def describable(self, *tensors: torch.Tensor) -> bool:
+        """Whether the bulk copy engine can read tiles of these tensors: consecutive rows, aligned."""
+        return not self.ordered and all(_describable(x) for x in tensors)
+
+    def choose(self, kernel: str, described: bool, run: Callable[[Tiling], None]) -> Tiling:
+        """The default tiling, or the one that tuning found."""
+        blocks, widest = (self.query_block, self.key_block), max(self.head_dim, self.value_dim)
+        candidates = tilings(kernel, self.device, self.dtype, widest, *blocks, described=described)
+        key = (self.dtype, self.head_dim, self.value_dim, *blocks, self.ordered, self.masked, described)
+        return choose(f"block_sparse.{kernel}", key, candidates, run, self.device)
+
+    def constants(self, tiling: Tiling) -> dict[str, Any]:
+        """Compile-time constants and launch options."""
+        return {
+            "HEAD_DIM": self.head_dim,
+            "VALUE_DIM": self.value_dim,
+            "TILE_D": padded_head_dim(self.head_dim),
+            "TILE_V": padded_head_dim(self.value_dim),
+            "QUERY_BLOCK": self.query_block,
+            "KEY_BLOCK": self.key_block,
+            "TILE_Q": tiling.query,
+            "TILE_K": tiling.key,
+            "STAGES": tiling.stages,
+            "DESCRIPTORS": tiling.descriptors,
+            "HAS_ORDER": self.ordered,
+            "HAS_MASK": self.masked,
+            "num_warps": tiling.warps,
+            "num_stages": tiling.stages,
+            "maxnreg": tiling.maxnreg,
+        }
 
 
-def _contiguous(
-    lut: torch.Tensor, count: torch.Tensor, order: torch.Tensor | None, key_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    return (
-        lut.contiguous(),
-        count.contiguous(),
-        None if order is None else order.contiguous(),
-        None if key_mask is None else key_mask.contiguous().view(torch.uint8),
-    )
+def _sources(tiling: Tiling, rows: tuple[int, ...], *tensors: torch.Tensor) -> tuple[Any, ...]:
+    """What tiles of so many rows are read from: the tensors, or descriptors of them."""
+    if not tiling.descriptors:
+        return tensors
+    described = []
+    for x, tile in zip(tensors, rows, strict=True):
+        # the stride of an axis with one entry means nothing, and may be none that the copy engine takes
+        strides = [stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+        box = [1, 1, tile, padded_head_dim(x.shape[-1])]
+        described.append(TensorDescriptor(x, list(x.shape), [*strides, 1], box))
+    return tuple(described)
 
 
-def _constants(
-    query: torch.Tensor,
-    value: torch.Tensor,
-    order: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    query_block: int,
-    key_block: int,
-    tiling: Tiling,
-) -> dict[str, int]:
-    """Compile-time constants and launch options; nothing here depends on lengths."""
-    return {
-        "HEAD_DIM": query.shape[-1],
-        "VALUE_DIM": value.shape[-1],
-        "TILE_D": padded_head_dim(query.shape[-1]),
-        "TILE_V": padded_head_dim(value.shape[-1]),
-        "QUERY_BLOCK": query_block,
-        "KEY_BLOCK": key_block,
-        "TILE_Q": tiling.query,
-        "TILE_K": tiling.key,
-        "STAGES": tiling.stages,
-        "HAS_ORDER": order is not None,
-        "HAS_MASK": key_mask is not None,
-        "num_warps": tiling.warps,
-        "num_stages": tiling.stages,
-        "maxnreg": tiling.maxnreg,
-    }
-
-
-def _tiling(
-    kernel: str,
-    query: torch.Tensor,
-    value: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    order: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    run: Callable[[Tiling], None],
-) -> Tiling:
-    widest = max(query.shape[-1], value.shape[-1])
-    candidates = tilings(kernel, query.device, query.dtype, widest, query_block, key_block)
-    identity = (query.dtype, query.shape[-1], value.shape[-1], query_block, key_block, order is None, key_mask is None)
-    return choose(f"block_sparse.{kernel}", identity, candidates, run, query.device)
+def _describable(x: torch.Tensor) -> bool:
+    """Whether the bulk copy engine can read x: 16-byte aligned start and strides, none of them 0, dense channels."""
+    strides = [stride * x.element_size() for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
+    return aligned and x.stride(-1) == 1

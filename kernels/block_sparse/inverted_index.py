@@ -6,39 +6,40 @@ from dataclasses import dataclass
 
 import torch
 
+from ..launch import launch
+from .triton_index import fill_kernel, mark_kernel
+
+_SLOTS, _ROWS, _COLUMNS = 64, 32, 64  # tile sizes
+
 
 @dataclass(frozen=True)
 class InvertedIndex:
     """Which query blocks attend to a key block.
 
     Attributes:
-        rows: int32 (B * H, Mq * K), query blocks in ascending order, one run per key block.
-        start: int32 (B * H, Mk + 1), where the run of each key block begins; the last entry is where all of them end.
-        dense_rows: int32 (B * H, Mq), the query blocks that attend to everything come first; these are in no run.
-        dense_count: int32 (B * H,), how many those are.
+        rows: int32 (B * H, Mq * K + Mq): query blocks in ascending order, one run per key block, and a last run of
+            those that attend to everything and are in no other.
+        start: int32 (B * H, Mk + 2), where each run begins and, last, where the last one ends.
     """
 
     rows: torch.Tensor
     start: torch.Tensor
-    dense_rows: torch.Tensor
-    dense_count: torch.Tensor
 
 
 def invert(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> InvertedIndex:
-    """Invert a selection: lut int32 (B, H, Mq, K) and count int32 (B, H, Mq).
+    """Invert a selection: lut int32 (B, H, Mq, K) and count int32 (B, H, Mq), contiguous.
 
-    A stable sort, so that sums over a run have one order and gradients are the same on every run.
+    Runs ascend, so that sums over them have one order and gradients are the same in every run.
     """
     batch, heads, query_blocks, slots = lut.shape
-    unused = torch.arange(slots, device=lut.device, dtype=torch.int32) >= count[..., None]
-    # unused slots sort behind every key block; so do wrong ids, which must not point outside either
-    ids = lut.masked_fill(unused | (lut < 0) | (lut > key_blocks), key_blocks).view(batch * heads, query_blocks * slots)
-    ids, slot = torch.sort(ids, dim=-1, stable=True)
-    bounds = torch.arange(key_blocks + 1, device=lut.device, dtype=torch.int32).expand(batch * heads, -1).contiguous()
-    dense = (count < 0).view(batch * heads, query_blocks)
-    return InvertedIndex(
-        rows=(slot // slots).to(torch.int32),
-        start=torch.searchsorted(ids, bounds, out_int32=True),
-        dense_rows=torch.sort(dense, dim=-1, descending=True, stable=True).indices.to(torch.int32),
-        dense_count=dense.sum(dim=-1, dtype=torch.int32),
-    )
+    groups, columns = batch * heads, key_blocks + 1
+    member = torch.zeros((groups, query_blocks, columns), dtype=torch.uint8, device=lut.device)
+    sizes = (slots, query_blocks, key_blocks)
+    launch(mark_kernel, (query_blocks, groups), lut.device, lut, count, member, *sizes, CHUNK=_SLOTS, num_warps=1)
+    start = torch.nn.functional.pad(member.sum(dim=1, dtype=torch.int32).cumsum(dim=-1), (1, 0)).to(torch.int32)
+    capacity = query_blocks * (slots + 1)
+    rows = lut.new_empty((groups, capacity))
+    grid = (-(-columns // _COLUMNS), groups)
+    tiles = {"TILE_Q": _ROWS, "TILE_K": _COLUMNS, "num_warps": 4}
+    launch(fill_kernel, grid, lut.device, member, start, rows, query_blocks, columns, capacity, **tiles)
+    return InvertedIndex(rows, start)

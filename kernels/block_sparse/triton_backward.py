@@ -7,21 +7,19 @@ dK = scale dS^T Q, dV = P^T g.
 import triton
 import triton.language as tl
 
-from .triton_tiles import block_id, listed_blocks, load_rows, token_rows
+from .triton_tiles import block_id, listed_blocks, load_described, load_rows, token_rows
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _query_step(query, grad, lse, delta, key, value, visible, acc, scale_log2, MASKED: tl.constexpr):
-    """What one tile of keys adds to the gradient of a tile of queries. lse in base 2; +inf for rows without keys."""
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-    exponents = scores * scale_log2 - lse[:, None]
-    if MASKED:
+def _query_step(query, grad, lse, delta, key, value, visible, acc, scale_log2):
+    """What one tile of keys adds to the gradient of a tile of queries. visible: which keys are seen; None for all."""
+    exponents = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2 - lse[:, None]
+    if visible is not None:
         exponents = tl.where(visible[None, :], exponents, float("-inf"))
-    weights = tl.exp2(exponents)
     grad_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
-    grad_scores = weights * (grad_weights - delta[:, None])
+    grad_scores = tl.exp2(exponents) * (grad_weights - delta[:, None])
     return tl.dot(grad_scores.to(key.dtype), key, acc, input_precision="ieee")
 
 
@@ -34,6 +32,7 @@ def query_gradient_kernel(
     grad_ptr,
     lse_ptr,
     delta_ptr,
+    lse_log2_ptr,
     grad_query_ptr,
     lut_ptr,
     count_ptr,
@@ -75,16 +74,21 @@ def query_gradient_kernel(
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """grad_query (B, S, H, D) and, for the other kernel, delta (B, H, S). One program per tile of query rows."""
+    """grad_query (B, S, H, D) and, for the other kernel, delta and lse in base 2 (B, H, S).
+
+    One program per tile of query rows. Where tiles are read, the pointers are tensor descriptors if DESCRIPTORS.
+    """
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    query_ptr += batch * query_stride_b + head.to(tl.int64) * query_stride_h
-    key_ptr += batch * key_stride_b + head.to(tl.int64) * key_stride_h
-    value_ptr += batch * value_stride_b + head.to(tl.int64) * value_stride_h
-    out_ptr += batch * out_stride_b + head.to(tl.int64) * out_stride_h
-    grad_ptr += batch * grad_stride_b + head.to(tl.int64) * grad_stride_h
+    if not DESCRIPTORS:
+        query_ptr += batch * query_stride_b + head.to(tl.int64) * query_stride_h
+        key_ptr += batch * key_stride_b + head.to(tl.int64) * key_stride_h
+        value_ptr += batch * value_stride_b + head.to(tl.int64) * value_stride_h
+        out_ptr += batch * out_stride_b + head.to(tl.int64) * out_stride_h
+        grad_ptr += batch * grad_stride_b + head.to(tl.int64) * grad_stride_h
     if HAS_MASK:
         mask_ptr += batch * tokens
     row = (batch * heads + head) * query_blocks + tile * TILE_Q // QUERY_BLOCK
@@ -94,49 +98,56 @@ def query_gradient_kernel(
     positions = tile * TILE_Q + tl.arange(0, TILE_Q)
     in_range = positions < tokens
     query_rows = token_rows(order_ptr, positions, in_range, tokens, HAS_ORDER)
-    query = load_rows(query_ptr, query_rows, in_range, query_stride_s, query_stride_d, HEAD_DIM, TILE_D, True)
-    out = load_rows(out_ptr, query_rows, in_range, out_stride_s, out_stride_d, VALUE_DIM, TILE_V, True)
-    grad = load_rows(grad_ptr, query_rows, in_range, grad_stride_s, grad_stride_d, VALUE_DIM, TILE_V, True)
+    if DESCRIPTORS:
+        query = load_described(query_ptr, tile * TILE_Q, TILE_Q, TILE_D)
+        out = load_described(out_ptr, tile * TILE_Q, TILE_Q, TILE_V)
+        grad = load_described(grad_ptr, tile * TILE_Q, TILE_Q, TILE_V)
+    else:
+        query = load_rows(query_ptr, query_rows, in_range, query_stride_s, query_stride_d, HEAD_DIM, TILE_D)
+        out = load_rows(out_ptr, query_rows, in_range, out_stride_s, out_stride_d, VALUE_DIM, TILE_V)
+        grad = load_rows(grad_ptr, query_rows, in_range, grad_stride_s, grad_stride_d, VALUE_DIM, TILE_V)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     per_query = (batch * heads + head) * tokens + query_rows
-    tl.store(delta_ptr + per_query, delta, mask=in_range)
     lse = tl.load(lse_ptr + per_query, mask=in_range, other=float("inf")) * _LOG2E
+    # +inf makes the weights of a row without keys, whose lse is -inf, exp2(-inf) = 0
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    tl.store(delta_ptr + per_query, delta, mask=in_range)
+    tl.store(lse_log2_ptr + per_query, lse, mask=in_range)
 
     acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
     # The loops are those of forward_kernel, for the same reasons.
     PARTS: tl.constexpr = KEY_BLOCK // TILE_K
     final = tl.maximum(blocks - 1, 0)
     full_blocks = tokens // KEY_BLOCK
-    last = block_id(lut_ptr, final, everything, key_blocks)
+    last = block_id(lut_ptr, final, everything, key_blocks, DESCRIPTORS)
     ragged = (blocks > 0) & (last >= full_blocks)
-    full_parts = tl.minimum(blocks - ragged.to(tl.int32), full_blocks) * PARTS
     columns = tl.arange(0, TILE_K)
-    upcoming = block_id(lut_ptr, 0, everything, full_blocks)
-    for part in tl.range(0, full_parts, num_stages=STAGES):
+    upcoming = block_id(lut_ptr, 0, everything, full_blocks, DESCRIPTORS)
+    for part in tl.range(0, (blocks - ragged.to(tl.int32)) * PARTS, num_stages=STAGES):
         start = upcoming * KEY_BLOCK + part % PARTS * TILE_K
-        upcoming = block_id(lut_ptr, tl.minimum((part + 1) // PARTS, final), everything, full_blocks)
-        if HAS_ORDER:
-            key_rows = token_rows(order_ptr, start + columns, None, tokens, True)
-            key = load_rows(key_ptr, key_rows, None, key_stride_s, key_stride_d, HEAD_DIM, TILE_D, False)
-            value = load_rows(value_ptr, key_rows, None, value_stride_s, value_stride_d, VALUE_DIM, TILE_V, False)
+        upcoming = block_id(lut_ptr, tl.minimum((part + 1) // PARTS, final), everything, full_blocks, DESCRIPTORS)
+        key_rows = token_rows(order_ptr, start + columns, None, tokens, HAS_ORDER)
+        if DESCRIPTORS:
+            key = load_described(key_ptr, start, TILE_K, TILE_D)
+            value = load_described(value_ptr, start, TILE_K, TILE_V)
         else:
-            key_rows = start + columns
-            key_start = key_ptr + start.to(tl.int64) * key_stride_s
-            value_start = value_ptr + start.to(tl.int64) * value_stride_s
-            key = load_rows(key_start, columns, None, key_stride_s, key_stride_d, HEAD_DIM, TILE_D, False)
-            value = load_rows(value_start, columns, None, value_stride_s, value_stride_d, VALUE_DIM, TILE_V, False)
+            key = load_rows(key_ptr, key_rows, None, key_stride_s, key_stride_d, HEAD_DIM, TILE_D)
+            value = load_rows(value_ptr, key_rows, None, value_stride_s, value_stride_d, VALUE_DIM, TILE_V)
         visible = tl.load(mask_ptr + key_rows) != 0 if HAS_MASK else None
-        acc = _query_step(query, grad, lse, delta, key, value, visible, acc, scale_log2, HAS_MASK)
+        acc = _query_step(query, grad, lse, delta, key, value, visible, acc, scale_log2)
     for part in tl.range(0, ragged.to(tl.int32) * PARTS, num_stages=1):
-        key_positions = last * KEY_BLOCK + part * TILE_K + columns
-        visible = key_positions < tokens
-        key_rows = token_rows(order_ptr, key_positions, visible, tokens, HAS_ORDER)
-        key = load_rows(key_ptr, key_rows, visible, key_stride_s, key_stride_d, HEAD_DIM, TILE_D, True)
-        value = load_rows(value_ptr, key_rows, visible, value_stride_s, value_stride_d, VALUE_DIM, TILE_V, True)
+        start = last * KEY_BLOCK + part * TILE_K
+        visible = start + columns < tokens
+        key_rows = token_rows(order_ptr, start + columns, visible, tokens, HAS_ORDER)
+        if DESCRIPTORS:
+            key = load_described(key_ptr, start, TILE_K, TILE_D)
+            value = load_described(value_ptr, start, TILE_K, TILE_V)
+        else:
+            key = load_rows(key_ptr, key_rows, visible, key_stride_s, key_stride_d, HEAD_DIM, TILE_D)
+            value = load_rows(value_ptr, key_rows, visible, value_stride_s, value_stride_d, VALUE_DIM, TILE_V)
         if HAS_MASK:
             visible = visible & (tl.load(mask_ptr + key_rows, mask=visible, other=0) != 0)
-        acc = _query_step(query, grad, lse, delta, key, value, visible, acc, scale_log2, True)
+        acc = _query_step(query, grad, lse, delta, key, value, visible, acc, scale_log2)
 
     channels = tl.arange(0, TILE_D)
     grad_query_ptr += batch * tokens * heads * HEAD_DIM + head * HEAD_DIM
@@ -145,20 +156,18 @@ def query_gradient_kernel(
     tl.store(pointers, (acc * scale).to(grad_query_ptr.dtype.element_ty), mask=writable)
 
 
-@triton.jit(do_not_specialize=["tokens", "query_blocks", "key_blocks", "capacity"])
+@triton.jit(do_not_specialize=["tokens", "key_blocks", "capacity"])
 def key_gradient_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
     grad_ptr,
-    lse_ptr,
+    lse_log2_ptr,
     delta_ptr,
     grad_key_ptr,
     grad_value_ptr,
     rows_ptr,
     start_ptr,
-    dense_rows_ptr,
-    dense_count_ptr,
     order_ptr,
     mask_ptr,
     query_stride_b,
@@ -179,7 +188,6 @@ def key_gradient_kernel(
     grad_stride_d,
     heads,
     tokens,
-    query_blocks,
     key_blocks,
     capacity,
     scale,
@@ -193,31 +201,37 @@ def key_gradient_kernel(
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
     """grad_key (B, S, H, D) and grad_value (B, S, H, Dv). One program per tile of keys, over the query blocks that
     attend to it: those that list it (inverted_index.py), then those that attend to everything."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    query_ptr += batch * query_stride_b + head.to(tl.int64) * query_stride_h
     key_ptr += batch * key_stride_b + head.to(tl.int64) * key_stride_h
     value_ptr += batch * value_stride_b + head.to(tl.int64) * value_stride_h
-    grad_ptr += batch * grad_stride_b + head.to(tl.int64) * grad_stride_h
+    if not DESCRIPTORS:
+        query_ptr += batch * query_stride_b + head.to(tl.int64) * query_stride_h
+        grad_ptr += batch * grad_stride_b + head.to(tl.int64) * grad_stride_h
     group = batch * heads + head
-    lse_ptr += group * tokens
+    lse_log2_ptr += group * tokens
     delta_ptr += group * tokens
-    start_ptr += group * (key_blocks + 1) + tile * TILE_K // KEY_BLOCK
-    begin = tl.load(start_ptr)
-    rows_ptr += group * capacity + begin
-    dense_rows_ptr += group * query_blocks
-    listed = tl.load(start_ptr + 1) - begin
-    entries = listed + tl.load(dense_count_ptr + group)
+    # the run of this key block, and the run of the query blocks that attend to everything
+    start_ptr += group * (key_blocks + 2)
+    rows_ptr += group * capacity
+    run = start_ptr + tile * TILE_K // KEY_BLOCK
+    begin = tl.load(run)
+    listed = tl.load(run + 1) - begin
+    dense_begin = tl.load(start_ptr + key_blocks)
+    entries = listed + tl.load(start_ptr + key_blocks + 1) - dense_begin
+    # added to an entry, where it stands among rows: one number for each run
+    dense_begin -= listed
 
     key_positions = tile * TILE_K + tl.arange(0, TILE_K)
     in_range = key_positions < tokens
     key_rows = token_rows(order_ptr, key_positions, in_range, tokens, HAS_ORDER)
-    key = load_rows(key_ptr, key_rows, in_range, key_stride_s, key_stride_d, HEAD_DIM, TILE_D, True)
-    value = load_rows(value_ptr, key_rows, in_range, value_stride_s, value_stride_d, VALUE_DIM, TILE_V, True)
+    key = load_rows(key_ptr, key_rows, in_range, key_stride_s, key_stride_d, HEAD_DIM, TILE_D)
+    value = load_rows(value_ptr, key_rows, in_range, value_stride_s, value_stride_d, VALUE_DIM, TILE_V)
     if HAS_MASK:
         visible = tl.load(mask_ptr + batch * tokens + key_rows, mask=in_range, other=0) != 0
 
@@ -226,39 +240,34 @@ def key_gradient_kernel(
     PARTS: tl.constexpr = QUERY_BLOCK // TILE_Q
     final = tl.maximum(entries - 1, 0)
     lines = tl.arange(0, TILE_Q)
-    upcoming = _query_block(rows_ptr, dense_rows_ptr, 0, listed, capacity - begin, query_blocks)
+    upcoming = tl.load(rows_ptr + tl.where(listed > 0, begin, dense_begin), mask=entries > 0, other=0)
     for part in tl.range(0, entries * PARTS, num_stages=STAGES):
-        positions = upcoming * QUERY_BLOCK + part % PARTS * TILE_Q + lines
+        start = upcoming * QUERY_BLOCK + part % PARTS * TILE_Q
+        positions = start + lines
         following = tl.minimum((part + 1) // PARTS, final)
-        upcoming = _query_block(rows_ptr, dense_rows_ptr, following, listed, capacity - begin, query_blocks)
+        upcoming = tl.load(rows_ptr + following + tl.where(following < listed, begin, dense_begin))
         attends = positions < tokens
         query_rows = token_rows(order_ptr, positions, attends, tokens, HAS_ORDER)
-        query = load_rows(query_ptr, query_rows, attends, query_stride_s, query_stride_d, HEAD_DIM, TILE_D, True)
-        grad = load_rows(grad_ptr, query_rows, attends, grad_stride_s, grad_stride_d, VALUE_DIM, TILE_V, True)
-        # +inf makes the weights of rows beyond the end, and of rows without keys, exp2(-inf) = 0
-        lse = tl.load(lse_ptr + query_rows, mask=attends, other=float("inf")) * _LOG2E
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
-        delta = tl.load(delta_ptr + query_rows, mask=attends, other=0.0)
-        scores = tl.dot(key, tl.trans(query), input_precision="ieee")
-        exponents = scores * scale_log2 - lse[None, :]
+        if DESCRIPTORS:
+            query = load_described(query_ptr, start, TILE_Q, TILE_D)
+            grad = load_described(grad_ptr, start, TILE_Q, TILE_V)
+        else:
+            query = load_rows(query_ptr, query_rows, attends, query_stride_s, query_stride_d, HEAD_DIM, TILE_D)
+            grad = load_rows(grad_ptr, query_rows, attends, grad_stride_s, grad_stride_d, VALUE_DIM, TILE_V)
+        # +inf makes the weights of rows beyond the end exp2(-inf) = 0
+        lse = tl.load(lse_log2_ptr + query_rows, mask=attends, other=float("inf"))
+        exponents = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2 - lse[None, :]
         if HAS_MASK:
             exponents = tl.where(visible[:, None], exponents, float("-inf"))
         weights = tl.exp2(exponents)
         grad_value = tl.dot(weights.to(grad.dtype), grad, grad_value, input_precision="ieee")
         grad_weights = tl.dot(value, tl.trans(grad), input_precision="ieee")
+        delta = tl.load(delta_ptr + query_rows, mask=attends, other=0.0)
         grad_scores = weights * (grad_weights - delta[None, :])
         grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision="ieee")
 
     _store_keys(grad_key_ptr, grad_key * scale, batch, head, heads, tokens, key_rows, in_range, HEAD_DIM, TILE_D)
     _store_keys(grad_value_ptr, grad_value, batch, head, heads, tokens, key_rows, in_range, VALUE_DIM, TILE_V)
-
-
-@triton.jit
-def _query_block(rows_ptr, dense_rows_ptr, entry, listed, capacity, query_blocks):
-    """The entry-th query block that attends to this tile of keys."""
-    sparse = tl.load(rows_ptr + tl.minimum(entry, capacity - 1))
-    dense = tl.load(dense_rows_ptr + tl.minimum(tl.maximum(entry - listed, 0), query_blocks - 1))
-    return tl.minimum(tl.maximum(tl.where(entry < listed, sparse, dense), 0), query_blocks - 1)
 
 
 @triton.jit

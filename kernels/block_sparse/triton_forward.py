@@ -3,40 +3,23 @@
 import triton
 import triton.language as tl
 
-from .triton_tiles import block_id, listed_blocks, load_rows, token_rows
+from .triton_tiles import block_id, listed_blocks, load_described, load_rows, token_rows
 
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _attend(
-    query,
-    key,
-    value,
-    visible,
-    acc,
-    total,
-    highest,
-    scale_log2,
-    MASKED: tl.constexpr,
-):
-    """One step of the online softmax, in base 2. Scores are scaled in fp32 after the product: in 16 bits that is wrong
-    for large inputs."""
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-    if MASKED:
-        scores = tl.where(visible[None, :], scores, float("-inf"))
+def _weigh(scores, total, highest, scale_log2, MASKED: tl.constexpr):
+    """One step of the online softmax, in base 2: weights of a tile, and what the sums so far are multiplied by.
+
+    Scores are scaled in fp32 after the product: scaling the inputs in 16 bits is wrong where scores are large.
+    """
     new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
-    if MASKED:
-        # a row that has seen no key yet: -inf - -inf would be NaN
-        reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-    else:
-        reference = new_highest
+    # a row that has seen no key yet: -inf - -inf would be NaN
+    reference = tl.where(new_highest == float("-inf"), 0.0, new_highest) if MASKED else new_highest
     weights = tl.exp2(scores * scale_log2 - reference[:, None])
     correction = tl.exp2(highest - reference)
-    total = total * correction + tl.sum(weights, 1)
-    acc = acc * correction[:, None]
-    acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="ieee")
-    return acc, total, new_highest
+    return weights, correction, total * correction + tl.sum(weights, 1), new_highest
 
 
 @triton.jit(do_not_specialize=["tokens", "slots", "query_blocks", "key_blocks"])
@@ -77,14 +60,19 @@ def forward_kernel(
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """out (B, S, H, Dv) and lse (B, H, S) contiguous; lut (B, H, Mq, K), count (B, H, Mq), mask (B, S) contiguous."""
+    """out (B, S, H, Dv) and lse (B, H, S) contiguous; lut (B, H, Mq, K), count (B, H, Mq), mask (B, S) contiguous.
+
+    key_ptr and value_ptr are tensor descriptors of (B, H, S, D) if DESCRIPTORS, which goes without an order only.
+    """
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    query_ptr += batch * query_stride_b + head.to(tl.int64) * query_stride_h
-    key_ptr += batch * key_stride_b + head.to(tl.int64) * key_stride_h
-    value_ptr += batch * value_stride_b + head.to(tl.int64) * value_stride_h
+    if not DESCRIPTORS:
+        query_ptr += batch * query_stride_b + head.to(tl.int64) * query_stride_h
+        key_ptr += batch * key_stride_b + head.to(tl.int64) * key_stride_h
+        value_ptr += batch * value_stride_b + head.to(tl.int64) * value_stride_h
     if HAS_MASK:
         mask_ptr += batch * tokens
     row = (batch * heads + head) * query_blocks + tile * TILE_Q // QUERY_BLOCK
@@ -94,47 +82,58 @@ def forward_kernel(
     positions = tile * TILE_Q + tl.arange(0, TILE_Q)
     in_range = positions < tokens
     query_rows = token_rows(order_ptr, positions, in_range, tokens, HAS_ORDER)
-    query = load_rows(query_ptr, query_rows, in_range, query_stride_s, query_stride_d, HEAD_DIM, TILE_D, True)
+    if DESCRIPTORS:
+        query = load_described(query_ptr, tile * TILE_Q, TILE_Q, TILE_D)
+    else:
+        query = load_rows(query_ptr, query_rows, in_range, query_stride_s, query_stride_d, HEAD_DIM, TILE_D)
 
     acc = tl.zeros([TILE_Q, TILE_V], tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
     highest = tl.full([TILE_Q], float("-inf"), tl.float32)
 
-    # Only the last key block can be short, and lists ascend: it is the last of a list or not in it. In the first loop
-    # ids stay below full_blocks, so that a wrong list cannot read past the last token either.
+    # Only the last key block can be short, and lists ascend: it is the last of a list or not in it. It gets code of its
+    # own: a mask, or a branch, in the loop over full blocks costs more than that.
     PARTS: tl.constexpr = KEY_BLOCK // TILE_K
     final = tl.maximum(blocks - 1, 0)
     full_blocks = tokens // KEY_BLOCK
-    last = block_id(lut_ptr, final, everything, key_blocks)
+    last = block_id(lut_ptr, final, everything, key_blocks, DESCRIPTORS)
     ragged = (blocks > 0) & (last >= full_blocks)
-    full_parts = tl.minimum(blocks - ragged.to(tl.int32), full_blocks) * PARTS
     columns = tl.arange(0, TILE_K)
-    # The next id is fetched one step ahead: a load whose address waits for another load cannot be pipelined well.
-    upcoming = block_id(lut_ptr, 0, everything, full_blocks)
-    for part in tl.range(0, full_parts, num_stages=STAGES):
+    # The next id is fetched one step ahead: a load whose address waits for another load comes late.
+    upcoming = block_id(lut_ptr, 0, everything, full_blocks, DESCRIPTORS)
+    for part in tl.range(0, (blocks - ragged.to(tl.int32)) * PARTS, num_stages=STAGES):
         start = upcoming * KEY_BLOCK + part % PARTS * TILE_K
-        upcoming = block_id(lut_ptr, tl.minimum((part + 1) // PARTS, final), everything, full_blocks)
-        if HAS_ORDER:
-            key_rows = token_rows(order_ptr, start + columns, None, tokens, True)
-            key = load_rows(key_ptr, key_rows, None, key_stride_s, key_stride_d, HEAD_DIM, TILE_D, False)
-            value = load_rows(value_ptr, key_rows, None, value_stride_s, value_stride_d, VALUE_DIM, TILE_V, False)
+        upcoming = block_id(lut_ptr, tl.minimum((part + 1) // PARTS, final), everything, full_blocks, DESCRIPTORS)
+        key_rows = token_rows(order_ptr, start + columns, None, tokens, HAS_ORDER)
+        if DESCRIPTORS:
+            key = load_described(key_ptr, start, TILE_K, TILE_D)
         else:
-            key_rows = start + columns
-            key_start = key_ptr + start.to(tl.int64) * key_stride_s
-            value_start = value_ptr + start.to(tl.int64) * value_stride_s
-            key = load_rows(key_start, columns, None, key_stride_s, key_stride_d, HEAD_DIM, TILE_D, False)
-            value = load_rows(value_start, columns, None, value_stride_s, value_stride_d, VALUE_DIM, TILE_V, False)
-        visible = tl.load(mask_ptr + key_rows) != 0 if HAS_MASK else None
-        acc, total, highest = _attend(query, key, value, visible, acc, total, highest, scale_log2, HAS_MASK)
+            key = load_rows(key_ptr, key_rows, None, key_stride_s, key_stride_d, HEAD_DIM, TILE_D)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        if HAS_MASK:
+            scores = tl.where((tl.load(mask_ptr + key_rows) != 0)[None, :], scores, float("-inf"))
+        weights, correction, total, highest = _weigh(scores, total, highest, scale_log2, HAS_MASK)
+        if DESCRIPTORS:
+            value = load_described(value_ptr, start, TILE_K, TILE_V)
+        else:
+            value = load_rows(value_ptr, key_rows, None, value_stride_s, value_stride_d, VALUE_DIM, TILE_V)
+        acc = tl.dot(weights.to(value.dtype), value, acc * correction[:, None], input_precision="ieee")
     for part in tl.range(0, ragged.to(tl.int32) * PARTS, num_stages=1):
-        key_positions = last * KEY_BLOCK + part * TILE_K + columns
-        visible = key_positions < tokens
-        key_rows = token_rows(order_ptr, key_positions, visible, tokens, HAS_ORDER)
-        key = load_rows(key_ptr, key_rows, visible, key_stride_s, key_stride_d, HEAD_DIM, TILE_D, True)
-        value = load_rows(value_ptr, key_rows, visible, value_stride_s, value_stride_d, VALUE_DIM, TILE_V, True)
+        start = last * KEY_BLOCK + part * TILE_K
+        visible = start + columns < tokens
+        key_rows = token_rows(order_ptr, start + columns, visible, tokens, HAS_ORDER)
+        if DESCRIPTORS:
+            key = load_described(key_ptr, start, TILE_K, TILE_D)
+            value = load_described(value_ptr, start, TILE_K, TILE_V)
+        else:
+            key = load_rows(key_ptr, key_rows, visible, key_stride_s, key_stride_d, HEAD_DIM, TILE_D)
+            value = load_rows(value_ptr, key_rows, visible, value_stride_s, value_stride_d, VALUE_DIM, TILE_V)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_MASK:
             visible = visible & (tl.load(mask_ptr + key_rows, mask=visible, other=0) != 0)
-        acc, total, highest = _attend(query, key, value, visible, acc, total, highest, scale_log2, True)
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        weights, correction, total, highest = _weigh(scores, total, highest, scale_log2, True)
+        acc = tl.dot(weights.to(value.dtype), value, acc * correction[:, None], input_precision="ieee")
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]

@@ -1,7 +1,7 @@
 """Pieces that the forward and the backward kernels share: reading a list of blocks, and loading rows of tokens.
 
-Ids of blocks and tokens that come from memory are clamped to their range, so that a wrong list reads the wrong block
-and never foreign memory; `triton_checks.py` reports such lists.
+Ids of blocks and tokens that come from memory are clamped to their range, or read through the bulk copy engine, which
+has bounds of its own: a wrong list reads the wrong block and never foreign memory. `deferred.py` reports such lists.
 """
 
 import triton
@@ -17,10 +17,13 @@ def listed_blocks(count_ptr, slots, key_blocks):
 
 
 @triton.jit
-def block_id(list_ptr, entry, everything, blocks):
-    """The entry-th block of a list, below `blocks`; the entry itself where everything is attended to."""
-    listed = tl.load(list_ptr + tl.where(everything, 0, entry))
-    return tl.minimum(tl.maximum(tl.where(everything, entry, listed), 0), blocks - 1)
+def block_id(list_ptr, entry, everything, blocks, UNCHECKED: tl.constexpr):
+    """The entry-th block of a list; the entry itself where everything is attended to.
+
+    UNCHECKED: for the bulk copy engine, which reads 0 where no block is. Otherwise the id stays below `blocks`.
+    """
+    block = tl.where(everything, entry, tl.load(list_ptr + tl.where(everything, 0, entry)))
+    return block if UNCHECKED else tl.minimum(tl.maximum(block, 0), blocks - 1)
 
 
 @triton.jit
@@ -38,17 +41,21 @@ def token_rows(order_ptr, positions, in_range, tokens, HAS_ORDER: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, rows, in_range, stride_s, stride_d, WIDTH: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
-    """A (rows, TILE) tile; channels beyond WIDTH are 0, and rows that are not in_range if MASKED."""
+def load_rows(ptr, rows, in_range, stride_s, stride_d, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """A (rows, TILE) tile; rows that are not in_range, unless that is None, and channels beyond WIDTH are 0."""
     channels = tl.arange(0, TILE)
     pointers = ptr + rows[:, None] * stride_s + channels[None, :] * stride_d
-    if MASKED:
-        if WIDTH == TILE:
-            tile = tl.load(pointers, mask=in_range[:, None], other=0.0)
-        else:
-            tile = tl.load(pointers, mask=in_range[:, None] & (channels < WIDTH)[None, :], other=0.0)
+    if in_range is None:
+        tile = tl.load(pointers) if WIDTH == TILE else tl.load(pointers, (channels < WIDTH)[None, :], 0.0)
     elif WIDTH == TILE:
-        tile = tl.load(pointers)
+        tile = tl.load(pointers, in_range[:, None], 0.0)
     else:
-        tile = tl.load(pointers, mask=(channels < WIDTH)[None, :], other=0.0)
+        tile = tl.load(pointers, in_range[:, None] & (channels < WIDTH)[None, :], 0.0)
     return tile
+
+
+@triton.jit
+def load_described(descriptor, start, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """A (ROWS, TILE) tile of this program's batch and head from a descriptor of (B, H, S, D); outside it is 0."""
+    tile = descriptor.load([tl.program_id(2), tl.program_id(1), start, 0])
+    return tile.reshape([ROWS, TILE])

@@ -1,85 +1,68 @@
-"""`salad::linear_state` and `salad::linear_output`: the linear branch, with explicit backward operators."""
+"""`salad::linear_state` and `salad::linear_output`: the linear branch, with explicit backward operators.
+
+Optional arguments come last. A backward operator returns one gradient per tensor argument that has one; for an argument
+that was None it is an empty tensor of shape (0,), because operators cannot return None.
+"""
 
 import torch
 from torch.autograd.function import FunctionCtx
 
-from .. import checks
-from ..checks import accumulation_dtype, require
+from ..checks import accumulation_dtype
+from ..dispatch import engine_for
 from ..layout import empty_bshd
-from . import cpu
-from .feature_maps import feature_map_named
-
-
-def check_state_types(key: torch.Tensor, value: torch.Tensor, feature_map: str) -> None:
-    """What can be checked without reading a size; the fakes call it as well."""
-    checks.check_same_device(key=key, value=value)
-    checks.check_float_4d(key=key, value=value)
-    feature_map_named(feature_map)
-
-
-def check_state(key: torch.Tensor, value: torch.Tensor, feature_map: str) -> None:
-    """Every check of `linear_state`."""
-    check_state_types(key, value, feature_map)
-    require(
-        key.shape[:3] == value.shape[:3],
-        f"key {tuple(key.shape)} and value {tuple(value.shape)} must agree in batch, heads and tokens",
-    )
-
-
-def check_output_types(
-    query: torch.Tensor, state: torch.Tensor, key_sum: torch.Tensor, feature_map: str, eps: float
-) -> None:
-    """What can be checked without reading a size; the fakes call it as well."""
-    checks.check_same_device(query=query, state=state, key_sum=key_sum)
-    checks.check_float_4d(query=query)
-    require(state.dim() == 4, f"state must have 4 dimensions (B, H, D, Dv), got {state.dim()}")
-    require(key_sum.dim() == 3, f"key_sum must have 3 dimensions (B, H, D), got {key_sum.dim()}")
-    expected = accumulation_dtype(query.dtype)
-    for name, tensor in (("state", state), ("key_sum", key_sum)):
-        require(
-            tensor.dtype == expected,
-            f"{name} has dtype {tensor.dtype}; a {query.dtype} query needs {expected}, as linear_state returns it",
-        )
-    feature_map_named(feature_map)
-    require(eps > 0, f"eps must be positive, or a row without any positive feature divides 0 by 0; got {eps}")
-
-
-def check_output(query: torch.Tensor, state: torch.Tensor, key_sum: torch.Tensor, feature_map: str, eps: float) -> None:
-    """Every check of `linear_output`."""
-    check_output_types(query, state, key_sum, feature_map, eps)
-    batch, heads, _, head_dim = query.shape
-    require(
-        state.shape[:3] == key_sum.shape == (batch, heads, head_dim),
-        f"for a query {tuple(query.shape)}, state must be ({batch}, {heads}, {head_dim}, Dv) and key_sum "
-        f"({batch}, {heads}, {head_dim}); got {tuple(state.shape)} and {tuple(key_sum.shape)}",
-    )
-
+from .absent import absent
+from .checks import (
+    check_output,
+    check_output_gradient,
+    check_output_types,
+    check_state,
+    check_state_gradient,
+    check_state_types,
+)
 
 # --- linear_state ---------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("salad::linear_state", mutates_args=())
-def linear_state(key: torch.Tensor, value: torch.Tensor, feature_map: str) -> tuple[torch.Tensor, torch.Tensor]:
+def linear_state(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: str,
+    key_mask: torch.Tensor | None = None,
+    rotated_key: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over all tokens that linear attention reads: KV = sum phi(k) v^T and z = sum phi(k) (method.md section 5).
 
     Args:
-        key: (B, H, S, D), any strides; fp32, bf16, fp16 or fp64.
+        key: (B, H, S, D), any strides; fp32, bf16, fp16 or fp64 (fp64 on the torch engine).
         value: (B, H, S, Dv), same dtype.
         feature_map: "relu" (arXiv 2601.16515, as summarised), "elu" (elu + 1) or "softmax" (over D); both our choice.
+        key_mask: bool (B, S), True where a token is valid; the others leave both sums. None: all are valid.
+        rotated_key: like key; the map-then-rotate placement: R phi(k'), mapped and rotated by the caller, stands in the
+            place of phi(k) in KV, while z is still the sum of phi(key).
 
     Returns:
         state: (B, H, D, Dv) and key_sum: (B, H, D), contiguous, fp32 (fp64 for fp64).
 
     Raises:
         KernelArgumentError: on a wrong rank, shape, dtype or device, or an unknown feature map.
+        UnsupportedKernelError: the Triton engine has no kernel for this dtype, head_dim, value width or GPU.
     """
-    check_state(key, value, feature_map)
-    return cpu.linear_state(key, value, feature_map)
+    check_state(key, value, feature_map, key_mask, rotated_key)
+    engine = engine_for(__package__, key.device)
+    result: tuple[torch.Tensor, torch.Tensor] = engine.linear_state(key, value, feature_map, key_mask, rotated_key)
+    return result
 
 
 @linear_state.register_fake
-def _(key: torch.Tensor, value: torch.Tensor, feature_map: str) -> tuple[torch.Tensor, torch.Tensor]:
-    check_state_types(key, value, feature_map)
+def _(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: str,
+    key_mask: torch.Tensor | None = None,
+    rotated_key: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_state_types(key, value, feature_map, key_mask, rotated_key)
     batch, heads, _, head_dim = key.shape
     dtype = accumulation_dtype(key.dtype)
     return (
@@ -90,48 +73,71 @@ def _(key: torch.Tensor, value: torch.Tensor, feature_map: str) -> tuple[torch.T
 
 @torch.library.custom_op("salad::linear_state_backward", mutates_args=())
 def linear_state_backward(
-    grad_state: torch.Tensor, grad_key_sum: torch.Tensor, key: torch.Tensor, value: torch.Tensor, feature_map: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_state: torch.Tensor,
+    grad_key_sum: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: str,
+    key_mask: torch.Tensor | None = None,
+    rotated_key: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `linear_state` (method.md section 5): db = dKV v + dz, dv = dKV^T b, dk = phi'(k) db.
 
     Args:
         grad_state: (B, H, D, Dv) and grad_key_sum: (B, H, D), fp32 (fp64 for fp64), any strides, also expanded.
-        key, value, feature_map: as given to `linear_state`.
+        key, value, feature_map, key_mask, rotated_key: as given to `linear_state`.
 
     Returns:
-        grad_key (B, H, S, D) and grad_value (B, H, S, Dv) in the dtypes of key and value, in (B, S, H, D) memory order.
+        grad_key (B, H, S, D), grad_value (B, H, S, Dv) and grad_rotated_key (B, H, S, D), or shape (0,) without
+        rotated_key; in the dtype of the key and in (B, S, H, D) memory order. Masked keys have gradients 0.
 
     Raises:
         KernelArgumentError: on a wrong rank, shape, dtype or device, or an unknown feature map.
+        UnsupportedKernelError: as `linear_state`.
     """
-    check_state(key, value, feature_map)
-    batch, heads, _, head_dim = key.shape
-    require(
-        grad_state.shape == (batch, heads, head_dim, value.shape[-1]) and grad_key_sum.shape == grad_state.shape[:3],
-        f"grad_state {tuple(grad_state.shape)} and grad_key_sum {tuple(grad_key_sum.shape)} do not fit the key "
-        f"{tuple(key.shape)}",
+    check_state(key, value, feature_map, key_mask, rotated_key)
+    check_state_gradient(grad_state, grad_key_sum, key, value)
+    engine = engine_for(__package__, key.device)
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = engine.linear_state_backward(
+        grad_state, grad_key_sum, key, value, feature_map, key_mask, rotated_key
     )
-    return cpu.linear_state_backward(grad_state, grad_key_sum, key, value, feature_map)
+    return result
 
 
 @linear_state_backward.register_fake
 def _(
-    grad_state: torch.Tensor, grad_key_sum: torch.Tensor, key: torch.Tensor, value: torch.Tensor, feature_map: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return empty_bshd(key, *key.shape), empty_bshd(value, *value.shape)
+    grad_state: torch.Tensor,
+    grad_key_sum: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: str,
+    key_mask: torch.Tensor | None = None,
+    rotated_key: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_rotated = absent(key) if rotated_key is None else empty_bshd(key, *key.shape)
+    return empty_bshd(key, *key.shape), empty_bshd(value, *value.shape), grad_rotated
 
 
-def _state_setup(ctx: FunctionCtx, inputs: tuple[torch.Tensor, torch.Tensor, str], output: object) -> None:
-    key, value, ctx.feature_map = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(key, value)  # never phi(key): it is as large as the key and cheap to compute again
+def _state_setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
+    key, value, ctx.feature_map, key_mask, rotated_key = inputs  # type: ignore[attr-defined]
+    # never phi(key): it is as large as the key and cheap to compute again
+    ctx.save_for_backward(key, value, key_mask, rotated_key)  # type: ignore[arg-type]
 
 
 def _state_backward(
     ctx: FunctionCtx, grad_state: torch.Tensor, grad_key_sum: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, None]:
-    key, value = ctx.saved_tensors  # type: ignore[attr-defined]
-    grad_key, grad_value = linear_state_backward(grad_state, grad_key_sum, key, value, ctx.feature_map)  # type: ignore[attr-defined]
-    return grad_key, grad_value, None
+) -> tuple[torch.Tensor | None, ...]:
+    key, value, key_mask, rotated_key = ctx.saved_tensors  # type: ignore[attr-defined]
+    grad_key, grad_value, grad_rotated = linear_state_backward(
+        grad_state,
+        grad_key_sum,
+        key,
+        value,
+        ctx.feature_map,  # type: ignore[attr-defined]
+        key_mask,
+        rotated_key,
+    )
+    return grad_key, grad_value, None, None, None if rotated_key is None else grad_rotated
 
 
 linear_state.register_autograd(_state_backward, setup_context=_state_setup)
@@ -141,31 +147,48 @@ linear_state.register_autograd(_state_backward, setup_context=_state_setup)
 
 @torch.library.custom_op("salad::linear_output", mutates_args=())
 def linear_output(
-    query: torch.Tensor, state: torch.Tensor, key_sum: torch.Tensor, feature_map: str, eps: float
+    query: torch.Tensor,
+    state: torch.Tensor,
+    key_sum: torch.Tensor,
+    feature_map: str,
+    eps: float,
+    rotated_query: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Linear attention read out for every query: phi(q) KV / (phi(q) . z + eps) (method.md section 5).
 
-    A query whose features are all zero (relu of a negative row) gives exactly 0.
+    A query whose features are all zero (relu of a negative row) gives exactly 0; with rotated_query it gives
+    rotated_query KV / eps, which the caller's own mapping makes 0 as well.
 
     Args:
-        query: (B, H, S, D), any strides; fp32, bf16, fp16 or fp64.
+        query: (B, H, S, D), any strides; fp32, bf16, fp16 or fp64 (fp64 on the torch engine).
         state: (B, H, D, Dv) and key_sum: (B, H, D) from `linear_state`, fp32 (fp64 for an fp64 query).
         feature_map: as in `linear_state`.
         eps: positive; added to the denominator (1e-6 is our choice).
+        rotated_query: like query; R phi(q'), in the place of phi(q) in the numerator, for a state of rotated keys.
 
     Returns:
         (B, H, S, Dv) in the query's dtype, laid out as a contiguous (B, S, H, Dv) seen transposed.
 
     Raises:
         KernelArgumentError: on a wrong rank, shape, dtype, device or eps, or an unknown feature map.
+        UnsupportedKernelError: the Triton engine has no kernel for this dtype, head_dim, value width or GPU.
     """
-    check_output(query, state, key_sum, feature_map, eps)
-    return cpu.linear_output(query, state, key_sum, feature_map, eps)
+    check_output(query, state, key_sum, feature_map, eps, rotated_query)
+    engine = engine_for(__package__, query.device)
+    out: torch.Tensor = engine.linear_output(query, state, key_sum, feature_map, eps, rotated_query)
+    return out
 
 
 @linear_output.register_fake
-def _(query: torch.Tensor, state: torch.Tensor, key_sum: torch.Tensor, feature_map: str, eps: float) -> torch.Tensor:
-    check_output_types(query, state, key_sum, feature_map, eps)
+def _(
+    query: torch.Tensor,
+    state: torch.Tensor,
+    key_sum: torch.Tensor,
+    feature_map: str,
+    eps: float,
+    rotated_query: torch.Tensor | None = None,
+) -> torch.Tensor:
+    check_output_types(query, state, key_sum, feature_map, eps, rotated_query)
     batch, heads, tokens, _ = query.shape
     return empty_bshd(query, batch, heads, tokens, state.shape[-1])
 
@@ -178,23 +201,29 @@ def linear_output_backward(
     key_sum: torch.Tensor,
     feature_map: str,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rotated_query: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `linear_output` (method.md section 5), computed again from its inputs.
 
     Args:
         grad_out: (B, H, S, Dv) in the query's dtype, any strides, also expanded.
-        query, state, key_sum, feature_map, eps: as given to `linear_output`.
+        query, state, key_sum, feature_map, eps, rotated_query: as given to `linear_output`.
 
     Returns:
-        grad_query (B, H, S, D) in the query's dtype and (B, S, H, D) memory order, grad_state and grad_key_sum.
+        grad_query (B, H, S, D) in the query's dtype and (B, S, H, D) memory order, grad_state, grad_key_sum, and
+        grad_rotated_query like grad_query, or shape (0,) without rotated_query.
 
     Raises:
         KernelArgumentError: on a wrong rank, shape, dtype, device or eps, or an unknown feature map.
+        UnsupportedKernelError: as `linear_output`.
     """
-    check_output(query, state, key_sum, feature_map, eps)
-    expected = (*query.shape[:3], state.shape[-1])
-    require(grad_out.shape == expected, f"grad_out must be {expected}, got {tuple(grad_out.shape)}")
-    return cpu.linear_output_backward(grad_out, query, state, key_sum, feature_map, eps)
+    check_output(query, state, key_sum, feature_map, eps, rotated_query)
+    check_output_gradient(grad_out, query, state)
+    engine = engine_for(__package__, query.device)
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = engine.linear_output_backward(
+        grad_out, query, state, key_sum, feature_map, eps, rotated_query
+    )
+    return result
 
 
 @linear_output_backward.register_fake
@@ -205,28 +234,34 @@ def _(
     key_sum: torch.Tensor,
     feature_map: str,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rotated_query: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, heads, head_dim, value_dim = state.shape
     return (
         empty_bshd(query, *query.shape),
         state.new_empty((batch, heads, head_dim, value_dim)),
         key_sum.new_empty((batch, heads, head_dim)),
+        absent(query) if rotated_query is None else empty_bshd(query, *query.shape),
     )
 
 
-def _output_setup(
-    ctx: FunctionCtx, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, str, float], output: object
-) -> None:
-    query, state, key_sum, ctx.feature_map, ctx.eps = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(query, state, key_sum)
+def _output_setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
+    query, state, key_sum, ctx.feature_map, ctx.eps, rotated_query = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(query, state, key_sum, rotated_query)  # type: ignore[arg-type]
 
 
-def _output_backward(
-    ctx: FunctionCtx, grad_out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
-    query, state, key_sum = ctx.saved_tensors  # type: ignore[attr-defined]
-    grads = linear_output_backward(grad_out, query, state, key_sum, ctx.feature_map, ctx.eps)  # type: ignore[attr-defined]
-    return (*grads, None, None)
+def _output_backward(ctx: FunctionCtx, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    query, state, key_sum, rotated_query = ctx.saved_tensors  # type: ignore[attr-defined]
+    grad_query, grad_state, grad_key_sum, grad_rotated = linear_output_backward(
+        grad_out,
+        query,
+        state,
+        key_sum,
+        ctx.feature_map,  # type: ignore[attr-defined]
+        ctx.eps,  # type: ignore[attr-defined]
+        rotated_query,
+    )
+    return grad_query, grad_state, grad_key_sum, None, None, None if rotated_query is None else grad_rotated
 
 
 linear_output.register_autograd(_output_backward, setup_context=_output_setup)

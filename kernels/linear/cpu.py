@@ -10,6 +10,7 @@ import torch
 
 from ..checks import accumulation_dtype
 from ..layout import empty_bshd
+from .absent import absent
 from .feature_maps import feature_map_named
 
 _CHUNK_ELEMENTS = 1 << 18  # features of one chunk: 1 MiB in fp32, half of what a core's cache commonly holds
@@ -24,7 +25,23 @@ def _chunks(x: torch.Tensor) -> Iterator[tuple[int, slice]]:
             yield b, slice(start, min(start + step, tokens))
 
 
-def linear_state(key: torch.Tensor, value: torch.Tensor, feature_map: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _masked_rows(key_mask: torch.Tensor | None, b: int, run: slice) -> torch.Tensor | None:
+    """(1, tokens, 1), True where a key of this chunk is masked."""
+    return None if key_mask is None else ~key_mask[b, None, run, None]
+
+
+def _keep(x: torch.Tensor, masked: torch.Tensor | None) -> torch.Tensor:
+    """x with 0 in the masked rows."""
+    return x if masked is None else x.masked_fill(masked, 0)
+
+
+def linear_state(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: str,
+    key_mask: torch.Tensor | None = None,
+    rotated_key: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.linear_state`."""
     phi, _ = feature_map_named(feature_map)
     dtype = accumulation_dtype(key.dtype)
@@ -32,33 +49,55 @@ def linear_state(key: torch.Tensor, value: torch.Tensor, feature_map: str) -> tu
     state = key.new_zeros((batch, heads, head_dim, value.shape[-1]), dtype=dtype)
     key_sum = key.new_zeros((batch, heads, head_dim), dtype=dtype)
     for b, run in _chunks(key):
-        features = phi(key[b, :, run].to(dtype))
-        state[b].baddbmm_(features.transpose(1, 2), value[b, :, run].to(dtype))
+        masked = _masked_rows(key_mask, b, run)
+        features = _keep(phi(key[b, :, run].to(dtype)), masked)
+        left = features if rotated_key is None else _keep(rotated_key[b, :, run].to(dtype), masked)
+        state[b].baddbmm_(left.transpose(1, 2), _keep(value[b, :, run].to(dtype), masked))
         key_sum[b] += features.sum(dim=1)
     return state, key_sum
 
 
 def linear_state_backward(
-    grad_state: torch.Tensor, grad_key_sum: torch.Tensor, key: torch.Tensor, value: torch.Tensor, feature_map: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """db_j = dKV v_j + dz, dv_j = dKV^T b_j, dk = phi'(k) db (method.md section 5)."""
+    grad_state: torch.Tensor,
+    grad_key_sum: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: str,
+    key_mask: torch.Tensor | None = None,
+    rotated_key: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """db_j = dKV v_j + dz, dv_j = dKV^T b_j, dk = phi'(k) db (method.md section 5).
+
+    With a rotated key r_j: dr_j = dKV v_j, db_j = dz, dv_j = dKV^T r_j. Its gradient comes last, or `absent`.
+    """
     phi, phi_backward = feature_map_named(feature_map)
     dtype = accumulation_dtype(key.dtype)
     grad_state, grad_key_sum = grad_state.contiguous(), grad_key_sum.contiguous()
     grad_key, grad_value = empty_bshd(key, *key.shape), empty_bshd(value, *value.shape)
+    grad_rotated = absent(key) if rotated_key is None else empty_bshd(key, *key.shape)
     for b, run in _chunks(key):
+        masked = _masked_rows(key_mask, b, run)
         x = key[b, :, run].to(dtype)
-        features = phi(x)
-        grad_features = torch.baddbmm(
-            grad_key_sum[b, :, None], value[b, :, run].to(dtype), grad_state[b].transpose(1, 2)
-        )
-        grad_key[b, :, run] = phi_backward(grad_features, features, x)
-        grad_value[b, :, run] = torch.bmm(features, grad_state[b])
-    return grad_key, grad_value
+        features = left = phi(x)
+        grad_features = grad_key_sum[b, :, None]
+        from_state = torch.bmm(value[b, :, run].to(dtype), grad_state[b].transpose(1, 2))
+        if rotated_key is None:
+            grad_features = from_state.add_(grad_features)
+        else:
+            left = rotated_key[b, :, run].to(dtype)
+            grad_rotated[b, :, run] = _keep(from_state, masked)
+        grad_key[b, :, run] = _keep(phi_backward(grad_features, features, x), masked)
+        grad_value[b, :, run] = _keep(torch.bmm(left, grad_state[b]), masked)
+    return grad_key, grad_value, grad_rotated
 
 
 def linear_output(
-    query: torch.Tensor, state: torch.Tensor, key_sum: torch.Tensor, feature_map: str, eps: float
+    query: torch.Tensor,
+    state: torch.Tensor,
+    key_sum: torch.Tensor,
+    feature_map: str,
+    eps: float,
+    rotated_query: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.linear_output`."""
     phi, _ = feature_map_named(feature_map)
@@ -68,7 +107,8 @@ def linear_output(
     for b, run in _chunks(query):
         features = phi(query[b, :, run].to(state.dtype))
         denominator = torch.bmm(features, key_sum[b, :, :, None]).add_(eps)
-        out[b, :, run] = torch.bmm(features, state[b]).div_(denominator)
+        left = features if rotated_query is None else rotated_query[b, :, run].to(state.dtype)
+        out[b, :, run] = torch.bmm(left, state[b]).div_(denominator)
     return out
 
 
@@ -79,25 +119,33 @@ def linear_output_backward(
     key_sum: torch.Tensor,
     feature_map: str,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rotated_query: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """With s_i = a_i.z + eps and w_i = KV g_i (method.md section 5, g.O written as w.a / s so that O need not be kept):
 
     ds_i = -(w_i.a_i) / s_i^2, da_i = w_i / s_i + ds_i z, dKV = sum_i a_i (g_i / s_i)^T, dz = sum_i ds_i a_i.
+    With a rotated query r_i: dr_i = w_i / s_i, ds_i = -(w_i.r_i) / s_i^2, da_i = ds_i z, dKV = sum_i r_i (g_i / s_i)^T.
     """
     phi, phi_backward = feature_map_named(feature_map)
     dtype = state.dtype
     state, key_sum = state.contiguous(), key_sum.contiguous()
     grad_query = empty_bshd(query, *query.shape)
+    grad_rotated = absent(query) if rotated_query is None else empty_bshd(query, *query.shape)
     grad_state, grad_key_sum = torch.zeros_like(state), torch.zeros_like(key_sum)
     for b, run in _chunks(query):
         x = query[b, :, run].to(dtype)
         features = phi(x)
+        left = features if rotated_query is None else rotated_query[b, :, run].to(dtype)
         denominator = torch.bmm(features, key_sum[b, :, :, None]).add_(eps)
         grad = grad_out[b, :, run].to(dtype) / denominator
         grad_features = torch.bmm(grad, state[b].transpose(1, 2))
-        grad_denominator = (grad_features * features).sum(-1, keepdim=True).div_(denominator).neg_()
-        grad_features.baddbmm_(grad_denominator, key_sum[b, :, None])
+        grad_denominator = (grad_features * left).sum(-1, keepdim=True).div_(denominator).neg_()
+        if rotated_query is None:
+            grad_features.baddbmm_(grad_denominator, key_sum[b, :, None])
+        else:
+            grad_rotated[b, :, run] = grad_features
+            grad_features = torch.bmm(grad_denominator, key_sum[b, :, None])
         grad_query[b, :, run] = phi_backward(grad_features, features, x)
-        grad_state[b].baddbmm_(features.transpose(1, 2), grad)
+        grad_state[b].baddbmm_(left.transpose(1, 2), grad)
         grad_key_sum[b] += (features * grad_denominator).sum(dim=1)
-    return grad_query, grad_state, grad_key_sum
+    return grad_query, grad_state, grad_key_sum, grad_rotated

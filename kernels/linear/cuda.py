@@ -16,8 +16,6 @@ from .triton_output import output_backward_kernel, output_kernel
 from .triton_reduce import reduce_kernel
 from .triton_state import state_backward_kernel, state_kernel
 
-# Programs of one kernel that fill a multiprocessor: more would write more partial sums, fewer leave it idle.
-_PROGRAMS = 2
 _MULTIPROCESSORS = 132  # of an H100; stands in where kernels are interpreted or recorded
 _REDUCE_TILE = 512
 
@@ -138,9 +136,12 @@ def _require_supported(x: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _splits(x: torch.Tensor, settings: Tiling) -> int:
-    """Programs that share the tokens of one (batch, head) pair, so that all pairs together fill the GPU once."""
+    """Programs that share the tokens of one (batch, head) pair, so that all pairs together fill the GPU once.
+
+    More would write more partial sums, and the last of them would run alone.
+    """
     batch, heads, tokens, _ = x.shape
-    wanted = _PROGRAMS * _multiprocessors(x.device) // max(1, batch * heads)
+    wanted = settings.programs * _multiprocessors(x.device) // max(1, batch * heads)
     return max(1, min(wanted, block_count(tokens, settings.tokens)))
 
 

@@ -6,29 +6,64 @@ from ..checks import accumulation_dtype
 from .feature_maps import feature_map_named
 
 
-def linear_state(key: torch.Tensor, value: torch.Tensor, feature_map: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """KV = sum_j phi(k_j) v_j^T and z = sum_j phi(k_j). key (B, H, S, D), value (B, H, S, Dv)."""
+def linear_state(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: str,
+    key_mask: torch.Tensor | None = None,
+    rotated_key: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KV = sum_j phi(k_j) v_j^T and z = sum_j phi(k_j), over the keys that are not masked.
+
+    key (B, H, S, D), value (B, H, S, Dv), key_mask (B, S), rotated_key (B, H, S, D): in the place of phi(k_j) in KV.
+    """
     phi, _ = feature_map_named(feature_map)
     dtype = accumulation_dtype(key.dtype)
-    features = phi(key.to(dtype))
-    return features.transpose(-1, -2) @ value.to(dtype), features.sum(dim=2)
+    features = keep_valid(phi(key.to(dtype)), key_mask)
+    left = features if rotated_key is None else keep_valid(rotated_key.to(dtype), key_mask)
+    return left.transpose(-1, -2) @ keep_valid(value.to(dtype), key_mask), features.sum(dim=2)
 
 
 def linear_output(
-    query: torch.Tensor, state: torch.Tensor, key_sum: torch.Tensor, feature_map: str, eps: float
+    query: torch.Tensor,
+    state: torch.Tensor,
+    key_sum: torch.Tensor,
+    feature_map: str,
+    eps: float,
+    rotated_query: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """O_i = phi(q_i)^T KV / (phi(q_i) . z + eps). query (B, H, S, D), state (B, H, D, Dv), key_sum (B, H, D)."""
+    """O_i = phi(q_i)^T KV / (phi(q_i) . z + eps). query (B, H, S, D), state (B, H, D, Dv), key_sum (B, H, D).
+
+    rotated_query (B, H, S, D): in the place of phi(q_i) in the numerator.
+    """
     phi, _ = feature_map_named(feature_map)
     features = phi(query.to(state.dtype))
     denominator = (features * key_sum[:, :, None]).sum(dim=-1, keepdim=True) + eps
-    return ((features @ state) / denominator).to(query.dtype)
+    left = features if rotated_query is None else rotated_query.to(state.dtype)
+    return ((left @ state) / denominator).to(query.dtype)
 
 
 def quadratic_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, feature_map: str, eps: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: str,
+    eps: float,
+    key_mask: torch.Tensor | None = None,
+    rotated_query: torch.Tensor | None = None,
+    rotated_key: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same sum written with all S x S weights, which is what the two functions above must add up to."""
     phi, _ = feature_map_named(feature_map)
     dtype = accumulation_dtype(query.dtype)
-    weights = phi(query.to(dtype)) @ phi(key.to(dtype)).transpose(-1, -2)
-    return ((weights @ value.to(dtype)) / (weights.sum(dim=-1, keepdim=True) + eps)).to(query.dtype)
+    features = phi(query.to(dtype)), keep_valid(phi(key.to(dtype)), key_mask)
+    weights = features[0] @ features[1].transpose(-1, -2)
+    numerators = weights
+    if rotated_query is not None and rotated_key is not None:
+        numerators = rotated_query.to(dtype) @ keep_valid(rotated_key.to(dtype), key_mask).transpose(-1, -2)
+    return ((numerators @ value.to(dtype)) / (weights.sum(dim=-1, keepdim=True) + eps)).to(query.dtype)
+
+
+def keep_valid(x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """x (B, H, S, D) with 0 in the rows that the mask (B, S) leaves out."""
+    return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0)

@@ -1,4 +1,4 @@
-"""Launch settings of the kernels, chosen with the reports of the compiler (no spills, room for two programs)."""
+"""Launch settings of the kernels, chosen with the compiler's reports: no spills, and room for `programs` at a time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,47 @@ from ..capability import padded_head_dim
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tokens per tile, warps per program, tiles in flight."""
+    """Tokens per tile, warps per program, pipeline stages, and how many programs one multiprocessor holds."""
 
     tokens: int
     warps: int
     stages: int
+    programs: int
+
+
+# kernel -> by (bytes per element, width of the wider of the two head tiles, narrower ones as 64)
+_TILINGS = {
+    "state": {
+        (2, 64): Tiling(64, 4, 4, 4),
+        (2, 128): Tiling(32, 8, 4, 2),
+        (4, 64): Tiling(32, 4, 1, 4),
+        (4, 128): Tiling(16, 8, 1, 1),
+    },
+    "state_backward": {
+        (2, 64): Tiling(64, 4, 3, 4),
+        (2, 128): Tiling(64, 8, 2, 1),
+        (4, 64): Tiling(16, 4, 1, 4),
+        (4, 128): Tiling(16, 8, 1, 2),
+    },
+    "output": {
+        (2, 64): Tiling(64, 4, 3, 4),
+        (2, 128): Tiling(64, 8, 3, 2),
+        (4, 64): Tiling(16, 4, 1, 4),
+        (4, 128): Tiling(16, 8, 1, 2),
+    },
+    "output_backward": {
+        (2, 64): Tiling(32, 4, 3, 2),
+        (2, 128): Tiling(32, 8, 3, 1),
+        (4, 64): Tiling(16, 4, 1, 2),
+        (4, 128): Tiling(16, 8, 1, 1),
+    },
+}
 
 
 def tiling(kernel: str, x: torch.Tensor, value: torch.Tensor) -> Tiling:
-    """The settings of `kernel` for inputs of this head_dim, value width and dtype."""
-    widest = padded_head_dim(max(x.shape[-1], value.shape[-1]))
-    return _OVERRIDE.get(kernel) or Tiling(64, 8 if widest > 64 else 4, 2)
+    """The settings of `kernel` for an input of this head_dim and dtype, and this value width."""
+    width = max(64, padded_head_dim(x.shape[-1]), padded_head_dim(value.shape[-1]))
+    return _OVERRIDE.get(kernel) or _TILINGS[kernel][x.element_size(), width]
 
-_OVERRIDE = {}
+
+_OVERRIDE: dict = {}

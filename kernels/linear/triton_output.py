@@ -68,9 +68,7 @@ def output_kernel(
         features = feature_map(query.to(tl.float32), HEAD_DIM, TILE_D, FEATURE_MAP)
         denominator = tl.sum(features * key_sum[None, :], 1) + eps
         if HAS_ROTATED:
-            rotated = load_tile(
-                rotated_ptr, start, valid, rotated_stride_s, rotated_stride_d, TILE_S, HEAD_DIM, TILE_D
-            )
+            rotated = load_tile(rotated_ptr, start, valid, rotated_stride_s, rotated_stride_d, TILE_S, HEAD_DIM, TILE_D)
             numerator = times_state(rotated.to(tl.float32), narrow, unit)
         else:
             numerator = times_state(features, narrow, unit)
@@ -79,14 +77,14 @@ def output_kernel(
 
 
 @triton.jit
-def _add_product(left, right, state, unit):
-    """state += left^T @ right for fp32 rows `left`. In fp16 state is kept in units that grow with the largest left."""
-    if right.dtype == tl.float16:
-        largest = tl.maximum(unit, tl.max(tl.max(tl.abs(left), 1), 0))
-        state = state * (unit / nonzero(largest))
+def _add_product(grad, right, total, unit):
+    """total += grad^T @ right for fp32 rows `right`. In fp16 total is kept in units that grow with the largest right."""
+    if grad.dtype == tl.float16:
+        largest = tl.maximum(unit, tl.max(tl.max(tl.abs(right), 1), 0))
+        total = total * (unit / nonzero(largest))
         unit = largest
-        left = left / nonzero(unit)
-    return tl.dot(tl.trans(left.to(right.dtype)), right, state, input_precision="ieee"), unit
+        right = right / nonzero(unit)
+    return tl.dot(tl.trans(grad), right.to(grad.dtype), total, input_precision="ieee"), unit
 
 
 @triton.jit(do_not_specialize=["heads", "tokens"])
@@ -148,45 +146,48 @@ def output_backward_kernel(
         mean = tl.sum(state, 0) / nonzero(tl.sum(tl.abs(key_sum), 0))
         state -= key_sum[:, None] * mean[None, :]
     narrow, unit = narrow_state(state, query_ptr.dtype.element_ty)
+    narrow_transposed = tl.trans(narrow)
 
-    grad_state = tl.zeros([TILE_D, TILE_V], tl.float32)
+    transposed = tl.zeros([TILE_V, TILE_D], tl.float32)
     grad_unit = 0.0
-    grad_sum = tl.zeros([TILE_D], tl.float32)
+    grad_sums = tl.zeros([TILE_S // 16, 8, TILE_D], tl.float32)
     first, stop = run_of_tiles(tokens, TILE_S)
     for tile in range(first, stop):
         start = tile * TILE_S
         valid = valid_rows(None, start, tokens, TILE_S, False)
-        grad = load_tile(
-            grad_out_ptr, start, valid, grad_out_stride_s, grad_out_stride_d, TILE_S, VALUE_DIM, TILE_V
-        )
+        grad = load_tile(grad_out_ptr, start, valid, grad_out_stride_s, grad_out_stride_d, TILE_S, VALUE_DIM, TILE_V)
         query = load_tile(query_ptr, start, valid, query_stride_s, query_stride_d, TILE_S, HEAD_DIM, TILE_D)
-        weight = times_transposed_state(grad, narrow, unit)
-        x = query.to(tl.float32)
-        features = feature_map(x, HEAD_DIM, TILE_D, FEATURE_MAP)
+        if not HAS_ROTATED:
+            along_mean = tl.sum(grad.to(tl.float32) * mean[None, :], 1)
+        features = feature_map(query.to(tl.float32), HEAD_DIM, TILE_D, FEATURE_MAP)
         reached = tl.sum(features * key_sum[None, :], 1)
         inverse = 1.0 / (reached + eps)
         if HAS_ROTATED:
             left = load_tile(
                 rotated_ptr, start, valid, rotated_stride_s, rotated_stride_d, TILE_S, HEAD_DIM, TILE_D
             ).to(tl.float32)
+        else:
+            left = features
+        transposed, grad_unit = _add_product(grad, left * inverse[:, None], transposed, grad_unit)
+        weight = times_transposed_state(grad, narrow_transposed, unit)
+        if HAS_ROTATED:
             grad_denominator = -tl.sum(weight * left, 1) * inverse * inverse
             store_tile(
                 grad_rotated_ptr, weight * inverse[:, None], start, tokens, heads * HEAD_DIM, TILE_S, HEAD_DIM, TILE_D
             )
             grad_features = grad_denominator[:, None] * key_sum[None, :]
         else:
-            left = features
-            along_mean = tl.sum(grad.to(tl.float32) * mean[None, :], 1)
             along_rest = tl.sum(weight * features, 1)
             grad_denominator = -(along_rest + along_mean * reached) * inverse * inverse
             remaining = (along_mean * eps - along_rest) * inverse
             grad_features = (weight + remaining[:, None] * key_sum[None, :]) * inverse[:, None]
-        grad_query = feature_map_backward(grad_features, features, x, FEATURE_MAP)
-        store_tile(grad_query_ptr, grad_query, start, tokens, heads * HEAD_DIM, TILE_S, HEAD_DIM, TILE_D)
         # rows beyond the last token have gradients 0, so neither sum sees them
-        grad_sum += tl.sum(features * grad_denominator[:, None], 0)
-        grad_state, grad_unit = _add_product(left * inverse[:, None], grad, grad_state, grad_unit)
+        grad_sums += tl.sum(tl.reshape(features * grad_denominator[:, None], [TILE_S // 16, 2, 8, TILE_D]), 1)
+        grad_query = feature_map_backward(grad_features, features, FEATURE_MAP)
+        store_tile(grad_query_ptr, grad_query, start, tokens, heads * HEAD_DIM, TILE_S, HEAD_DIM, TILE_D)
 
+    grad_state = tl.trans(transposed)
+    grad_sum = tl.sum(tl.sum(grad_sums, 0), 0)
     if query_ptr.dtype.element_ty == tl.float16:
         grad_state = grad_state * grad_unit
     partial = pair * tl.num_programs(1) + tl.program_id(1)

@@ -66,7 +66,7 @@ def state_kernel(
         mask_ptr += batch * tokens
     SCALED: tl.constexpr = FEATURE_MAP == "softmax" and not HAS_ROTATED and key_ptr.dtype.element_ty == tl.float16
 
-    state = tl.zeros([TILE_D, TILE_V], tl.float32)
+    transposed = tl.zeros([TILE_V, TILE_D], tl.float32)  # so that the value, as it lies in memory, is the left factor
     sums = tl.zeros([TILE_S, TILE_D], tl.float32)
     first, stop = run_of_tiles(tokens, TILE_S)
     for tile in range(first, stop):
@@ -79,15 +79,17 @@ def state_kernel(
             features = tl.where(valid[:, None], features, 0.0)
         sums += features
         if HAS_ROTATED:
-            left = load_tile(
-                rotated_ptr, start, valid, rotated_stride_s, rotated_stride_d, TILE_S, HEAD_DIM, TILE_D
-            )
+            left = load_tile(rotated_ptr, start, valid, rotated_stride_s, rotated_stride_d, TILE_S, HEAD_DIM, TILE_D)
+            # Changes nothing but goes through registers. With both factors straight from memory Triton 3.6 leaves the
+            # product in flight over the end of the loop, and the assembler then runs one after the other.
+            left = tl.where(valid[:, None], left, 0.0)
         else:
             if SCALED:
                 features = features * _SOFTMAX_UNIT
             left = features.to(key.dtype)
-        state = tl.dot(tl.trans(left), value, state, input_precision="ieee")
+        transposed = tl.dot(tl.trans(value), left, transposed, input_precision="ieee")
 
+    state = tl.trans(transposed)
     if SCALED:
         state = state / _SOFTMAX_UNIT
     partial = pair * tl.num_programs(1) + tl.program_id(1)
@@ -151,29 +153,27 @@ def state_backward_kernel(
     grad_sum = tl.load(grad_key_sum_ptr + pair * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)
     state = load_state(grad_state_ptr + pair * (HEAD_DIM * VALUE_DIM), HEAD_DIM, VALUE_DIM, TILE_D, TILE_V)
     narrow, unit = narrow_state(state, key_ptr.dtype.element_ty)
+    narrow_transposed = tl.trans(narrow)
     first, stop = run_of_tiles(tokens, TILE_S)
     for tile in range(first, stop):
         start = tile * TILE_S
         valid = valid_rows(mask_ptr, start, tokens, TILE_S, HAS_MASK)
         key = load_tile(key_ptr, start, valid, key_stride_s, key_stride_d, TILE_S, HEAD_DIM, TILE_D)
         value = load_tile(value_ptr, start, valid, value_stride_s, value_stride_d, TILE_S, VALUE_DIM, TILE_V)
-        grad = times_transposed_state(value, narrow, unit)
-        x = key.to(tl.float32)
-        features = feature_map(x, HEAD_DIM, TILE_D, FEATURE_MAP)
+        grad = times_transposed_state(value, narrow_transposed, unit)
+        features = feature_map(key.to(tl.float32), HEAD_DIM, TILE_D, FEATURE_MAP)
         if HAS_ROTATED:
             store_tile(grad_rotated_ptr, grad, start, tokens, heads * HEAD_DIM, TILE_S, HEAD_DIM, TILE_D)
             grad = tl.broadcast_to(grad_sum[None, :], [TILE_S, TILE_D])
         else:
             grad += grad_sum[None, :]
-        grad_key = feature_map_backward(grad, features, x, FEATURE_MAP)
+        grad_key = feature_map_backward(grad, features, FEATURE_MAP)
         if FEATURE_MAP != "relu":  # whose derivative is 0 at the 0 of other rows
             grad_key = tl.where(valid[:, None], grad_key, 0.0)
             features = tl.where(valid[:, None], features, 0.0)
         store_tile(grad_key_ptr, grad_key, start, tokens, heads * HEAD_DIM, TILE_S, HEAD_DIM, TILE_D)
         if HAS_ROTATED:
-            rotated = load_tile(
-                rotated_ptr, start, valid, rotated_stride_s, rotated_stride_d, TILE_S, HEAD_DIM, TILE_D
-            )
+            rotated = load_tile(rotated_ptr, start, valid, rotated_stride_s, rotated_stride_d, TILE_S, HEAD_DIM, TILE_D)
             grad_value = times_state(rotated.to(tl.float32), narrow, unit)
         else:
             grad_value = times_state(features, narrow, unit)

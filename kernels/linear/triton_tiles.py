@@ -28,10 +28,10 @@ def feature_map(x, HEAD_DIM: tl.constexpr, TILE_D: tl.constexpr, FEATURE_MAP: tl
 
 
 @triton.jit
-def feature_map_backward(grad, features, x, FEATURE_MAP: tl.constexpr):
-    """Gradient of x from the gradient of its features."""
+def feature_map_backward(grad, features, FEATURE_MAP: tl.constexpr):
+    """Gradient of what the features were made of, from the gradient of the features."""
     if FEATURE_MAP == "relu":
-        result = tl.where(x > 0, grad, 0.0)
+        result = tl.where(features > 0, grad, 0.0)
     elif FEATURE_MAP == "elu":
         result = grad * tl.minimum(features, 1.0)
     else:
@@ -58,9 +58,7 @@ def valid_rows(mask_ptr, start, tokens, TILE_S: tl.constexpr, HAS_MASK: tl.const
 
 
 @triton.jit
-def load_tile(
-    ptr, start, valid, stride_s, stride_d, TILE_S: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
-):
+def load_tile(ptr, start, valid, stride_s, stride_d, TILE_S: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
     """(TILE_S, TILE) rows from token `start` on; 0 in rows that are not valid and in channels beyond WIDTH."""
     channels = tl.arange(0, TILE)
     ptr += start.to(tl.int64) * stride_s
@@ -73,22 +71,18 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    ptr, tile, start, tokens, stride_s, TILE_S: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
-):
+def store_tile(ptr, tile, start, tokens, stride_s, TILE_S: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
     """Write the rows of a tile that are tokens; channels are adjacent in memory."""
     rows, channels = tl.arange(0, TILE_S), tl.arange(0, TILE)
     ptr += start.to(tl.int64) * stride_s
-    mask = (start + rows < tokens)[:, None]
+    mask = (rows < tokens - start)[:, None]
     if WIDTH != TILE:
         mask = mask & (channels < WIDTH)[None, :]
     tl.store(ptr + rows[:, None] * stride_s + channels[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_state(
-    state_ptr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_D: tl.constexpr, TILE_V: tl.constexpr
-):
+def load_state(state_ptr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, TILE_D: tl.constexpr, TILE_V: tl.constexpr):
     """A contiguous fp32 (HEAD_DIM, VALUE_DIM) matrix, 0 beyond it."""
     rows, columns = tl.arange(0, TILE_D), tl.arange(0, TILE_V)
     inside = (rows < HEAD_DIM)[:, None] & (columns < VALUE_DIM)[None, :]
@@ -136,9 +130,12 @@ def times_state(x, narrow, unit):
 
 
 @triton.jit
-def times_transposed_state(tile, narrow, unit):
-    """tile @ state^T for rows (rows, TILE_V) in the dtype of `narrow`, in fp32."""
-    product = tl.dot(tile, tl.trans(narrow), input_precision="ieee")
-    if narrow.dtype == tl.float16:
+def times_transposed_state(tile, transposed, unit):
+    """tile @ state^T for rows (rows, TILE_V) in the dtype of `transposed`, in fp32.
+
+    transposed: tl.trans(narrow), taken before the loop over tiles: inside, it is copied to shared memory every time.
+    """
+    product = tl.dot(tile, transposed, input_precision="ieee")
+    if transposed.dtype == tl.float16:
         product = product * unit[None, :]
     return product

@@ -37,9 +37,7 @@ def pool_blocks(
 
 
 @pool_blocks.register_fake
-def _(
-    x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def _(x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
     check_pool_types(x, order, block, key_mask)
     batch, heads, tokens, head_dim = x.shape
     return x.new_empty((batch, heads, block_count(tokens, block), head_dim), dtype=accumulation_dtype(x.dtype))
@@ -72,13 +70,13 @@ def select_blocks(
         density_permille: 1000 * (1 - sparsity), in 0..1000; 1000 selects everything.
         sink_begin, sink_end: positions [sink_begin, sink_end) in the order are text; none where they are equal.
         key_mask: bool (B, S) in native order, True where a key is valid; None where all are.
-        order: int32 (S,), order[i] is the native index of the i-th token. Used to read `key_mask`, and for nothing else.
+        order: int32 (S,), order[i] is the native index of the i-th token. Read with `key_mask`, for nothing else.
 
     Returns:
         lut: int32 (B, H, Mq, K), ids of the selected key blocks, ascending and unique. K is `kept_blocks(Mk, ...)` plus
             the number of sinks, at most Mk.
-        count: int32 (B, H, Mq), how many entries of each row are valid: K, fewer where there are fewer valid key blocks,
-            or ALL_BLOCKS (-1) where the query block attends to everything. Consumers ignore the rest of the row.
+        count: int32 (B, H, Mq), how many entries of each row are valid: K, fewer where fewer key blocks are valid, or
+            ALL_BLOCKS (-1) where the query block attends to everything. Consumers ignore the rest of the row.
 
     Raises:
         KernelArgumentError: on wrong ranks, dtypes, devices, shapes, block sizes, density, sinks, mask or order.

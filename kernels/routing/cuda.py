@@ -13,10 +13,10 @@ from .triton_select import select_kernel
 
 # Rows of a tile that is loaded at once.
 POOL_ROWS = 32
-# Keys of a row that stay in registers (the smaller width where it suffices), and what is read at once of longer rows.
-NARROW, WIDE, CHUNK = 512, 2048, 512
-# Scores in memory at once, 256 MB: heads beyond that come after one another.
-SCORES_AT_ONCE = 1 << 26
+# Scores of a row that are read at once, and how many times as many stay in registers.
+SELECT_TILE, SELECT_TILES = 256, 8
+# Scores in memory at once, 128 MB: heads beyond that come after one another.
+SCORES_AT_ONCE = 1 << 25
 
 
 def pool_blocks(
@@ -62,42 +62,43 @@ def select_blocks(
     slots = list_width(key_blocks, query_block, key_block, density_permille, sink_begin, sink_end)
     lut = pooled_query.new_empty((batch, heads, query_blocks, slots), dtype=torch.int32)
     count = pooled_query.new_empty((batch, heads, query_blocks), dtype=torch.int32)
+    width = block_count(key_blocks, 16) * 16  # of a row in memory: a vector never crosses its end
     valid = None
     if key_mask is not None:
-        valid = _valid_blocks(key_mask, order, key_block)[:, None].expand(batch, heads, key_blocks).flatten(0, 1)
+        valid = _valid_blocks(key_mask, order, key_block, width)
+        valid = valid[:, None].expand(batch, heads, width).reshape(batch * heads, width).contiguous()
     text = (*_touched(sink_begin, sink_end, key_block), *_touched(sink_begin, sink_end, query_block))
     query, key = pooled_query.flatten(0, 1), pooled_key.flatten(0, 1).transpose(1, 2)
-    group = max(1, SCORES_AT_ONCE // (query_blocks * key_blocks))
+    group = max(1, SCORES_AT_ONCE // (query_blocks * width))
     for first in range(0, batch * heads, group):
         part = slice(first, first + group)
-        scores = torch.bmm(query[part], key[part])
+        scores = query.new_empty((query[part].shape[0], query_blocks, width))
+        torch.bmm(query[part], key[part], out=scores[:, :, :key_blocks])
         launch(
             select_kernel,
             (scores.shape[0] * query_blocks,),
             scores.device,
             *(scores, None if valid is None else valid[part], lut.flatten(0, 1)[part], count.flatten(0, 1)[part]),
-            *(query_blocks, key_blocks, slots, query_block, key_block, *text),
+            *(width, query_blocks, key_blocks, slots, query_block, key_block, *text),
             HAS_MASK=valid is not None,
-            NARROW=NARROW,
-            WIDE=WIDE,
-            CHUNK=CHUNK,
+            TILE=SELECT_TILE,
+            TILES=SELECT_TILES,
             ALL_BLOCKS=ALL_BLOCKS,
             num_warps=1,
         )
     return lut, count
 
 
-def _valid_blocks(key_mask: torch.Tensor, order: torch.Tensor | None, block: int) -> torch.Tensor:
-    """uint8 (B, M): 1 where a block has a valid key."""
+def _valid_blocks(key_mask: torch.Tensor, order: torch.Tensor | None, block: int, width: int) -> torch.Tensor:
+    """uint8 (B, width): 1 where a block has a valid key; the columns after the last block hold nothing."""
     batch, tokens = key_mask.shape
-    blocks = block_count(tokens, block)
-    valid = key_mask.new_empty((batch, blocks), dtype=torch.uint8)
+    valid = key_mask.new_empty((batch, width), dtype=torch.uint8)
     order, mask = _contiguous(order, key_mask)
     launch(
         valid_blocks_kernel,
-        (blocks, batch),
+        (block_count(tokens, block), batch),
         key_mask.device,
-        *(mask, order, valid, tokens, blocks, block),
+        *(mask, order, valid, tokens, width, block),
         CHUNK=128,
         HAS_ORDER=order is not None,
         num_warps=1,

@@ -61,11 +61,11 @@ def pool_kernel(
     tl.store(pooled_ptr + channels, mean, mask=channels < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["tokens", "blocks", "block_size"])
+@triton.jit(do_not_specialize=["tokens", "width", "block_size"])
 def valid_blocks_kernel(
-    mask_ptr, order_ptr, valid_ptr, tokens, blocks, block_size, CHUNK: tl.constexpr, HAS_ORDER: tl.constexpr
+    mask_ptr, order_ptr, valid_ptr, tokens, width, block_size, CHUNK: tl.constexpr, HAS_ORDER: tl.constexpr
 ):
-    """mask uint8 (B, S) in native order -> valid uint8 (B, M): 1 where a block of the order has a valid token."""
+    """mask uint8 (B, S) in native order -> valid uint8 (B, width): 1 where a block of the order has a valid token."""
     block, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     offsets = tl.arange(0, CHUNK)
     seen = tl.zeros((CHUNK,), tl.int32)
@@ -74,4 +74,4 @@ def valid_blocks_kernel(
         in_range = (start + offsets < block_size) & (positions < tokens)
         native = _tokens(order_ptr, positions, tokens, HAS_ORDER).to(tl.int64)
         seen |= tl.load(mask_ptr + batch * tokens + native, mask=in_range, other=0).to(tl.int32)
-    tl.store(valid_ptr + batch * blocks + block, (tl.max(seen, 0) != 0).to(tl.uint8))
+    tl.store(valid_ptr + batch * width + block, (tl.max(seen, 0) != 0).to(tl.uint8))

@@ -1,20 +1,25 @@
-"""The CPU benchmark runs and leaves complete rows."""
+"""The benchmarks of the kernels run on a CPU and leave complete rows."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "attention_cpu.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_quick_run_writes_complete_rows(tmp_path: Path) -> None:
-    output = tmp_path / "rows.json"
-    command = [sys.executable, str(SCRIPT), "--quick", "--output", str(output)]
+def run_script(name: str, output: Path, *arguments: str) -> tuple[list[dict[str, Any]], str]:
+    command = [sys.executable, str(BENCHMARKS / name), "--quick", "--output", str(output), *arguments]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
-    rows = json.loads(output.read_text())
-    assert all(row["row"] in run.stdout for row in rows)
+    rows: list[dict[str, Any]] = json.loads(output.read_text())
+    return rows, run.stdout
+
+
+def test_quick_cpu_run_writes_complete_rows(tmp_path: Path) -> None:
+    rows, printed = run_script("attention_cpu.py", tmp_path / "rows.json")
+    assert all(row["row"] in printed for row in rows)
     names = " ".join(row["row"] for row in rows)
     for wanted in ("dense SDPA", "dense matmuls bfloat16", "block-sparse forward + backward", "operator forward"):
         assert wanted in names
@@ -24,3 +29,40 @@ def test_quick_run_writes_complete_rows(tmp_path: Path) -> None:
         assert len(row["timings_ms"]) == 2
         assert min(row["timings_ms"]) > 0
         assert row["baseline"] in names
+
+
+def test_quick_run_of_the_gpu_benchmark_writes_complete_rows(tmp_path: Path) -> None:
+    wanted = ["--shapes", "1.3B-480p", "length-5120", "sparsity", "--sparsity", "0.75", "0.5"]
+    rows, printed = run_script("attention.py", tmp_path / "rows.json", "--device", "cpu", *wanted)
+    failed = [row for row in rows if row["error"]]
+    assert all(row["error"].startswith("not installed") and not row["timings_ms"] for row in failed), failed
+    for row in rows:
+        assert row["row"] in printed
+        for name in ("command", "commit", "torch", "triton", "python", "device", "seed", "inputs", "heads", "tokens"):
+            assert name in row
+        if row["error"]:
+            continue
+        assert len(row["timings_ms"]) == 2
+        assert min(row["timings_ms"]) > 0
+        assert row["kind"] == "ceiling" or row["baseline"] == "dense SDPA"
+    main = {(row["row"], row["pass"]): row for row in rows if row["case"] == "1.3B-480p" and not row["error"]}
+    for step in ("forward", "forward + backward", "backward"):
+        assert ("dense SDPA", step) in main
+        assert (f"block-sparse {step}", step) in main
+    for name in ("operator forward", "operator + Proj forward", "routing alone", "linear branch alone", "copy"):
+        assert (name, "forward") in main
+    assert {row["sparsity"] for row in rows if row["case"] == "sparsity" and row["kind"] == "salad"} == {0.75, 0.5}
+
+
+def test_flops_are_those_of_computed_pairs(tmp_path: Path) -> None:
+    rows, _ = run_script("attention.py", tmp_path / "rows.json", "--device", "cpu", "--shapes", "1.3B-480p")
+    everything = 4 * 2 * 511**2 * 32  # 2 heads, 511 tokens, 32 channels
+    factor = {"forward": 1.0, "backward": 2.5, "forward + backward": 3.5}
+    checked = [row for row in rows if "flops" in row and row["kind"] != "ceiling"]
+    assert {row["pass"] for row in checked} == set(factor)
+    for row in checked:
+        share = 1 - row["measured_sparsity"]
+        assert abs(row["flops"] / (everything * factor[row["pass"]] * share) - 1) < 1e-6
+    whole = [row for row in rows if row["row"] == "block-sparse forward" and row["sparsity"] == 0.0]
+    assert whole[0]["measured_sparsity"] == 0
+    assert whole[0]["difference_to_dense"] < 1e-5

@@ -14,6 +14,7 @@ from salad_compile.kernels import (
     pool_blocks,
     select_blocks,
 )
+from salad_compile.kernels.layout import ALL_BLOCKS
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from .helpers import make_order, make_qkv, make_selection
@@ -31,12 +32,21 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     grad = torch.randn_like(out)
     state, key_sum = linear_state(*plain[1:], "relu")
     pooled = pool_blocks(plain[0], None, 64), pool_blocks(plain[1], None, 32)
+    mask = torch.rand(2, 203) < 0.7
+    mask[0, :70] = False
+    with_text = selection[1].clone()
+    with_text[:, :, -1] = ALL_BLOCKS
+    text = (selection[0], with_text, *attention[2:], mask)
     leaves = state.clone().requires_grad_(), key_sum.clone().requires_grad_()
     return {
         "pool": (OPS.pool_blocks, (query, order, 64)),
         "pool_bf16": (OPS.pool_blocks, (plain[0].bfloat16(), None, 64)),
+        "pool_mask": (OPS.pool_blocks, (query, order, 64, mask)),
+        "select_sinks": (OPS.select_blocks, (*pooled, 64, 32, 300, 170, 203)),
+        "select_sinks_mask": (OPS.select_blocks, (*pooled, 64, 32, 300, 170, 203, mask, order)),
         "select": (OPS.select_blocks, (*pooled, 64, 32, 300)),
         "attention": (OPS.block_sparse_attention, (query, key, value, *attention)),
+        "attention_text_mask": (OPS.block_sparse_attention, (query, key, value, *text)),
         "attention_bf16": (OPS.block_sparse_attention, (*(x.bfloat16() for x in plain), *attention)),
         "attention_backward": (OPS.block_sparse_attention_backward, (grad, *plain, out, lse, *attention)),
         "state": (OPS.linear_state, (key, value, "relu")),

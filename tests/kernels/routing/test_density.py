@@ -3,6 +3,7 @@
 import pytest
 import torch
 from salad_compile.kernels import KernelArgumentError, kept_blocks
+from salad_compile.kernels.routing.density import list_width
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -39,11 +40,30 @@ def test_rejects(arguments: tuple[int, int, int]) -> None:
         kept_blocks(10, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("sinks", "width"),
+    [
+        ((0, 0), 2),
+        ((37, 37), 2),  # empty, though inside a block
+        ((37, 38), 3),
+        ((60, 70), 4),
+        ((64, 128), 3),
+        ((1216, 1280), 3),
+        ((0, 1280), 20),
+    ],
+)
+def test_sinks_widen_the_list(sinks: tuple[int, int], width: int) -> None:
+    assert list_width(20, 64, 64, 100, *sinks) == width
+
+
 def test_symbolic_sizes_add_no_guard() -> None:
     env, tensor = ShapeEnv(), torch.empty(512, 2)
     symbolic = FakeTensorMode(shape_env=env, static_shapes=False).from_tensor(tensor).shape[0]
     before = len(env.guards)
     kept = kept_blocks(symbolic, 128, 64, 100)
+    width = list_width(symbolic, 128, 64, 100, 64 * symbolic - 200, 64 * symbolic)
     assert isinstance(kept, torch.SymInt)
+    assert isinstance(width, torch.SymInt)
     assert len(env.guards) == before
     assert kept.node.hint == 51
+    assert width.node.hint == 51 + 4

@@ -1,0 +1,50 @@
+"""The end-to-end benchmark runs and leaves complete rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from .conftest import BENCHMARKS
+
+
+def run_script(output: Path, *arguments: str) -> list[dict[str, object]]:
+    script = [sys.executable, str(BENCHMARKS / "transformer.py"), "--quick", "--device", "cpu"]
+    command = [*script, "--output", str(output), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows: list[dict[str, object]] = json.loads(output.read_text())
+    return rows
+
+
+def test_quick_run_writes_complete_rows(tmp_path: Path) -> None:
+    # Inductor's C++ takes a minute here, and other tests hold that compiled models are right
+    short = ["--compiler", "aot_eager", "--models", "1.3B-480p", "--sparsity", "0.5", "0.3"]
+    rows = run_script(tmp_path / "rows.json", *short)
+    assert [(row["kind"], row["pass"], row["sparsity"]) for row in rows] == [
+        ("dense", "denoising step", 0.0),
+        ("salad", "denoising step", 0.5),
+        ("dense", "training step", 0.0),
+        ("salad", "training step", 0.5),
+        ("dense", "denoising step", 0.0),
+        ("salad", "denoising step", 0.3),
+    ]
+    for row in rows:
+        assert row["error"] is None
+        assert len(row["timings_ms"]) == 2  # type: ignore[arg-type]
+        assert row["layers"] == 2
+        assert row["first_call_s"] > 0  # type: ignore[operator]
+        for name in ("command", "commit", "torch", "triton", "python", "device", "seed", "tokens", "weights"):
+            assert name in row
+    assert all(row["speedup"] > 0 for row in rows if row["kind"] == "salad")  # type: ignore[operator]
+    assert all(0 < row["measured_sparsity"] < 0.6 for row in rows if row["kind"] == "salad")  # type: ignore[operator]
+    assert [row.get("lora") for row in rows] == [None, "merged", None, "unmerged", None, "merged"]
+    assert all(("first_call_cached_s" in row) == (number < 2) for number, row in enumerate(rows))
+
+
+def test_what_the_budget_does_not_reach_is_said(tmp_path: Path) -> None:
+    rows = run_script(tmp_path / "rows.json", "--budget-seconds", "0", "--sparsity", "0.5", "--no-training")
+    assert [row["case"] for row in rows] == ["1.3B-480p", "14B-720p", "1.3B-720p"]
+    assert all(str(row["error"]).startswith("left out") for row in rows)
