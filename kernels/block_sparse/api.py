@@ -48,8 +48,8 @@ def block_sparse_attention(
 
     Raises:
         KernelArgumentError: on wrong ranks, shapes, dtypes, devices or block sizes; on the CPU also if lut, count or
-            order hold values they must not. On a GPU such values are clamped, and raise at a later call: see
-            `kernels.deferred`.
+            order hold values they must not. On a GPU such values are read as others, and a later call raises: see
+            `deferred.py`.
         UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, block size or GPU.
     """
     check_arguments(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)

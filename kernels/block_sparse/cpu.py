@@ -121,18 +121,17 @@ def backward(
         safe_lse = lse[b, group, :, None].masked_fill(lse[b, group, :, None] == float("-inf"), float("inf"))
         keys = scratch.blocks("key", key[b, group], order, key_block, dtype)
         values = scratch.blocks("value", value[b, group], order, key_block, dtype)
-        per_query = (
-            scratch.blocks("grad_out", grad_out[b, group], order, query_block, dtype),
-            scratch.blocks("query", query[b, group], order, query_block, dtype),
-            scratch.blocks("delta", delta, order, query_block, dtype),
-            scratch.blocks("lse", safe_lse, order, query_block, dtype),
-        )
+        grads_out = scratch.blocks("grad_out", grad_out[b, group], order, query_block, dtype)
+        queries = scratch.blocks("query", query[b, group], order, query_block, dtype)
+        deltas = scratch.blocks("delta", delta, order, query_block, dtype)
+        lses = scratch.blocks("lse", safe_lse, order, query_block, dtype)
         valid = valid_blocks(None if key_mask is None else key_mask[b], order, key_block)
         selection = Selection.listed(plan, lut[b, group], count[b, group], valid)
-        blocks = _backward_group(*per_query, keys, values, selection, scale, scratch)
+        blocks = _backward_group(grads_out, queries, deltas, lses, keys, values, selection, scale, scratch)
         if any_dense and len(rows := _dense_rows(count[b, group])):
             everything = Selection.everything(plan, rows, valid)
-            dense = _backward_group(*(x[rows] for x in per_query), keys, values, everything, scale, dense_scratch)
+            some = grads_out[rows], queries[rows], deltas[rows], lses[rows]
+            dense = _backward_group(*some, keys, values, everything, scale, dense_scratch)
             blocks[0][rows] = dense[0]
             for total, part in zip(blocks[1:], dense[1:], strict=True):
                 total += part

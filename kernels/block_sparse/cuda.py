@@ -14,6 +14,7 @@ from ..capability import padded_head_dim, require_supported
 from ..launch import launch
 from ..layout import block_count, empty_bshd
 from ..tuning import choose
+from .deferred import check_selection
 from .inverted_index import invert
 from .tiles import Tiling, tilings
 from .triton_backward import key_gradient_kernel, query_gradient_kernel
@@ -39,6 +40,7 @@ def forward(
     batch, heads, tokens, _ = query.shape
     lut, count = lut.contiguous(), count.contiguous()
     order, key_mask = (None if x is None else x.contiguous() for x in (order, key_mask))
+    check_selection(lut, count, order, block_count(tokens, key_block), tokens)
     out = empty_bshd(query, batch, heads, tokens, value.shape[-1])
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
 

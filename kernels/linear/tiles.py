@@ -51,7 +51,4 @@ _TILINGS = {
 def tiling(kernel: str, x: torch.Tensor, value: torch.Tensor) -> Tiling:
     """The settings of `kernel` for an input of this head_dim and dtype, and this value width."""
     width = max(64, padded_head_dim(x.shape[-1]), padded_head_dim(value.shape[-1]))
-    return _OVERRIDE.get(kernel) or _TILINGS[kernel][x.element_size(), width]
-
-
-_OVERRIDE: dict = {}
+    return _TILINGS[kernel][x.element_size(), width]

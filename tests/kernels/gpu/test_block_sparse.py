@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from salad_compile.kernels import UnsupportedKernelError, block_sparse_attention
-from salad_compile.kernels.block_sparse import reference
+from salad_compile.kernels import KernelArgumentError, UnsupportedKernelError, block_sparse_attention
+from salad_compile.kernels.block_sparse import cuda, reference
+from salad_compile.kernels.block_sparse.deferred import raise_pending
+from salad_compile.kernels.block_sparse.inverted_index import invert
 from salad_compile.kernels.dispatch import interpreting
 from salad_compile.kernels.layout import ALL_BLOCKS
 
@@ -269,3 +271,75 @@ def test_unsupported_arguments_say_what_is_supported(change: dict[str, object], 
     lut, count = make_selection(qkv[0], qkv[1], None, *blocks)
     with pytest.raises(UnsupportedKernelError, match=message):
         block_sparse_attention(*(x.to(device) for x in qkv), lut.to(device), count.to(device), None, *blocks, 0.25)
+
+
+def test_every_element_is_written(device: str) -> None:
+    case = Case(203, BF16, (64, 64), batch=2, text_blocks=1)
+    inputs = Inputs.of(case).to(device)
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        results = inputs.run(case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(x).all() for x in results)
+
+
+def test_the_inverted_index(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape, key_blocks = (2, 3, 37), 70
+    chosen = torch.rand(*shape, key_blocks, generator=generator) < 0.3
+    chosen[:, :, :, 5] = False  # a key block that nobody lists
+    count = chosen.sum(-1).int()
+    count[0, 1, 4] = count[1, 2, 0] = ALL_BLOCKS
+    lut = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True).int()[..., : int(count.max())].contiguous()
+    index = invert(lut.to(device), count.to(device), key_blocks)
+    rows, start = index.rows.cpu(), index.start.cpu()
+    for group in range(6):
+        b, h = divmod(group, 3)
+        dense = (count[b, h] == ALL_BLOCKS).nonzero()[:, 0].tolist()
+        for j in range(key_blocks + 1):
+            run = rows[group, start[group, j] : start[group, j + 1]].tolist()
+            listing = [i for i in range(37) if i not in dense and chosen[b, h, i, j]] if j < key_blocks else dense
+            assert run == listing
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "entry", "message"),
+    [
+        ("lut", (0, 1, 1, 0), 99, "lut has entries outside"),
+        ("lut", (0, 0, 0, 0), -5, "lut has entries outside"),
+        ("lut", (0, 0, 2), 1, "ascending"),
+        ("count", (0, 1, 0), 9, "count has entries outside"),
+        ("count", (0, 1, 0), -2, "count has entries outside"),
+        ("order", (3,), 203, "order has entries outside"),
+        ("order", (3,), -1, "order has entries outside"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [False, True])
+def test_wrong_contents_are_reported_and_harmless(
+    name: str,
+    where: tuple[int, ...],
+    entry: int,
+    message: str,
+    at_once: bool,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the lists say, the kernels stay within their tensors; the error comes with the call or with the next."""
+    case = Case(203, BF16, (64, 64), permille=600, ordered=name == "order")
+    inputs = Inputs.of(case)
+    lists = {"lut": inputs.lut, "count": inputs.count, "order": inputs.order}
+    lists[name][where] = entry  # type: ignore[index]
+    qkv = [x.to(device) for x in inputs.qkv]
+    lut, count, order = (None if x is None else x.to(device) for x in lists.values())
+    arguments = (lut, count, order, *case.blocks, 0.125, None)
+    if at_once:
+        monkeypatch.setenv("SALAD_CHECK_INDICES", "1")
+        with pytest.raises(KernelArgumentError, match=message):
+            cuda.forward(*qkv, *arguments)
+        return
+    out, lse = cuda.forward(*qkv, *arguments)
+    cuda.backward(torch.ones_like(out), *qkv, out, lse, *arguments)
+    with pytest.raises(KernelArgumentError, match=message):
+        raise_pending(qkv[0].device, wait=True)
+    raise_pending(qkv[0].device, wait=True)  # said once

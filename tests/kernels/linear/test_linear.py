@@ -11,8 +11,31 @@ EPS = 1e-6
 MAPS = ("relu", "elu", "softmax")
 
 
-def linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, feature_map: str) -> torch.Tensor:
-    return linear_output(query, *linear_state(key, value, feature_map), feature_map, EPS)
+def linear_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: str,
+    key_mask: torch.Tensor | None = None,
+    rotated_query: torch.Tensor | None = None,
+    rotated_key: torch.Tensor | None = None,
+) -> torch.Tensor:
+    state = linear_state(key, value, feature_map, key_mask, rotated_key)
+    return linear_output(query, *state, feature_map, EPS, rotated_query)
+
+
+def make_mask(batch: int, tokens: int) -> torch.Tensor:
+    mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(7)) < 0.6
+    mask[:, 0] = True
+    return mask
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Rotary position encoding in its plainest form: pairs of channels turn with the token's index."""
+    tokens, half = x.shape[2], x.shape[3] // 2
+    angles = torch.arange(tokens, dtype=x.dtype)[:, None] * torch.linspace(1, 0.01, half, dtype=x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * angles.cos() - second * angles.sin(), first * angles.sin() + second * angles.cos()], -1)
 
 
 @pytest.mark.parametrize("feature_map", MAPS)
@@ -57,6 +80,95 @@ def test_narrow_dtypes_within_the_bars(dtype: torch.dtype, feature_map: str, mon
         assert narrow.dtype == dtype
         assert cosine(narrow, exact) >= 0.9999
         assert relative_l2(narrow, exact) <= 1e-2
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("feature_map", MAPS)
+@pytest.mark.parametrize("tokens", [65, 203])
+def test_masked_and_rotated_equal_the_quadratic_sum(
+    tokens: int, feature_map: str, masked: bool, rotated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_CHUNK_ELEMENTS", 1 << 12)  # several chunks
+    leaves = list(make_qkv(tokens, "fused", grad=True))
+    mask = make_mask(2, tokens) if masked else None
+    if rotated:
+        leaves += [rotate(x.detach().relu()).requires_grad_() for x in leaves[:2]]
+    out = linear_attention(*leaves[:3], feature_map, mask, *leaves[3:])
+    expected = reference.quadratic_attention(*leaves[:3], feature_map, EPS, mask, *leaves[3:])
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    grad = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+    if mask is not None:
+        rows = ~mask[:, None, :, None].expand_as(leaves[1])
+        grads = torch.autograd.grad(linear_attention(*leaves[:3], feature_map, mask, *leaves[3:]), leaves, grad)
+        assert all((grads[index][rows] == 0).all() for index in ([1, 2, 4] if rotated else [1, 2]))
+
+
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_masked_tokens_may_as_well_be_absent(feature_map: str) -> None:
+    _, key, value = make_qkv(100)
+    mask = torch.arange(100).expand(2, 100) < 77
+    value = value.masked_fill(~mask[:, None, :, None], float("nan"))
+    masked = linear_state(key, value, feature_map, mask)
+    short = linear_state(key[:, :, :77], value[:, :, :77], feature_map)
+    for ours, theirs in zip(masked, short, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_identity_is_a_rotation() -> None:
+    query, key, value = make_qkv(113, grad=True)
+    turned = query.relu(), key.relu()
+    out = linear_attention(query, key, value, "relu", None, *turned)
+    expected = linear_attention(query, key, value, "relu")
+    torch.testing.assert_close(out, expected)
+    # the gradient reaches query and key through both places
+    grad = torch.randn_like(out)
+    leaves = (query, key, value)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_map_then_rotate_depends_on_relative_position_alone() -> None:
+    query, key, value = (x[:1, :1] for x in make_qkv(40))
+    query, key = query[:, :, :1].expand(-1, -1, 40, -1), key[:, :, :1].expand(-1, -1, 40, -1)
+    value = torch.eye(40, dtype=value.dtype)[None, None]  # the output is then the matrix of weights
+    weights = linear_attention(query, key, value, "relu", None, rotate(query.relu()), rotate(key.relu()))[0, 0]
+    for shift in range(-39, 40):
+        diagonal = weights.diagonal(shift)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert weights.std() > 1e-3
+
+
+def test_rotated_dead_rows_follow_the_formula() -> None:
+    query, key, value = make_qkv(9)
+    state, key_sum = linear_state(key, value, "relu", None, rotate(key.relu()))
+    out = linear_output(-query.abs(), state, key_sum, "relu", 0.5, query)
+    torch.testing.assert_close(out, query @ state / 0.5)
+
+
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_gradcheck_masked_and_rotated(feature_map: str) -> None:
+    leaves = [*make_qkv(7, batch=2, heads=1, head_dim=4, grad=True)]
+    leaves += make_qkv(7, batch=2, heads=1, head_dim=4, seed=1, grad=True)[:2]
+    mask = make_mask(2, 7)
+    assert torch.autograd.gradcheck(lambda q, k, v, *r: linear_attention(q, k, v, feature_map, mask, *r), leaves)
+    assert torch.autograd.gradcheck(lambda *x: linear_attention(*x, feature_map, mask), leaves[:3])
+
+
+def test_absent_gradients_are_empty() -> None:
+    query, key, value = make_qkv(9)
+    state, key_sum = linear_state(key, value, "relu")
+    ops = torch.ops.salad
+    assert ops.linear_state_backward(state, key_sum, key, value, "relu")[2].shape == (0,)
+    assert ops.linear_output_backward(value, query, state, key_sum, "relu", EPS)[3].shape == (0,)
+    assert ops.linear_state_backward(state, key_sum, key, value, "relu", None, key)[2].shape == key.shape
+    assert ops.linear_output_backward(value, query, state, key_sum, "relu", EPS, query)[3].shape == query.shape
 
 
 def test_fp16_sums_do_not_overflow() -> None:
@@ -134,6 +246,8 @@ def test_unknown_feature_map_lists_the_known() -> None:
         ({"state": torch.randn(2, 3, 16, 16)}, "float64"),
         ({"state": torch.randn(3, 16, 16, dtype=torch.float64)}, "4 dimensions"),
         ({"eps": 0.0}, "positive"),
+        ({"rotated_query": torch.randn(2, 3, 8, 16, dtype=torch.float64)}, "rotated_query must have the shape"),
+        ({"rotated_query": torch.randn(2, 3, 9, 16)}, "rotated_query has dtype"),
     ],
 )
 def test_output_rejects(change: dict[str, object], message: str) -> None:
@@ -150,3 +264,9 @@ def test_state_rejects() -> None:
         linear_state(key, value[:, :, :8], "relu")
     with pytest.raises(KernelArgumentError, match="one dtype"):
         linear_state(key, value.float(), "relu")
+    with pytest.raises(KernelArgumentError, match="key_mask must be bool"):
+        linear_state(key, value, "relu", torch.ones(2, 9))
+    with pytest.raises(KernelArgumentError, match=r"key_mask must be \(B, S\)"):
+        linear_state(key, value, "relu", torch.ones(2, 8, dtype=torch.bool))
+    with pytest.raises(KernelArgumentError, match="rotated_key must have the shape"):
+        linear_state(key, value, "relu", None, key[..., :8])
