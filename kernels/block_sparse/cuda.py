@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..capability import padded_head_dim, require_supported
+from ..capability import arch_of, padded_head_dim, require_supported
 from ..launch import launch
 from ..layout import block_count, empty_bshd
 from ..tuning import choose
@@ -141,6 +142,10 @@ class _Call:
     ordered: bool
     masked: bool
 
+    def __post_init__(self) -> None:
+        blocks = {"query_block": self.query_block, "key_block": self.key_block}
+        require_supported(self.device, self.dtype, self.head_dim, self.value_dim, **blocks)
+
     @classmethod
     def of(
         cls,
@@ -151,10 +156,9 @@ class _Call:
         order: torch.Tensor | None,
         key_mask: torch.Tensor | None,
     ) -> _Call:
-        dims = (query.shape[-1], value.shape[-1])
-        require_supported(query.device, query.dtype, *dims, query_block=query_block, key_block=key_block)
-        blocks = (query_block, key_block)
-        return cls(query.device, query.dtype, *dims, *blocks, order is not None, key_mask is not None)
+        """Raises UnsupportedKernelError where there is no kernel."""
+        dims, blocks = (query.shape[-1], value.shape[-1]), (query_block, key_block)
+        return _known_call(query.device, query.dtype, *dims, *blocks, order is not None, key_mask is not None)
 
     def describable(self, *tensors: torch.Tensor) -> bool:
         """Whether the bulk copy engine can read tiles of these tensors: consecutive rows, aligned."""
@@ -162,9 +166,7 @@ class _Call:
 
     def choose(self, kernel: str, described: bool, run: Callable[[Tiling], None]) -> Tiling:
         """The default tiling, or the one that tuning found."""
-        blocks, widest = (self.query_block, self.key_block), max(self.head_dim, self.value_dim)
-        candidates = tilings(kernel, self.device, self.dtype, widest, *blocks, described=described)
-        key = (self.dtype, self.head_dim, self.value_dim, *blocks, self.ordered, self.masked, described)
+        candidates, key = _candidates(self, kernel, described, arch_of(self.device))
         return choose(f"block_sparse.{kernel}", key, candidates, run, self.device)
 
     def constants(self, tiling: Tiling) -> dict[str, Any]:
@@ -186,6 +188,21 @@ class _Call:
             "num_stages": tiling.stages,
             "maxnreg": tiling.maxnreg,
         }
+
+
+# What the host does per launch counts where the device needs less than a millisecond a layer: nothing twice.
+_known_call = lru_cache(maxsize=256)(_Call)
+
+
+@lru_cache(maxsize=256)
+def _candidates(
+    call: _Call, kernel: str, described: bool, arch: tuple[int, int]
+) -> tuple[list[Tiling], tuple[object, ...]]:
+    """The tilings to choose from, and what tuning knows them by. arch: part of the key, as the gate changes it."""
+    blocks, widest = (call.query_block, call.key_block), max(call.head_dim, call.value_dim)
+    candidates = tilings(kernel, call.device, call.dtype, widest, *blocks, described=described)
+    key = (call.dtype, call.head_dim, call.value_dim, *blocks, call.ordered, call.masked, described)
+    return candidates, key
 
 
 def _sources(tiling: Tiling, rows: tuple[int, ...], *tensors: torch.Tensor) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..capability import padded_head_dim
+from ..capability import arch_of, padded_head_dim
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,20 @@ _TILINGS = {
     },
 }
 
+# What differs where tensor cores read registers only, as on all architectures but 9.x and 10.x: more registers are
+# taken, and some of these GPUs have less than half the shared memory.
+_FROM_REGISTERS = {
+    ("state", 2, 128): Tiling(32, 8, 4, 1),
+    ("state_backward", 2, 128): Tiling(32, 8, 2, 1),
+    ("output", 2, 128): Tiling(64, 8, 3, 1),
+    ("output_backward", 2, 128): Tiling(16, 8, 3, 1),
+}
+
 
 def tiling(kernel: str, x: torch.Tensor, value: torch.Tensor) -> Tiling:
     """The settings of `kernel` for an input of this head_dim and dtype, and this value width."""
     width = max(64, padded_head_dim(x.shape[-1]), padded_head_dim(value.shape[-1]))
-    return _TILINGS[kernel][x.element_size(), width]
+    settings = _TILINGS[kernel][x.element_size(), width]
+    if arch_of(x.device)[0] not in (9, 10):
+        settings = _FROM_REGISTERS.get((kernel, x.element_size(), width), settings)
+    return settings

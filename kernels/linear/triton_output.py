@@ -78,7 +78,7 @@ def output_kernel(
 
 @triton.jit
 def _add_product(grad, right, total, unit):
-    """total += grad^T @ right for fp32 rows `right`. In fp16 total is kept in units that grow with the largest right."""
+    """total += grad^T @ right for fp32 rows `right`. In fp16 total is in units that grow with the largest right."""
     if grad.dtype == tl.float16:
         largest = tl.maximum(unit, tl.max(tl.max(tl.abs(right), 1), 0))
         total = total * (unit / nonzero(largest))

@@ -255,7 +255,7 @@ def test_results_fill_poisoned_memory_in_model_layout(device: str, monkeypatch: 
 def test_one_split_and_many(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = Inputs.of(Case(203, torch.float32))
     many = inputs.run(operators, "relu", torch.float32, device)
-    monkeypatch.setattr(cuda, "_splits", lambda x, settings: 1)
+    monkeypatch.setattr(cuda, "split_count", lambda x, settings: 1)
     one = inputs.run(operators, "relu", torch.float32, device)
     for first, second in zip(many, one, strict=True):
         assert relative_l2(first, second) <= 1e-5
