@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test env lint bench clean
+.PHONY: demo test test-kernels gate env lint bench bench-gpu clean
 
 demo: env
 	@echo "== demo: examples/quickstart.py"
@@ -15,6 +15,21 @@ demo: env
 test: env
 	@echo "== tests, $(WORKERS) at a time"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+ifeq ($(strip $(PYTEST_ARGS)),)
+	@$(MAKE) --no-print-directory gate test-kernels
+endif
+
+# With a GPU the tests above have run the Triton kernels on it. Without one they are interpreted, in a process of their
+# own: Triton decides when it is imported.
+test-kernels: env
+	@echo "== tests of the Triton kernels, interpreted"
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then echo "there is a GPU: they have run on it"; \
+	else TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/gpu; fi
+
+gate: env
+	@echo "== compiling every Triton kernel that ships for sm_80, sm_90 and sm_100"
+	$(BIN)/python -m salad_compile.kernels.inspect
 
 env: $(STAMP)
 
@@ -29,6 +44,15 @@ lint: env
 
 bench: env
 	$(BIN)/python benchmarks/attention_cpu.py
+
+# everything that docs/kernels.md and the README say of a GPU; about twelve minutes
+bench-gpu: env
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/transformer.py
+	$(BIN)/python benchmarks/tiles.py
+	$(BIN)/python benchmarks/forward_variants.py
+	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python tools/measured.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis out

@@ -35,11 +35,23 @@ from common import (
     take_turns,
     warm_up,
 )
-from salad_compile.kernels import block_sparse_attention, measure_executions
+from salad_compile.kernels import (
+    block_sparse_attention,
+    measure_executions,
+    pool_and_read,
+    pool_and_summarise,
+    select_blocks,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from salad_compile.attention import BranchTensors, linear_attention, salad_attention, sparse_attention
+from salad_compile.attention import (
+    LINEAR_EPS,
+    BranchTensors,
+    linear_attention,
+    salad_attention,
+    sparse_and_linear_attention,
+)
 from salad_compile.config import AttentionSpec, density_permille
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
@@ -321,13 +333,28 @@ class Comparison:
 
         return self._row("linear branch alone", "salad", FORWARD, prepare)
 
+    def beside(self, sparsity: float) -> Row:
+        """All of the operator but block-sparse attention, as the operator runs it: every tensor is read once."""
+        spec = _spec(sparsity)
+
+        def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+            means, state, key_sum = pool_and_summarise(key, value, None, KEY_BLOCK, spec.feature_map)
+            read = pool_and_read(query, state, key_sum, None, QUERY_BLOCK, spec.feature_map, LINEAR_EPS)
+            return read[1], *select_blocks(read[0], means, QUERY_BLOCK, KEY_BLOCK, spec.permille)
+
+        def prepare(facts: Facts) -> Run:
+            facts["bytes"] = 4 * self.inputs.tensor_bytes
+            return lambda number: run(*self.inputs.of(number))
+
+        return self._row("routing + linear branch", "salad", FORWARD, prepare, sparsity=sparsity)
+
     def operator(self, step: str, sparsity: float) -> Row:
         """Routing, block-sparse attention, linear branch, and their sum; without gate and projection."""
         spec, scale = _spec(sparsity), self.scale
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            sparse = sparse_attention(query, key, value, None, spec, scale)
-            return sparse + linear_attention(query, key, value, spec)
+            sparse, linear = sparse_and_linear_attention(query, key, value, None, spec, scale)
+            return sparse + linear
 
         def prepare(facts: Facts) -> Run:
             self._flops(facts, self.inputs.selection(QUERY_BLOCK, KEY_BLOCK, spec.permille)[1])
@@ -383,7 +410,7 @@ class Comparison:
                 rows += [self.operator_with_projection(sparsity)]
             return rows
         rows += [self.sparse(FORWARD, main), self.operator(FORWARD, main), self.operator_with_projection(main)]
-        rows += [self.routing(main), self.linear(), self.sparse(FORWARD, main, (64, 64))]
+        rows += [self.beside(main), self.routing(main), self.linear(), self.sparse(FORWARD, main, (64, 64))]
         rows += [*self.dense(BOTH), self.sparse(BOTH, main), self.operator(BOTH, main)]
         if self.case.rows == "all":
             rows += [*self.dense(BACKWARD), self.sparse(BACKWARD, main), self.sparse(FORWARD, 0.0), *self.others(main)]

@@ -9,6 +9,7 @@ from .dispatch import use_engine
 from .errors import KernelArgumentError, UnsupportedKernelError
 from .linear import linear_output, linear_state
 from .measure import Execution, measure_executions
+from .one_pass import pool_and_read, pool_and_summarise
 from .routing import kept_blocks, pool_blocks, select_blocks
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "linear_output",
     "linear_state",
     "measure_executions",
+    "pool_and_read",
+    "pool_and_summarise",
     "pool_blocks",
     "select_blocks",
     "use_engine",

@@ -76,40 +76,35 @@ def _attention_cases(arch: int) -> Iterator[Case]:
     Without an order tiles may be read as boxes, with one they are gathered: kernels of their own. A mask costs
     registers; fp16 is compiled as bf16 is.
     """
-    full = {"order": True, "mask": True}
+    full = functools.partial(Case, order=True, mask=True)
     for head_dim in (64, 128):
         yield Case(torch.bfloat16, head_dim, mask=True)
-        yield Case(torch.bfloat16, head_dim, **full)
+        yield full(torch.bfloat16, head_dim)
     yield Case(torch.bfloat16, 80, mask=True)
-    yield Case(torch.bfloat16, 96, **full)
-    yield Case(torch.bfloat16, 128, mask=True, unaligned=True)
-    yield Case(torch.float32, 128, **full)
+    yield full(torch.bfloat16, 96)
+    yield full(torch.float32, 128)
     if arch == 90:
-        yield Case(torch.bfloat16, 80, **full)
-        yield Case(torch.bfloat16, 96, mask=True)
         yield Case(torch.bfloat16, 128)
         yield Case(torch.bfloat16, 128, order=True)
+        yield Case(torch.bfloat16, 128, mask=True, unaligned=True)
         yield Case(torch.bfloat16, 64, query_block=64)
         yield Case(torch.bfloat16, 128, query_block=64, mask=True)
-        yield Case(torch.bfloat16, 128, query_block=64, **full)
-        yield Case(torch.float16, 128, mask=True)
-        yield Case(torch.float16, 64, **full)
+        yield full(torch.bfloat16, 128, query_block=64)
+        yield full(torch.float16, 128)
         yield Case(torch.float32, 64, mask=True)
 
 
 def _linear_cases(arch: int) -> Iterator[Case]:
     """As `_attention_cases`; what costs most here is a rotated key beside a mask."""
-    full = {"mask": True, "rotated": True}
+    full = functools.partial(Case, mask=True, rotated=True)
     yield Case(torch.bfloat16, 64)
     yield Case(torch.bfloat16, 128)
-    yield Case(torch.bfloat16, 96, **full)
-    yield Case(torch.bfloat16, 128, **full)
-    yield Case(torch.float32, 128, **full)
+    yield full(torch.bfloat16, 96)
+    yield full(torch.bfloat16, 128)
+    yield full(torch.float32, 128)
     yield Case(torch.bfloat16, 128, feature_map="softmax")
     if arch == 90:
-        yield Case(torch.bfloat16, 80)
-        yield Case(torch.bfloat16, 64, **full)
-        yield Case(torch.bfloat16, 128, mask=True)
+        yield full(torch.bfloat16, 64)
         yield Case(torch.bfloat16, 128, feature_map="elu")
         yield Case(torch.bfloat16, 80, feature_map="softmax")
         yield Case(torch.float16, 128)
@@ -128,14 +123,13 @@ def routing(arch: int) -> Iterator[Call]:
     for case in _attention_cases(arch):
         x, order, mask = case.tensor(), case.order_tensor(), case.mask_tensor()
         yield _name("pool_blocks", case), functools.partial(cuda.pool_blocks, x, order, case.query_block, mask)
-    for case in (Case(order=order, mask=mask) for order in (False, True) for mask in (False, True)):
+    for case in (Case(torch.float32, order=order, mask=mask) for order in (False, True) for mask in (False, True)):
         pooled_query, pooled_key = (
             torch.empty((BATCH, HEADS, block_count(TOKENS, block), 128), device="meta")
             for block in (case.query_block, KEY_BLOCK)
         )
-        arguments = (pooled_query, pooled_key, case.query_block, KEY_BLOCK, DENSITY_PERMILLE, 0, 512)
-        options = {"key_mask": case.mask_tensor(), "order": case.order_tensor()}
-        yield _name("select_blocks", case), functools.partial(cuda.select_blocks, *arguments, **options)
+        settings = (case.query_block, KEY_BLOCK, DENSITY_PERMILLE, 0, 512, case.mask_tensor(), case.order_tensor())
+        yield _name("select_blocks", case), functools.partial(cuda.select_blocks, pooled_query, pooled_key, *settings)
 
 
 def linear(arch: int) -> Iterator[Call]:
@@ -147,11 +141,26 @@ def linear(arch: int) -> Iterator[Call]:
         state = torch.empty((BATCH, HEADS, case.head_dim, case.head_dim), device="meta")
         key_sum = torch.empty((BATCH, HEADS, case.head_dim), device="meta")
         yield _name("state", case), functools.partial(cuda.linear_state, x, x, phi, mask, rotated)
-        arguments = (state, key_sum, x, x, phi, mask, rotated)
-        yield _name("state_backward", case), functools.partial(cuda.linear_state_backward, *arguments)
+        of_state = functools.partial(cuda.linear_state_backward, state, key_sum, x, x, phi, mask, rotated)
+        yield _name("state_backward", case), of_state
         yield _name("output", case), functools.partial(cuda.linear_output, x, state, key_sum, phi, EPS, rotated)
-        arguments = (x, x, state, key_sum, phi, EPS, rotated)
-        yield _name("output_backward", case), functools.partial(cuda.linear_output_backward, *arguments)
+        of_output = functools.partial(cuda.linear_output_backward, x, x, state, key_sum, phi, EPS, rotated)
+        yield _name("output_backward", case), of_output
+
+
+def one_pass(arch: int) -> Iterator[Call]:
+    """Pooling and linear attention together; an order wherever there is a mask."""
+    from .one_pass import cuda
+
+    for case in (dataclasses.replace(case, order=case.mask) for case in _linear_cases(arch)):
+        x, order, mask, phi = case.tensor(), case.order_tensor(), case.mask_tensor(), case.feature_map
+        rotated = case.rotated_tensor()
+        state = torch.empty((BATCH, HEADS, case.head_dim, case.head_dim), device="meta")
+        key_sum = torch.empty((BATCH, HEADS, case.head_dim), device="meta")
+        keys = (x, x, order, KEY_BLOCK, phi, mask, rotated)
+        yield _name("pool_and_summarise", case), functools.partial(cuda.pool_and_summarise, *keys)
+        queries = (x, state, key_sum, order, case.query_block, phi, EPS, mask, rotated)
+        yield _name("pool_and_read", case), functools.partial(cuda.pool_and_read, *queries)
 
 
 def block_sparse(arch: int) -> Iterator[Call]:
@@ -171,6 +180,7 @@ def block_sparse(arch: int) -> Iterator[Call]:
 OPERATORS: dict[str, Callable[[int], Iterator[Call]]] = {
     "routing": routing,
     "linear": linear,
+    "one_pass": one_pass,
     "block_sparse": block_sparse,
 }
 
@@ -333,15 +343,11 @@ def _print_table(results: Sequence[Result]) -> None:
         table.add_column(column, justify="right")
     for result in results:
         report = result.report
-        numbers = ("-",) * 5
+        numbers = ["-"] * 5
         if report is not None:
-            numbers = tuple(
-                str(n) for n in (report.registers, report.spill_bytes, report.shared, report.wgmma, report.tma)
-            )
-        job = result.job
-        table.add_row(
-            job.kernel, job.call, job.settings, str(job.source.arch), *numbers, style="red" if result.faults else None
-        )
+            numbers = [str(n) for n in (report.registers, report.spill_bytes, report.shared, report.wgmma, report.tma)]
+        job, style = result.job, "red" if result.faults else None
+        table.add_row(job.kernel, job.call, job.settings, str(job.source.arch), *numbers, style=style)
     # a log file has no width, and 80 columns are too few
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import kernels as _kernels  # registers torch.ops.salad.*
 from .config import AttentionSpec
 
-__all__ = ["BranchTensors", "linear_attention", "salad_attention", "sparse_attention"]
+__all__ = ["BranchTensors", "linear_attention", "salad_attention", "sparse_and_linear_attention", "sparse_attention"]
 
 # Added to the normaliser of the linear branch, in fp32 (method.md section 5, our choice).
 LINEAR_EPS = 1e-6
@@ -52,14 +52,7 @@ def sparse_attention(
     """
     pooled_query = torch.ops.salad.pool_blocks.default(query.detach(), order, spec.query_block)
     pooled_key = torch.ops.salad.pool_blocks.default(key.detach(), order, spec.key_block)
-    selected = torch.ops.salad.select_blocks.default(
-        pooled_query, pooled_key, spec.query_block, spec.key_block, spec.permille
-    )
-    attended = torch.ops.salad.block_sparse_attention.default(
-        query, key, value, selected[0], selected[1], order, spec.query_block, spec.key_block, scale
-    )
-    out: Tensor = attended[0]
-    return out
+    return _attend_selected(query, key, value, pooled_query, pooled_key, order, spec, scale)
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
@@ -73,6 +66,44 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, spec: AttentionS
     """
     state = torch.ops.salad.linear_state.default(key, value, spec.feature_map)
     out: Tensor = torch.ops.salad.linear_output.default(query, state[0], state[1], spec.feature_map, LINEAR_EPS)
+    return out
+
+
+def sparse_and_linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, order: Tensor | None, spec: AttentionSpec, scale: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`sparse_attention` and :func:`linear_attention`, reading each tensor once for the means and the sums.
+
+    Args: see :func:`sparse_attention`.
+
+    Returns:
+        Both results, (B, H, S, value head_dim) in the dtype of query.
+    """
+    keys = torch.ops.salad.pool_and_summarise.default(key, value, order, spec.key_block, spec.feature_map)
+    queries = torch.ops.salad.pool_and_read.default(
+        query, keys[1], keys[2], order, spec.query_block, spec.feature_map, LINEAR_EPS
+    )
+    return _attend_selected(query, key, value, queries[0], keys[0], order, spec, scale), queries[1]
+
+
+def _attend_selected(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pooled_query: Tensor,
+    pooled_key: Tensor,
+    order: Tensor | None,
+    spec: AttentionSpec,
+    scale: float,
+) -> Tensor:
+    """Softmax attention over the key blocks that the means of the blocks select."""
+    selected = torch.ops.salad.select_blocks.default(
+        pooled_query, pooled_key, spec.query_block, spec.key_block, spec.permille
+    )
+    attended = torch.ops.salad.block_sparse_attention.default(
+        query, key, value, selected[0], selected[1], order, spec.query_block, spec.key_block, scale
+    )
+    out: Tensor = attended[0]
     return out
 
 
@@ -112,8 +143,8 @@ def salad_attention(
         (B, H, S, value head_dim) in `dtype`.
     """
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    sparse = sparse_attention(query, key, value, order, spec, scale)
-    linear = linear_attention(query, key, value, spec).transpose(1, 2)  # (B, S, H, head_dim)
+    sparse, linear = sparse_and_linear_attention(query, key, value, order, spec, scale)
+    linear = linear.transpose(1, 2)  # (B, S, H, head_dim)
     gate = _gate(gate_input, branch, torch.promote_types(dtype, torch.float32)).to(dtype)
     update = gate * _linear(linear.flatten(2), branch.proj_weight, branch.proj_bias)
     # under autocast F.linear may answer in 16 bits whatever it was given

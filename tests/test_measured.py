@@ -69,7 +69,7 @@ def test_the_kernel_table(measured: ModuleType, results: Path) -> None:
         kernel_row("dense SDPA cuDNN", "dense", "forward", 10.0, tflops=600.0, peak_share=0.75, speedup=1.0),
         kernel_row("block-sparse forward", "salad", "forward", 1.6, speedup=6.25, **blocks, **rate),
         kernel_row("block-sparse forward", "salad", "forward", 9.9, speedup=1.0, **blocks | {"sparsity": 0.0}, **rate),
-        kernel_row("routing alone", "salad", "forward", 0.1234, speedup=81.0),
+        kernel_row("routing + linear branch", "salad", "forward", 0.1234, speedup=81.0),
         {
             **MACHINE,
             "row": "operator forward",
@@ -87,7 +87,7 @@ def test_the_kernel_table(measured: ModuleType, results: Path) -> None:
     assert "`matmul 8192` reached 800 TFLOP/s, the peak and a copy 3,012 GB/s" in block
     assert "| 1.3B-480p | dense SDPA cuDNN forward | 10.00 (9.00 to 11.00) | 600 | 75% | 1.00x |" in block
     assert "| 1.3B-480p | block-sparse forward | 1.60 (1.44 to 1.76) | 444 | 56% | 6.25x |" in block
-    assert "| 1.3B-480p | routing alone | 0.12 (0.11 to 0.14) |  |  | 81.00x |" in block
+    assert "| 1.3B-480p | routing + linear branch | 0.12 (0.11 to 0.14) |  |  | 81.00x |" in block
     assert "SDPA flash" not in block, "only the best dense kernel"
     assert "Without a timing there: 1 not installed, 1 failed." in block
     assert measured.render(RESULTS) in (ROOT / "README.md").read_text(), "other folders change nothing"

@@ -20,8 +20,7 @@ KERNEL_ROWS = {
     "1.3B-480p": (
         ("dense", "forward"),
         ("block-sparse forward", "forward"),
-        ("routing alone", "forward"),
-        ("linear branch alone", "forward"),
+        ("routing + linear branch", "forward"),
         ("operator forward", "forward"),
         ("operator + Proj forward", "forward"),
         ("dense", "forward + backward"),

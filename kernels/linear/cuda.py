@@ -121,8 +121,8 @@ def linear_output_backward(
         *(heads, tokens, eps),
         **constants(query, state, feature_map, settings, rotated_query),
     )
-    reduced = reduced(grad_state, grad_key_sum)
-    return grad_query, *reduced, absent(query) if grad_rotated is None else grad_rotated
+    sums = reduced(grad_state, grad_key_sum)
+    return grad_query, *sums, absent(query) if grad_rotated is None else grad_rotated
 
 
 def _require_supported(x: torch.Tensor, value: torch.Tensor) -> None:

@@ -50,7 +50,8 @@ _TILINGS = {
 # What differs where tensor cores read registers only, as on all architectures but 9.x and 10.x: more registers are
 # taken, and some of these GPUs have less than half the shared memory.
 _FROM_REGISTERS = {
-    ("state", 2, 128): Tiling(32, 8, 4, 1),
+    ("state", 2, 64): Tiling(32, 4, 2, 4),
+    ("state", 2, 128): Tiling(32, 8, 3, 1),
     ("state_backward", 2, 128): Tiling(32, 8, 2, 1),
     ("output", 2, 128): Tiling(64, 8, 3, 1),
     ("output_backward", 2, 128): Tiling(16, 8, 3, 1),

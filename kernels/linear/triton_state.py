@@ -18,7 +18,7 @@ from .triton_tiles import (
 )
 
 # Features of the softmax map are at most 1. In fp16 they are kept times this, so that small ones do not vanish.
-_SOFTMAX_UNIT: tl.constexpr = tl.constexpr(32768.0)
+SOFTMAX_UNIT: tl.constexpr = tl.constexpr(32768.0)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens"])
@@ -85,13 +85,13 @@ def state_kernel(
             left = tl.where(valid[:, None], left, 0.0)
         else:
             if SCALED:
-                features = features * _SOFTMAX_UNIT
+                features = features * SOFTMAX_UNIT
             left = features.to(key.dtype)
         transposed = tl.dot(tl.trans(value), left, transposed, input_precision="ieee")
 
     state = tl.trans(transposed)
     if SCALED:
-        state = state / _SOFTMAX_UNIT
+        state = state / SOFTMAX_UNIT
     partial = pair * tl.num_programs(1) + tl.program_id(1)
     store_state(state_ptr + partial * (HEAD_DIM * VALUE_DIM), state, HEAD_DIM, VALUE_DIM, TILE_D, TILE_V)
     channels = tl.arange(0, TILE_D)

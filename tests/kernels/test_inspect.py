@@ -280,17 +280,19 @@ def faulty_gate() -> int:
     return inspect.main(sys.argv[1:])
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python without a GPU's driver and without the interpreter."""
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in `folder`, compiling, with this module in reach."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # the last place, so that this checkout does not hide a package that was linked elsewhere
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), str(ROOT))))
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
 
 
 def test_the_command_names_each_fault_and_fails(tmp_path: Path) -> None:
     code = "import sys; from tests.kernels.test_inspect import faulty_gate; sys.exit(faulty_gate())"
-    done = command("-c", code, "--arch", "80", "--workers", "2", "--json", str(tmp_path / "report.json"))
+    done = command(tmp_path, "-c", code, "--arch", "80", "--workers", "2", "--json", "report.json")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "3 kernels in" in done.stdout
     assert "2 with faults" in done.stdout
@@ -304,10 +306,9 @@ def test_the_command_names_each_fault_and_fails(tmp_path: Path) -> None:
 
 
 def test_the_command_on_kernels_that_ship(tmp_path: Path) -> None:
-    done = command(
-        *("-m", "salad_compile.kernels.inspect", "--arch", "90", "--filter", "block_sparse.forward bfloat16 d64 64x64"),
-        *("--json", str(tmp_path / "report.json")),
-    )
+    words = "block_sparse.forward bfloat16 d64 64x64"
+    options = ("--arch", "90", "--filter", words, "--json", "report.json")
+    done = command(tmp_path, "-m", "salad_compile.kernels.inspect", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 with faults" in done.stdout
     rows = json.loads((tmp_path / "report.json").read_text())

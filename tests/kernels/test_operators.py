@@ -9,8 +9,9 @@ import torch
 from salad_compile.kernels import (
     block_sparse_attention,
     kept_blocks,
-    linear_output,
     linear_state,
+    pool_and_read,
+    pool_and_summarise,
     pool_blocks,
     select_blocks,
 )
@@ -53,6 +54,12 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "state_backward": (OPS.linear_state_backward, (state, key_sum, *plain[1:], "elu")),
         "output": (OPS.linear_output, (query, *leaves, "softmax", 1e-6)),
         "output_bf16": (OPS.linear_output, (plain[0].bfloat16(), state, key_sum, "relu", 1e-6)),
+        "summarise": (OPS.pool_and_summarise, (key, value, order, 64, "relu")),
+        "summarise_bf16_mask": (OPS.pool_and_summarise, (*(x.bfloat16() for x in plain[1:]), None, 32, "elu", mask)),
+        "summarise_rotated": (OPS.pool_and_summarise, (key, value, order, 64, "softmax", None, query)),
+        "read": (OPS.pool_and_read, (query, *leaves, order, 64, "elu", 1e-6, mask)),
+        "read_bf16": (OPS.pool_and_read, (plain[0].bfloat16(), state, key_sum, None, 64, "relu", 1e-6)),
+        "read_rotated": (OPS.pool_and_read, (query, *leaves, None, 64, "relu", 1e-6, None, key)),
         "output_backward": (OPS.linear_output_backward, (grad, plain[0], state, key_sum, "relu", 1e-6)),
     }
 
@@ -70,10 +77,11 @@ def operator_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, order: torch.Tensor | None
 ) -> torch.Tensor:
     """Everything SALAD puts in the place of one attention call, without projection and gate."""
-    pooled = pool_blocks(query, order, 64), pool_blocks(key, order, 32)
-    lut, count = select_blocks(*pooled, 64, 32, 300)
+    pooled_key, state, key_sum = pool_and_summarise(key, value, order, 32, "relu")
+    pooled_query, linear = pool_and_read(query, state, key_sum, order, 64, "relu", 1e-6)
+    lut, count = select_blocks(pooled_query, pooled_key, 64, 32, 300)
     sparse, _ = block_sparse_attention(query, key, value, lut, count, order, 64, 32, 0.25)
-    return sparse + 0.5 * linear_output(query, *linear_state(key, value, "relu"), "relu", 1e-6)
+    return sparse + 0.5 * linear
 
 
 @torch._inductor.config.patch(force_disable_caches=True)

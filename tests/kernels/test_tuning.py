@@ -140,12 +140,13 @@ def test_where_nothing_runs_the_default_is_kept_in_memory_only(
     assert not cache_file().exists()
 
 
-@pytest.mark.usefixtures("gpu")
-def test_the_environment_variable_tunes_a_whole_process() -> None:
+def test_the_environment_variable_tunes_a_whole_process(tmp_path: Path) -> None:
     code = "from salad_compile.kernels import tuning; print(tuning._depth)"
     for value, depth in (("1", "1"), ("0", "0")):
         environment = os.environ | {"SALAD_AUTOTUNE": value}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == depth
 
 

@@ -79,7 +79,7 @@ def test_zero_projection_equals_pure_sparse(case: Case) -> None:
     unconverted = torch.compile(case.build(), backend=recorder, fullgraph=True)
     sparse = run(unconverted, inputs, case.output, gradients=False)
     assert recorder.after["salad.block_sparse_attention"] == len(case.sites)
-    assert recorder.after["salad.linear_state"] == 0
+    assert recorder.after["salad.pool_and_summarise"] == 0
     assert relative_error(salad.output, sparse.output) <= 1e-5
     dense = run(case.build(), inputs, case.output, gradients=False)
     assert relative_error(sparse.output, dense.output) > 1e-3, "sparse attention changes nothing: the test is vacuous"
@@ -95,7 +95,7 @@ SPARSE_OPTIONS = ("sparsity", "query_block", "key_block", "min_tokens")
 def test_eager_equals_compiled(case: Case) -> None:
     recorder = check_rewrite(converted(case), case.inputs(0), case.output, sites=len(case.sites))
     assert recorder.graphs == 1
-    assert recorder.after["salad.linear_state"] == len(case.sites)
+    assert recorder.after["salad.pool_and_summarise"] == len(case.sites)
 
 
 @every_case
