@@ -38,8 +38,9 @@ def forward(
 
     listed = member.sum(dim=-1, dtype=torch.int32)
     ids = torch.argsort(member.to(torch.int32), dim=-1, descending=True, stable=True).to(torch.int32)
-    sizes = {"BLOCK_SIZE": (query_block, key_block), "seq_lengths": (tokens, tokens)}
-    blocks = BlockMask.from_kv_blocks(listed, ids, mask_mod=visible, **sizes)
+    blocks = BlockMask.from_kv_blocks(
+        listed, ids, BLOCK_SIZE=(query_block, key_block), mask_mod=visible, seq_lengths=(tokens, tokens)
+    )
     in_order = (take_in_order(x.detach(), order) for x in (query, key, value))
     found, found_lse = _flex_attention(query.device.type)(*in_order, block_mask=blocks, scale=scale, return_lse=True)
     out = empty_bshd(query, batch, heads, tokens, value.shape[-1])

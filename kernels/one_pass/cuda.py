@@ -25,7 +25,7 @@ def pool_and_summarise(
     """See `reference.pool_and_summarise`. One pass over the tokens, then the sum of the splits."""
     require_supported(key.device, key.dtype, key.shape[-1], value.shape[-1], block=block)
     batch, heads, tokens, _ = key.shape
-    settings = tiling("keys", key, value, block, order is not None)
+    settings = tiling("keys", key, value, block, **_traits(order, feature_map, key_mask, rotated_key))
     splits = split_count(key, settings, block)
     pooled, (state, key_sum) = _new_means(key, block), new_state(key, value, splits)
     launch(
@@ -57,7 +57,7 @@ def pool_and_read(
     """See `reference.pool_and_read`. One pass over the tokens."""
     require_supported(query.device, query.dtype, query.shape[-1], state.shape[-1], block=block)
     batch, heads, tokens, _ = query.shape
-    settings = tiling("queries", query, state, block, order is not None)
+    settings = tiling("queries", query, state, block, **_traits(order, feature_map, key_mask, rotated_query))
     pooled, out = _new_means(query, block), empty_bshd(query, batch, heads, tokens, state.shape[-1])
     launch(
         queries_kernel,
@@ -73,6 +73,13 @@ def pool_and_read(
         HAS_MASK=key_mask is not None,
     )
     return pooled, out
+
+
+def _traits(
+    order: torch.Tensor | None, feature_map: str, key_mask: torch.Tensor | None, rotated: torch.Tensor | None
+) -> dict[str, bool]:
+    ordered = order is not None
+    return {"ordered": ordered, "plain": feature_map == "relu" and not ordered and key_mask is None and rotated is None}
 
 
 def _new_means(x: torch.Tensor, block: int) -> torch.Tensor:

@@ -29,10 +29,17 @@ _FROM_REGISTERS = {
     ("keys", 2, 128): Tiling(32, 8, 4, 1),
     ("queries", 2, 128): Tiling(64, 8, 3, 1),
 }
+# Measured on an H100 for the plain case (docs/kernels.md); anything more spills with four warps.
+_HOPPER_PLAIN = {
+    ("keys", 2, 128): Tiling(64, 4, 3, 2),
+    ("queries", 2, 128): Tiling(64, 4, 2, 2),
+}
 
 
-def tiling(kernel: str, x: torch.Tensor, value: torch.Tensor, block: int, ordered: bool) -> Tiling:
+def tiling(kernel: str, x: torch.Tensor, value: torch.Tensor, block: int, *, ordered: bool, plain: bool) -> Tiling:
     """The settings of `kernel` for an input of this head_dim and dtype, and this value width; tiles divide blocks.
+
+    plain: relu, and neither order, mask nor rotated rows.
 
     ordered: whether rows are found through an order. Triton spreads the stages over both loads, that of the order and
     that of the rows, so as many tiles are on their way with twice the stages.
@@ -41,5 +48,7 @@ def tiling(kernel: str, x: torch.Tensor, value: torch.Tensor, block: int, ordere
     settings = _TILINGS[kernel][x.element_size(), width]
     if arch_of(x.device)[0] not in (9, 10):
         settings = _FROM_REGISTERS.get((kernel, x.element_size(), width), settings)
+    if arch_of(x.device)[0] == 9 and plain:
+        settings = _HOPPER_PLAIN.get((kernel, x.element_size(), width), settings)
     stages = 2 * settings.stages - 1 if ordered else settings.stages
     return dataclasses.replace(settings, tokens=min(settings.tokens, block), stages=stages)

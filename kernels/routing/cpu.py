@@ -71,7 +71,8 @@ def _rows(key_mask: torch.Tensor, order: torch.Tensor | None, block: int) -> tor
         key_mask = key_mask.index_select(1, order)
     tokens = key_mask.shape[1]
     blocks = block_count(tokens, block)
-    return torch.nn.functional.pad(key_mask, (0, blocks * block - tokens)).unflatten(1, (blocks, block)).sum(dim=2)
+    padded = torch.nn.functional.pad(key_mask, (0, blocks * block - tokens))
+    return padded.view(-1, blocks, block).sum(dim=2)
 
 
 def _among_valid(scores: torch.Tensor, slots: int, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
