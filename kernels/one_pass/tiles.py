@@ -29,11 +29,8 @@ _FROM_REGISTERS = {
     ("keys", 2, 128): Tiling(32, 8, 4, 1),
     ("queries", 2, 128): Tiling(64, 8, 3, 1),
 }
-# Measured on an H100 for the plain case (docs/kernels.md); anything more spills with four warps.
-_HOPPER_PLAIN = {
-    ("keys", 2, 128): Tiling(64, 4, 3, 2),
-    ("queries", 2, 128): Tiling(64, 4, 2, 2),
-}
+# Measured on an H100 (docs/kernels.md) for bf16 heads of 128 and the plain case; anything more spills with four warps.
+_HOPPER_PLAIN = {"keys": Tiling(64, 4, 3, 2), "queries": Tiling(64, 4, 2, 2)}
 
 
 def tiling(kernel: str, x: torch.Tensor, value: torch.Tensor, block: int, *, ordered: bool, plain: bool) -> Tiling:
@@ -48,7 +45,7 @@ def tiling(kernel: str, x: torch.Tensor, value: torch.Tensor, block: int, *, ord
     settings = _TILINGS[kernel][x.element_size(), width]
     if arch_of(x.device)[0] not in (9, 10):
         settings = _FROM_REGISTERS.get((kernel, x.element_size(), width), settings)
-    if arch_of(x.device)[0] == 9 and plain:
-        settings = _HOPPER_PLAIN.get((kernel, x.element_size(), width), settings)
+    if arch_of(x.device)[0] == 9 and plain and x.dtype == torch.bfloat16 and x.shape[-1] == value.shape[-1] == 128:
+        settings = _HOPPER_PLAIN[kernel]
     stages = 2 * settings.stages - 1 if ordered else settings.stages
     return dataclasses.replace(settings, tokens=min(settings.tokens, block), stages=stages)
