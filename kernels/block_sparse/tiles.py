@@ -53,17 +53,21 @@ _HOPPER_GATHERED: Table = {
 _AMPERE: Table = {
     "forward": {64: (Tiling(64, 64, 4, 2),), 128: (Tiling(64, 64, 8, 2),)},
     "query_gradient": {64: (Tiling(64, 64, 8, 2),), 128: (Tiling(64, 64, 8, 2),)},
-    "key_gradient": {64: (Tiling(64, 64, 8, 2),), 128: (Tiling(64, 64, 8, 2),)},
+    "key_gradient": {64: (Tiling(64, 64, 8, 2),), 128: (Tiling(32, 64, 8, 2),)},
 }
 _BLACKWELL: Table = {
     "forward": {64: (Tiling(128, 64, 4, 2, True),), 128: (Tiling(128, 64, 4, 2, True),)},
-    "query_gradient": {64: (Tiling(128, 64, 8, 2, True),), 128: (Tiling(128, 64, 8, 2, True),)},
+    "query_gradient": {64: (Tiling(64, 64, 8, 2, True),), 128: (Tiling(64, 64, 8, 2, True),)},
     "key_gradient": {64: (Tiling(64, 64, 4, 2, True),), 128: (Tiling(64, 64, 4, 2, True),)},
 }
-_BLACKWELL_GATHERED: Table = {kernel: {width: (Tiling(64, 64, 8, 2),) for width in (64, 128)} for kernel in _BLACKWELL}
+_BLACKWELL_GATHERED: Table = {
+    "forward": {64: (Tiling(64, 64, 8, 2),), 128: (Tiling(64, 64, 8, 2),)},
+    "query_gradient": {64: (Tiling(64, 64, 8, 2),), 128: (Tiling(64, 64, 8, 2),)},
+    "key_gradient": {64: (Tiling(64, 64, 8, 2),), 128: (Tiling(64, 64, 4, 2),)},
+}
 # fp32 products run on the plain arithmetic units: small tiles, or the accumulators do not fit into registers.
 _FP32: Table = {
-    "forward": {64: (Tiling(32, 32, 8, 1),), 128: (Tiling(32, 32, 8, 1),)},
+    "forward": {64: (Tiling(32, 32, 8, 1),), 128: (Tiling(16, 16, 8, 1),)},
     "query_gradient": {64: (Tiling(32, 32, 8, 1),), 128: (Tiling(16, 16, 8, 1),)},
     "key_gradient": {64: (Tiling(32, 32, 8, 1),), 128: (Tiling(32, 32, 8, 1),)},
 }

@@ -1,4 +1,8 @@
-"""Host side of the Triton engine of linear attention: what is launched. Reads no tensor's values."""
+"""Host side of the Triton engine of linear attention: what is launched. Reads no tensor's values.
+
+fp32 goes to the plain-torch operators: its accumulators would not fit into registers. Their products follow
+`torch.backends.cuda.matmul`, as those of any model do.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import torch
 from ..capability import require_supported
 from ..launch import launch
 from ..layout import empty_bshd
+from . import cpu
 from .absent import absent
 from .host import constants, mask_bytes, new_state, reduced, split_count, strides
 from .tiles import tiling
@@ -23,6 +28,8 @@ def linear_state(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.linear_state`. One pass over the tokens, then the sum of the splits."""
     _require_supported(key, value)
+    if key.dtype == torch.float32:
+        return cpu.linear_state(key, value, feature_map, key_mask, rotated_key)
     batch, heads, tokens, _ = key.shape
     settings = tiling("state", key, value)
     splits = split_count(key, settings)
@@ -51,6 +58,8 @@ def linear_state_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `cpu.linear_state_backward`. One pass over the tokens."""
     _require_supported(key, value)
+    if key.dtype == torch.float32:
+        return cpu.linear_state_backward(grad_state, grad_key_sum, key, value, feature_map, key_mask, rotated_key)
     batch, heads, tokens, _ = key.shape
     settings = tiling("state_backward", key, value)
     grad_key, grad_value = empty_bshd(key, *key.shape), empty_bshd(value, *value.shape)
@@ -79,6 +88,8 @@ def linear_output(
 ) -> torch.Tensor:
     """See `reference.linear_output`. One pass over the tokens."""
     _require_supported(query, state)
+    if query.dtype == torch.float32:
+        return cpu.linear_output(query, state, key_sum, feature_map, eps, rotated_query)
     batch, heads, tokens, _ = query.shape
     settings = tiling("output", query, state)
     out = empty_bshd(query, batch, heads, tokens, state.shape[-1])
@@ -105,6 +116,8 @@ def linear_output_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `cpu.linear_output_backward`. One pass over the tokens, then the sum of the splits."""
     _require_supported(query, state)
+    if query.dtype == torch.float32:
+        return cpu.linear_output_backward(grad_out, query, state, key_sum, feature_map, eps, rotated_query)
     batch, heads, tokens, _ = query.shape
     settings = tiling("output_backward", query, state)
     splits = split_count(query, settings)

@@ -1,4 +1,4 @@
-"""Host side of the Triton engine: what is launched. Reads no tensor's values."""
+"""Host side of the Triton engine: what is launched. Reads no tensor's values. fp32: see `linear.cuda`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from ..capability import require_supported
 from ..launch import launch
 from ..layout import block_count, empty_bshd
 from ..linear.host import constants, mask_bytes, new_state, reduced, split_count, strides
+from . import cpu
 from .tiles import tiling
 from .triton_keys import keys_kernel
 from .triton_queries import queries_kernel
@@ -24,6 +25,8 @@ def pool_and_summarise(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.pool_and_summarise`. One pass over the tokens, then the sum of the splits."""
     require_supported(key.device, key.dtype, key.shape[-1], value.shape[-1], block=block)
+    if key.dtype == torch.float32:
+        return cpu.pool_and_summarise(key, value, order, block, feature_map, key_mask, rotated_key)
     batch, heads, tokens, _ = key.shape
     settings = tiling("keys", key, value, block, **_traits(order, feature_map, key_mask, rotated_key))
     splits = split_count(key, settings, block)
@@ -56,6 +59,8 @@ def pool_and_read(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.pool_and_read`. One pass over the tokens."""
     require_supported(query.device, query.dtype, query.shape[-1], state.shape[-1], block=block)
+    if query.dtype == torch.float32:
+        return cpu.pool_and_read(query, state, key_sum, order, block, feature_map, eps, key_mask, rotated_query)
     batch, heads, tokens, _ = query.shape
     settings = tiling("queries", query, state, block, **_traits(order, feature_map, key_mask, rotated_query))
     pooled, out = _new_means(query, block), empty_bshd(query, batch, heads, tokens, state.shape[-1])

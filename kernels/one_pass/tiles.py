@@ -14,14 +14,10 @@ _TILINGS = {
     "keys": {
         (2, 64): Tiling(64, 4, 4, 4),
         (2, 128): Tiling(64, 8, 4, 1),
-        (4, 64): Tiling(32, 4, 1, 4),
-        (4, 128): Tiling(16, 8, 1, 1),
     },
     "queries": {
         (2, 64): Tiling(64, 4, 3, 4),
         (2, 128): Tiling(64, 8, 4, 1),
-        (4, 64): Tiling(16, 4, 1, 4),
-        (4, 128): Tiling(16, 8, 1, 2),
     },
 }
 # What differs where tensor cores read registers only: see `linear.tiles`.

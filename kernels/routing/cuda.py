@@ -39,9 +39,14 @@ def pool_blocks(
         ROWS=min(block, POOL_ROWS),
         HAS_ORDER=order is not None,
         HAS_MASK=mask is not None,
-        num_warps=4,
+        num_warps=4 if _aligned(x) else 8,  # narrow loads take registers
     )
     return pooled
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    """Whether every row of x starts where 16 bytes can be read at once."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
 
 
 def select_blocks(

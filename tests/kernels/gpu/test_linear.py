@@ -9,7 +9,7 @@ import torch
 from salad_compile.kernels import UnsupportedKernelError, linear_output, linear_state
 from salad_compile.kernels.linear import cuda, reference
 
-from ..helpers import FORWARD_BAR, LAYOUTS, cosine, make_qkv, relative_l2
+from ..helpers import FORWARD_BAR, cosine, make_qkv, relative_l2
 
 EPS = 1e-6
 MAPS = ("relu", "elu", "softmax")
@@ -261,9 +261,8 @@ def test_one_split_and_many(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert relative_l2(first, second) <= 1e-5
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_inputs_are_left_alone(layout: str, device: str) -> None:
-    inputs = Inputs.of(Case(65, torch.bfloat16, layout=layout))
+def test_inputs_are_left_alone(device: str) -> None:
+    inputs = Inputs.of(Case(65, torch.bfloat16, layout="fused", masked=True, rotated=True))
     before = [x.clone() for x in inputs.tensors]
     inputs.run(operators, "elu", torch.bfloat16, device)
     for x, kept in zip(inputs.tensors, before, strict=True):
