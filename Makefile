@@ -50,6 +50,7 @@ bench-gpu: env
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/transformer.py
 	$(BIN)/python benchmarks/tiles.py
+	$(BIN)/python benchmarks/one_pass_tiles.py
 	$(BIN)/python benchmarks/forward_variants.py
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python tools/measured.py

@@ -39,15 +39,20 @@ Run = Callable[[int], object]  # called with the number of the timing, so that i
 
 
 def commit() -> str:
-    """The commit this runs from, with a mark if the tree has changes; `BENCHMARK_COMMIT` where there is no git."""
+    """The commit this runs from, with a mark if the tree has changes; or what `BENCHMARK_COMMIT` says.
+
+    On a lent machine git may stand elsewhere than the files, or not be there.
+    """
+    if given := os.environ.get("BENCHMARK_COMMIT"):
+        return given
     git = ["git", "-C", str(BENCHMARKS)]
     try:
         found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
     except OSError:
-        return os.environ.get("BENCHMARK_COMMIT", "")
+        return ""
     if found.returncode:
-        return os.environ.get("BENCHMARK_COMMIT", "")
+        return ""
     return found.stdout.strip() + (" + changes" if changed.stdout.strip() else "")
 
 

@@ -92,7 +92,7 @@ def rates(axes: Axes, rows: Rows) -> bool:
     axes.barh(names, [row["tflops"] for row in chosen], color=[COLOURS[row["kind"]] for row in chosen])
     for peak in [row for row in timed(rows) if row["case"] == MAIN and row["row"].startswith("matmul")]:
         axes.axvline(peak["tflops"], color="tab:red", label=f"{peak['row']} {peak['dtype']}, same run")
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1.06))
     axes.set_xlabel("TFLOP/s over the token pairs that are computed")
     return True
 

@@ -25,7 +25,7 @@ _FROM_REGISTERS = {
     ("keys", 2, 128): Tiling(32, 8, 4, 1),
     ("queries", 2, 128): Tiling(64, 8, 3, 1),
 }
-# Measured on an H100 (docs/kernels.md) for bf16 heads of 128 and the plain case; anything more spills with four warps.
+# Chosen on an H100 with benchmarks/one_pass_tiles.py, for bf16 heads of 128; anything more spills with four warps.
 _HOPPER_PLAIN = {"keys": Tiling(64, 4, 3, 2), "queries": Tiling(64, 4, 2, 2)}
 
 

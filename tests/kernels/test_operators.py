@@ -38,6 +38,7 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     with_text = selection[1].clone()
     with_text[:, :, -1] = ALL_BLOCKS
     text = (selection[0], with_text, *attention[2:], mask)
+    turned = [x.detach().relu().requires_grad_() for x in (query, key)]
     leaves = state.clone().requires_grad_(), key_sum.clone().requires_grad_()
     return {
         "pool": (OPS.pool_blocks, (query, order, 64)),
@@ -52,6 +53,14 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "attention_backward": (OPS.block_sparse_attention_backward, (grad, *plain, out, lse, *attention)),
         "state": (OPS.linear_state, (key, value, "relu")),
         "state_backward": (OPS.linear_state_backward, (state, key_sum, *plain[1:], "elu")),
+        "state_masked": (OPS.linear_state, (key, value, "elu", mask)),
+        "state_rotated": (OPS.linear_state, (key, value, "relu", mask, turned[1])),
+        "state_rotated_backward": (OPS.linear_state_backward, (state, key_sum, *plain[1:], "relu", mask, plain[1])),
+        "output_rotated": (OPS.linear_output, (query, *leaves, "relu", 1e-6, turned[0])),
+        "output_rotated_backward": (
+            OPS.linear_output_backward,
+            (grad, plain[0], state, key_sum, "elu", 1e-6, plain[0]),
+        ),
         "output": (OPS.linear_output, (query, *leaves, "softmax", 1e-6)),
         "output_bf16": (OPS.linear_output, (plain[0].bfloat16(), state, key_sum, "relu", 1e-6)),
         "summarise": (OPS.pool_and_summarise, (key, value, order, 64, "relu")),
