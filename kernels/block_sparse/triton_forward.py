@@ -94,16 +94,18 @@ def forward_kernel(
     # Only the last key block can be short, and lists ascend: it is the last of a list or not in it. It gets code of its
     # own: a mask, or a branch, in the loop over full blocks costs more than that.
     PARTS: tl.constexpr = KEY_BLOCK // TILE_K
+    UNCHECKED: tl.constexpr = DESCRIPTORS and not HAS_MASK
     final = tl.maximum(blocks - 1, 0)
     full_blocks = tokens // KEY_BLOCK
-    last = block_id(lut_ptr, final, everything, key_blocks, DESCRIPTORS)
+    last = block_id(lut_ptr, final, everything, key_blocks, UNCHECKED)
     ragged = (blocks > 0) & (last >= full_blocks)
+    full_entries = tl.minimum(blocks - ragged.to(tl.int32), full_blocks)
     columns = tl.arange(0, TILE_K)
     # The next id is fetched one step ahead: a load whose address waits for another load comes late.
-    upcoming = block_id(lut_ptr, 0, everything, full_blocks, DESCRIPTORS)
-    for part in tl.range(0, (blocks - ragged.to(tl.int32)) * PARTS, num_stages=STAGES):
+    upcoming = block_id(lut_ptr, 0, everything, full_blocks, UNCHECKED)
+    for part in tl.range(0, full_entries * PARTS, num_stages=STAGES):
         start = upcoming * KEY_BLOCK + part % PARTS * TILE_K
-        upcoming = block_id(lut_ptr, tl.minimum((part + 1) // PARTS, final), everything, full_blocks, DESCRIPTORS)
+        upcoming = block_id(lut_ptr, tl.minimum((part + 1) // PARTS, final), everything, full_blocks, UNCHECKED)
         key_rows = token_rows(order_ptr, start + columns, None, tokens, HAS_ORDER)
         if DESCRIPTORS:
             key = load_described(key_ptr, start, TILE_K, TILE_D)

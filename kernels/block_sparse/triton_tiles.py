@@ -20,7 +20,8 @@ def listed_blocks(count_ptr, slots, key_blocks):
 def block_id(list_ptr, entry, everything, blocks, UNCHECKED: tl.constexpr):
     """The entry-th block of a list; the entry itself where everything is attended to.
 
-    UNCHECKED: for the bulk copy engine, which reads 0 where no block is. Otherwise the id stays below `blocks`.
+    UNCHECKED: where only the bulk copy engine uses the id, which reads 0 where no block is. Otherwise it stays below
+    `blocks`.
     """
     block = tl.where(everything, entry, tl.load(list_ptr + tl.where(everything, 0, entry)))
     return block if UNCHECKED else tl.minimum(tl.maximum(block, 0), blocks - 1)

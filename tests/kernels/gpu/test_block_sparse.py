@@ -202,6 +202,24 @@ def test_sparsity_zero_equals_sdpa(device: str) -> None:
     assert relative_l2(out, exact) <= 1.5 * relative_l2(theirs, exact)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 20])
+def test_a_list_longer_than_the_sequence_reads_nothing_else(head_dim: int, masked: bool, device: str) -> None:
+    """Two entries where there is one short block; head_dim 20 is gathered, 64 read through descriptors."""
+    query, key, value = (torch.randn(1, 1, 40, head_dim).to(BF16).to(device) for _ in range(3))
+    lut = torch.tensor([0, 0], dtype=torch.int32, device=device).view(1, 1, 1, 2)
+    count = torch.full((1, 1, 1), 2, dtype=torch.int32, device=device)
+    key_mask = torch.ones(1, 40, dtype=torch.bool, device=device) if masked else None
+    arguments = (lut, count, None, 64, 64, 0.1, key_mask)
+    out, lse = cuda.forward(query, key, value, *arguments)
+    grads = cuda.backward(torch.ones_like(out), query, key, value, out, lse, *arguments)
+    with pytest.raises(KernelArgumentError, match="ascending"):
+        raise_pending(query.device, wait=True)
+    exact = F.scaled_dot_product_attention(*(x.double() for x in (query, key, value)), scale=0.1)
+    assert relative_l2(out, exact) <= FORWARD_BAR[BF16]  # the second entry is beyond the last full block: not read
+    assert all(torch.isfinite(grad).all() for grad in grads)
+
+
 def test_two_runs_are_bitwise_equal(device: str) -> None:
     case = Case(203 if interpreting() else 2500, BF16, permille=500, text_blocks=1)
     inputs = Inputs.of(case).to(device)
@@ -326,13 +344,14 @@ def test_wrong_contents_are_reported_and_harmless(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever the lists say, the kernels stay within their tensors; the error comes with the call or with the next."""
-    case = Case(203, BF16, (64, 64), permille=600, ordered=name == "order")
+    case = Case(203, BF16, (64, 64), permille=600, ordered=name == "order", masked=at_once)
     inputs = Inputs.of(case)
     lists = {"lut": inputs.lut, "count": inputs.count, "order": inputs.order}
     lists[name][where] = entry  # type: ignore[index]
     qkv = [x.to(device) for x in inputs.qkv]
     lut, count, order = (None if x is None else x.to(device) for x in lists.values())
-    arguments = (lut, count, order, *case.blocks, 0.125, None)
+    key_mask = None if inputs.key_mask is None else inputs.key_mask.to(device)
+    arguments = (lut, count, order, *case.blocks, 0.125, key_mask)
     if at_once:
         monkeypatch.setenv("SALAD_CHECK_INDICES", "1")
         with pytest.raises(KernelArgumentError, match=message):
