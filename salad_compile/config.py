@@ -20,7 +20,7 @@ LOWERINGS = ("inductor", "aot_eager", "eager")
 # cautious default for models that were never converted (our choice).
 TRAINED_SPARSITY = 0.9
 TRAINING_FREE_SPARSITY = 0.5
-# Our choice (method.md 4.4). On an H100 the whole operator is ahead from 5,120 tokens on (docs/kernels.md), counting the
+# Our choice (method.md 4.4). On an H100 the whole operator is ahead from 5,120 tokens on (docs/kernels.md), by the
 # device's time alone; the margin is for the host's.
 MIN_TOKENS = 8192
 
