@@ -37,7 +37,8 @@ def use_engine(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _requested.remove(name)
+        # the last of that name: contexts nest, and may ask for the same engine
+        del _requested[len(_requested) - 1 - _requested[::-1].index(name)]
 
 
 def engine_name(device: torch.device, available: tuple[str, ...] = ("triton", "torch")) -> str:
