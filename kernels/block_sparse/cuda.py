@@ -186,7 +186,6 @@ class _Call:
             "HAS_MASK": self.masked,
             "num_warps": tiling.warps,
             "num_stages": tiling.stages,
-            "maxnreg": tiling.maxnreg,
         }
 
 

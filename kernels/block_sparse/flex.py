@@ -9,7 +9,8 @@ import torch
 
 from ..checks import accumulation_dtype
 from ..errors import UnsupportedKernelError
-from ..layout import ALL_BLOCKS, block_count, empty_bshd, take_in_order
+from ..layout import block_count, empty_bshd, take_in_order
+from .reference import block_mask
 
 
 def forward(
@@ -26,7 +27,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.block_sparse_attention`. Compiled on CUDA; elsewhere FlexAttention computes all S x S scores."""
     batch, heads, tokens, _ = query.shape
-    member = _membership(lut, count, block_count(tokens, key_block))
+    member = block_mask(lut, count, block_count(tokens, key_block))
     valid = query.new_ones((batch, tokens), dtype=torch.bool) if key_mask is None else key_mask
     if order is not None:
         valid = valid.index_select(1, order)
@@ -59,14 +60,6 @@ def backward(*arguments: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
         "the flex engine of block-sparse attention has no backward: it is a cross-check of the forward. Leave "
         "use_engine('flex'), or use_engine('torch') for a second opinion on gradients"
     )
-
-
-def _membership(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> torch.Tensor:
-    """bool (B, H, Mq, Mk): True where the query block attends to the key block."""
-    listed = torch.arange(lut.shape[-1], device=lut.device) < count[..., None]
-    member = torch.zeros((*lut.shape[:3], key_blocks + 1), dtype=torch.bool, device=lut.device)
-    member.scatter_(-1, lut.masked_fill(~listed, key_blocks).long(), True)
-    return member[..., :key_blocks] | (count == ALL_BLOCKS)[..., None]
 
 
 @lru_cache(maxsize=2)

@@ -6,6 +6,14 @@ from ..checks import accumulation_dtype
 from ..layout import ALL_BLOCKS, block_count
 
 
+def block_mask(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> torch.Tensor:
+    """bool (B, H, Mq, Mk): True where the query block attends to the key block."""
+    listed = torch.arange(lut.shape[-1], device=lut.device) < count[..., None]
+    mask = torch.zeros((*lut.shape[:3], key_blocks + 1), dtype=torch.bool, device=lut.device)
+    mask.scatter_(-1, lut.masked_fill(~listed, key_blocks).long(), True)
+    return mask[..., :key_blocks] | (count == ALL_BLOCKS)[..., None]
+
+
 def token_mask(
     lut: torch.Tensor,
     count: torch.Tensor,
@@ -16,16 +24,11 @@ def token_mask(
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """bool (B, H, S, S) in native order: True where query token i may attend to key token j."""
-    slots = torch.arange(lut.shape[-1], device=lut.device)
-    key_blocks = block_count(tokens, key_block)
-    selected = torch.nn.functional.one_hot(
-        torch.where(slots < count[..., None], lut, key_blocks).long(), key_blocks + 1
-    )
-    block_mask = (selected.sum(dim=-2)[..., :key_blocks] > 0) | (count == ALL_BLOCKS)[..., None]
+    blocks = block_mask(lut, count, block_count(tokens, key_block))
     position = torch.arange(tokens, device=lut.device)
     if order is not None:
         position = torch.empty_like(position).scatter_(0, order.long(), position)  # native index -> place in the order
-    mask = block_mask[:, :, position // query_block][:, :, :, position // key_block]
+    mask = blocks[:, :, position // query_block][:, :, :, position // key_block]
     return mask if key_mask is None else mask & key_mask[:, None, None, :]
 
 

@@ -18,7 +18,6 @@ class Tiling:
     warps: int
     stages: int
     descriptors: bool = False  # tiles are read through the bulk copy engine (Hopper and newer)
-    maxnreg: int | None = None
 
     def within(self, query_block: int, key_block: int) -> Tiling:
         """The same, with tiles that do not reach beyond a block."""

@@ -66,7 +66,7 @@ def forward_kernel(
 ):
     """out (B, S, H, Dv) and lse (B, H, S) contiguous; lut (B, H, Mq, K), count (B, H, Mq), mask (B, S) contiguous.
 
-    key_ptr and value_ptr are tensor descriptors of (B, H, S, D) if DESCRIPTORS, which goes without an order only.
+    query_ptr, key_ptr and value_ptr are tensor descriptors if DESCRIPTORS, which goes without an order only.
     """
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if not DESCRIPTORS:
