@@ -50,6 +50,7 @@ from salad_compile.attention import (
     BranchTensors,
     linear_attention,
     salad_attention,
+    segments,
     sparse_and_linear_attention,
 )
 from salad_compile.config import AttentionSpec, density_permille
@@ -351,9 +352,10 @@ class Comparison:
     def operator(self, step: str, sparsity: float) -> Row:
         """Routing, block-sparse attention, linear branch, and their sum; without gate and projection."""
         spec, scale = _spec(sparsity), self.scale
+        where = segments("none", self.case.tokens, self.case.tokens)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            sparse, linear = sparse_and_linear_attention(query, key, value, None, spec, scale)
+            sparse, linear = sparse_and_linear_attention(query, key, value, where, spec, scale)
             return sparse + linear
 
         def prepare(facts: Facts) -> Run:

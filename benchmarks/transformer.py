@@ -159,10 +159,12 @@ def make_inputs(model: Model, device: torch.device, dtype: torch.dtype) -> dict[
     }
 
 
-def convert(base: Wan, model: Model, sparsity: float, inputs: dict[str, Any], *, merge: bool) -> Wan:
+def convert(base: Wan, model: Model, sparsity: float, inputs: dict[str, Any], *, merge: bool, token_order: str) -> Wan:
     """Converted by salad_compile, with random branches in the place of trained ones."""
     rank = 64 if model.tokens > 4096 else 4
-    config = salad_compile.SaladConfig(sparsity=sparsity, min_tokens=min(8192, model.tokens), lora_rank=rank)
+    config = salad_compile.SaladConfig(
+        sparsity=sparsity, min_tokens=min(8192, model.tokens), lora_rank=rank, token_order=token_order
+    )
     converted = salad_compile.convert(share(base), config, example_inputs=inputs)
     with torch.no_grad():
         for branch in branches(converted).values():
@@ -238,6 +240,7 @@ class Stage:
             "heads": model.heads,
             "head_dim": model.head_dim,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "token_order": self.options.token_order if kind == "salad" else "",
             "compiled": f"each block, {self.options.compiler}",
             "weights": WEIGHTS,
             "dense_attention_ms": self.sdpa,
@@ -252,7 +255,8 @@ class Stage:
         return self._first(dense, facts)
 
     def _salad(self, facts: Facts) -> Run:
-        converted = convert(self.base, self.plan.model, facts["sparsity"], self.inputs, merge=not self.training)
+        how = {"merge": not self.training, "token_order": self.options.token_order}
+        converted = convert(self.base, self.plan.model, facts["sparsity"], self.inputs, **how)
         facts["lora"] = "unmerged" if self.training else "merged"
         facts["branch_parameters"] = sum(p.numel() for b in branches(converted).values() for p in b.parameters())
         if self.training:
@@ -404,6 +408,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--models", nargs="+", default=names, choices=names)
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.9, 0.8, 0.95], help="the first matters most")
+    parser.add_argument("--token-order", default="tiles", choices=("tiles", "flat"), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, help="timings of a row (default: 10; 2 with --quick)")
     parser.add_argument("--row-seconds", type=float, default=15, help="a slow row takes no longer (3 timings at least)")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")

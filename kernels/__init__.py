@@ -11,6 +11,7 @@ from .linear import linear_output, linear_state
 from .measure import Execution, measure_executions
 from .one_pass import pool_and_read, pool_and_summarise
 from .routing import kept_blocks, pool_blocks, select_blocks
+from .rows import take_rows
 
 __all__ = [
     "Execution",
@@ -25,5 +26,6 @@ __all__ = [
     "pool_and_summarise",
     "pool_blocks",
     "select_blocks",
+    "take_rows",
     "use_engine",
 ]

@@ -11,14 +11,16 @@ AOTAutograd cleans up.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from ..config import AttentionSpec, BackendOptions, SaladConfig
 from ..errors import ConfigError, SiteLostError
 from ..logs import logger
+from ..split_frames import leave_uncompiled
 from .erase_tags import erase_tags
 from .find_attention import CONVERTED, LEFT_DENSE, AttentionCall, find_attention, has_converted_tags
 from .rewrite import rewrite
@@ -38,19 +40,27 @@ class CallReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """What the passes did to one graph that Dynamo handed over."""
+    """What the passes did to one graph that Dynamo handed over.
+
+    lost: a sentence for each converted site that would run dense. uncompiled: owners that run under the eager twin from
+    now on, because the graph breaks inside them.
+    """
 
     calls: tuple[CallReport, ...]
     lost: tuple[str, ...]
     seconds: float
+    uncompiled: tuple[str, ...] = ()
 
     def count(self, status: str) -> int:
         """Attention calls with this status."""
         return sum(call.status == status for call in self.calls)
 
 
-def run_passes(gm: fx.GraphModule, options: BackendOptions) -> GraphReport:
+def run_passes(gm: fx.GraphModule, options: BackendOptions, inputs: Sequence[Any] = ()) -> GraphReport:
     """Rewrite a Dynamo graph and its nested graphs in place.
+
+    Args:
+        inputs: what Dynamo passed beside the graph, one for each placeholder, the parameters themselves among them.
 
     Raises:
         SiteLostError: a converted site would run dense and `options.strict` is set.
@@ -62,16 +72,20 @@ def run_passes(gm: fx.GraphModule, options: BackendOptions) -> GraphReport:
     converted = any(has_converted_tags(module.graph) for module in modules)
     calls: list[CallReport] = []
     lost: list[str] = []
+    uncompiled: list[str] = []
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    parameters = dict(zip(placeholders, inputs, strict=False))
     for module in modules:
         found = [_settle(call, converted, options) for call in find_attention(module.graph, options)]
         calls += [CallReport(c.module, c.shape, c.status, c.reason) for c in found]
         lost += [f"{call.module or 'the compiled module'}: {call.reason}" for call in found if call.lost]
         for call in found:
             rewrite(call, options)
-        lost += erase_tags(module.graph, {call.tag for call in found if call.tag is not None})
+        used = {call.tag for call in found if call.tag is not None}
+        lost += erase_tags(module.graph, used, lambda site: _leave_uncompiled(site, parameters, uncompiled))
         module.graph.lint()
         module.recompile()
-    report = GraphReport(tuple(calls), tuple(lost), time.perf_counter() - start)
+    report = GraphReport(tuple(calls), tuple(lost), time.perf_counter() - start, tuple(uncompiled))
     logger.info(
         "graph: %d attention calls, %d salad, %d block-sparse, %d dense, %d lost, %.3f s",
         *(len(calls), report.count(CONVERTED), report.count("block-sparse"), report.count(LEFT_DENSE), len(lost)),
@@ -80,6 +94,20 @@ def run_passes(gm: fx.GraphModule, options: BackendOptions) -> GraphReport:
     logger.debug("after:\n%s", _Readable(gm))
     _complain(report, options)
     return report
+
+
+def _leave_uncompiled(site: fx.Node, parameters: Mapping[fx.Node, Any], uncompiled: list[str]) -> bool:
+    """Let a site run under the eager twin whose graph breaks between projection and attention."""
+    gate_bias = parameters.get(site.args[0])  # type: ignore[arg-type]
+    owners = [] if gate_bias is None else leave_uncompiled(gate_bias)
+    if owners:
+        logger.warning(
+            "the graph breaks inside %s%s: these attention modules run uncompiled, as SALAD all the same. "
+            'TORCH_LOGS="graph_breaks" says where it breaks.',
+            *(owners[0] or "the model", f" and {len(owners) - 1} more of its class" if len(owners) > 1 else ""),
+        )
+    uncompiled += owners
+    return bool(owners)
 
 
 def _nested(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import fx
 
 from ..tag import DENSE, SITES, TAGS
 from .provenance import module_path
 
 
-def erase_tags(graph: fx.Graph, used: set[fx.Node]) -> list[str]:
+def erase_tags(graph: fx.Graph, used: set[fx.Node], leave_uncompiled: Callable[[fx.Node], bool]) -> list[str]:
     """Remove all tags and site markers from a graph.
 
     Args:
         used: the tags whose attention call was rewritten or deliberately left dense.
+        leave_uncompiled: asked for a site marker with which the graph ends, so that nothing of its owner is in it: can
+            the owner still be made to run uncompiled?
 
     Returns:
         One sentence for each converted site of this graph that is lost.
@@ -21,7 +25,9 @@ def erase_tags(graph: fx.Graph, used: set[fx.Node]) -> list[str]:
     sites = [node for node in graph.nodes if node.target in SITES]
     lost = [_describe(tag, "its attention call is not in the same graph") for tag in tags if _is_orphan(tag, used)]
     tagged = [_gate_bias(tag) for tag in tags if tag.args[4] != DENSE]
-    lost += [_describe(site, "its query projection did not run") for site in sites if site.args[0] not in tagged]
+    for site in sites:
+        if site.args[0] not in tagged and not (_is_last(site) and leave_uncompiled(site)):
+            lost.append(_describe(site, "its query projection did not run"))
     for tag in tags:
         out = tag.args[0]
         assert isinstance(out, fx.Node)
@@ -30,6 +36,14 @@ def erase_tags(graph: fx.Graph, used: set[fx.Node]) -> list[str]:
     for site in sites:
         graph.erase_node(site)
     return lost
+
+
+def _is_last(site: fx.Node) -> bool:
+    """Whether nothing runs after the marker: then the graph broke inside its owner, before the query projection."""
+    following = site.next
+    while following.op == "placeholder" or following.op == "get_attr":
+        following = following.next
+    return following.op == "output"
 
 
 def _is_orphan(tag: fx.Node, used: set[fx.Node]) -> bool:

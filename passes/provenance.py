@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..attention_call import ATTENTION_FUNCTIONS
+from ..attention_call import is_attention
 from ..tag import TAGS
 
 PROJECTIONS = frozenset({F.linear, torch.ops.aten.linear.default})
@@ -36,7 +36,8 @@ def module_path(node: fx.Node) -> str:
     path = str(list(stack.values())[-1][0])
     path = re.sub(r"\.?__dict__\['_modules'\]|\._modules", "", path)
     path = re.sub(r"\['?(\w+)'?\]", r".\1", path)
-    return re.sub(r"^L\.(self|fn|mod)\.?", "", path)
+    path = re.sub(r"^L\.(self|fn|mod)\.?", "", path)
+    return re.sub(r"^bound\.0\.?", "", path)  # `video_grid.RootForward` holds the root
 
 
 def data_parents(node: fx.Node) -> list[fx.Node]:
@@ -62,7 +63,7 @@ def _walk(start: fx.Node) -> Iterator[fx.Node]:
     seen, todo = {start}, [start]
     for node in todo:
         yield node
-        if node.target not in TAGS and node.target not in PROJECTIONS and node.target not in ATTENTION_FUNCTIONS:
+        if node.target not in TAGS and node.target not in PROJECTIONS and not is_attention(node.target):
             parents = [parent for parent in data_parents(node) if parent not in seen]
             seen.update(parents)
             todo.extend(parents)
@@ -78,3 +79,16 @@ def projection_inputs(value: fx.Node) -> set[fx.Node]:
     projections = (node for node in _walk(value) if node.target in PROJECTIONS)
     arguments = ((p.args[0] if p.args else p.kwargs.get("input")) for p in projections)
     return {argument for argument in arguments if isinstance(argument, fx.Node)}
+
+
+def is_dead(node: fx.Node) -> bool:
+    """Whether nothing of the graph reads a value; Dynamo leaves the LSE of a call behind that nobody asked for."""
+    reads = node.op != "output" and not node.is_impure() and not any(_writes_to(node, arg) for arg in node.all_input_nodes)
+    return reads and all(is_dead(user) for user in node.users)
+
+
+def erase_dead(node: fx.Node) -> None:
+    """Erase a value that :func:`is_dead`, and what was computed from it."""
+    for user in list(node.users):
+        erase_dead(user)
+    node.graph.erase_node(node)

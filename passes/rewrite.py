@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
-from ..attention import BranchTensors, salad_attention, sparse_attention
+from ..attention import BranchTensors, salad_attention, segments, sparse_attention, with_all_heads
+from ..attention_call import AttentionArguments, key_padding
 from ..config import AttentionSpec, BackendOptions
 from .find_attention import CONVERTED, TRAINING_FREE, AttentionCall
 
@@ -48,25 +50,45 @@ def _converted(call: AttentionCall, proxy: Any) -> Proxy:
     assert call.tag is not None
     _, gate_input, params, order, spec = call.tag.args
     assert isinstance(params, (list, tuple))
-    query, key, value = (proxy(n) for n in (call.arguments.query, call.arguments.key, call.arguments.value))
+    text = call.site.args[1] if call.site is not None else None
+    rows = proxy(gate_input)
+    arguments, (query, key, value) = _operands(call, proxy)
     out: Any = salad_attention(
         query,
         key,
         value,
-        proxy(gate_input),
+        rows if call.sample is None else rows[call.sample : call.sample + 1],
         BranchTensors(*(proxy(node) for node in params)),
         None if order is None else proxy(order),
         AttentionSpec.decode(str(spec)),
         scale=call.scale,
         dtype=call.dtype,
+        key_mask=_key_mask(call, proxy, query),
+        text=None if text is None else proxy(text),
     )
-    return out  # type: ignore[no-any-return]
+    return arguments.as_called(out)  # type: ignore[no-any-return]
 
 
 def _training_free(call: AttentionCall, proxy: Any, spec: AttentionSpec) -> Proxy:
     """A projection that starts at zero contributes nothing: without a conversion the sparse branch is all there is."""
-    query, key, value = (
-        proxy(n).to(call.dtype) for n in (call.arguments.query, call.arguments.key, call.arguments.value)
-    )
-    out: Any = sparse_attention(query, key, value, None, spec, call.scale)
-    return out  # type: ignore[no-any-return]
+    arguments, operands = _operands(call, proxy)
+    query, key, value = (operand.to(call.dtype) for operand in operands)
+    shapes = call.shapes
+    groups = int(shapes[0][1]) // int(shapes[1][1])
+    key, value = with_all_heads(key, groups), with_all_heads(value, groups)
+    where = segments("none", query.shape[2], query.shape[2])
+    out: Any = sparse_attention(query, key, value, where, spec, call.scale, _key_mask(call, proxy, query))
+    return arguments.as_called(out)  # type: ignore[no-any-return]
+
+
+def _operands(call: AttentionCall, proxy: Any) -> tuple[AttentionArguments, list[Any]]:
+    """The call's arguments as proxies, and query, key and value as (B, H, S, D)."""
+    given = call.arguments
+    batch = None if given.batch is None else proxy(given.batch)
+    arguments = dataclasses.replace(given, batch=batch)
+    return arguments, [arguments.heads_first(proxy(node)) for node in (given.query, given.key, given.value)]
+
+
+def _key_mask(call: AttentionCall, proxy: Any, query: Any) -> Any:
+    kind = call.mask_kind
+    return key_padding(proxy(call.arguments.attn_mask), kind, query.shape[0]) if kind else None

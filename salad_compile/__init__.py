@@ -14,6 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention_call import AttentionArguments as AttentionArguments
+    from .attention_call import attention_adapter as attention_adapter
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .config import SaladConfig as SaladConfig
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AttentionArguments": "attention_call",
+    "attention_adapter": "attention_call",
     "SaladConfig": "config",
     "convert": "conversion",
     "explain": "inspection",
@@ -37,7 +41,18 @@ _HOMES = {
     "summary": "inspection",
 }
 
-__all__ = ["SaladConfig", "convert", "explain", "load", "merge_lora", "plan", "save", "summary"]
+__all__ = [
+    "AttentionArguments",
+    "SaladConfig",
+    "attention_adapter",
+    "convert",
+    "explain",
+    "load",
+    "merge_lora",
+    "plan",
+    "save",
+    "summary",
+]
 
 
 def __getattr__(name: str) -> Any:

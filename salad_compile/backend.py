@@ -15,6 +15,7 @@ from torch import fx
 from .config import BackendOptions
 from .cpu_fusion import inner_compile
 from .errors import ConfigError
+from .kernels.rows import decompositions
 from .logs import logger
 from .passes.driver import GraphReport, run_passes
 
@@ -40,7 +41,7 @@ def salad(
         ConfigError, SiteLostError: inside torch's BackendCompilerFailed, as its `inner_exception`.
     """
     parsed = BackendOptions.from_options(options)
-    report = run_passes(gm, parsed)
+    report = run_passes(gm, parsed, example_inputs)
     for recorder in _recorders:
         recorder.append(report)
     _announce(report, parsed)
@@ -68,12 +69,21 @@ def _lower(
     # Inductor loads Triton and takes a second: only here
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
 
     try:
         patches = {**(list_mode_options(mode) if mode else {}), **options.inductor}
     except RuntimeError as error:
         raise ConfigError(f"unknown mode {mode!r}: {error}") from error
-    compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=inner_compile, config_patches=patches or None)
+    with torch._inductor.config.patch(patches):  # the table depends on them
+        table = {**select_decomp_table(), **decompositions()}
+    compiled: Any = compile_fx(
+        gm,
+        list(example_inputs),
+        inner_compile=inner_compile,
+        config_patches=patches or None,
+        decompositions=table,
+    )
     return compiled  # type: ignore[no-any-return]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import split_frames
 from . import tag as _tag  # registers torch.ops.salad.tag and .site
 from .attention import BranchTensors
-from .config import SaladConfig
+from .config import AttentionSpec, SaladConfig
 from .eager import SaladMode
+from .video_grid import VideoGrid
 
 assert _tag  # imported for its effect
+
+# What a projection of a site can be; a text stream has its own.
+ROLES = ("query", "key", "value", "out", "text_query", "text_key", "text_value", "text_out")
 
 # Name of the submodule that a converted attention module gets. No other key of the base model's state dict changes.
 BRANCH_NAME = "salad"
@@ -28,6 +34,8 @@ class SiteRecord:
     """Where a converted site lives and what shape it has; stored in saved files, so that loading needs no inputs.
 
     Module names are relative to the converted model. A fused projection is named once for each role that it serves.
+    query, key, value and out are the video's projections, text_query and so on those of a text stream of its own. The
+    other fields are those of :class:`salad_compile.discovery.AttentionSite`.
     """
 
     owner: str
@@ -41,15 +49,36 @@ class SiteRecord:
     batch: int
     tokens: int
     call_index: int
+    text_query: str | None = None
+    text_key: str | None = None
+    text_value: str | None = None
+    text_out: str | None = None
+    key_heads: int | None = None
+    text: str = "none"
+    text_tokens: int = 0
+    text_argument: str | None = None
+    on_grid: bool = False
+    square_mask: bool = False
 
     @property
     def width(self) -> int:
         """D, the width of the concatenated heads."""
         return self.heads * self.value_dim
 
+    @property
+    def groups(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.heads // (self.key_heads or self.heads)
+
+    def head_widths(self) -> dict[str, int]:
+        """Role -> channels that the attention call reads of it."""
+        keys = self.heads // self.groups
+        widths = {"query": self.heads * self.head_dim, "key": keys * self.head_dim, "value": keys * self.value_dim}
+        return {**widths, **{f"text_{role}": width for role, width in widths.items()}}
+
     def projections(self) -> dict[str, str]:
-        """Role -> module name, in the order query, key, value, out, without an unknown out."""
-        roles = {"query": self.query, "key": self.key, "value": self.value, "out": self.out}
+        """Role -> module name, those of the video (query, key, value, out) first, without those that are not there."""
+        roles = {role: getattr(self, role) for role in ROLES}
         return {role: name for role, name in roles.items() if name is not None}
 
     def shared_roles(self) -> dict[str, tuple[str, ...]]:
@@ -81,7 +110,8 @@ class SaladBranch(nn.Module):
 
     Args:
         record: the site. config: the configuration; both are kept, shared between the sites of a model.
-        widths: role -> (in_features, out_features per role) of the projections that get a low-rank update.
+        widths: role -> (in_features, out_features of this role) of the projections that get a low-rank update.
+        shares: role -> out_features of this role, of all projections that serve several.
         gate_width: C, the width of the input of the query projection.
         dtype, device: of the parameters.
     """
@@ -95,14 +125,22 @@ class SaladBranch(nn.Module):
         *,
         gate_width: int,
         widths: Mapping[str, tuple[int, int]],
+        shares: Mapping[str, int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
         self.record = record
         self.config = config
-        self.spec = config.spec.encode()
+        single = record.text in ("before", "after") and record.text_query is None
+        self.spec = dataclasses.replace(
+            config.spec, text=record.text, single=single, groups=record.groups, square_mask=record.square_mask
+        ).encode()
         self.roles = record.shared_roles()
+        self.shares = dict(shares)
+        self.grid: VideoGrid | None = None  # shared by the sites of a model
+        self.text_position = 0  # of the owner's argument that tells how much is text
+        self.uncompiled = False  # set when a graph break inside the owner's forward was seen
         self.measured_sparsity: float | None = None
         self.lora_merged = False  # then the branch fits only the base that holds its update
         self.armed: Tensor | None = None  # the gate's input, between the query projection and the attention call
@@ -133,6 +171,10 @@ class SaladBranch(nn.Module):
                     parameter.zero_()
             self.lora_scale.fill_(self.config.lora_scale)
 
+    def decoded_spec(self) -> AttentionSpec:
+        """What this site computes."""
+        return AttentionSpec.decode(self.spec)
+
     def tensors(self) -> BranchTensors:
         """The parameters of the linear branch, in the order of the tag's `params`."""
         return BranchTensors(self.gate_weight, self.gate_bias, self.proj_weight, self.proj_bias)
@@ -149,10 +191,24 @@ class SaladBranch(nn.Module):
         chained = owner.__dict__.get("forward")
         self._original = (type(owner).forward, (owner,)) if chained is None else (chained, ())
         owner.add_module(BRANCH_NAME, self)
-        hooks = {"query": self.on_query, "key": self.on_key, "value": self.on_value, "out": self.on_out}
+        hooks = {
+            "query": self.on_query,
+            "key": self.on_key,
+            "value": self.on_value,
+            "out": self.on_out,
+            "text_query": self.on_text_query,
+            "text_key": self.on_text_key,
+            "text_value": self.on_text_value,
+            "text_out": self.on_text_out,
+        }
         for role, module in modules.items():
             module.register_forward_hook(hooks[role])
+        names = list(inspect.signature(owner.forward).parameters)
+        if self.record.text_argument is not None:
+            self.text_position = names.index(self.record.text_argument)
+        self.owner_class = type(owner)
         owner.forward = self.run_owner
+        split_frames.remember(self)
 
     def detach_forward(self, owner: nn.Module) -> None:
         """Give the owner back the forward that it had; the hooks stay."""
@@ -166,10 +222,14 @@ class SaladBranch(nn.Module):
         """Forward hook of the query (or fused) projection: its update, then the tag or, uncompiled, arming."""
         out = self._update("query", args[0], out)
         if torch.compiler.is_compiling():
-            tagged: Tensor = torch.ops.salad.tag(out, args[0], list(self.tensors()), None, self.spec)
+            tagged: Tensor = torch.ops.salad.tag(out, args[0], list(self.tensors()), self.order(), self.spec)
             return tagged
         self.armed = args[0]
         return out
+
+    def order(self) -> Tensor | None:
+        """int32 (2, V), the order of the video's tokens and its inverse; None where the grid is not known."""
+        return self.grid.order if self.record.on_grid and self.grid is not None else None
 
     def on_key(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the key projection, unless it is the query's."""
@@ -183,21 +243,70 @@ class SaladBranch(nn.Module):
         """Forward hook of the output projection."""
         return self._update("out", args[0], out)
 
+    def on_text_query(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """Forward hook of the text stream's query (or fused) projection."""
+        return self._update("text_query", args[0], out)
+
+    def on_text_key(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """Forward hook of the text stream's key projection."""
+        return self._update("text_key", args[0], out)
+
+    def on_text_value(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """Forward hook of the text stream's value projection."""
+        return self._update("text_value", args[0], out)
+
+    def on_text_out(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """Forward hook of the text stream's output projection."""
+        return self._update("text_out", args[0], out)
+
     def run_owner(self, *args: Any, **kwargs: Any) -> Any:
         """The owner's forward. Compiled: the original, announced to the passes. Uncompiled: under the eager twin."""
+        if torch.compiler.is_compiling() and not self.uncompiled:
+            torch.ops.salad.site(self.gate_bias, self._text(args, kwargs))
+        return self.run_announced(*args, **kwargs)
+
+    def run_announced(self, *args: Any, **kwargs: Any) -> Any:
+        """The second half of :meth:`run_owner`.
+
+        A function of its own: after a graph break inside the owner it is a frame of its own, and by then the passes
+        have seen the marker alone and set `uncompiled`.
+        """
+        if not torch.compiler.is_compiling():
+            return self._run_eagerly(*args, **kwargs)
+        if self.uncompiled:
+            return self._run_uncompiled(*args, **kwargs)
+        return self._run_original(*args, **kwargs)
+
+    def _run_original(self, *args: Any, **kwargs: Any) -> Any:
         assert self._original is not None
         original, bound = self._original
-        if torch.compiler.is_compiling():
-            torch.ops.salad.site(self.gate_bias)
-            return original(*bound, *args, **kwargs)
-        mode = SaladMode(self)
+        return original(*bound, *args, **kwargs)
+
+    def _run_eagerly(self, *args: Any, **kwargs: Any) -> Any:
+        mode = SaladMode(self, self._text(args, kwargs))
         try:
             with mode:
-                out = original(*bound, *args, **kwargs)
+                out = self._run_original(*args, **kwargs)
         finally:
             self.armed = None  # a tensor left here would keep its graph alive and break deepcopy
         mode.require_replaced()
         return out
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run_eagerly(*args, **kwargs)
+
+    def _text(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The argument of the owner that has as many tokens as there is text, (B, text, C), or None."""
+        name = self.record.text_argument
+        if name is None:
+            return None
+        text: Tensor = kwargs[name] if name in kwargs else args[self.text_position]
+        return text
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        split_frames.remember(self)  # a copy of an attached branch
 
     def _update(self, group: str, x: Tensor, out: Tensor) -> Tensor:
         """Add the low-rank update of each role that the projection serves to its share of the output.
@@ -209,7 +318,7 @@ class SaladBranch(nn.Module):
             return out
         if len(roles) == 1:
             return out + self._low_rank(roles[0], x).to(out.dtype)
-        shares = out.chunk(len(roles), dim=-1)
+        shares = torch.split(out, [self.shares[role] for role in roles], dim=-1)
         updated = [
             share + self._low_rank(role, x).to(out.dtype) if role in self.lora_roles else share
             for role, share in zip(roles, shares, strict=True)

@@ -37,10 +37,11 @@ from .errors import (
     UnexpectedKeysError,
     UnknownProjectionError,
 )
+from .geometry import GridRule, GridSource
 from .logs import logger
 from .model_tree import plain_key, single_model
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "salad.safetensors"
 _HEADER_KEY = "salad_config"
 
@@ -59,6 +60,8 @@ class Header:
     versions: Mapping[str, str]
     # after merge_lora: sums of the absolute weights of each site's projections, since only that base fits the file
     merged_weights: tuple[float, ...] = ()
+    # how to read the video's token grid; None: not known, or a function of the user, which no file can hold
+    grid: GridRule | None = None
 
     def to_json(self) -> str:
         """The text stored under `salad_config` in the file's metadata."""
@@ -72,6 +75,7 @@ class Header:
                 "sites": [site.to_dict() for site in self.sites],
                 "dense_projections": list(self.dense_projections),
                 "merged_weights": list(self.merged_weights),
+                "grid": None if self.grid is None else self.grid.to_dict(),
             }
         )
 
@@ -97,6 +101,7 @@ class Header:
                 dense_projections=tuple(values["dense_projections"]),
                 versions=values["versions"],
                 merged_weights=tuple(values["merged_weights"]),
+                grid=None if values["grid"] is None else GridRule.from_dict(values["grid"]),
             )
         except (KeyError, TypeError, SaladError) as error:
             raise CorruptFileError(f"{path}: the header is damaged: {error!r}") from error
@@ -159,7 +164,16 @@ def describe(model: nn.Module) -> Header:
         dense_projections=tuple(dense_projections(model)),
         versions={"salad_compile": __version__, "torch": torch.__version__},
         merged_weights=tuple(_weight_sums(model, records)) if any(branch.lora_merged for branch in known) else (),
+        grid=_saved_grid(known[0]),
     )
+
+
+def _saved_grid(branch: SaladBranch) -> GridRule | None:
+    source = None if branch.grid is None else branch.grid.source
+    if source is not None and not isinstance(source, GridRule):
+        logger.warning("grid= was a function, which the file cannot hold: pass it again, load(model, path, grid=...)")
+        return None
+    return source
 
 
 def branch_state(model: nn.Module) -> dict[str, Tensor]:
@@ -219,12 +233,13 @@ def _write(state: Mapping[str, Tensor], header: Header, target: Path) -> None:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load(model: Model, path: str | os.PathLike[str]) -> Model:
+def load(model: Model, path: str | os.PathLike[str], *, grid: GridSource | None = None) -> Model:
     """Read a file of :func:`save` into `model`, converting it first, from the file's configuration, if need be.
 
     Args:
         model: the base model, or a model converted with the same configuration.
         path: a file, a directory that holds `salad.safetensors`, or the id of a repository on the Hugging Face Hub.
+        grid: for a model whose conversion was given a function as `grid`: that function. None: what the file says.
 
     Raises:
         CheckpointError: one of its subclasses for each way in which the file can be wrong.
@@ -241,7 +256,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         expected = branch_state(bare) if known else _planned_state(prepared)
         tensors = _read_checked(content, expected, file)
     if not known:
-        attach(bare, prepared, header.config, header.dense_projections)
+        attach(bare, prepared, header.config, header.dense_projections, header.grid if grid is None else grid)
     with torch.no_grad():
         for name, parameter in branch_state(bare).items():
             _assign(parameter, tensors[name])

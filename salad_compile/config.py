@@ -11,6 +11,7 @@ from typing import Any
 from .errors import ConfigError, did_you_mean
 
 PATTERNS = ("topk",)
+TOKEN_ORDERS = ("tiles", "flat")
 FEATURE_MAPS = ("relu", "elu", "softmax")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 PROJECTIONS = ("query", "key", "value", "out")
@@ -77,6 +78,11 @@ class AttentionSpec:
     """What one attention site computes, without its parameters: the part of the configuration that a graph depends on.
 
     It travels through traced graphs as one short string, so that sites with equal settings share one compiled graph.
+
+    The first six are the user's; the others describe the site. text: where the text of a joint sequence lies, "none",
+    "before" or "after" the video, or "prefix": before the video, among keys and values only. single: whether video and
+    text come through one projection. groups: query heads that share one key head. square_mask: whether a (B, 1, S, S)
+    mask was seen to be key padding.
     """
 
     pattern: str
@@ -84,6 +90,11 @@ class AttentionSpec:
     query_block: int
     key_block: int
     feature_map: str
+    token_order: str = "flat"
+    text: str = "none"
+    single: bool = False
+    groups: int = 1
+    square_mask: bool = False
 
     def encode(self) -> str:
         return "|".join(str(getattr(self, field.name)) for field in dataclasses.fields(self))
@@ -91,8 +102,11 @@ class AttentionSpec:
     @classmethod
     @lru_cache(maxsize=256)
     def decode(cls, text: str) -> AttentionSpec:
-        pattern, permille, query_block, key_block, feature_map = text.split("|")
-        return cls(pattern, int(permille), int(query_block), int(key_block), feature_map)
+        pattern, permille, query_block, key_block, feature_map, order, segment, single, groups, square = text.split("|")
+        sizes = (int(permille), int(query_block), int(key_block))
+        return cls(
+            pattern, *sizes, feature_map, order, segment, single == "True", int(groups), square_mask=square == "True"
+        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,8 @@ class SaladConfig:
         lora_alpha: the update is scaled by lora_alpha / lora_rank; None means lora_rank, a scale of 1.
         lora_targets: the projections that get an update, a subset of ("query", "key", "value", "out").
         min_tokens: attention over fewer tokens than this stays dense.
+        token_order: the order whose consecutive runs are the blocks: "tiles", compact pieces of the video's token grid
+            where it is known, or "flat", the model's own order.
         train_base: leave the base parameters as they are instead of freezing them.
 
     Raises:
@@ -124,10 +140,12 @@ class SaladConfig:
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = PROJECTIONS
     min_tokens: int = MIN_TOKENS
+    token_order: str = "tiles"
     train_base: bool = False
 
     def __post_init__(self) -> None:
         _check_attention_options(self)
+        _check_choice("token_order", self.token_order, TOKEN_ORDERS)
         _check_choice("feature_map", self.feature_map, FEATURE_MAPS)
         _require(
             _is_int(self.lora_rank) and self.lora_rank >= 0, f"lora_rank must be 0 or more, got {self.lora_rank!r}."
@@ -153,9 +171,8 @@ class SaladConfig:
     @property
     def spec(self) -> AttentionSpec:
         """The part of the configuration that a traced graph depends on."""
-        return AttentionSpec(
-            self.pattern, density_permille(self.sparsity), self.query_block, self.key_block, self.feature_map
-        )
+        blocks = (self.query_block, self.key_block)
+        return AttentionSpec(self.pattern, density_permille(self.sparsity), *blocks, self.feature_map, self.token_order)
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""

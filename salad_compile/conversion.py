@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import torch.nn as nn
 
 from .branch import BRANCH_NAME, SaladBranch, SiteRecord, branches
 from .config import SaladConfig
-from .discovery import AttentionSite, discover
+from .discovery import AttentionSite, Discovery, discover
 from .errors import (
     AlreadyConvertedError,
     ConfigError,
@@ -18,16 +19,22 @@ from .errors import (
     NoEligibleSiteError,
     UnknownProjectionError,
 )
+from .geometry import GridSource
 from .logs import logger
 from .model_tree import components
+from .multihead import InProjection, in_projection_owner, take_apart
 from .probe import is_linear
 from .report import Plan
+from .site_filter import filtered
 from .tag import leave_dense
+from .video_grid import RootForward, VideoGrid
 
 ModelOrPipeline = TypeVar("ModelOrPipeline")
 
 
-def plan(model: Any, example_inputs: Any = None, *, config: SaladConfig | None = None) -> Plan:
+def plan(
+    model: Any, example_inputs: Any = None, *, config: SaladConfig | None = None, grid: Any = None, sites: Any = None
+) -> Plan:
     """What :func:`convert` would do, without touching the model.
 
     Args:
@@ -35,20 +42,36 @@ def plan(model: Any, example_inputs: Any = None, *, config: SaladConfig | None =
         example_inputs: tuple of positional inputs or dict of keyword inputs of the model's forward. Without them they
             are synthesised for diffusers-style models, at 480p with 81 frames.
         config: its `min_tokens` decides which sites are eligible.
+        grid: (T, H, W), the tokens of the video along time, height and width, or a callable that gives them from the
+            forward's arguments by name. None: found from the example inputs.
+        sites: names of the sites to convert, or a list of them, with the wildcards of `fnmatch` ("blocks.1?.*"); a
+            leading "!" leaves sites out. None: all that are eligible.
 
     Raises:
-        InputsError, ProbeError: see :func:`salad_compile.discovery.discover`.
+        InputsError, ProbeError, GridMismatchError: see :func:`salad_compile.discovery.discover`.
+        SiteFilterError: a pattern matches no site.
     """
     config = _checked_config(config)
-    sites = {
-        name: discover(module, example_inputs, min_tokens=config.min_tokens)
-        for name, module in components(model).items()
-    }
-    return Plan(sites=sites, config=config)
+    found = {name: _discover(module, example_inputs, config, grid, sites) for name, module in components(model).items()}
+    return Plan(
+        sites={name: discovery.sites for name, discovery in found.items()},
+        config=config,
+        grids={name: discovery.grid or discovery.grid_reason for name, discovery in found.items()},
+    )
+
+
+def _discover(module: nn.Module, example_inputs: Any, config: SaladConfig, grid: Any, sites: Any) -> Discovery:
+    found = discover(module, example_inputs, min_tokens=config.min_tokens, grid=grid)
+    return dataclasses.replace(found, sites=filtered(found.sites, sites))
 
 
 def convert(
-    model: ModelOrPipeline, config: SaladConfig | Mapping[str, Any] | None = None, *, example_inputs: Any = None
+    model: ModelOrPipeline,
+    config: SaladConfig | Mapping[str, Any] | None = None,
+    *,
+    example_inputs: Any = None,
+    grid: Any = None,
+    sites: Any = None,
 ) -> ModelOrPipeline:
     """Attach a SALAD branch (gate, projection, LoRA) to every eligible self-attention site, and return the model.
 
@@ -59,13 +82,13 @@ def convert(
     Args:
         model: a module, or a diffusers pipeline, whose `transformer` (and `transformer_2`) is converted.
         config: a :class:`SaladConfig` or a dictionary of its fields; None means the defaults.
-        example_inputs: see :func:`plan`.
+        example_inputs, grid, sites: see :func:`plan`.
 
     Raises:
         ConfigError: a wrong configuration. AlreadyConvertedError: converted before with another one.
         WrappedModelError: compiled or distributed before conversion.
         NoAttentionError: the forward calls no attention. NoEligibleSiteError: none that can be converted.
-        InputsError, ProbeError: see :func:`salad_compile.discovery.discover`.
+        InputsError, ProbeError, GridMismatchError, SiteFilterError: see :func:`plan`.
         Whatever is raised, the model is unchanged.
     """
     config = _checked_config(config)
@@ -78,14 +101,20 @@ def convert(
                 branch.requires_grad_(True)
             logger.info("%s is converted already: %d sites", name or type(module).__name__, len(known))
             continue
-        sites = discover(module, example_inputs, min_tokens=config.min_tokens)
-        _require_eligible(module, sites, config)
-        records = [site.record() for site in sites if site.eligible]
-        dense = [s.query[0] for s in sites if s.kind == "self" and not s.eligible and len(s.query) == 1]
-        prepared.append((module, prepare(module, records, config), dense))
-    for module, attachments, dense in prepared:
-        attach(module, attachments, config, dense)
+        found = _discover(module, example_inputs, config, grid, sites)
+        _require_eligible(module, found, config)
+        records = [site.record() for site in found.sites if site.eligible]
+        prepared.append((module, prepare(module, records, config), _left_dense(found.sites), found.grid))
+    for module, attachments, dense, rule in prepared:
+        attach(module, attachments, config, dense, rule)
     return model
+
+
+def _left_dense(sites: list[AttentionSite]) -> list[str]:
+    """Query projections of self-attention that stays dense, and of no converted site."""
+    converted = {name for site in sites if site.eligible for name in site.query}
+    candidates = [s.query[0] for s in sites if s.kind in ("self", "joint") and not s.eligible and s.query]
+    return [name for name in dict.fromkeys(candidates) if name not in converted]
 
 
 def prepare(model: nn.Module, records: Iterable[SiteRecord], config: SaladConfig) -> list[SaladBranch]:
@@ -97,22 +126,36 @@ def prepare(model: nn.Module, records: Iterable[SiteRecord], config: SaladConfig
     return [build_branch(model, record, config) for record in records]
 
 
-def attach(model: nn.Module, prepared: Sequence[SaladBranch], config: SaladConfig, dense: Iterable[str] = ()) -> None:
+def attach(
+    model: nn.Module,
+    prepared: Sequence[SaladBranch],
+    config: SaladConfig,
+    dense: Iterable[str] = (),
+    rule: GridSource | None = None,
+) -> None:
     """Hang prepared branches on the model, and freeze its base.
 
     Args:
         dense: query projections of self-attention that stays dense; the backend must not take it for unconverted.
+        rule: how to read the video's token grid from the arguments of the model's forward.
     """
+    grid = None if rule is None else VideoGrid(rule)
     if not config.train_base:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+    take_apart(model, [name for branch in prepared for name in branch.record.projections().values()])
     for branch in prepared:
         owner = model.get_submodule(branch.record.owner)
         projections = branch.record.projections()
         modules = {role: model.get_submodule(projections[role]) for role in branch.record.shared_roles()}
         branch.train(owner.training)
+        branch.grid = grid
         branch.attach(owner, modules)
+    if grid is not None:
+        model.forward = RootForward(model, grid)
     for name in dense:
+        if in_projection_owner(model, name) is not None:
+            continue  # of an nn.MultiheadAttention that stays whole, which the passes leave alone
         model.get_submodule(name).register_forward_hook(leave_dense)
     logger.info("converted %d sites of %s at sparsity %s", len(prepared), type(model).__name__, config.sparsity)
 
@@ -128,28 +171,49 @@ def build_branch(model: nn.Module, record: SiteRecord, config: SaladConfig) -> S
     owner = _submodule(model, record.owner, record)
     if hasattr(owner, BRANCH_NAME):
         raise ConfigError(f"{record.owner!r} has an attribute {BRANCH_NAME!r} already: rename it before converting.")
-    shares = {role: len(roles) for roles in record.shared_roles().values() for role in roles}
-    sizes = {role: (int(m.in_features), int(m.out_features)) for role, m in projections.items()}
-    expected = {
-        "query": record.heads * record.head_dim,
-        "key": record.heads * record.head_dim,
-        "value": record.width,
-    }
-    for role, width in expected.items():
-        if sizes[role][1] != width * shares[role]:
-            raise UnknownProjectionError(
-                f"{record.projections()[role]!r} answers {sizes[role][1]} channels, but the {role} of "
-                f"{record.owner!r} has {record.heads} heads x {width // record.heads}"
-                + (f", {shares[role]} roles in one projection" if shares[role] > 1 else "")
-                + "."
-            )
-    widths = {r: (sizes[r][0], sizes[r][1] // shares[r]) for r in config.lora_targets if r in projections}
-    device, dtype = _parameter_placement(projections["query"])
-    return SaladBranch(record, config, gate_width=sizes["query"][0], widths=widths, dtype=dtype, device=device)
+    shares = {}
+    for roles in record.shared_roles().values():
+        shares.update(_shares(record, roles, int(projections[roles[0]].out_features)))
+    targets = [role for role in projections if role.removeprefix("text_") in config.lora_targets]
+    widths = {role: (int(projections[role].in_features), shares[role]) for role in targets}
+    device, dtype = _parameter_placement(projections["query"], owner)
+    return SaladBranch(
+        record,
+        config,
+        gate_width=int(projections["query"].in_features),
+        widths=widths,
+        shares=shares,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _shares(record: SiteRecord, roles: Sequence[str], out_features: int) -> dict[str, int]:
+    """Role -> how many of a projection's channels are its.
+
+    Raises:
+        UnknownProjectionError: the projection does not answer the channels that the attention call reads.
+    """
+    if roles[0] in ("out", "text_out"):
+        return {roles[0]: out_features}
+    widths = {role: record.head_widths()[role] for role in roles}
+    if sum(widths.values()) == out_features:
+        return widths
+    # keys and values whose heads the model itself repeats, before the call
+    shared = [role for role in roles if not role.endswith("query")]
+    rest = out_features - sum(widths[role] for role in roles if role not in shared)
+    whole = sum(widths[role] for role in shared)
+    if shared and rest > 0 and whole % rest == 0 and all(widths[role] * rest % whole == 0 for role in shared):
+        return {role: widths[role] * rest // whole if role in shared else widths[role] for role in roles}
+    raise UnknownProjectionError(
+        f"{record.projections()[roles[0]]!r} answers {out_features} channels, but {', '.join(roles)} of "
+        f"{record.owner!r} are {' + '.join(str(width) for width in widths.values())}."
+    )
 
 
 def _projection(model: nn.Module, name: str, record: SiteRecord) -> Any:
-    module = _submodule(model, name, record)
+    whole = in_projection_owner(model, name)
+    module = _submodule(model, name, record) if whole is None else InProjection(whole)
     if not is_linear(module):
         raise UnknownProjectionError(
             f"{name!r} of the site {record.owner!r} is a {type(module).__name__}, not a projection."
@@ -166,9 +230,10 @@ def _submodule(model: nn.Module, name: str, record: SiteRecord) -> nn.Module:
         ) from error
 
 
-def _parameter_placement(projection: nn.Module) -> tuple[torch.device, torch.dtype]:
+def _parameter_placement(projection: nn.Module, owner: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype for a branch: those of the projection, or a trainable dtype when its storage is quantised."""
     parameters: list[torch.Tensor] = [*projection.parameters(), *projection.buffers()]
+    parameters = parameters or list(owner.parameters())  # the input projection of an nn.MultiheadAttention has none
     device = parameters[0].device if parameters else torch.device("cpu")
     dtypes = [p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1]
     return device, dtypes[0] if dtypes else torch.float32
@@ -193,7 +258,8 @@ def _require_same_config(known: Mapping[str, SaladBranch], config: SaladConfig, 
         )
 
 
-def _require_eligible(model: nn.Module, sites: list[AttentionSite], config: SaladConfig) -> None:
+def _require_eligible(model: nn.Module, found: Discovery, config: SaladConfig) -> None:
+    sites = found.sites
     if not sites:
         raise NoAttentionError(
             f"the forward of {type(model).__name__} never called torch.nn.functional.scaled_dot_product_attention. "

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
 
-from .attention_call import dense_reason
+# Private; see probe.py.
+from torch._subclasses.fake_tensor import is_fake
+
+from .attention_call import dense_reason, mask_kind
 from .branch import SiteRecord
-from .probe import Call, Probe, run_probe
+from .geometry import GridRule, GridSource, find_grid_rule, read_grid
+from .probe import Call, Probe, Projection, run_probe
+from .segments import Layout, layout_of, video_inputs
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,15 @@ class AttentionSite:
 
     Attributes:
         name: the module whose forward contains both the projections and the call ("" is the model itself).
-        kind: "self", "cross", "joint" (two streams concatenated), "mixed" (key and value see more than the query) or
+        kind: "self", "cross", "joint" (video and text concatenated), "mixed" (key and value see more than the query) or
             "unresolved" (some of query, key, value come from no Linear).
-        query, key, value, out: names of the projections; several for joint attention, equal for a fused one.
-        batch, heads, query_tokens, key_tokens, head_dim, value_dim: sizes in the example forward.
-        mask: shape of the attention mask, or None. causal: whether the call is causal.
+        query, key, value: names of the projections, the video's first; several for two streams, equal for a fused one.
+        out: the output projection. text_out: that of the text stream.
+        batch, heads, key_heads, query_tokens, key_tokens, head_dim, value_dim: sizes in the example forward.
+        text: where the text lies, "none", "before", "after" or "prefix" (keys only). text_tokens: how many.
+        text_argument: the owner's argument that has as many tokens. on_grid: whether the video's tokens are the grid's.
+        mask: shape of the attention mask, or None. mask_kind: "", "keys", "padding" (square), or "other".
+        causal: whether the call is causal.
         call_index: the call's number within one forward of `name`.
         invocations: how often the example forward came by.
         eligible: whether `convert` converts it. reason: if not, why.
@@ -41,74 +50,130 @@ class AttentionSite:
     key: tuple[str, ...]
     value: tuple[str, ...]
     out: str | None
+    text_out: str | None
     batch: int
     heads: int
+    key_heads: int
     query_tokens: int
     key_tokens: int
     head_dim: int
     value_dim: int
+    text: str
+    text_tokens: int
+    text_argument: str | None
+    on_grid: bool
     mask: tuple[int, ...] | None
+    mask_kind: str
     causal: bool
     call_index: int
     invocations: int
     eligible: bool
     reason: str
 
+    @property
+    def video_tokens(self) -> int:
+        """Tokens that are not text."""
+        return self.query_tokens if self.text == "prefix" else self.query_tokens - self.text_tokens
+
     def record(self) -> SiteRecord:
         """What conversion keeps of an eligible site."""
+        dual = self.text in ("before", "after") and len(self.query) == 2
         return SiteRecord(
             owner=self.name,
             query=self.query[0],
             key=self.key[0],
             value=self.value[0],
             out=self.out,
+            text_query=self.query[1] if dual else None,
+            text_key=self.key[1] if dual else None,
+            text_value=self.value[1] if dual else None,
+            text_out=self.text_out if dual else None,
             heads=self.heads,
+            key_heads=self.key_heads,
             head_dim=self.head_dim,
             value_dim=self.value_dim,
             batch=self.batch,
             tokens=self.query_tokens,
+            text=self.text,
+            text_tokens=self.text_tokens,
+            text_argument=self.text_argument,
+            on_grid=self.on_grid,
+            square_mask=self.mask_kind == "padding",
             call_index=self.call_index,
         )
 
 
-def discover(model: nn.Module, example_inputs: Any = None, *, min_tokens: int) -> list[AttentionSite]:
-    """All attention calls of one forward, in execution order; the model is left as it was.
+@dataclass(frozen=True)
+class Discovery:
+    """What one forward showed.
+
+    Attributes:
+        sites: all attention calls, in execution order.
+        grid: how to read the video's token grid from the arguments of the forward, or None. grid_reason: why not.
+    """
+
+    sites: list[AttentionSite]
+    grid: GridSource | None
+    grid_reason: str
+
+
+def discover(model: nn.Module, example_inputs: Any = None, *, min_tokens: int, grid: Any = None) -> Discovery:
+    """All attention calls of one forward; the model is left as it was.
 
     Args:
         model: any module. example_inputs: tuple of positional or dict of keyword inputs; None synthesises them.
         min_tokens: self-attention over fewer tokens is not eligible.
+        grid: (T, H, W) tokens of the video, or a callable that gives them from the forward's arguments by name.
 
     Raises:
         InputsError: no inputs were given and none can be synthesised, or they do not fit the forward.
-        ProbeError: the model's forward failed.
+        ProbeError: the model's forward failed. GridMismatchError: `grid` does not fit the tokens of any site.
     """
     probe = run_probe(model, example_inputs)
-    sites = _merge_invocations([_site_of(call, probe, min_tokens) for call in probe.calls])
-    return _reject_shared_owners(sites)
+    video = video_inputs(probe.inputs)
+    sites = _merge_invocations([_site_of(call, probe, video, min_tokens) for call in probe.calls])
+    rule, reason = _grid_rule(model, probe, sites, grid)
+    if rule is not None:
+        tokens = _tokens(rule, probe)
+        sites = [dataclasses.replace(site, on_grid=site.video_tokens == tokens) for site in sites]
+    sites = [_require_text_count(site) for site in sites]
+    return Discovery(_reject_shared_owners(sites), rule, reason)
 
 
-def _site_of(call: Call, probe: Probe, min_tokens: int) -> AttentionSite:
+def _site_of(call: Call, probe: Probe, video: set[str], min_tokens: int) -> AttentionSite:
     query, key, value = call.shapes
-    names = tuple(tuple(dict.fromkeys(p.name for p in made)) for made in call.made_by)
-    owner = _owner_of(call, [name for group in names for name in group])
     kind = _kind(call)
-    reason = _ineligible(call, kind, probe.input_tokens, min_tokens)
-    mask = call.arguments.attn_mask
+    layout = layout_of(call, probe, video) if kind in ("self", "joint", "mixed") else Layout()
+    if kind == "self" and layout.text != "none":
+        kind = "joint"
+    names = _projection_names(call, layout)
+    owner = _owner_of(call, [name for group in names for name in group])
+    mask = _mask_kind(call.arguments.attn_mask)
+    reason = _ineligible(call, kind, layout, mask, min_tokens)
+    attn_mask = call.arguments.attn_mask
     ranked = len(query) == 4 and len(key) == 4
+    out, text_out = _outs(call, layout)
     return AttentionSite(
         name=owner,
         kind=kind,
         query=names[0],
         key=names[1],
         value=names[2],
-        out=call.out,
+        out=out,
+        text_out=text_out,
         batch=query[0] if ranked else 1,
         heads=query[1] if ranked else 1,
+        key_heads=key[1] if ranked else 1,
         query_tokens=query[-2],
         key_tokens=key[-2],
         head_dim=query[-1],
         value_dim=value[-1],
-        mask=tuple(mask.shape) if isinstance(mask, Tensor) else None,
+        text=layout.text,
+        text_tokens=layout.text_tokens,
+        text_argument=(layout.arguments or {}).get(owner),
+        on_grid=False,
+        mask=tuple(attn_mask.shape) if isinstance(attn_mask, Tensor) else None,
+        mask_kind=mask,
         causal=bool(call.arguments.is_causal),
         call_index=_call_index(call, owner, probe.calls),
         invocations=1,
@@ -117,28 +182,95 @@ def _site_of(call: Call, probe: Probe, min_tokens: int) -> AttentionSite:
     )
 
 
+def _projection_names(call: Call, layout: Layout) -> tuple[tuple[str, ...], ...]:
+    """Names of the projections of query, key and value, the video's before the text's."""
+    if layout.streams:
+        return tuple(tuple(p.name for p in stream if p is not None) for stream in layout.streams)
+    return tuple(tuple(dict.fromkeys(p.name for p in made)) for made in call.made_by)
+
+
+def _outs(call: Call, layout: Layout) -> tuple[str | None, str | None]:
+    """The output projections of the video and, with two streams, of the text: told apart by how much they read."""
+    if not layout.streams or layout.streams[0][1] is None:
+        return (call.outs[0].name if call.outs else None), None
+    rows = [stream.gate_input.shape[:-1].numel() for stream in layout.streams[0] if stream is not None]
+    video, text = (next((out.name for out in call.outs if out.rows == count), None) for count in rows)
+    return video, text if text != video else None
+
+
+def _mask_kind(mask: Any) -> str:
+    """What :func:`mask_kind` says; a square mask is "padding" if its values say so, else "other"."""
+    kind = mask_kind(mask)
+    if kind != "square":
+        return kind
+    if mask.device.type == "meta" or is_fake(mask):
+        return "unread"
+    rows, columns = mask.any(dim=-1, keepdim=True), mask.any(dim=-2, keepdim=True)
+    return "padding" if bool((mask == (rows & columns)).all()) else "other"
+
+
+def _tokens(source: GridSource, probe: Probe) -> int:
+    return math.prod(int(size) for size in read_grid(source, probe.inputs))
+
+
+def _grid_rule(model: nn.Module, probe: Probe, sites: list[AttentionSite], grid: Any) -> tuple[GridSource | None, str]:
+    """The rule that fits the largest eligible site."""
+    eligible = [site for site in sites if site.eligible]
+    if not eligible:
+        return None, "no site is eligible"
+    tokens = max(site.video_tokens for site in eligible)
+    if grid is not None:
+        source = grid if callable(grid) else GridRule.fixed(grid)
+        read_grid(source, probe.inputs, tokens)
+        return source, ""
+    config = getattr(model, "config", None)
+    patches = {name: getattr(config, name, None) for name in ("patch_size", "patch_size_t")}
+    found = find_grid_rule(probe.inputs, tokens, **patches, conv_grids=probe.convolved)
+    return found.rule, found.reason
+
+
+def _require_text_count(site: AttentionSite) -> AttentionSite:
+    """A single stream must know at run time how much of it is text: from its owner's arguments, or from the grid."""
+    single = site.text in ("before", "after") and len(site.query) == 1
+    if not site.eligible or not single or site.text_argument is not None or site.on_grid:
+        return site
+    reason = (
+        f"{site.text_tokens} of its tokens are text, but neither an argument of {site.name or 'the model'!r} nor the "
+        "token grid tells how many in other calls: pass grid="
+    )
+    return dataclasses.replace(site, eligible=False, reason=reason)
+
+
 def _owner_of(call: Call, projections: list[str]) -> str:
     """The innermost running module that contains all projections; helper modules may be shared between owners."""
-    for name, _ in reversed(call.stack):
-        if all(not name or projection.startswith(f"{name}.") for projection in projections):
-            return name
+    for frame in reversed(call.stack):
+        if all(not frame.name or projection.startswith(f"{frame.name}.") for projection in projections):
+            return frame.name
     return ""
 
 
 def _call_index(call: Call, owner: str, calls: list[Call]) -> int:
-    """How many attention calls the same forward of `owner` made before this one."""
-    frame = next((entry for entry in reversed(call.stack) if entry[0] == owner), None)
+    """How many attention calls the same forward of `owner` made before this one.
+
+    Calls for one sample after another, which read the same projections, have one number: that of the first.
+    """
+    frame = next((entry for entry in reversed(call.stack) if entry.name == owner), None)
     earlier = itertools.takewhile(lambda other: other is not call, calls)
-    return sum(frame in other.stack for other in earlier)
+    nodes = [projection.node for projection in call.made_by[0]]
+    return sum(frame in other.stack and nodes != [p.node for p in other.made_by[0]] for other in earlier)
 
 
 def _kind(call: Call) -> str:
-    query, key, value = ({_origin(p.gate_input) for p in made} for made in call.made_by)
+    query, key, value = (_origins(made) for made in call.made_by)
     if not (query and key and value):
         return "unresolved"
     if query == key == value:
         return "self" if len(query) == 1 else "joint"
     return "mixed" if query & key else "cross"
+
+
+def _origins(made: list[Projection]) -> set[Any]:
+    return {_origin(projection.gate_input) for projection in made}
 
 
 # Autograd nodes that change how a value is laid out or stored, and not what it is.
@@ -169,31 +301,38 @@ def _origin(tensor: Tensor) -> Any:
     return node
 
 
-def _ineligible(call: Call, kind: str, input_tokens: Mapping[str, int], min_tokens: int) -> str:
+def _ineligible(call: Call, kind: str, layout: Layout, mask: str, min_tokens: int) -> str:
     """Why a call is not converted, or the empty string."""
     query, key, value = call.shapes
-    reasons = {
-        "cross": "cross-attention stays dense",
-        "joint": "joint attention over two streams is not supported yet",
-        "mixed": "key and value come from other tokens than the query",
-        "unresolved": "query, key or value come from no Linear module",
-    }
-    if kind in reasons:
-        return reasons[kind]
-    if dense := dense_reason(call.arguments, query, key, value):
-        return dense
-    if any(len(made) != 1 for made in call.made_by):
-        return "query, key or value are made by several projections"
-    gate_input = call.made_by[0][0].gate_input
+    if kind == "cross":
+        return "cross-attention stays dense"
+    if kind == "unresolved":
+        return "query, key or value come from no Linear module"
+    square = "square" if mask in ("padding", "unread") else mask
+    if dense := dense_reason(call.arguments, call.shapes, square, square_is_padding=mask == "padding"):
+        unread = ", as far as can be told on fake tensors" if mask == "unread" else ""
+        return dense + unread
+    if layout.reason:
+        return layout.reason
     tokens = query[2]
-    if key[2] != tokens:
+    if layout.text != "prefix" and key[2] != tokens:
         return f"{tokens} queries but {key[2]} keys"
-    if gate_input.shape[-2] != tokens or gate_input.shape[:-2].numel() != query[0]:
-        return f"the query projection sees {tuple(gate_input.shape[:-1])} tokens, the attention ({query[0]}, {tokens})"
-    for name, count in input_tokens.items():
-        if tokens == count:
-            return f"its {tokens} tokens are those of the input {name!r}, not of the video"
+    if reason := _gate_rows(call, layout, tokens):
+        return reason
     return f"{tokens} tokens, fewer than min_tokens={min_tokens}" if tokens < min_tokens else ""
+
+
+def _gate_rows(call: Call, layout: Layout, tokens: int) -> str:
+    """Why the query projection's input does not fit the tokens of the attention, or the empty string."""
+    gate_input = layout.streams[0][0].gate_input
+    dual = layout.streams[0][1] is not None
+    rows, batch = gate_input.shape[:-1].numel(), call.shapes[0][0]
+    expected = tokens - layout.text_tokens if dual else tokens
+    samples = gate_input.shape[0] if gate_input.dim() > 2 else 1
+    one_by_one = batch == 1 and rows == samples * expected  # a call for each sample
+    if rows == batch * expected or one_by_one:
+        return ""
+    return f"the query projection sees {tuple(gate_input.shape[:-1])} tokens, the attention ({batch}, {tokens})"
 
 
 def _merge_invocations(sites: list[AttentionSite]) -> list[AttentionSite]:

@@ -15,10 +15,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .attention import salad_attention
-from .attention_call import ATTENTION_FUNCTIONS, AttentionArguments, default_scale, dense_reason
+from .attention_call import (
+    AttentionArguments,
+    bind,
+    default_scale,
+    dense_reason,
+    in_place_of,
+    is_attention,
+    key_padding,
+    mask_kind,
+    warn_of_dropout,
+)
 from .config import AttentionSpec
 from .errors import SiteLostError
+from .flex import real_flex_attention, seen_by_modes
 from .kernels.measure import Execution, measure_executions
+from .manual_attention import of_tensors
 
 if TYPE_CHECKING:
     from .branch import SaladBranch
@@ -30,48 +42,104 @@ class SaladMode(TorchFunctionMode):
     """Replaces one attention call of a converted module's forward, the one that discovery saw.
 
     The site is identified twice: by the call's number within the forward, and by the query projection having run just
-    before with as many tokens as the call has queries and keys. Sparsity must never leak into cross-attention.
+    before with as many tokens as the call has queries. Sparsity must never leak into cross-attention. Models that
+    attend to one sample after another (Mochi) make one call for each.
+
+    Args:
+        branch: of the site. text: the owner's argument that tells how much is text, or None.
     """
 
-    def __init__(self, branch: SaladBranch) -> None:
+    def __init__(self, branch: SaladBranch, text: Tensor | None) -> None:
         super().__init__()
         self.branch = branch
+        self.text = text
         self.calls = 0
         self.replaced = 0
+        self.by_hand = of_tensors()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in ATTENTION_FUNCTIONS:
-            return func(*args, **kwargs)
+        if is_attention(func):
+            by_hand = None
+        else:
+            by_hand = self.by_hand.bind(func, args, kwargs)
+            if by_hand is None:
+                out = func(*args, **kwargs)
+                self.by_hand.note(func, args, kwargs, out)
+                return out
         self.calls += 1
-        if self.calls - 1 != self.branch.record.call_index or self.branch.armed is None:
+        if self.calls - 1 != self.branch.record.call_index + self.replaced or self.branch.armed is None:
             return func(*args, **kwargs)
-        call = AttentionArguments.bind(args, kwargs)
-        if call.query.shape[-2] != self.branch.armed.shape[-2] or call.key.shape[-2] != call.query.shape[-2]:
+        call = by_hand or bind(func, args, kwargs, lambda tensor: tensor.dim())
+        gate_input = self._gate_input(call, self.branch.armed)
+        if gate_input is None:
             return func(*args, **kwargs)
-        return self._replace(call)
+        return in_place_of(func, call, self._replace(call, gate_input))
 
-    def _replace(self, call: AttentionArguments) -> Tensor:
+    def _gate_input(self, call: AttentionArguments, armed: Tensor) -> Tensor | None:
+        """The rows of the query projection's input that belong to this call, or None if it is not this site's."""
+        samples = 1 if call.batch is None else call.batch.shape[0] - 1
+        batch, _, queries, _ = call.shape(call.query.shape, samples)
+        if batch == 1 and armed.dim() == 3 and armed.shape[0] > 1:
+            if self.replaced >= armed.shape[0]:
+                return None
+            armed = armed[self.replaced : self.replaced + 1]
+        elif self.replaced:
+            return None
+        rows = armed.shape[:-1].numel()
+        spec = self.branch.decoded_spec()
+        all_rows = spec.text in ("none", "prefix") or spec.single
+        return armed if (rows == batch * queries if all_rows else rows <= batch * queries) else None
+
+    def _replace(self, call: AttentionArguments, gate_input: Tensor) -> Tensor:
         branch = self.branch
-        if reason := dense_reason(call, call.query.shape, call.key.shape, call.value.shape):
+        query, key, value = (call.heads_first(tensor) for tensor in (call.query, call.key, call.value))
+        spec, kind = branch.decoded_spec(), mask_kind(call.attn_mask)
+        reason = dense_reason(call, [t.shape for t in (query, key, value)], kind, square_is_padding=spec.square_mask)
+        reason = reason or _misfit(spec, query, key, branch.order(), gate_input, self.text)
+        if branch.measured_sparsity is None:  # once: reading the lengths waits for the device
+            reason = reason or _ragged(call)
+        if reason:
             raise SiteLostError(
                 f"the converted site {branch.record.owner!r} cannot run as SALAD: {reason}, which was not so at "
                 "conversion. Convert with example_inputs that show it, or leave it out of the call."
             )
-        gate_input, branch.armed = branch.armed, None
-        assert gate_input is not None
+        if call.dropout_p:
+            warn_of_dropout(call.dropout_p)
         self.replaced += 1
-        arguments = (call.query, call.key, call.value, gate_input, branch.tensors(), None)
-        scale = default_scale(call.query.shape[-1]) if call.scale is None else call.scale
-        spec, dtype = AttentionSpec.decode(branch.spec), _result_dtype(call.query)
+        scale = default_scale(query.shape[-1]) if call.scale is None else float(call.scale)
+        mask = key_padding(call.attn_mask, kind, query.shape[0]) if kind else None
         # measured once: counting waits for the device
         with measure_executions() if branch.measured_sparsity is None else _NOT_MEASURED as executions:
-            out = salad_attention(*arguments, spec, scale=scale, dtype=dtype)
+            out = salad_attention(
+                query,
+                key,
+                value,
+                gate_input,
+                branch.tensors(),
+                branch.order(),
+                spec,
+                scale=scale,
+                dtype=_result_dtype(value if call.by_hand else query),
+                key_mask=mask,
+                text=self.text,
+            )
         if executions:  # none on the meta device
             branch.measured_sparsity = executions[0].sparsity
-        return out
+        result: Tensor = call.as_called(out)
+        return result
+
+    def __enter__(self) -> SaladMode:
+        self._flex = seen_by_modes(real_flex_attention)
+        self._flex.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._flex.__exit__(*error)
 
     def require_replaced(self) -> None:
         """Raises SiteLostError when the forward ran and its attention call was not met: never silently dense."""
@@ -85,9 +153,33 @@ class SaladMode(TorchFunctionMode):
             )
 
 
-def _result_dtype(query: Tensor) -> torch.dtype:
-    """What scaled_dot_product_attention would return: it is autocast, operators of torch.library are not."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and query.is_floating_point():
+def _misfit(
+    spec: AttentionSpec, query: Tensor, key: Tensor, order: Tensor | None, gate_input: Tensor, text: Tensor | None
+) -> str:
+    """Why the lengths of a call contradict each other, or the empty string."""
+    queries, keys = query.shape[2], key.shape[2]
+    if queries > keys or (queries < keys and spec.text != "prefix"):
+        return f"{queries} queries meet {keys} keys"
+    if spec.single and order is None and text is None:
+        return "neither the token grid nor an argument tells how much of it is text (call the whole model)"
+    if order is None:
+        return ""
+    rows = gate_input.shape[:-1].numel() // query.shape[0]
+    if order.shape[1] > rows or (not spec.single and order.shape[1] != rows):
+        return f"the token grid has {order.shape[1]} tokens and the site {rows}"
+    return ""
+
+
+def _ragged(call: AttentionArguments) -> str:
+    """Why packed samples cannot be told apart by their number alone, or the empty string."""
+    if call.batch is None or call.batch.device.type == "meta":
+        return ""
+    return "its packed samples have different lengths" if call.batch.diff().unique().numel() > 1 else ""
+
+
+def _result_dtype(operand: Tensor) -> torch.dtype:
+    """What the call would return: torch's functions are autocast, operators of torch.library are not."""
+    device = operand.device.type
+    if torch.is_autocast_enabled(device) and operand.is_floating_point():
         return torch.get_autocast_dtype(device)
-    return query.dtype
+    return operand.dtype

@@ -29,12 +29,20 @@ class ProbeError(SaladError, RuntimeError):
     """The discovery forward failed inside the model; the cause is chained."""
 
 
+class AdapterError(SaladError, ValueError):
+    """An attention adapter does not fit the calls that it was registered for."""
+
+
 class NoAttentionError(SaladError, ValueError):
     """The model called no attention function that this package knows."""
 
 
 class NoEligibleSiteError(SaladError, ValueError):
     """The model has attention, but no call that can be converted; the message lists each call with its reason."""
+
+
+class SiteFilterError(SaladError, ValueError):
+    """A pattern of `sites=` matches no attention call of the model."""
 
 
 class AlreadyConvertedError(SaladError, ValueError):
@@ -55,6 +63,10 @@ class UnknownProjectionError(SaladError, ValueError):
 
 class SiteLostError(SaladError, RuntimeError):
     """A converted site did not run as SALAD: its attention call, its projection or its tag is gone."""
+
+
+class GridMismatchError(SaladError, ValueError):
+    """The grid does not match the tokens, or cannot be read from this call's arguments."""
 
 
 class WrongBackendError(SaladError, RuntimeError):

@@ -9,6 +9,7 @@ there, and on real tensors only when the model's forward reads values.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -23,11 +24,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from .attention_call import ATTENTION_FUNCTIONS, AttentionArguments
+from .attention_call import AttentionArguments, bind, is_attention, result_of
 from .branch import BRANCH_NAME, SaladBranch
-from .errors import InputsError, ProbeError
+from .errors import AdapterError, InputsError, ProbeError
+from .flex import seen_by_modes, stand_in
 from .inputs import normalise_inputs, synthesise_inputs
 from .logs import logger
+from .manual_attention import ManualAttention, of_tensors
+from .multihead import take_apart_for_discovery
+from .token_ranges import Cat, Edge, TokenRange, narrowed
+
+_CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
 
 # How far an output projection may lie behind its attention call, in autograd nodes. Wan has three between them.
 _OUT_WALK = 64
@@ -51,33 +58,65 @@ def _marked(x: Tensor) -> Tensor:
     return result
 
 
-@dataclass
+@dataclass(frozen=True)
 class Projection:
     name: str
     gate_input: Tensor  # kept alive: the id of a freed tensor would be reused
+    node: Any  # the mark on its output
 
 
-@dataclass
+@dataclass(frozen=True)
+class Frame:
+    """One running module: its name, the number of the invocation, and the shapes of its tensor arguments by name."""
+
+    name: str
+    invocation: int
+    arguments: Mapping[str, torch.Size] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Out:
+    """A projection that read the result of an attention call, and how many rows it read."""
+
+    name: str
+    rows: int
+
+
+@dataclass(eq=False)
 class Call:
     arguments: AttentionArguments
     made_by: tuple[list[Projection], list[Projection], list[Projection]]
-    stack: tuple[tuple[str, int], ...]  # (module name, number of its invocation), outermost first
-    out: str | None = None
+    stack: tuple[Frame, ...]  # outermost first
+    outs: list[Out] = field(default_factory=list)  # projections that read the result, in order of execution
 
     @property
-    def shapes(self) -> tuple[torch.Size, torch.Size, torch.Size]:
-        return self.arguments.query.shape, self.arguments.key.shape, self.arguments.value.shape
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """(B, H, S, D) of query, key and value."""
+        batch = self.arguments.batch
+        samples = 1 if batch is None else batch.shape[0] - 1
+        operands = (self.arguments.query, self.arguments.key, self.arguments.value)
+        return tuple(self.arguments.shape(operand.shape, samples) for operand in operands)
 
 
 @dataclass
 class Probe(TorchFunctionMode):
-    """What one forward showed: the attention calls, and the token counts of the model's own inputs."""
+    """What one forward showed: attention calls, concatenations, patch grids, and the model's own inputs.
+
+    Attributes:
+        calls: in execution order. cats: by autograd node.
+        inputs: arguments of the root's forward by name. features: autograd node -> name, for its feature tensors.
+        convolved: (T, H, W) or (H, W) of what convolutions answered.
+    """
 
     calls: list[Call] = field(default_factory=list)
-    input_tokens: dict[str, int] = field(default_factory=dict)
+    cats: dict[Any, Cat] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    features: dict[Any, str] = field(default_factory=dict)
+    convolved: list[tuple[int, ...]] = field(default_factory=list)
+    _by_hand: ManualAttention = field(default_factory=of_tensors)
     _projections: dict[Any, Projection] = field(default_factory=dict)
     _outputs: dict[Any, Call] = field(default_factory=dict)
-    _stack: list[tuple[str, int]] = field(default_factory=list)
+    _stack: list[Frame] = field(default_factory=list)
     _invocations: Iterator[int] = field(default_factory=itertools.count)
     _linear_depth: int = 0
 
@@ -88,29 +127,90 @@ class Probe(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in ATTENTION_FUNCTIONS:
-            return func(*args, **kwargs)
-        arguments = AttentionArguments.bind(args, kwargs)
-        query, key, value = (self._made_by(t) for t in (arguments.query, arguments.key, arguments.value))
+        if is_attention(func):
+            arguments = bind(func, args, kwargs, lambda tensor: tensor.dim())
+        else:
+            by_hand = self._by_hand.bind(func, args, kwargs)
+            if by_hand is None:
+                return self._other(func, args, kwargs)
+            arguments = self._with_heads(by_hand)
+        query, key, value = (self.made_by(t.grad_fn) for t in (arguments.query, arguments.key, arguments.value))
         call = Call(arguments, (query, key, value), tuple(self._stack))
         self.calls.append(call)
-        out = _marked(func(*args, **kwargs))
-        self._outputs[out.grad_fn] = call
+        return self._answer(func, call, func(*args, **kwargs))
+
+    def _other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if func in _CATS:
+            self._note_cat(out, *args, **kwargs)
+        self._by_hand.note(func, args, kwargs, out)
         return out
 
-    def _made_by(self, tensor: Tensor) -> list[Projection]:
+    def _with_heads(self, arguments: AttentionArguments) -> AttentionArguments:
+        """Of a batched product the first axis may be batch and heads in one, which nothing tells apart later."""
+        rows = {made.gate_input.shape[:-1].numel() for made in self.made_by(arguments.query.grad_fn)}
+        if arguments.layout != "HSD" or rows <= {arguments.query.shape[1]}:
+            return arguments
+        return dataclasses.replace(arguments, reason=arguments.reason or "batch and heads are one axis of its products")
+
+    def _answer(self, func: Any, call: Call, result: Any) -> Any:
+        """The call's result, marked, so that what reads it can be told."""
+        position = call.arguments.output
+        out = _marked(result_of(func, call.arguments, result))
+        self._outputs[out.grad_fn] = call
+        return out if position is None else (*result[:position], out, *result[position + 1 :])
+
+    def _note_cat(self, out: Tensor, tensors: Any, dim: int = 0, **_: Any) -> None:
+        if out.grad_fn is None or out.dim() < 3:
+            return
+        from_end = dim if dim < 0 else dim - out.dim()
+        parts = [tensor for tensor in tensors if tensor.dim() == out.dim()]
+        self.cats[out.grad_fn] = Cat(
+            from_end, tuple(t.shape[dim] for t in parts), tuple((t.grad_fn, t.output_nr) for t in parts)
+        )
+
+    def made_by(self, node: Any) -> list[Projection]:
         """The marked projections from which a value was computed, without passing through one."""
-        found: list[Projection] = []
-        for node in _ancestors(tensor.grad_fn, stop=self._is_marked):
-            if node in self._projections:
-                found.append(self._projections[node])
-        return found
+        ancestors = _ancestors(node, stop=self._is_marked)
+        return [self._projections[ancestor] for ancestor in ancestors if ancestor in self._projections]
 
     def _is_marked(self, node: Any) -> bool:
         return node in self._projections or node in self._outputs
 
-    def enter(self, name: str) -> None:
-        self._stack.append((name, next(self._invocations)))
+    def cats_before(self, node: Any, *, through_projections: bool) -> Iterator[Cat]:
+        """The concatenations from which a value was computed, nearest first, without passing through attention."""
+        stop = self._outputs.__contains__ if through_projections else self._is_marked
+        return (self.cats[ancestor] for ancestor in _ancestors(node, stop=stop) if ancestor in self.cats)
+
+    def read_from(self, edge: Edge) -> set[str]:
+        """Names of the root's inputs from which a value was computed, without passing through attention.
+
+        Slices are followed into concatenations: models concatenate text and video early, and later slice them apart.
+        """
+        found: set[str] = set()
+        todo: list[tuple[Edge, TokenRange | None]] = [(edge, None)]
+        seen = set(todo)
+        for (node, output), span in todo:
+            if node is None or node in self._outputs:
+                continue
+            if node in self.features:
+                found.add(self.features[node])
+            for step in self._parents(node, narrowed(node, output, span)):
+                if step not in seen:
+                    seen.add(step)
+                    todo.append(step)
+        return found
+
+    def _parents(self, node: Any, span: TokenRange | None) -> list[tuple[Edge, TokenRange | None]]:
+        """The values before this one, and which of their tokens matter where that is known."""
+        cat = self.cats.get(node)
+        if cat is not None and cat.dim == -2 and span is not None and sum(cat.sizes) == span.length:
+            return span.parts(cat)
+        return [(edge, span) for edge in node.next_functions]
+
+    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        shapes = {n: v.shape for n, v in named_inputs(module, args, kwargs).items() if isinstance(v, Tensor)}
+        self._stack.append(Frame(name, next(self._invocations), shapes))
 
     def leave(self) -> None:
         self._stack.pop()
@@ -123,17 +223,18 @@ class Probe(TorchFunctionMode):
         self._linear_depth -= 1
         if self._linear_depth or not isinstance(out, Tensor) or not out.is_floating_point():
             return None
-        if isinstance(gate_input, Tensor):
-            self._note_out(name, gate_input)
+        if not isinstance(gate_input, Tensor):
+            return None
+        self._note_out(name, gate_input)
         marked = _marked(out)
-        self._projections[marked.grad_fn] = Projection(name, gate_input)
+        self._projections[marked.grad_fn] = Projection(name, gate_input, marked.grad_fn)
         return marked
 
     def _note_out(self, name: str, gate_input: Tensor) -> None:
         for node in itertools.islice(_ancestors(gate_input.grad_fn, stop=self._is_marked), _OUT_WALK):
             call = self._outputs.get(node)
-            if call is not None and call.out is None:
-                call.out = name
+            if call is not None:
+                call.outs.append(Out(name, gate_input.shape[:-1].numel()))
 
 
 def _ancestors(start: Any, stop: Callable[[Any], bool]) -> Iterator[Any]:
@@ -168,7 +269,7 @@ def run_probe(model: nn.Module, example_inputs: Any) -> Probe:
             with attempt:
                 args, kwargs = _inputs(model, example_inputs, device, dtype, small=small)
                 return _forward(model, args, kwargs)
-        except InputsError:
+        except (InputsError, AdapterError):
             raise
         except Exception as error:
             # whatever the model raises: on fake tensors anything that reads values fails, each in its own way
@@ -217,43 +318,42 @@ def _inputs(
 
 def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Probe:
     probe = Probe()
-    probe.input_tokens = _input_tokens(_named_inputs(model, args, kwargs))
     with (
         _untouched(model),
         _hooked(model, probe),
         torch.compiler.set_stance("force_eager"),  # parts that are compiled already show nothing to a mode
         torch.random.fork_rng(devices=[]),
         torch.enable_grad(),
+        seen_by_modes(stand_in),
         probe,
     ):
-        model(*(_with_history(value) for value in args), **{k: _with_history(v) for k, v in kwargs.items()})
+        args, kwargs = tuple(_with_history(v) for v in args), {k: _with_history(v) for k, v in kwargs.items()}
+        probe.inputs = named_inputs(model, args, kwargs)
+        probe.features = {
+            value.grad_fn: name
+            for name, given in probe.inputs.items()
+            for value in (given if isinstance(given, (list, tuple)) else [given])
+            if isinstance(value, Tensor) and value.grad_fn is not None
+        }
+        model(*args, **kwargs)
     return probe
 
 
 def _with_history(value: Any) -> Any:
     """Features that already have an autograd node, so that views and casts of them can be told to be the same."""
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_with_history(item) for item in value)
     if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
         return value.detach().requires_grad_().clone()  # no leaf: models write into their inputs
     return value
 
 
-def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one forward by name; by position where the forward's signature does not tell."""
     try:
-        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    except TypeError:
+        return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):
         return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
-
-
-def _input_tokens(inputs: Mapping[str, Any]) -> dict[str, int]:
-    """Input name -> tokens, for the (batch, tokens, channels) inputs that are not the video.
-
-    The video is what comes as a grid (more than three dimensions); packed, it is the input with the most tokens.
-    """
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim >= 3}
-    tokens = {name: tensor.shape[1] for name, tensor in tensors.items() if tensor.ndim == 3}
-    packed = len(tokens) == len(tensors)
-    video = max(tokens.values(), default=None) if packed else None
-    return {name: count for name, count in tokens.items() if count != video}
 
 
 @contextlib.contextmanager
@@ -269,9 +369,13 @@ def _hooked(model: nn.Module, probe: Probe) -> Iterator[None]:
             ]
         else:
             handles += [
-                module.register_forward_pre_hook(lambda *_, name=name: probe.enter(name)),
+                module.register_forward_pre_hook(
+                    lambda module, args, kwargs, name=name: probe.enter(name, module, args, kwargs), with_kwargs=True
+                ),
                 module.register_forward_hook(lambda *_: probe.leave(), always_call=True),
             ]
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            handles.append(module.register_forward_hook(lambda _, args, out: probe.convolved.append((*out.shape[2:],))))
     try:
         yield
     finally:
@@ -291,6 +395,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             module.training = False  # gradient checkpointing and dropout are for training
             if isinstance(branch := module._modules.get(BRANCH_NAME), SaladBranch):
                 branch.detach_forward(module)  # a converted model is probed as the model that it was
+        take_apart_for_discovery(model)
         yield
     finally:
         for module, attributes in before:

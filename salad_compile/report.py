@@ -15,6 +15,7 @@ from .cost import SiteCost
 
 if TYPE_CHECKING:
     from .discovery import AttentionSite
+    from .geometry import GridSource
     from .passes.driver import GraphReport
 
 Row = tuple[str, ...]
@@ -108,6 +109,7 @@ class Plan(Report):
 
     sites: Mapping[str, Sequence[AttentionSite]]  # component of a pipeline ("" for a model) -> sites
     config: SaladConfig
+    grids: Mapping[str, GridSource | str] = dataclasses.field(default_factory=dict)  # or why it is not known
 
     title = "attention sites"
     columns = ("site", "kind", "tokens", "heads x dim", "mask", "convert", "reason")
@@ -122,7 +124,7 @@ class Plan(Report):
             (
                 _path(component, site.name),
                 site.kind,
-                f"{site.query_tokens}" if site.kind == "self" else f"{site.query_tokens} x {site.key_tokens}",
+                _tokens(site),
                 f"{site.heads} x {site.head_dim}",
                 str(site.mask) if site.mask else ("causal" if site.causal else ""),
                 "yes" if site.eligible else "no",
@@ -134,17 +136,32 @@ class Plan(Report):
 
     def notes(self) -> list[str]:
         total = sum(len(sites) for sites in self.sites.values())
-        return [f"{len(self.eligible)} of {total} attention calls are eligible at min_tokens={self.config.min_tokens}."]
+        lines = [
+            f"{len(self.eligible)} of {total} attention calls are eligible at min_tokens={self.config.min_tokens}."
+        ]
+        for component, grid in self.grids.items():
+            of = f" of {component}" if component else ""
+            known = grid if isinstance(grid, str) else ""
+            lines.append(f"token grid{of}: {f'not known, flat order ({known})' if known else grid}")
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "config": self.config.to_dict(),
+            "grids": {name: str(grid) for name, grid in self.grids.items()},
             "sites": [
                 {"component": component, **dataclasses.asdict(site)}
                 for component, sites in self.sites.items()
                 for site in sites
             ],
         }
+
+
+def _tokens(site: AttentionSite) -> str:
+    if site.text == "none":
+        return f"{site.query_tokens}" if site.kind == "self" else f"{site.query_tokens} x {site.key_tokens}"
+    parts = [f"{site.video_tokens}", f"{site.text_tokens} text"]
+    return " + ".join(parts if site.text == "after" else parts[::-1])
 
 
 @dataclass(frozen=True)

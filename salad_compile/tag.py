@@ -3,7 +3,8 @@
 They compute nothing. `salad::tag` is an identity on the output of a query projection: because it mentions the layer's
 input and the branch's parameters, Dynamo lifts both as guarded graph inputs, so that one compiled block graph serves
 all blocks with their own parameters. `salad::site` says that a converted attention module was entered: a site without
-its tag has lost its projection. The passes erase both; a marker erased without a rewrite would be the silent no-op.
+its tag has lost its projection. Where an argument of the module tells how much of a joint sequence is text, it carries
+that. The passes erase both; a marker erased without a rewrite would be the silent no-op.
 
 Both raise when they are executed: then another backend compiled a converted model.
 """
@@ -43,13 +44,13 @@ tag.register_autograd(_tag_backward)
 
 
 @torch.library.custom_op("salad::site", mutates_args=())
-def site(gate_bias: Tensor) -> Tensor:
-    """Marks that the module whose branch owns `gate_bias` was entered. See the module's text."""
+def site(gate_bias: Tensor, text: Tensor | None) -> Tensor:
+    """Marks that the module whose branch owns `gate_bias` was entered, with that text. See the module's text."""
     raise WrongBackendError(_MESSAGE)
 
 
 @site.register_fake
-def _site_fake(gate_bias: Tensor) -> Tensor:
+def _site_fake(gate_bias: Tensor, text: Tensor | None) -> Tensor:
     return torch.empty_like(gate_bias)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import pytest
 import torch
 
-from tools.support_table import Model, UnusableError, cell_of, write
+from tools.support_table import DenseModel, Model, UnusableError, cell_of, write
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,7 +39,7 @@ class _SupportTable:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         terminal = session.config.pluginmanager.getplugin("terminalreporter")
         try:
-            write(_models(), self.outcomes, _versions())
+            write(_models(), self.outcomes, _versions(), _dense())
             terminal.write_line("\nwrote docs/models.md and the table in README.md")
         except UnusableError as error:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -58,14 +59,23 @@ def _outcome(report: pytest.TestReport) -> str:
 
 
 def _models() -> list[Model]:
-    from .models.zoo import CASES
+    from .models.expectations import converted_sites
+    from .models.test_zoo import CONVERTED
 
-    models = []
-    for case in CASES.values():
-        cls = type(case.build())
-        home = cls.__module__.partition(".")[0]
-        models.append(Model(case.name, f"`{cls.__name__}` ({home})", case.sites, case.note))
-    return models
+    return [Model(case.name, _class_of(case), converted_sites(case), case.note) for case in CONVERTED.values()]
+
+
+def _dense() -> list[DenseModel]:
+    from .models.expectations import DENSE
+    from .models.registry import ALL_CASES, WITHOUT_CASE
+
+    cases = [DenseModel(name, _class_of(ALL_CASES[name]), dense.reason, True) for name, dense in DENSE.items()]
+    return cases + [DenseModel("-", f"`{name}` (diffusers)", reason, False) for name, reason in WITHOUT_CASE.items()]
+
+
+def _class_of(case: Any) -> str:
+    cls = type(case.build())
+    return f"`{cls.__name__}` ({cls.__module__.partition('.')[0]})"
 
 
 def _versions() -> str:

@@ -10,15 +10,17 @@ import pytest
 from tools import support_table
 from tools.support_table import COLUMNS, COMMAND, TABLE, cell_of, read_readme_block, read_rows
 
-from .models import test_tier1
-from .models.zoo import CASES
+from .models import test_zoo
+from .models.expectations import DENSE, converted_sites
+from .models.registry import WITHOUT_CASE
+from .models.test_zoo import CONVERTED as CASES
 
 HEADINGS = [heading for heading, _ in COLUMNS.values()]
 STALE = f"run: {COMMAND}"
 
 
 def test_every_test_of_a_case_has_a_column() -> None:
-    functions = inspect.getmembers(test_tier1, inspect.isfunction)
+    functions = inspect.getmembers(test_zoo, inspect.isfunction)
     tests = {n for n, f in functions if n.startswith("test_") and "case" in inspect.signature(f).parameters}
     assert tests == set(COLUMNS)
 
@@ -35,10 +37,18 @@ def test_full_table_is_current() -> None:
             assert re.fullmatch(r"yes|no \(.+\)", row[heading]), f"{row['model']}, {heading}: a no without a reason"
 
 
+def test_what_stays_dense_is_listed() -> None:
+    rows = read_rows(TABLE.read_text(), number=1)
+    listed = [(row["model"], row["reason"]) for row in rows]
+    expected = [(name, dense.reason) for name, dense in DENSE.items()]
+    assert listed == [*expected, *(("-", reason) for reason in WITHOUT_CASE.values())], STALE
+
+
 def test_readme_block_agrees_with_the_full_table() -> None:
     block = read_readme_block()
     full = {row["model"]: row for row in read_rows(TABLE.read_text())}
     rows = read_rows(block)
+    assert all(f"{name}: {dense.reason}" in block for name, dense in DENSE.items()), STALE
     assert [row["model"] for row in rows] == list(CASES), STALE
     for row in rows:
         passed = sum(full[row["model"]][heading] == "yes" for heading in HEADINGS)
@@ -48,14 +58,14 @@ def test_readme_block_agrees_with_the_full_table() -> None:
 
 
 def _sites(name: str) -> str:
-    return support_table.shown_sites(CASES[name].sites)
+    return support_table.shown_sites(converted_sites(CASES[name]))
 
 
 @pytest.mark.parametrize(
     ("node_id", "cell"),
     [
-        ("tests/models/test_tier1.py::test_eager_equals_compiled[Wan]", ("Wan", "test_eager_equals_compiled")),
-        ("tests/models/test_tier1.py::test_eager_equals_whole_model_through_inductor[Wan]", None),
+        ("tests/models/test_zoo.py::test_eager_equals_compiled[Wan]", ("Wan", "test_eager_equals_compiled")),
+        ("tests/models/test_zoo.py::test_eager_equals_whole_model_through_inductor[Wan]", None),
         ("tests/kernels/test_operators.py::test_opcheck[pool]", None),
     ],
 )

@@ -11,7 +11,7 @@ import importlib
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Case:
     inputs: Callable[[int], dict[str, Any]]
     """Keyword inputs of forward at resolution 0 or 1."""
     sites: tuple[str, ...]
-    """Owner modules of exactly the video self-attention calls, in execution order."""
+    """Owner modules of exactly the self-attention calls that see the video, in execution order."""
     output: Callable[[Any], Tensor]
     """The tensor to compare, from what forward returned."""
     projections: dict[str, str]
@@ -42,6 +42,22 @@ class Case:
     repeated_blocks: tuple[str, ...]
     """Modules to `.compile()` one by one for per-block compilation."""
     note: str = ""
+    kind: str = "self"
+    """What every site is: "self", "joint" when queries and keys hold text beside the video, or "mixed" when only the
+    keys hold more than the queries."""
+    text: str = "none"
+    """Where the rest stands in the sequence: "before" or "after" the video, or "prefix", before it among keys only."""
+    mask: str = ""
+    """What masks the sites: "keys" (B, 1, 1, S), "padding" (square: valid by valid tokens), "causal" (square: blocks of
+    frames), "blocks" (a `BlockMask` of flex_attention), or nothing."""
+    text_projections: dict[str, str] = field(default_factory=dict)
+    """Query, key, value and out Linear of the text at the first site, where the two streams have their own."""
+    calls: int = 1
+    """Attention calls that each site makes in one forward, one after another for the samples of a batch."""
+    fullgraph: bool = True
+    """Whether `torch.compile(fullgraph=True)` takes the whole model."""
+    fake: bool = True
+    """Whether forward runs under `FakeTensorMode(allow_non_fake_inputs=True)`."""
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
@@ -77,13 +93,13 @@ def _build(name: str, make: Callable[[], nn.Module]) -> nn.Module:
         return randomise(make(), _seed(name)).eval()
 
 
-def _diffusers(name: str, config: dict[str, Any]) -> nn.Module:
+def from_diffusers(name: str, config: dict[str, Any]) -> nn.Module:
     """diffusers is imported only here: collecting tests and the hand-written cases do without it."""
     model: nn.Module = getattr(importlib.import_module("diffusers"), name)(**config)
     return model
 
 
-class _Draw:
+class Draw:
     """Seeded normal tensors for one case at one resolution."""
 
     def __init__(self, name: str, resolution: int) -> None:
@@ -98,11 +114,11 @@ def _sample(output: Any) -> Tensor:
     return tensor
 
 
-def _names(pattern: str, count: int = 2) -> tuple[str, ...]:
+def numbered(pattern: str, count: int = 2) -> tuple[str, ...]:
     return tuple(pattern.format(i) for i in range(count))
 
 
-def _projections(
+def linears(
     owner: str, query: str = "to_q", key: str = "to_k", value: str = "to_v", out: str = "to_out.0"
 ) -> dict[str, str]:
     return {
@@ -111,10 +127,10 @@ def _projections(
     }
 
 
-def _case(
+def make_case(
     name: str,
     make: Callable[[], nn.Module],
-    inputs: Callable[[_Draw, Grid], dict[str, Any]],
+    inputs: Callable[[Draw, Grid], dict[str, Any]],
     *,
     sites: tuple[str, ...],
     blocks: tuple[str, ...],
@@ -122,24 +138,26 @@ def _case(
     output: Callable[[Any], Tensor] = _sample,
     grids: tuple[Grid, Grid] = GRIDS,
     note: str = "",
+    **more: Any,
 ) -> Case:
     return Case(
         name=name,
         build=lambda: _build(name, make),
-        inputs=lambda resolution: inputs(_Draw(name, resolution), grids[resolution]),
+        inputs=lambda resolution: inputs(Draw(name, resolution), grids[resolution]),
         sites=sites,
         output=output,
-        projections=projections or _projections(sites[0]),
+        projections=projections or (linears(sites[0]) if sites else {}),
         repeated_blocks=blocks,
         note=note,
+        **more,
     )
 
 
 # ---------------------------------------------------------------- hand-written
 
 
-def _handwritten(text_dim: int) -> Callable[[_Draw, Grid], dict[str, Any]]:
-    def inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
+def _handwritten(text_dim: int) -> Callable[[Draw, Grid], dict[str, Any]]:
+    def inputs(draw: Draw, grid: Grid) -> dict[str, Any]:
         return {
             "x": draw(1, 4, grid[0], 2 * grid[1], 2 * grid[2]),
             "t": torch.tensor([0.4]),
@@ -151,33 +169,33 @@ def _handwritten(text_dim: int) -> Callable[[_Draw, Grid], dict[str, Any]]:
 
 def _handwritten_cases() -> list[Case]:
     return [
-        _case(
+        make_case(
             "handwritten_fused",
             FusedDiT,
             _handwritten(24),
-            sites=_names("blocks.{}.attn"),
-            blocks=_names("blocks.{}"),
-            projections=_projections("blocks.0.attn", "qkv", "qkv", "qkv", "proj"),
+            sites=numbered("blocks.{}.attn"),
+            blocks=numbered("blocks.{}"),
+            projections=linears("blocks.0.attn", "qkv", "qkv", "qkv", "proj"),
             output=lambda output: output,
             note="fused qkv, reshape and unbind, adaLN, 3-D rope on halves",
         ),
-        _case(
+        make_case(
             "handwritten_rearrange",
             RearrangeDiT,
             _handwritten(20),
-            sites=_names("layers.{}.self_attn"),
-            blocks=_names("layers.{}"),
-            projections=_projections("layers.0.self_attn", "wq", "wk", "wv", "wo"),
+            sites=numbered("layers.{}.self_attn"),
+            blocks=numbered("layers.{}"),
+            projections=linears("layers.0.self_attn", "wq", "wk", "wv", "wo"),
             output=lambda output: output,
             note="separate Linears, rearranges, qk RMSNorm, complex rope",
         ),
-        _case(
+        make_case(
             "handwritten_inline",
             InlineDiT,
             _handwritten(28),
-            sites=_names("blocks.{}"),
-            blocks=_names("blocks.{}"),
-            projections=_projections("blocks.0", "q", "k", "v", "out"),
+            sites=numbered("blocks.{}"),
+            blocks=numbered("blocks.{}"),
+            projections=linears("blocks.0", "q", "k", "v", "out"),
             output=lambda output: output,
             note="no attention module: self- and cross-attention in the block's own forward, no rope",
         ),
@@ -199,7 +217,7 @@ WAN: dict[str, Any] = {
 }
 
 
-def _wan_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
+def _wan_inputs(draw: Draw, grid: Grid) -> dict[str, Any]:
     return {
         "hidden_states": draw(1, 4, grid[0], 2 * grid[1], 2 * grid[2]),
         "timestep": torch.tensor([500.0]),
@@ -207,11 +225,11 @@ def _wan_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
     }
 
 
-def _vace_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
+def _vace_inputs(draw: Draw, grid: Grid) -> dict[str, Any]:
     return _wan_inputs(draw, grid) | {"control_hidden_states": draw(1, 6, grid[0], 2 * grid[1], 2 * grid[2])}
 
 
-def _animate_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
+def _animate_inputs(draw: Draw, grid: Grid) -> dict[str, Any]:
     # The reference frame has no pose, and the face encoder reads four video frames per further latent frame. Wan takes
     # the last 512 tokens for text and what stands before them for the image: fewer than 512 would leave the image none.
     size = (2 * grid[1], 2 * grid[2])
@@ -224,7 +242,7 @@ def _animate_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
     }
 
 
-def _anyflow_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
+def _anyflow_inputs(draw: Draw, grid: Grid) -> dict[str, Any]:
     # AnyFlow wants frames before channels and a timestep per latent frame.
     return _wan_inputs(draw, grid) | {
         "hidden_states": draw(1, grid[0], 4, 2 * grid[1], 2 * grid[2]),
@@ -234,23 +252,23 @@ def _anyflow_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
 
 
 def _wan_family() -> list[Case]:
-    blocks, sites = _names("blocks.{}"), _names("blocks.{}.attn1")
-    vace_blocks = _names("vace_blocks.{}")
+    blocks, sites = numbered("blocks.{}"), numbered("blocks.{}.attn1")
+    vace_blocks = numbered("vace_blocks.{}")
 
-    def case(name: str, inputs: Callable[[_Draw, Grid], dict[str, Any]] = _wan_inputs, **changes: Any) -> Case:
-        return _case(
+    def case(name: str, inputs: Callable[[Draw, Grid], dict[str, Any]] = _wan_inputs, **changes: Any) -> Case:
+        return make_case(
             name,
-            lambda: _diffusers(f"{name}Transformer3DModel", WAN | changes),
+            lambda: from_diffusers(f"{name}Transformer3DModel", WAN | changes),
             inputs,
             sites=sites,
             blocks=blocks,
         )
 
-    vace = _case(
+    vace = make_case(
         "WanVACE",
-        lambda: _diffusers("WanVACETransformer3DModel", WAN | {"vace_layers": [0, 1], "vace_in_channels": 6}),
+        lambda: from_diffusers("WanVACETransformer3DModel", WAN | {"vace_layers": [0, 1], "vace_in_channels": 6}),
         _vace_inputs,
-        sites=_names("vace_blocks.{}.attn1") + sites,
+        sites=numbered("vace_blocks.{}.attn1") + sites,
         blocks=vace_blocks + blocks,
         note="the control blocks run first and are video self-attention too",
     )
@@ -280,9 +298,9 @@ def _wan_family() -> list[Case]:
         case("ChronoEdit", rope_temporal_skip_len=3),
         case("SkyReelsV2"),
         case("AnyFlow", _anyflow_inputs),
-        _case(
+        make_case(
             "Helios",
-            lambda: _diffusers("HeliosTransformer3DModel", helios),
+            lambda: from_diffusers("HeliosTransformer3DModel", helios),
             _wan_inputs,
             sites=sites,
             blocks=blocks,
@@ -294,7 +312,7 @@ def _wan_family() -> list[Case]:
 # ---------------------------------------------------------------- LTX
 
 
-def _ltx_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
+def _ltx_inputs(draw: Draw, grid: Grid) -> dict[str, Any]:
     mask = torch.ones(1, TEXT)
     mask[:, -4:] = 0
     return {
@@ -308,7 +326,7 @@ def _ltx_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
     }
 
 
-def _ltx2_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
+def _ltx2_inputs(draw: Draw, grid: Grid) -> dict[str, Any]:
     frames = 23 + grid[0]
     return _ltx_inputs(draw, grid) | {
         "audio_hidden_states": draw(1, frames, 6),
@@ -335,19 +353,19 @@ def _ltx_family() -> list[Case]:
         "audio_attention_head_dim": 8,
         "audio_cross_attention_dim": 16,
     }
-    sites, blocks = _names("transformer_blocks.{}.attn1"), _names("transformer_blocks.{}")
+    sites, blocks = numbered("transformer_blocks.{}.attn1"), numbered("transformer_blocks.{}")
     return [
-        _case(
+        make_case(
             "LTXVideo",
-            lambda: _diffusers("LTXVideoTransformer3DModel", base),
+            lambda: from_diffusers("LTXVideoTransformer3DModel", base),
             _ltx_inputs,
             sites=sites,
             blocks=blocks,
             note="packed tokens: the grid is known from num_frames, height and width only",
         ),
-        _case(
+        make_case(
             "LTX2Video",
-            lambda: _diffusers("LTX2VideoTransformer3DModel", base | audio),
+            lambda: from_diffusers("LTX2VideoTransformer3DModel", base | audio),
             _ltx2_inputs,
             sites=sites,
             blocks=blocks,
@@ -360,7 +378,7 @@ def _ltx_family() -> list[Case]:
 # ---------------------------------------------------------------- others
 
 
-def _cosmos_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
+def _cosmos_inputs(draw: Draw, grid: Grid) -> dict[str, Any]:
     return {
         "hidden_states": draw(1, 4, grid[0], 2 * grid[1], 2 * grid[2]),
         "timestep": torch.tensor([0.5]),
@@ -383,17 +401,17 @@ def _cosmos() -> Case:
         # The padding mask is resized by torchvision, which the test environment does not have.
         "concat_padding_mask": False,
     }
-    return _case(
+    return make_case(
         "Cosmos",
-        lambda: _diffusers("CosmosTransformer3DModel", config),
+        lambda: from_diffusers("CosmosTransformer3DModel", config),
         _cosmos_inputs,
-        sites=_names("transformer_blocks.{}.attn1"),
-        blocks=_names("transformer_blocks.{}"),
+        sites=numbered("transformer_blocks.{}.attn1"),
+        blocks=numbered("transformer_blocks.{}"),
         note="no padding mask: it would need torchvision",
     )
 
 
-def _kandinsky5_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
+def _kandinsky5_inputs(draw: Draw, grid: Grid) -> dict[str, Any]:
     return {
         "hidden_states": draw(1, grid[0], 2 * grid[1], 2 * grid[2], 4),
         "encoder_hidden_states": draw(1, TEXT, 16),
@@ -417,20 +435,20 @@ def _kandinsky5() -> Case:
         "num_visual_blocks": 2,
         "axes_dims": (4, 4, 4),
     }
-    return _case(
+    return make_case(
         "Kandinsky5",
-        lambda: _diffusers("Kandinsky5Transformer3DModel", config),
+        lambda: from_diffusers("Kandinsky5Transformer3DModel", config),
         _kandinsky5_inputs,
-        sites=_names("visual_transformer_blocks.{}.self_attention"),
-        blocks=_names("visual_transformer_blocks.{}"),
-        projections=_projections(
+        sites=numbered("visual_transformer_blocks.{}.self_attention"),
+        blocks=numbered("visual_transformer_blocks.{}"),
+        projections=linears(
             "visual_transformer_blocks.0.self_attention", "to_query", "to_key", "to_value", "out_layer"
         ),
         note="channels last; the text blocks' self-attention is not a site",
     )
 
 
-def _allegro_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
+def _allegro_inputs(draw: Draw, grid: Grid) -> dict[str, Any]:
     embeddings = importlib.import_module("diffusers.models.embeddings")
     rope = embeddings.get_3d_rotary_pos_embed_allegro(
         embed_dim=12, crops_coords=((0, 0), grid[1:]), grid_size=grid[1:], temporal_size=grid[0]
@@ -457,16 +475,16 @@ def _allegro() -> Case:
         "sample_frames": 4,
         "caption_channels": 16,
     }
-    return _case(
+    return make_case(
         "Allegro",
-        lambda: _diffusers("AllegroTransformer3DModel", config),
+        lambda: from_diffusers("AllegroTransformer3DModel", config),
         _allegro_inputs,
-        sites=_names("transformer_blocks.{}.attn1"),
-        blocks=_names("transformer_blocks.{}"),
+        sites=numbered("transformer_blocks.{}.attn1"),
+        blocks=numbered("transformer_blocks.{}"),
     )
 
 
-def _latte_inputs(draw: _Draw, grid: Grid) -> dict[str, Any]:
+def _latte_inputs(draw: Draw, grid: Grid) -> dict[str, Any]:
     return {
         "hidden_states": draw(1, 4, grid[0], 2 * grid[1], 2 * grid[2]),
         "timestep": torch.tensor([500]),
@@ -492,12 +510,12 @@ def _latte() -> Case:
         "caption_channels": 16,
         "video_length": 2,
     }
-    return _case(
+    return make_case(
         "Latte",
-        lambda: _diffusers("LatteTransformer3DModel", config),
+        lambda: from_diffusers("LatteTransformer3DModel", config),
         _latte_inputs,
-        sites=_names("transformer_blocks.{}.attn1"),
-        blocks=_names("transformer_blocks.{}"),
+        sites=numbered("transformer_blocks.{}.attn1"),
+        blocks=numbered("transformer_blocks.{}"),
         grids=((2, 11, 14), (2, 12, 18)),  # a site sees one frame; the learned temporal positions fix T
         note="attention within a frame, batch B*T; the temporal blocks (T tokens) are not sites",
     )

@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 import salad_compile
+from salad_compile import attention_call
 from salad_compile.backend import record_graphs
 from salad_compile.errors import ConfigError, SaladError, SiteLostError
 
 from .. import toys
-from ..support import randomise_branches, relative_error
+from ..support import check_rewrite, randomise_branches, relative_error
 
 CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
 
@@ -58,9 +60,28 @@ def test_a_vanished_projection_is_an_error_compiled_and_not() -> None:
     assert "its query projection did not run" in str(error)
 
 
-@pytest.mark.parametrize(("attend", "reason"), [(toys.masked, "attention mask"), (toys.dropped, "dropout")])
-def test_a_mask_or_dropout_that_conversion_did_not_see_is_an_error(attend: toys.Attend, reason: str) -> None:
-    """The definition has neither: computing without them would be silently wrong."""
+def scored(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A bias of the scores, which is no key padding."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(q.shape[-2], k.shape[-2]))
+
+
+def per_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A bool mask of the shape that key padding may have, in a model that had none at conversion."""
+    mask = torch.ones(q.shape[0], 1, q.shape[-2], k.shape[-2], dtype=torch.bool)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        (toys.masked, "attention mask is no key-padding mask"),
+        (scored, "attention mask is no key-padding mask"),
+        (per_query, "attention mask differs from query to query"),
+        (toys.causal, "it is causal"),
+    ],
+)
+def test_what_conversion_did_not_see_is_an_error(attend: toys.Attend, reason: str) -> None:
+    """The definition has none of it: computing without it would be silently wrong."""
     model = converted()
     model.layers[0].attend = attend
     with pytest.raises(SiteLostError, match=rf"'layers\.0' cannot run as SALAD: .*{reason}"):
@@ -81,13 +102,48 @@ def test_not_strict_warns_and_runs(caplog: pytest.LogCaptureFixture) -> None:
     assert out.isfinite().all()
 
 
-def test_a_graph_break_between_projection_and_attention_is_an_error() -> None:
-    def broken(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        torch._dynamo.graph_break()
-        return toys.positional(q, k, v)
+def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last 9 keys are padding."""
+    mask = (torch.arange(k.shape[-2]) < k.shape[-2] - 9).expand(k.shape[0], 1, 1, -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    error = compile_error(converted(toys.SelfAttention(broken)))
-    assert isinstance(error, SiteLostError)
+
+def test_key_padding_that_conversion_did_not_see_is_obeyed() -> None:
+    """(B, 1, 1, S) bool is key padding whatever it holds: the graph needs no other conversion for it."""
+    model = converted()
+    unmasked = model(toys.tokens())
+    model.layers[0].attend = padded
+    check_rewrite(model, {"x": toys.tokens()}, sites=2)
+    assert relative_error(model(toys.tokens()), unmasked) > 1e-3
+
+
+def test_dropout_of_a_converted_site_is_left_out_with_one_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_call, "_warned_of_dropout", set())
+    model = converted()
+    expected = model(toys.tokens())
+    for layer in model.layers:
+        layer.attend = toys.dropped
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="salad", options={"lowering": "eager"})
+    with caplog.at_level(logging.WARNING, "salad_compile"):
+        assert torch.equal(model(toys.tokens()), expected)
+        assert relative_error(compiled(toys.tokens()), expected) < 1e-6
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("salad_compile")] == [
+        "converted attention leaves out the dropout of its weights (p=0.1)"
+    ]
+
+
+def test_the_compiler_alone_warns_of_dropout_too(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_call, "_warned_of_dropout", set())
+    model = converted(toys.SelfAttention(toys.dropped))
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, "salad_compile"):
+        torch.compile(model, backend="salad", options={"lowering": "eager"})(toys.tokens())
+    assert "leaves out the dropout of its weights (p=0.1)" in caplog.text
 
 
 def test_self_attention_that_the_conversion_left_dense_stays_dense() -> None:

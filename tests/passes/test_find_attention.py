@@ -44,9 +44,8 @@ def test_self_attention_is_found_however_it_is_called(attend: toys.Attend) -> No
     ("attend", "reason"),
     [
         (toys.causal, "it is causal"),
-        (toys.masked, "it has an attention mask"),
+        (toys.masked, "its attention mask is no key-padding mask: not bool, or not the same for all heads"),
         (toys.dropped, "it applies dropout (p=0.1)"),
-        (toys.grouped, "key and value have fewer heads than the query (grouped queries)"),
     ],
 )
 def test_what_stays_dense_says_why(attend: toys.Attend, reason: str) -> None:

@@ -11,7 +11,7 @@ from salad_compile.passes.driver import run_passes
 from torch import Tensor, fx
 
 import salad_compile
-from salad_compile.attention import sparse_attention
+from salad_compile.attention import Segments, sparse_attention
 from salad_compile.config import BackendOptions
 
 from .. import toys
@@ -47,7 +47,7 @@ def test_an_unconverted_call_becomes_block_sparse_only() -> None:
     assert recorder.after["salad.block_sparse_attention"] == 1
     assert recorder.after["salad.pool_and_summarise"] == 0
     q, k, v = (toys.heads(projection(x)) for projection in (model.q, model.k, model.v))
-    by_hand = sparse_attention(q, k, v, None, BackendOptions.from_options(OPTIONS).spec, 0.5)
+    by_hand = sparse_attention(q, k, v, Segments(0, 0, 0, 70), BackendOptions.from_options(OPTIONS).spec, 0.5)
     assert relative_error(out, model.o(by_hand.transpose(1, 2).flatten(2))) < 1e-6
     assert relative_error(out, model(x)) > 1e-3
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from salad_compile.attention import LINEAR_EPS, BranchTensors, salad_attention, sparse_attention
+from salad_compile.attention import LINEAR_EPS, BranchTensors, Segments, salad_attention, sparse_attention
 from salad_compile.config import AttentionSpec, SaladConfig
 
 from ..support import relative_error, seeded
@@ -42,14 +42,14 @@ def test_the_sum_of_the_paper(scale: float) -> None:
     projected = linear.transpose(1, 2).flatten(2) @ branch.proj_weight.T + branch.proj_bias
     gate = 1 / (1 + torch.exp(-(x @ branch.gate_weight + branch.gate_bias)))
     update = (gate.unsqueeze(-1) * projected).unflatten(-1, (H, D)).transpose(1, 2)
-    expected = sparse_attention(q, k, v, None, spec(0.5), D**-0.5) + update
+    expected = sparse_attention(q, k, v, Segments(0, 0, 0, S), spec(0.5), D**-0.5) + update
     assert relative_error(salad(q, k, v, x, branch), expected) < 1e-12
 
 
 def test_invariants_of_the_specification() -> None:
     q, k, v, x, branch = operands()
     zero = branch._replace(proj_weight=branch.proj_weight * 0, proj_bias=branch.proj_bias * 0)
-    assert torch.equal(salad(q, k, v, x, zero), sparse_attention(q, k, v, None, spec(0.5), D**-0.5))
+    assert torch.equal(salad(q, k, v, x, zero), sparse_attention(q, k, v, Segments(0, 0, 0, S), spec(0.5), D**-0.5))
     assert relative_error(salad(q, k, v, x, zero, sparsity=0.0), F.scaled_dot_product_attention(q, k, v)) < 1e-12
 
 

@@ -81,9 +81,10 @@ def test_the_file_holds_exactly_the_branch_state(file: Path) -> None:
     assert tensors.keys() == {name for name in model.state_dict() if ".salad." in name}
     with safe_open(file, framework="pt") as content:
         header = json.loads(content.metadata()["salad_config"])
-    assert header["format_version"] == 1
+    assert header["format_version"] == 2
     assert header["base_class"] == "WanTransformer3DModel"
     assert header["config"] == TINY.to_dict()
+    assert header["grid"] == {"kind": "latent", "names": ["hidden_states"], "axes": [2, 3, 4], "patch": [1, 2, 2]}
     assert [site["owner"] for site in header["sites"]] == ["blocks.0.attn1", "blocks.1.attn1"]
 
 
@@ -156,7 +157,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Path], type[SaladError], str]] = {
         ShapeMismatchError,
         r"\(3, 3\).*\(24, 24\)",
     ),
-    "newer format": (lambda f: edited(f, lambda t, h: h.update(format_version=2)), FormatVersionError, "version 2"),
+    "newer format": (lambda f: edited(f, lambda t, h: h.update(format_version=3)), FormatVersionError, "version 3"),
+    "older format": (lambda f: edited(f, lambda t, h: h.update(format_version=1)), FormatVersionError, "version 1"),
+    "no grid": (lambda f: edited(f, lambda t, h: h.__delitem__("grid")), CorruptFileError, "grid"),
+    "broken grid": (lambda f: edited(f, lambda t, h: h["grid"].update(kind="latents")), CorruptFileError, "latents"),
     "no version": (lambda f: edited(f, lambda t, h: h.__delitem__("format_version")), CorruptFileError, "header"),
     "unknown option": (
         lambda f: edited(f, lambda t, h: h["config"].update(sparsty=0.5)),
@@ -176,7 +180,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Path], type[SaladError], str]] = {
     "more blocks": (
         lambda f: edited(f, lambda t, h: h["sites"].append({**h["sites"][0], "owner": "blocks.9.attn1"})),
         BaseModelMismatchError,
-        "",
+        "3 sites",
     ),
 }
 

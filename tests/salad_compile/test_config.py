@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -32,6 +33,7 @@ def test_json_round_trip() -> None:
         ({"lora_targets": "query"}, r"\('query',\)"),
         ({"lora_targets": ("to_q",)}, "'query'"),
         ({"train_base": 1}, "train_base"),
+        ({"token_order": "tile"}, "Did you mean 'tiles'"),
         ({"lora_rnk": 4}, "Did you mean 'lora_rank'"),
     ],
 )
@@ -46,7 +48,10 @@ def test_densities_are_integers() -> None:
 
 def test_specs_travel_as_text() -> None:
     spec = SaladConfig(sparsity=0.9, query_block=64, key_block=128, feature_map="softmax").spec
-    assert AttentionSpec.decode(spec.encode()) == spec == AttentionSpec("topk", 100, 64, 128, "softmax")
+    assert AttentionSpec.decode(spec.encode()) == spec == AttentionSpec("topk", 100, 64, 128, "softmax", "tiles")
+    site = dataclasses.replace(spec, token_order="flat", text="before", single=True, groups=4, square_mask=True)
+    assert AttentionSpec.decode(site.encode()) == site
+    assert all(getattr(site, f.name) != getattr(spec, f.name) for f in dataclasses.fields(spec)[5:])
 
 
 def test_options_remember_what_was_given() -> None:

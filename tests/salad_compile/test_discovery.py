@@ -18,7 +18,7 @@ from .. import toys
 
 
 def sites_of(model: nn.Module, *inputs: Tensor, min_tokens: int = 64) -> list[AttentionSite]:
-    return discover(model, inputs, min_tokens=min_tokens)
+    return discover(model, inputs, min_tokens=min_tokens).sites
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,9 @@ def sites_of(model: nn.Module, *inputs: Tensor, min_tokens: int = 64) -> list[At
         (toys.positional, ""),
         (toys.rotated_in_place, ""),
         (toys.causal, "it is causal"),
-        (toys.masked, "it has an attention mask"),
-        (toys.dropped, "it applies dropout (p=0.1)"),
-        (toys.grouped, "key and value have fewer heads than the query (grouped queries)"),
+        (toys.masked, "its attention mask is no key-padding mask: not bool, or not the same for all heads"),
+        (toys.dropped, ""),
+        (toys.grouped, ""),
     ],
 )
 def test_self_attention_and_what_keeps_it_dense(attend: toys.Attend, reason: str) -> None:
@@ -75,7 +75,8 @@ def test_the_video_is_the_input_with_the_most_tokens(order: tuple[str, str]) -> 
     inputs = {"x": toys.tokens(90), "text": toys.tokens(70)}
     sites = {site.name: site for site in sites_of(TwoStreams(), *(inputs[name] for name in order))}
     assert sites["video"].eligible
-    assert "not of the video" in sites["refiner"].reason
+    name = "first" if order[0] == "text" else "second"
+    assert (sites["refiner"].eligible, sites["refiner"].reason) == (False, f"no video: it reads {name!r}")
 
 
 def test_two_streams_are_joint_attention() -> None:
@@ -92,8 +93,9 @@ def test_two_streams_are_joint_attention() -> None:
             return toys.positional(q, k, v)
 
     (site,) = sites_of(Joint(), toys.tokens(), toys.tokens(9))
-    assert (site.kind, site.name, site.eligible) == ("joint", "", False)
+    assert (site.kind, site.name, site.eligible) == ("joint", "", True)
     assert site.query == ("video.q", "text.q")
+    assert (site.text, site.text_tokens, site.video_tokens, site.query_tokens) == ("after", 9, 70, 79)
 
 
 def test_the_owner_contains_call_and_projections() -> None:

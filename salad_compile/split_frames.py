@@ -1,0 +1,44 @@
+"""Models whose graph breaks between projection and attention: their attention modules run uncompiled, as SALAD.
+
+Dynamo then hands over a graph that holds nothing of a converted module but the marker of its entry. The passes report
+it here, before anything of the module has run; its second half finds the flag and runs under the eager twin.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .branch import SaladBranch
+
+_branches: weakref.WeakSet[SaladBranch] = weakref.WeakSet()
+
+
+def remember(branch: SaladBranch) -> None:
+    """A branch that was attached to its owner, or copied or unpickled with it."""
+    _branches.add(branch)
+
+
+def leave_uncompiled(gate_bias: Tensor) -> list[str]:
+    """Let the owner of this parameter, and every other owner of its class and model, run uncompiled from now on.
+
+    All at once, because blocks of one class share compiled code.
+
+    Args:
+        gate_bias: the parameter itself, as the entry marker mentions it.
+
+    Returns:
+        Names of the owners; none if no attached branch has this parameter.
+    """
+    found = next((branch for branch in _branches if branch.gate_bias is gate_bias), None)
+    if found is None:
+        return []
+    alike = [
+        b for b in _branches if b.owner_class is found.owner_class and b.grid is found.grid and b.config is found.config
+    ]
+    for branch in alike:
+        branch.uncompiled = True
+    return [branch.record.owner for branch in alike]

@@ -1,0 +1,53 @@
+"""What of the zoo is not converted and why, and what its models compute only to drop it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from .zoo import Case
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A case without a site to convert: what the report says (`seen`), and why (`reason`)."""
+
+    seen: str
+    reason: str
+
+
+_BLOCK_MASK = Dense("block mask", "its attention is sparse already: flex_attention with a block mask of its own")
+
+DENSE: Mapping[str, Dense] = MappingProxyType(
+    {
+        "SanaVideo": Dense("cross-attention", "its self-attention is linear already, and calls no attention function"),
+        "SkyReelsV2Causal": Dense("differs from query to query", "block-causal: frames attend to earlier frames only"),
+        "AnyFlowFAR": _BLOCK_MASK,
+        "AnyFlowFARContext": _BLOCK_MASK,
+        "WanAnimate2Cached": _BLOCK_MASK,
+        "Kandinsky5Nabla": _BLOCK_MASK,
+        "Kandinsky6SR": _BLOCK_MASK,
+        "SanaWMRefinerCached": Dense("385 keys", "most of its keys come from a cache, from no projection of the model"),
+    }
+)
+
+# Parts of names of parameters whose gradient is zero or missing: text that the last block computes and nobody reads.
+_TEXT_OF_THE_LAST_BLOCK = ("salad.lora_text_",)
+GAPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    dict.fromkeys(("HunyuanVideo15", "HunyuanVideo15I2V", "Mochi"), _TEXT_OF_THE_LAST_BLOCK)
+)
+
+
+def seen_as(case: Case) -> tuple[str, str]:
+    """Kind of the first site, and where its text lies."""
+    if case.name == "MiniMaxH3":  # scatters its streams by index: nothing tells text, audio and video apart
+        return "self", "none"
+    return case.kind, case.text
+
+
+def converted_sites(case: Case) -> tuple[str, ...]:
+    """The owners of exactly the sites that are converted, in execution order."""
+    if case.name == "SanaWM":  # its camera attention joins key and value on the heads and stays dense
+        return case.sites[:1]
+    return case.sites
