@@ -150,7 +150,11 @@ def one_pass(arch: int) -> Iterator[Call]:
     """Pooling and linear attention together; an order wherever there is a mask."""
     from .one_pass import cuda
 
-    for case in (dataclasses.replace(case, order=case.mask) for case in _linear_cases(arch)):
+    cases = [dataclasses.replace(case, order=case.mask) for case in _linear_cases(arch)]
+    if arch == 90:  # kernels of the plain case; fp16 and rows at odd addresses go to the general ones
+        cases += [Case(torch.bfloat16, 128, unaligned=True), Case(torch.float16, 64)]
+        cases.append(Case(torch.bfloat16, 128, query_block=64))
+    for case in cases:
         x, order, mask, phi = case.tensor(), case.order_tensor(), case.mask_tensor(), case.feature_map
         rotated = case.rotated_tensor()
         state = torch.empty((BATCH, HEADS, case.head_dim, case.head_dim), device="meta")

@@ -8,7 +8,7 @@ from ..capability import require_supported
 from ..launch import launch
 from ..layout import block_count, empty_bshd
 from ..linear.host import constants, mask_bytes, new_state, reduced, split_count, strides
-from . import cpu
+from . import cpu, plain
 from .tiles import tiling
 from .triton_keys import keys_kernel
 from .triton_queries import queries_kernel
@@ -27,10 +27,13 @@ def pool_and_summarise(
     require_supported(key.device, key.dtype, key.shape[-1], value.shape[-1], block=block)
     if key.dtype == torch.float32:
         return cpu.pool_and_summarise(key, value, order, block, feature_map, key_mask, rotated_key)
+    pooled = _new_means(key, block)
+    if plain.is_plain((key, value), value.shape[-1], block, feature_map, order, key_mask, rotated_key):
+        return pooled, *plain.summarise(key, value, pooled, block)
     batch, heads, tokens, _ = key.shape
-    settings = tiling("keys", key, value, block, **_traits(order, feature_map, key_mask, rotated_key))
+    settings = tiling("keys", key, value, block, ordered=order is not None)
     splits = split_count(key, settings, block)
-    pooled, (state, key_sum) = _new_means(key, block), new_state(key, value, splits)
+    state, key_sum = new_state(key, value, splits)
     launch(
         keys_kernel,
         (batch * heads, splits),
@@ -61,9 +64,12 @@ def pool_and_read(
     require_supported(query.device, query.dtype, query.shape[-1], state.shape[-1], block=block)
     if query.dtype == torch.float32:
         return cpu.pool_and_read(query, state, key_sum, order, block, feature_map, eps, key_mask, rotated_query)
+    pooled = _new_means(query, block)
+    if plain.is_plain((query,), state.shape[-1], block, feature_map, order, key_mask, rotated_query):
+        return pooled, plain.read(query, state, key_sum, pooled, block, eps)
     batch, heads, tokens, _ = query.shape
-    settings = tiling("queries", query, state, block, **_traits(order, feature_map, key_mask, rotated_query))
-    pooled, out = _new_means(query, block), empty_bshd(query, batch, heads, tokens, state.shape[-1])
+    settings = tiling("queries", query, state, block, ordered=order is not None)
+    out = empty_bshd(query, batch, heads, tokens, state.shape[-1])
     launch(
         queries_kernel,
         (batch * heads, split_count(query, settings, block)),
@@ -78,13 +84,6 @@ def pool_and_read(
         HAS_MASK=key_mask is not None,
     )
     return pooled, out
-
-
-def _traits(
-    order: torch.Tensor | None, feature_map: str, key_mask: torch.Tensor | None, rotated: torch.Tensor | None
-) -> dict[str, bool]:
-    ordered = order is not None
-    return {"ordered": ordered, "plain": feature_map == "relu" and not ordered and key_mask is None and rotated is None}
 
 
 def _new_means(x: torch.Tensor, block: int) -> torch.Tensor:

@@ -25,14 +25,15 @@ _FROM_REGISTERS = {
     ("keys", 2, 128): Tiling(32, 8, 4, 1),
     ("queries", 2, 128): Tiling(64, 8, 3, 1),
 }
-# Chosen on an H100 with benchmarks/one_pass_tiles.py, for bf16 heads of 128; anything more spills with four warps.
-_HOPPER_PLAIN = {"keys": Tiling(64, 4, 3, 2), "queries": Tiling(64, 4, 2, 2)}
+# The plain case on Hopper: head_dim of key and value -> settings of its kernels, whose tiles divide the blocks.
+PLAIN = {
+    64: {"keys": Tiling(64, 4, 4, 2), "queries": Tiling(64, 4, 3, 4)},
+    128: {"keys": Tiling(64, 8, 4, 1), "queries": Tiling(64, 8, 3, 2)},
+}
 
 
-def tiling(kernel: str, x: torch.Tensor, value: torch.Tensor, block: int, *, ordered: bool, plain: bool) -> Tiling:
+def tiling(kernel: str, x: torch.Tensor, value: torch.Tensor, block: int, *, ordered: bool) -> Tiling:
     """The settings of `kernel` for an input of this head_dim and dtype, and this value width; tiles divide blocks.
-
-    plain: relu, and neither order, mask nor rotated rows.
 
     ordered: whether rows are found through an order. Triton spreads the stages over both loads, that of the order and
     that of the rows, so as many tiles are on their way with twice the stages.
@@ -41,7 +42,5 @@ def tiling(kernel: str, x: torch.Tensor, value: torch.Tensor, block: int, *, ord
     settings = _TILINGS[kernel][x.element_size(), width]
     if arch_of(x.device)[0] not in (9, 10):
         settings = _FROM_REGISTERS.get((kernel, x.element_size(), width), settings)
-    if arch_of(x.device)[0] == 9 and plain and x.dtype == torch.bfloat16 and x.shape[-1] == value.shape[-1] == 128:
-        settings = _HOPPER_PLAIN[kernel]
     stages = 2 * settings.stages - 1 if ordered else settings.stages
     return dataclasses.replace(settings, tokens=min(settings.tokens, block), stages=stages)

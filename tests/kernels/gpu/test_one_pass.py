@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 from salad_compile.kernels import UnsupportedKernelError, pool_and_read, pool_and_summarise
+from salad_compile.kernels.capability import arch_of
 from salad_compile.kernels.linear import reference as linear
-from salad_compile.kernels.one_pass import cuda, reference
+from salad_compile.kernels.one_pass import cuda, plain, reference
 
 from ..helpers import FORWARD_BAR, cosine, make_order, make_qkv, relative_l2
 
 EPS = 1e-6
-FP32, NARROW = torch.float32, (torch.bfloat16, torch.float16)
+FP32, PLAIN = torch.float32, (torch.bfloat16, 128)
 GRADIENT_BAR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
 
@@ -115,8 +117,53 @@ CASES = [
 ]
 
 
+# relu, bf16, head_dim 64 or 128, and nothing else: what has kernels of its own on Hopper
+PLAIN_CASES = [
+    Case(2, torch.bfloat16, head_dim=128, batch=2),  # of one token alone the query's gradient would be rounding
+    Case(63, torch.bfloat16, head_dim=128, layout="bhsd"),
+    Case(64, torch.bfloat16, head_dim=64, blocks=(64, 64), batch=3),
+    Case(65, torch.bfloat16, head_dim=128, layout="fused", scale=4),
+    Case(113, torch.bfloat16, head_dim=64, heads=1, scale=16),
+    Case(129, torch.bfloat16, head_dim=128, blocks=(256, 256), batch=2, heads=3),
+    Case(333, torch.bfloat16, head_dim=128, blocks=(128, 128), layout="fused", batch=2, scale=16),
+    Case(1023, torch.bfloat16, head_dim=128, heads=1, scale=4),
+]
+
+
+@pytest.fixture
+def plain_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the name of every kernel for the plain case that is launched."""
+    names: list[str] = []
+    launch = plain.launch
+
+    def noted(kernel: Callable[..., object], *arguments: object, **options: object) -> None:
+        names.append(kernel.__name__)
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(plain, "launch", noted)
+    return names
+
+
+def plain_kernels(device: str) -> list[str]:
+    """What `plain_launches` holds after one call of each operator."""
+    on_hopper = arch_of(torch.empty(0, device=device).device)[0] == 9
+    return ["plain_keys_kernel", "plain_queries_kernel"] if on_hopper else []
+
+
+@pytest.mark.parametrize("case", PLAIN_CASES, ids=str)
+def test_the_plain_case_equals_the_reference(case: Case, device: str, plain_launches: list[str]) -> None:
+    check(case, device)
+    assert plain_launches == plain_kernels(device)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_reference(case: Case, device: str) -> None:
+def test_equals_the_reference(case: Case, device: str, plain_launches: list[str]) -> None:
+    check(case, device)
+    assert plain_launches == []
+
+
+def check(case: Case, device: str) -> None:
+    """Compare values and gradients."""
     inputs = Inputs.of(case)
     means, results = inputs.run(operators, case.dtype, device)
     exact_means, exact = inputs.run(reference, torch.float64, "cpu")
@@ -160,9 +207,9 @@ def test_what_masked_rows_hold_does_not_count(device: str) -> None:
         assert torch.equal(first[1][valid], second[1][valid])
 
 
-@pytest.mark.parametrize("dtype", [FP32, *NARROW])
-def test_rows_without_features_give_zero(dtype: torch.dtype, device: str) -> None:
-    query, key, value = (x.to(device) for x in make_qkv(113, dtype=dtype, batch=1, heads=1))
+@pytest.mark.parametrize(("dtype", "head_dim"), [(FP32, 16), (torch.bfloat16, 16), (torch.float16, 16), PLAIN])
+def test_rows_without_features_give_zero(dtype: torch.dtype, head_dim: int, device: str) -> None:
+    query, key, value = (x.to(device) for x in make_qkv(113, dtype=dtype, batch=1, heads=1, head_dim=head_dim))
     query[:, :, 10:20] = -query[:, :, 10:20].abs()
     _, *state = pool_and_summarise(key, value, None, 64, "relu")
     _, out = pool_and_read(query, *state, None, 64, "relu", EPS)
@@ -182,13 +229,21 @@ def test_any_innermost_stride(device: str) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_results_fill_poisoned_memory_and_repeat(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = Inputs.of(Case(203, torch.bfloat16, "elu", masked=True, ordered=True, layout="fused"))
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(203, torch.bfloat16, "elu", masked=True, ordered=True, layout="fused"),
+        Case(203, torch.bfloat16, head_dim=128, heads=1, batch=2),
+    ],
+    ids=str,
+)
+def test_results_fill_poisoned_memory_and_repeat(case: Case, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = Inputs.of(case)
     expected = flat(*inputs.run(operators, torch.bfloat16, device))
-    plain = torch.Tensor.new_empty
+    new_empty = torch.Tensor.new_empty
 
     def poisoned(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        made = plain(self, *args, **kwargs)
+        made = new_empty(self, *args, **kwargs)
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
@@ -197,12 +252,97 @@ def test_results_fill_poisoned_memory_and_repeat(device: str, monkeypatch: pytes
     assert expected[2].transpose(1, 2).is_contiguous()
 
 
-def test_one_split_and_many(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = Inputs.of(Case(113, FP32, blocks=(64, 32), heads=1, ordered=True))
-    many = flat(*inputs.run(operators, FP32, device))
-    monkeypatch.setattr(cuda, "split_count", lambda x, settings, share: 1)
-    for first, second in zip(many, flat(*inputs.run(operators, FP32, device)), strict=True):
+@pytest.mark.parametrize("head_dim", [32, 128])  # the general kernels, and those of the plain case
+def test_one_split_and_many(head_dim: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (x.to(device) for x in make_qkv(203, dtype=torch.bfloat16, heads=2, head_dim=head_dim))
+    many = pool_and_summarise(key, value, None, 64, "relu")
+    read = pool_and_read(query, *many[1:], None, 64, "relu", EPS)
+    for module in (cuda, plain):
+        monkeypatch.setattr(module, "split_count", lambda x, settings, share: 1)
+    one = pool_and_summarise(key, value, None, 64, "relu")
+    for first, second in zip(many[1:], one[1:], strict=True):
         assert relative_l2(first, second) <= 1e-5
+    assert torch.equal(many[0], one[0])
+    for first, second in zip(read, pool_and_read(query, *many[1:], None, 64, "relu", EPS), strict=True):
+        assert torch.equal(first, second)
+
+
+# --- the plain case -------------------------------------------------------------------------------------------------
+
+
+def both(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: int = 64) -> list[torch.Tensor]:
+    """Everything that the two operators return."""
+    pooled_key, *state = pool_and_summarise(key, value, None, block, "relu")
+    return [pooled_key, *state, *pool_and_read(query, *state, None, block, "relu", EPS)]
+
+
+def check_values(results: list[torch.Tensor], inputs: list[torch.Tensor], block: int = 64) -> None:
+    """Compare with `both` by definition, in fp64; sums and means to fp32."""
+    query, key, value = (x.cpu().double() for x in inputs)
+    pooled_key, *state = reference.pool_and_summarise(key, value, None, block, "relu")
+    *sums, out = pooled_key, *state, *reference.pool_and_read(query, *state, None, block, "relu", EPS)
+    for ours, theirs in zip(results, sums, strict=False):
+        assert relative_l2(ours.cpu(), theirs) <= FORWARD_BAR[FP32]
+    assert relative_l2(results[-1].cpu(), out) <= FORWARD_BAR[inputs[0].dtype]
+
+
+def fused_views(tokens: int, channels: int, device: str) -> list[torch.Tensor]:
+    """query, key and value (2, 2, S, channels), bf16, as views of one tensor."""
+    generator = torch.Generator().manual_seed(3)
+    fused = torch.randn(2, tokens, 3, 2, channels, generator=generator).bfloat16().to(device)
+    return [fused[:, :, i].transpose(1, 2) for i in range(3)]
+
+
+@pytest.mark.parametrize("tokens", [1, 70, 203])
+def test_views_of_a_fused_tensor_are_read_in_place(tokens: int, device: str, plain_launches: list[str]) -> None:
+    views = [x[..., 8:] for x in fused_views(tokens, 136, device)]
+    results = both(*views)
+    check_values(results, views)
+    assert plain_launches == plain_kernels(device)
+    for ours, theirs in zip(results, both(*(x.contiguous() for x in views)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+OTHERS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]] = {
+    "odd-addresses": (lambda x: x[..., 1:129], 64),
+    "odd-strides": (lambda x: x[..., :132].contiguous()[..., :128], 64),
+    "stride-0": (lambda x: x[:, :1, :, :128].expand(2, 2, -1, -1), 64),
+    "channels-apart": (lambda x: x[..., :128].transpose(2, 3).contiguous().transpose(2, 3), 64),
+    "fp16": (lambda x: x[..., :128].half(), 64),
+    "head-dim-96": (lambda x: x[..., :96], 64),
+    "short-blocks": (lambda x: x[..., :128], 32),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_rest_is_read_through_pointers(kind: str, device: str, plain_launches: list[str]) -> None:
+    view, block = OTHERS[kind]
+    inputs = [view(x) for x in fused_views(203, 136, device)]
+    check_values(both(*inputs, block), inputs, block)
+    assert plain_launches == []
+
+
+@pytest.mark.parametrize("scale", [1, 4, 16])
+def test_large_sums(scale: int, device: str, plain_launches: list[str]) -> None:
+    """Sums in fp32; a denominator that adds up thousands of large features, and one of a few small ones."""
+    query, key, value = make_qkv(4001, dtype=torch.bfloat16, batch=1, heads=1, head_dim=128, scale=scale)
+    key = (key.abs() + torch.arange(128) * scale).to(key.dtype)  # key_sum from thousands to millions
+    query[:, :, ::2, 1:] = 0
+    inputs = [x.to(device) for x in (query, key, value)]
+    check_values(both(*inputs), inputs)
+    assert plain_launches == plain_kernels(device)
+
+
+def test_the_denominator_is_as_good_as_fp32(device: str) -> None:
+    """Values that bf16 holds and a state made of the same sums leave the denominator as the only source of error."""
+    query = make_qkv(130, dtype=torch.bfloat16, batch=1, heads=1, head_dim=128)[0].to(device)
+    key_sum = torch.rand(1, 1, 128, generator=torch.Generator().manual_seed(5)).to(device) * 1e6
+    state = torch.full((1, 1, 128, 128), 2.0**20, device=device)
+    _, out = pool_and_read(query, state, key_sum, None, 64, "relu", EPS)
+    features = query.double().relu()
+    exact = (features @ state.double()) / ((features * key_sum[:, :, None]).sum(-1, keepdim=True) + EPS)
+    assert (out == exact.to(torch.bfloat16)).float().mean() > 0.999
+    assert relative_l2(out, exact) <= 2**-9
 
 
 def test_unsupported_is_refused(device: str) -> None:
