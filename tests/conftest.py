@@ -17,6 +17,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write docs/models.md and the table in README.md from the outcomes of tests/models",
     )
+    parser.addoption(
+        "--all-cases", action="store_true", help="compile further cases of a model class too, not the first alone"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Second cases of one model class compile nothing, unless the table is written or every case is asked for."""
+    if config.getoption("--support-table") or config.getoption("--all-cases"):
+        return
+    from .models.expectations import VARIANTS
+
+    left_out = [
+        item for item in items if "test_zoo.py" in item.nodeid and _compiles(item) and _case_of(item) in VARIANTS
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _compiles(item: pytest.Item) -> bool:
+    return any(part in item.nodeid for part in ("compile", "checkpointing"))
+
+
+def _case_of(item: pytest.Item) -> str:
+    return item.nodeid.rpartition("[")[2].removesuffix("]")
 
 
 def pytest_configure(config: pytest.Config) -> None:
