@@ -18,7 +18,7 @@ from ..manual_attention import ManualAttention
 from ..tag import DENSE, SITES, TAGS
 from .provenance import erase_dead, example_value, find_tag, is_dead, module_path, projection_inputs
 
-assert flex and multihead  # imported for their effect
+_REGISTERED = (flex, multihead)
 
 CONVERTED, TRAINING_FREE, LEFT_DENSE = "salad", "block-sparse", "dense"
 

@@ -83,7 +83,9 @@ def projection_inputs(value: fx.Node) -> set[fx.Node]:
 
 def is_dead(node: fx.Node) -> bool:
     """Whether nothing of the graph reads a value; Dynamo leaves the LSE of a call behind that nobody asked for."""
-    reads = node.op != "output" and not node.is_impure() and not any(_writes_to(node, arg) for arg in node.all_input_nodes)
+    reads = (
+        node.op != "output" and not node.is_impure() and not any(_writes_to(node, arg) for arg in node.all_input_nodes)
+    )
     return reads and all(is_dead(user) for user in node.users)
 
 

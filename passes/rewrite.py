@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 from ..attention import BranchTensors, salad_attention, segments, sparse_attention, with_all_heads
-from ..attention_call import AttentionArguments, key_padding
+from ..attention_call import AttentionArguments, key_padding, warn_of_dropout
 from ..config import AttentionSpec, BackendOptions
 from .find_attention import CONVERTED, TRAINING_FREE, AttentionCall
 
@@ -50,6 +50,8 @@ def _converted(call: AttentionCall, proxy: Any) -> Proxy:
     assert call.tag is not None
     _, gate_input, params, order, spec = call.tag.args
     assert isinstance(params, (list, tuple))
+    if call.arguments.dropout_p:
+        warn_of_dropout(call.arguments.dropout_p)
     text = call.site.args[1] if call.site is not None else None
     rows = proxy(gate_input)
     arguments, (query, key, value) = _operands(call, proxy)

@@ -172,7 +172,8 @@ def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], rank: Call
         raise AdapterError(f"the attention adapter of {target} answered {arguments!r}, not AttentionArguments.")
     if adapter is _scaled_dot_product_attention:  # takes any rank; of others than these two `dense_reason` speaks
         return dataclasses.replace(arguments, layout="HSD") if rank(arguments.query) == 3 else arguments
-    _check_layout(target, arguments, rank)
+    if not arguments.reason:
+        _check_layout(target, arguments, rank)
     return arguments
 
 
@@ -209,7 +210,8 @@ def result_of(target: Any, arguments: AttentionArguments, answered: Any) -> Any:
             f"the attention adapter of {target} says output={arguments.output}, but the call answered {what}."
         )
     out = answered if arguments.output is None else answered[arguments.output]
-    if arguments.by_hand or _ADAPTERS[target] is _scaled_dot_product_attention:  # they broadcast
+    broadcasts = arguments.by_hand or _ADAPTERS[target] is _scaled_dot_product_attention
+    if arguments.reason or broadcasts:
         return out
     expected = (*arguments.query.shape[:-1], arguments.value.shape[-1])
     if tuple(out.shape) != expected:

@@ -40,6 +40,7 @@ from .errors import (
 from .geometry import GridRule, GridSource
 from .logs import logger
 from .model_tree import plain_key, single_model
+from .multihead import projection
 
 FORMAT_VERSION = 2
 FILE_NAME = "salad.safetensors"
@@ -197,7 +198,7 @@ def base_digest(model: nn.Module, records: tuple[SiteRecord, ...]) -> str:
     """
     parts: list[Any] = [base_class(model)]
     for record in records:
-        projections = {role: model.get_submodule(name) for role, name in record.projections().items()}
+        projections = {role: projection(model, name) for role, name in record.projections().items()}
         widths = {role: [int(m.in_features), int(m.out_features)] for role, m in projections.items()}  # type: ignore[arg-type]
         parts.append([plain_key(record.owner), record.heads, record.head_dim, record.value_dim, widths])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -256,7 +257,12 @@ def load(model: Model, path: str | os.PathLike[str], *, grid: GridSource | None 
         expected = branch_state(bare) if known else _planned_state(prepared)
         tensors = _read_checked(content, expected, file)
     if not known:
-        attach(bare, prepared, header.config, header.dense_projections, header.grid if grid is None else grid)
+        rule = header.grid if grid is None else grid
+        if rule is None and any(site.on_grid for site in header.sites):
+            logger.warning(
+                "%s was made with a function as grid=, and is loaded without one: tokens stay in order", file
+            )
+        attach(bare, prepared, header.config, header.dense_projections, rule)
     with torch.no_grad():
         for name, parameter in branch_state(bare).items():
             _assign(parameter, tensors[name])

@@ -22,7 +22,7 @@ from .errors import (
 from .geometry import GridSource
 from .logs import logger
 from .model_tree import components
-from .multihead import InProjection, in_projection_owner, take_apart
+from .multihead import in_projection_owner, projection, take_apart
 from .probe import is_linear
 from .report import Plan
 from .site_filter import filtered
@@ -123,6 +123,7 @@ def prepare(model: nn.Module, records: Iterable[SiteRecord], config: SaladConfig
     Raises:
         UnknownProjectionError: a module that a record names is missing or is no projection of the recorded widths.
     """
+    config = dataclasses.replace(config)  # one object for each model: by it the branches of one know each other
     return [build_branch(model, record, config) for record in records]
 
 
@@ -212,8 +213,7 @@ def _shares(record: SiteRecord, roles: Sequence[str], out_features: int) -> dict
 
 
 def _projection(model: nn.Module, name: str, record: SiteRecord) -> Any:
-    whole = in_projection_owner(model, name)
-    module = _submodule(model, name, record) if whole is None else InProjection(whole)
+    module = _submodule(model, name, record)
     if not is_linear(module):
         raise UnknownProjectionError(
             f"{name!r} of the site {record.owner!r} is a {type(module).__name__}, not a projection."
@@ -223,7 +223,7 @@ def _projection(model: nn.Module, name: str, record: SiteRecord) -> Any:
 
 def _submodule(model: nn.Module, name: str, record: SiteRecord) -> nn.Module:
     try:
-        return model.get_submodule(name)
+        return projection(model, name)
     except AttributeError as error:
         raise UnknownProjectionError(
             f"{type(model).__name__} has no module {name!r}, which the site {record.owner!r} needs."

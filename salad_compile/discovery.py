@@ -37,7 +37,8 @@ class AttentionSite:
         batch, heads, key_heads, query_tokens, key_tokens, head_dim, value_dim: sizes in the example forward.
         text: where the text lies, "none", "before", "after" or "prefix" (keys only). text_tokens: how many.
         text_argument: the owner's argument that has as many tokens. on_grid: whether the video's tokens are the grid's.
-        mask: shape of the attention mask, or None. mask_kind: "", "keys", "padding" (square), or "other".
+        mask: shape of the attention mask, or None. mask_kind: "", "keys", "padding" (a square one), "square",
+            "unread" (square, on fake tensors) or "other".
         causal: whether the call is causal.
         call_index: the call's number within one forward of `name`.
         invocations: how often the example forward came by.
@@ -199,14 +200,14 @@ def _outs(call: Call, layout: Layout) -> tuple[str | None, str | None]:
 
 
 def _mask_kind(mask: Any) -> str:
-    """What :func:`mask_kind` says; a square mask is "padding" if its values say so, else "other"."""
+    """What :func:`mask_kind` says; a square mask is "padding" if its values say so."""
     kind = mask_kind(mask)
     if kind != "square":
         return kind
     if mask.device.type == "meta" or is_fake(mask):
         return "unread"
     rows, columns = mask.any(dim=-1, keepdim=True), mask.any(dim=-2, keepdim=True)
-    return "padding" if bool((mask == (rows & columns)).all()) else "other"
+    return "padding" if bool((mask == (rows & columns)).all()) else "square"
 
 
 def _tokens(source: GridSource, probe: Probe) -> int:
@@ -303,7 +304,7 @@ def _origin(tensor: Tensor) -> Any:
 
 def _ineligible(call: Call, kind: str, layout: Layout, mask: str, min_tokens: int) -> str:
     """Why a call is not converted, or the empty string."""
-    query, key, value = call.shapes
+    query, key, _ = call.shapes
     if kind == "cross":
         return "cross-attention stays dense"
     if kind == "unresolved":

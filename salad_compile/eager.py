@@ -134,11 +134,11 @@ class SaladMode(TorchFunctionMode):
     def __enter__(self) -> SaladMode:
         self._flex = seen_by_modes(real_flex_attention)
         self._flex.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._flex.__exit__(*error)
 
     def require_replaced(self) -> None:

@@ -150,17 +150,19 @@ class ManualAttention:
             if isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor:
                 factor = 1 / factor if name == "div" else factor
                 return dataclasses.replace(scores, scale=scores.scale * factor)
-        if rank != len(scores.axes):
-            self._alter(target, name)
-            return None
-        if name in _READS:
+        self._alter(target, name)
+        if name in _READS or rank != len(scores.axes):
             return None
         return dataclasses.replace(scores, reason=_goes_through(name))
 
     def _alter(self, target: Any, name: str) -> None:
-        """A part of scores was taken, into which the model may write; of weights it may be for somebody to look at."""
-        if not self.table[target].softmax:
-            self.table[target] = dataclasses.replace(self.table[target], reason=_goes_through(name))
+        """A part of the scores was taken, into which the model may write.
+
+        What else reads weights may be for somebody to look at; of scores anything else counts.
+        """
+        scores = self.table[target]
+        if name in _VIEWS or not (scores.softmax or name in _READS):
+            self.table[target] = dataclasses.replace(scores, reason=_goes_through(name))
 
     def _product(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Scores | None:
         operands, equation = _operands(name, args, kwargs)
@@ -191,8 +193,37 @@ class ManualAttention:
         return self._permuted(value, (axes[0], axes[2], axes[1], axes[3]) if layout == "BSHD" else axes)
 
 
-# Comparisons and copies of scores that say something about them, and are none.
-_READS = frozenset({"isnan", "isinf", "isfinite", "zeros_like", "ones_like", "empty_like", "full_like", "eq", "ne", "gt", "lt"})
+# What is computed from scores and is none, whatever its shape.
+_READS = frozenset(
+    {"isnan", "isinf", "isfinite", "zeros_like", "ones_like", "empty_like", "full_like", "eq", "ne", "gt", "lt"}
+)
+
+# What may answer a part of its operand that writes show in.
+_VIEWS = frozenset(
+    (
+        "getitem",
+        "narrow",
+        "select",
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "unbind",
+        "split",
+        "chunk",
+        "diagonal",
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "permute",
+        "movedim",
+        "expand",
+        "T",
+        "mT",
+    )
+)
 
 
 def _goes_through(name: str) -> str:

@@ -66,7 +66,7 @@ def _projections(
 def _merge(branch: SaladBranch, linear: nn.Linear, roles: tuple[str, ...]) -> float:
     """Add the update of each role to its share of the weight's rows; returns the relative cast error."""
     with torch.no_grad():
-        updates = [_update(branch, role, linear.weight.shape[0] // len(roles), linear) for role in roles]
+        updates = [_update(branch, role, branch.shares[role], linear) for role in roles]
         update = torch.cat(updates)
         exact = linear.weight.float() + update
         linear.weight.copy_(exact)

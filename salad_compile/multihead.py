@@ -7,6 +7,7 @@ hooks on it as on any fused Linear and no key of the state dict changes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,20 +34,19 @@ class InProjection(nn.Module):
         return F.linear(x, weight, bias)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, reason: str) -> Tensor:
-    """Scaled dot product attention that discovery sees together with the reason for which it stays dense, if any."""
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, reason: str
+) -> Tensor:
+    """Scaled dot product attention, which discovery sees with the reason for which it stays dense, if any."""
     if has_torch_function((query, key, value)):
-        result: Tensor = handle_torch_function(
-            attend, (query, key, value), query, key, value, attn_mask, dropout_p, reason
-        )
+        operands = (query, key, value)
+        result: Tensor = handle_torch_function(attend, operands, *operands, attn_mask, dropout_p, reason)
         return result
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p)
 
 
 @attention_adapter(attend)
-def _attend(
-    query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, reason: str
-) -> AttentionArguments:
+def _attend(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, reason: str) -> AttentionArguments:
     return AttentionArguments(query, key, value, attn_mask, dropout_p, reason=reason)
 
 
@@ -82,7 +82,7 @@ class TakenApart:
     ) -> tuple[Tensor, Tensor | None]:
         """As nn.MultiheadAttention."""
         module = self.module
-        reason = _dense_reason(module, query, key, value, key_padding_mask, need_weights, attn_mask)
+        reason = _dense_reason(module, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
         if reason and not self.discovering:
             return type(module).forward(
                 module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -94,19 +94,19 @@ class TakenApart:
             parts = projected.chunk(3, dim=-1)
         else:
             parts = tuple(self._project(x).chunk(3, dim=-1)[i] for i, x in enumerate((query, key, value)))
-        heads = [part.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2) for part in parts]
+        query, key, value = (part.view(*part.shape[:2], module.num_heads, -1).transpose(1, 2) for part in parts)
         mask = None
         if key_padding_mask is not None and not reason:  # True where a key is padding
             mask = ~(key_padding_mask if batched else key_padding_mask[None])[:, None, None]
         dropout = module.dropout if module.training else 0.0
         if self.discovering:
-            out = attend(*heads, mask, dropout, reason)
+            out = attend(query, key, value, mask, dropout, reason)
         else:
-            out = F.scaled_dot_product_attention(*heads, mask, dropout)
+            out = F.scaled_dot_product_attention(query, key, value, mask, dropout)
         result = module.out_proj(out.transpose(1, 2).flatten(2))
         weights = None
         if need_weights:  # discovering: of this form, whatever the values
-            shape = (out.shape[0], *(() if average_attn_weights else (out.shape[1],)), out.shape[2], key.shape[1])
+            shape = (out.shape[0], *(() if average_attn_weights else (out.shape[1],)), *out.shape[2:3], key.shape[2])
             weights = out.new_zeros(shape if batched else shape[1:])
         if not batched:
             return result[0], weights
@@ -131,11 +131,14 @@ def _dense_reason(
     key_padding_mask: Tensor | None,
     need_weights: bool,
     attn_mask: Tensor | None,
+    is_causal: bool,
 ) -> str:
     if not (query is key and key is value):
         return "query, key and value of nn.MultiheadAttention are different tensors"
     if need_weights:
         return "it answers attention weights: call nn.MultiheadAttention with need_weights=False"
+    if is_causal:
+        return "it is causal"
     if attn_mask is not None:
         return "its attention mask is no key-padding mask"
     if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
@@ -152,7 +155,7 @@ def take_apart_for_discovery(model: nn.Module) -> None:
             _take_apart(module, discovering=True)
 
 
-def take_apart(model: nn.Module, names: Any) -> None:
+def take_apart(model: nn.Module, names: Iterable[str]) -> None:
     """Let the nn.MultiheadAttention modules run in parts that have one of these projections, for good."""
     for name in names:
         owner = in_projection_owner(model, name)
@@ -172,6 +175,16 @@ def in_projection_owner(model: nn.Module, name: str) -> nn.MultiheadAttention | 
     return owner if isinstance(owner, nn.MultiheadAttention) else None
 
 
+def projection(model: nn.Module, name: str) -> nn.Module:
+    """The module `name`; of an nn.MultiheadAttention that is not in parts one that says its widths.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    whole = in_projection_owner(model, name)
+    return model.get_submodule(name) if whole is None or IN_PROJECTION in whole._modules else InProjection(whole)
+
+
 def _can_be_taken_apart(module: nn.Module) -> bool:
     # a subclass may compute something else; an instance whose forward is its own is somebody else's already
     return (
@@ -184,4 +197,4 @@ def _can_be_taken_apart(module: nn.Module) -> bool:
 def _take_apart(module: nn.Module, *, discovering: bool) -> None:
     assert isinstance(module, nn.MultiheadAttention)
     module.add_module(IN_PROJECTION, InProjection(module))
-    module.forward = TakenApart(module, discovering=discovering)
+    module.forward = TakenApart(module, discovering=discovering)  # type: ignore[method-assign]

@@ -20,7 +20,7 @@ def filtered(sites: list[AttentionSite], patterns: str | Sequence[str] | None) -
         patterns: names with the wildcards of `fnmatch`; a leading "!" leaves out. Only "!" patterns: all others stay.
 
     Raises:
-        SiteFilterError: a pattern matches no attention call, or none is left.
+        SiteFilterError: a pattern matches no attention call.
     """
     if patterns is None:
         return sites

@@ -31,7 +31,7 @@ def leave_uncompiled(gate_bias: Tensor) -> list[str]:
         gate_bias: the parameter itself, as the entry marker mentions it.
 
     Returns:
-        Names of the owners; none if no attached branch has this parameter.
+        Names of the owners, that one first; none if no attached branch has this parameter.
     """
     found = next((branch for branch in _branches if branch.gate_bias is gate_bias), None)
     if found is None:
@@ -41,4 +41,4 @@ def leave_uncompiled(gate_bias: Tensor) -> list[str]:
     ]
     for branch in alike:
         branch.uncompiled = True
-    return [branch.record.owner for branch in alike]
+    return sorted((b.record.owner for b in alike), key=lambda owner: (owner != found.record.owner, owner))

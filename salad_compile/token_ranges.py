@@ -55,7 +55,7 @@ def narrowed(node: Any, output: int, span: TokenRange | None) -> TokenRange | No
     name = type(node).__name__
     if name not in ("SliceBackward0", "SplitWithSizesBackward0", "SplitBackward0"):
         return span
-    sizes, dim = node._saved_self_sym_sizes, node._saved_dim
+    sizes, dim = node._saved_self_sym_sizes, _signed(node._saved_dim)
     if len(sizes) != 3 or dim not in (1, -2):
         return span
     length = int(sizes[dim])
@@ -76,7 +76,12 @@ def _bounds(node: Any, output: int, length: int) -> tuple[int, int]:
 
 
 def _edge(value: Any, length: int) -> int:
-    """A bound of a slice as a position in 0 .. length. Autograd keeps negative ones as unsigned 64-bit numbers."""
-    bound = int(value)
-    bound = bound - 2**64 if bound >= 2**63 else bound
+    """A bound of a slice as a position in 0 .. length."""
+    bound = _signed(value)
     return min(max(bound + length if bound < 0 else bound, 0), length)
+
+
+def _signed(value: Any) -> int:
+    """Autograd shows negative numbers as unsigned 64-bit ones."""
+    number = int(value)
+    return number - 2**64 if number >= 2**63 else number

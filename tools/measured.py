@@ -39,7 +39,9 @@ def render(results: Path = RESULTS) -> str:
 
 
 def _gpu_files(results: Path, script: str) -> list[Path]:
-    return [path for path in sorted(results.glob(f"{script}_*.json")) if path.name != "attention_cpu.json"]
+    """The rows of the newest device alone: others are in the same folder, and in docs/kernels.md."""
+    files = [path for path in sorted(results.glob(f"{script}_*.json")) if path.name != "attention_cpu.json"]
+    return files[-1:]
 
 
 # ---------------------------------------------------------------- GPU

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -31,7 +32,12 @@ class Style(nn.Module):
         super().__init__()
         self.heads = heads
         keys = dim // heads * (key_heads or heads)
-        self.q, self.k, self.v, self.o = nn.Linear(dim, dim), nn.Linear(dim, keys), nn.Linear(dim, keys), nn.Linear(dim, dim)
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, keys),
+            nn.Linear(dim, keys),
+            nn.Linear(dim, dim),
+        )
 
     def heads_of(self, x: Tensor) -> Tensor:
         """(..., S, H * D) -> (..., H, S, D)."""
@@ -57,7 +63,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale:
     """Like flash_attn_varlen_func: samples packed one after another, (B * S, H, D)."""
     ends = cu_seqlens.tolist()
     parts = []
-    for begin, end in zip(ends, ends[1:], strict=False):
+    for begin, end in itertools.pairwise(ends):
         one, two, three = (tensor[begin:end].transpose(0, 1) for tensor in (q, k, v))
         parts.append(F.scaled_dot_product_attention(one, two, three, scale=scale).transpose(0, 1))
     return torch.cat(parts)

@@ -50,6 +50,11 @@ VARIANTS = frozenset(
         "MotifVideoDecoder",
         "Cosmos2",
         "Cosmos25",
+        "handwritten_einsum",
+        "handwritten_flash",
+        "handwritten_multihead_seq_first",
+        "handwritten_scaled",
+        "handwritten_dropout",
     }
 )
 

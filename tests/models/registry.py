@@ -19,10 +19,11 @@ from types import MappingProxyType
 from torch import nn
 
 from tests.models.zoo import CASES, Case
+from tests.models.zoo_handwritten import HANDWRITTEN_CASES
 from tests.models.zoo_joint import JOINT_CASES
 from tests.models.zoo_special import SPECIAL_CASES
 
-ALL_CASES: Mapping[str, Case] = MappingProxyType({**CASES, **JOINT_CASES, **SPECIAL_CASES})
+ALL_CASES: Mapping[str, Case] = MappingProxyType({**CASES, **HANDWRITTEN_CASES, **JOINT_CASES, **SPECIAL_CASES})
 
 WITHOUT_CASE: Mapping[str, str] = MappingProxyType(
     {

@@ -1,24 +1,36 @@
-"""The hand-written DiTs pass the same tests as the classes of diffusers."""
+"""What of the hand-written DiTs goes beyond the tests of the zoo (`test_zoo.py`)."""
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+import copy
 
 import pytest
+import torch
 
-from . import test_zoo
-from .test_zoo import _fresh_dynamo  # noqa: F401  a fixture
+from ..support import assert_same, run
+from .test_zoo import _fresh_dynamo, converted
 from .zoo_handwritten import HANDWRITTEN_CASES
 
-every_case = pytest.mark.parametrize("case", HANDWRITTEN_CASES.values(), ids=HANDWRITTEN_CASES.keys())
+assert _fresh_dynamo  # a fixture of every test here
 
 
-def _again(test: Any) -> Any:
-    """A test of the zoo with these cases."""
+def test_attention_dropout_is_left_out_while_training() -> None:
+    case = HANDWRITTEN_CASES["handwritten_dropout"]
+    model, inputs = converted(case), case.inputs(0)
+    expected = run(model, inputs, case.output)
+    model.train()
+    assert_same(run(model, inputs, case.output), expected)
+    compiled = torch.compile(model, backend="salad", options={"lowering": "aot_eager"})
+    assert_same(run(compiled, inputs, case.output, parameters=model), expected)
 
-    def run(*args: Any, **kwargs: Any) -> None:
-        test(*args, **kwargs)
 
-    run.__signature__ = __import__("inspect").signature(test)
-    return run
+@pytest.mark.parametrize("name", ["handwritten_multihead", "handwritten_flex", "handwritten_manual"])
+def test_a_copy_runs_like_the_model(name: str) -> None:
+    case = HANDWRITTEN_CASES[name]
+    model, inputs = converted(case), case.inputs(0)
+    twin = copy.deepcopy(model)
+    expected = run(model, inputs, case.output)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_same(run(twin, inputs, case.output), expected)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .registry import ALL_CASES, WITHOUT_CASE, cases_of, transformers, video_classes
 from .zoo import CASES, Case
+from .zoo_handwritten import HANDWRITTEN_CASES
 from .zoo_joint import JOINT_CASES
 from .zoo_special import SPECIAL_CASES
 
@@ -51,7 +52,7 @@ def test_nothing_is_listed_that_is_not_there() -> None:
 
 
 def test_cases_have_names_of_their_own() -> None:
-    assert len(ALL_CASES) == len(CASES) + len(JOINT_CASES) + len(SPECIAL_CASES)
+    assert len(ALL_CASES) == sum(map(len, (CASES, HANDWRITTEN_CASES, JOINT_CASES, SPECIAL_CASES)))
     assert all(name == case.name for name, case in ALL_CASES.items())
 
 

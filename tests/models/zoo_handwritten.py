@@ -32,12 +32,11 @@ def _case(
     batch: int = 1,
     owner: str = "attn",
     leaves: tuple[str, str, str, str] = ("q", "k", "v", "o"),
-    training: bool = False,
 ) -> Case:
     def make() -> nn.Module:
         return styles.StyledDiT(style)
 
-    case = make_case(
+    return make_case(
         f"handwritten_{name}",
         make,
         _inputs(batch),
@@ -47,7 +46,6 @@ def _case(
         output=lambda output: output,
         note=note,
     )
-    return case
 
 
 MULTIHEAD = ("in_projection", "in_projection", "in_projection", "out_proj")

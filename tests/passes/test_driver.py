@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from salad_compile.kernels import measure_executions
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -18,7 +19,7 @@ from salad_compile.backend import record_graphs
 from salad_compile.errors import ConfigError, SaladError, SiteLostError
 
 from .. import toys
-from ..support import check_rewrite, randomise_branches, relative_error
+from ..support import assert_same, check_rewrite, randomise_branches, relative_error, run
 
 CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
 
@@ -39,8 +40,12 @@ def compile_error(model: nn.Module, **options: Any) -> SaladError:
 
 
 def test_a_vanished_attention_call_is_an_error_compiled_and_not() -> None:
+    def unknown(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.transpose(-1, -2) * 8**-0.5).exp()  # no softmax that anybody could recognise
+        return weights / weights.sum(-1, keepdim=True) @ v
+
     model = converted()
-    model.layers[1].attend = lambda q, k, v: (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1) @ v
+    model.layers[1].attend = unknown
     with pytest.raises(SiteLostError, match=r"'layers\.1' ran without SALAD"):
         model(toys.tokens())
     error = compile_error(model)
@@ -100,6 +105,48 @@ def test_not_strict_warns_and_runs(caplog: pytest.LogCaptureFixture) -> None:
         out = torch.compile(model, backend="salad", options={"lowering": "eager", "strict": False})(toys.tokens())
     assert "1 of 2 converted sites" in caplog.text
     assert out.isfinite().all()
+
+
+def broken(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return toys.positional(q, k, v)
+
+
+def test_a_graph_break_inside_attention_modules_leaves_them_uncompiled_as_salad(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = converted(toys.SelfAttention(broken), toys.CrossAttention(), toys.SelfAttention(broken))
+    expected = run(model, {"x": toys.tokens()})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="salad", options={"lowering": "aot_eager"})
+    with caplog.at_level(logging.WARNING, "salad_compile"), record_graphs() as graphs:
+        for _ in range(2):  # the second time nothing is left to find out
+            with measure_executions() as executions:
+                actual = run(compiled, {"x": toys.tokens()}, parameters=model)
+            assert_same(actual, expected)
+            assert len(executions) == 2
+    (warning,) = [r.getMessage() for r in caplog.records if "uncompiled" in r.getMessage()]
+    assert "the graph breaks inside layers.0 and 1 more of its class" in warning
+    assert 'TORCH_LOGS="graph_breaks"' in warning
+    assert [graph.uncompiled for graph in graphs if graph.uncompiled] == [("layers.0", "layers.2")]
+    assert not any(graph.lost for graph in graphs)
+    # cross-attention between them is compiled, and dense
+    assert "dense" in [call.status for graph in graphs for call in graph.calls]
+
+
+def test_a_graph_break_in_a_helper_that_ran_before_the_projection_is_survived() -> None:
+    class Late(toys.SelfAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    model = converted(Late(), Late())
+    expected = run(model, {"x": toys.tokens()})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="salad", options={"lowering": "aot_eager"})
+    with measure_executions() as executions:
+        assert_same(run(compiled, {"x": toys.tokens()}, parameters=model), expected)
+    assert len(executions) == 2
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.utils import run_and_get_code
 
 import salad_compile
 from salad_compile import backend, cpu_fusion
@@ -67,9 +68,15 @@ def test_lowerings_agree(lowering: str) -> None:
 def test_modes_and_inductor_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 
-    def compile_fx(gm: Any, inputs: Any, inner_compile: Any, config_patches: dict[str, Any] | None) -> Any:
+    def compile_fx(
+        gm: Any, inputs: Any, inner_compile: Any, config_patches: dict[str, Any] | None, decompositions: dict[Any, Any]
+    ) -> Any:
         assert inner_compile is cpu_fusion.inner_compile
-        seen.append(config_patches or {})
+        # ours on top of Inductor's own: it takes either the one or the other
+        assert torch.ops.salad.take_rows.default in decompositions
+        assert torch.ops.aten.native_layer_norm.default in decompositions
+        with torch._inductor.config.patch(config_patches or {}):  # Inductor knows all of them
+            seen.append(config_patches or {})
         return gm.forward
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
@@ -77,8 +84,26 @@ def test_modes_and_inductor_options_reach_inductor(monkeypatch: pytest.MonkeyPat
     torch.compile(model, backend="salad", mode="reduce-overhead")(toys.tokens())
     torch._dynamo.reset()
     torch.compile(model, backend="salad", options={"inductor": {"epilogue_fusion": False}})(toys.tokens())
+    torch._dynamo.reset()
+    torch.compile(model, backend="salad")(toys.tokens())
     assert seen[0]["triton.cudagraphs"] is True
     assert seen[1]["epilogue_fusion"] is False
+    assert seen[2] == {}
+
+
+def test_the_order_of_tokens_is_lowered_to_plain_aten() -> None:
+    """Without the decomposition Inductor could not fuse the gather with what writes the rows."""
+    model = salad_compile.convert(toys.SelfAttention(), CONFIG, example_inputs=(toys.tokens(),), grid=(2, 5, 7))
+    randomise_branches(model)
+    code = run_and_get_code(torch.compile(model, backend="salad", fullgraph=True), toys.tokens())[1]
+    assert "ops.salad.block_sparse_attention" in "".join(code)
+    assert "ops.salad.take_rows" not in "".join(code)
+
+
+def test_unknown_modes_are_errors() -> None:
+    with pytest.raises(BackendCompilerFailed, match="unknown mode 'fastest'") as caught:
+        torch.compile(converted(), backend=lambda gm, inputs: backend.salad(gm, inputs, mode="fastest"))(toys.tokens())
+    assert isinstance(caught.value.inner_exception, ConfigError)
 
 
 def test_an_unconverted_model_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
