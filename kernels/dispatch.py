@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 
 from .errors import UnsupportedKernelError
+
+Operator = TypeVar("Operator", bound=Callable[..., Any])
 
 # Engine -> the module in an operator's folder that holds it. They are imported when first used: Triton takes a second.
 ENGINES = {"triton": "cuda", "torch": "cpu", "flex": "flex"}
@@ -61,6 +65,24 @@ def engine_name(device: torch.device, available: tuple[str, ...] = ("triton", "t
 def engine_for(package: str, device: torch.device, available: tuple[str, ...] = ("triton", "torch")) -> ModuleType:
     """The module that computes the operator of `package` (its `__package__`) for tensors on `device`."""
     return importlib.import_module(f".{ENGINES[engine_name(device, available)]}", package)
+
+
+def without_autocast(function: Operator) -> Operator:
+    """For implementations of operators: they choose their own precision, also when autocast is on around them.
+
+    Operators of torch.library are not autocast, but what they call is. A backward that runs inside `torch.autocast`
+    would get 16-bit products in the middle of its fp32 sums.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def interpreting() -> bool:

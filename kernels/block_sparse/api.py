@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from ..checks import accumulation_dtype
-from ..dispatch import engine_for
+from ..dispatch import engine_for, without_autocast
 from ..layout import empty_bshd
 from ..measure import record_execution
 from .checks import check_arguments, check_gradient, check_types
@@ -13,6 +13,7 @@ ENGINES = ("triton", "torch", "flex")
 
 
 @torch.library.custom_op("salad::block_sparse_attention", mutates_args=())
+@without_autocast
 def block_sparse_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -81,6 +82,7 @@ def _(
 
 
 @torch.library.custom_op("salad::block_sparse_attention_backward", mutates_args=())
+@without_autocast
 def block_sparse_attention_backward(
     grad_out: torch.Tensor,
     query: torch.Tensor,

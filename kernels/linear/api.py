@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from ..checks import accumulation_dtype
-from ..dispatch import engine_for
+from ..dispatch import engine_for, without_autocast
 from ..layout import empty_bshd
 from .absent import absent
 from .checks import (
@@ -24,6 +24,7 @@ from .checks import (
 
 
 @torch.library.custom_op("salad::linear_state", mutates_args=())
+@without_autocast
 def linear_state(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -72,6 +73,7 @@ def _(
 
 
 @torch.library.custom_op("salad::linear_state_backward", mutates_args=())
+@without_autocast
 def linear_state_backward(
     grad_state: torch.Tensor,
     grad_key_sum: torch.Tensor,
@@ -146,6 +148,7 @@ linear_state.register_autograd(_state_backward, setup_context=_state_setup)
 
 
 @torch.library.custom_op("salad::linear_output", mutates_args=())
+@without_autocast
 def linear_output(
     query: torch.Tensor,
     state: torch.Tensor,
@@ -194,6 +197,7 @@ def _(
 
 
 @torch.library.custom_op("salad::linear_output_backward", mutates_args=())
+@without_autocast
 def linear_output_backward(
     grad_out: torch.Tensor,
     query: torch.Tensor,

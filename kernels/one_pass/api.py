@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from ..checks import accumulation_dtype
-from ..dispatch import engine_for
+from ..dispatch import engine_for, without_autocast
 from ..layout import block_count, empty_bshd
 from ..linear.api import linear_output_backward, linear_state_backward
 from ..linear.checks import check_output, check_output_types, check_state, check_state_types
@@ -18,6 +18,7 @@ from ..routing.checks import check_pool, check_pool_types
 
 
 @torch.library.custom_op("salad::pool_and_summarise", mutates_args=())
+@without_autocast
 def pool_and_summarise(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -104,6 +105,7 @@ pool_and_summarise.register_autograd(_summarise_backward, setup_context=_summari
 
 
 @torch.library.custom_op("salad::pool_and_read", mutates_args=())
+@without_autocast
 def pool_and_read(
     query: torch.Tensor,
     state: torch.Tensor,

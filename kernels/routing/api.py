@@ -4,13 +4,14 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from ..checks import accumulation_dtype
-from ..dispatch import engine_for
+from ..dispatch import engine_for, without_autocast
 from ..layout import block_count
 from .checks import check_pool, check_pool_types, check_select, check_select_types
 from .density import list_width
 
 
 @torch.library.custom_op("salad::pool_blocks", mutates_args=())
+@without_autocast
 def pool_blocks(
     x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -44,6 +45,7 @@ def _(x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.T
 
 
 @torch.library.custom_op("salad::select_blocks", mutates_args=())
+@without_autocast
 def select_blocks(
     pooled_query: torch.Tensor,
     pooled_key: torch.Tensor,
