@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .conversion import convert as convert
     from .conversion import plan as plan
     from .errors import *  # noqa: F403
+    from .exporting import package_exported as package_exported
+    from .exporting import rewrite_exported as rewrite_exported
     from .inspection import explain as explain
     from .inspection import summary as summary
     from .merge import merge_lora as merge_lora
@@ -36,7 +38,9 @@ _HOMES = {
     "explain": "inspection",
     "load": "checkpoint",
     "merge_lora": "merge",
+    "package_exported": "exporting",
     "plan": "conversion",
+    "rewrite_exported": "exporting",
     "save": "checkpoint",
     "summary": "inspection",
 }
@@ -49,7 +53,9 @@ __all__ = [
     "explain",
     "load",
     "merge_lora",
+    "package_exported",
     "plan",
+    "rewrite_exported",
     "save",
     "summary",
 ]

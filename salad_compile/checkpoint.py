@@ -344,8 +344,8 @@ def _check_base(model: nn.Module, header: Header, file: Path) -> None:
         )
     if known and {b.record.owner for b in known} != {record.owner for record in header.sites}:
         raise BaseModelMismatchError(
-            f"the model has {len(known)} converted sites and {file} has {len(header.sites)} sites, or under other names. "
-            "Load into the base model: it is converted from the file."
+            f"the model has {len(known)} converted sites and {file} has {len(header.sites)} sites, or under other "
+            "names. Load into the base model: it is converted from the file."
         )
     try:
         digest = base_digest(model, header.sites)
@@ -356,8 +356,8 @@ def _check_base(model: nn.Module, header: Header, file: Path) -> None:
         ) from error
     if digest != header.base_digest:
         raise BaseModelMismatchError(
-            f"{file} belongs to a {header.base_class} with other widths or heads: it has {len(header.sites)} sites, the "
-            f"first with {header.sites[0].heads} heads of {header.sites[0].head_dim}."
+            f"{file} belongs to a {header.base_class} with other widths or heads: it has {len(header.sites)} sites, "
+            f"the first with {header.sites[0].heads} heads of {header.sites[0].head_dim}."
         )
     here = _weight_sums(model, header.sites) if header.merged_weights else ()
     if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(here, header.merged_weights, strict=True)):

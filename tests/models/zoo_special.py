@@ -150,7 +150,7 @@ def _far_inputs(draw: Draw, grid: Grid, context: int, limit: int) -> dict[str, A
         "r_timestep": torch.full((1, frames), 300.0),
         "encoder_hidden_states": draw(1, TEXT, 16),
         "chunk_partition": partition,
-        "attention_mask": build(partition, *size, (1, 2, 2), (1, 4, 4), limit),
+        "attention_mask": build(partition, *size, (1, 2, 2), (1, 4, 4), limit, device="cpu"),
     }
 
 

@@ -61,7 +61,8 @@ def test_a_call_for_each_sample_equals_one_call_for_all(batch: int) -> None:
 
 
 def test_a_call_for_each_sample_is_one_site() -> None:
-    discovery = discover(toys.Stack(*(toys.SelfAttention(one_by_one) for _ in range(2))), (toys.tokens(),), min_tokens=64)
+    model = toys.Stack(*(toys.SelfAttention(one_by_one) for _ in range(2)))
+    discovery = discover(model, (toys.tokens(),), min_tokens=64)
     assert [(s.name, s.batch, s.query_tokens, s.invocations, s.eligible) for s in discovery.sites] == [
         ("layers.0", 1, 70, 2, True),
         ("layers.1", 1, 70, 2, True),

@@ -203,7 +203,9 @@ def test_one_key_head_for_all_without_saying_so() -> None:
     check_rewrite(converted(Broadcast, None), {"x": toys.tokens()}, sites=1)
 
 
-@pytest.mark.parametrize(("heads", "even"), [((6, 2, 2), True), ((6, 1, 1), True), ((6, 4, 4), False), ((6, 2, 1), False)])
+@pytest.mark.parametrize(
+    ("heads", "even"), [((6, 2, 2), True), ((6, 1, 1), True), ((6, 4, 4), False), ((6, 2, 1), False)]
+)
 def test_heads_that_cannot_be_shared_evenly_stay_dense(heads: tuple[int, int, int], even: bool) -> None:
     shapes = [(2, count, 70, HEAD_DIM) for count in heads]
     reason = dense_reason(AttentionArguments(None, None, None), shapes, "")

@@ -56,10 +56,10 @@ class Streams(nn.Module):
         self.order, self.key_order, self.prepare = order, key_order or order, prepare
 
     def forward(self, video: Tensor, text: Tensor) -> Tensor:
-        parts = self.prepare(flat(video), text)
+        parts, owners = self.prepare(flat(video), text), (self.video, self.text)
         query, key, value = (
-            torch.cat(order(*(toys.heads(getattr(m, n)(x)) for m, x in zip((self.video, self.text), parts))), 2)
-            for n, order in zip("qkv", (self.order, self.key_order, self.key_order))
+            torch.cat(order(*(toys.heads(getattr(m, n)(x)) for m, x in zip(owners, parts, strict=True))), 2)
+            for n, order in zip("qkv", (self.order, self.key_order, self.key_order), strict=True)
         )
         return toys.positional(query, key, value).transpose(1, 2).flatten(2)
 

@@ -1,4 +1,4 @@
-"""Graph breaks between projection and attention: which modules run uncompiled, and that copies decide for themselves."""
+"""Graph breaks between projection and attention: which modules run uncompiled, and that copies do not share it."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def test_under_activation_checkpointing() -> None:
     for layer in model.layers:
         forward = layer.forward
         layer.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=False)
-    assert_same(run(torch.compile(model, backend="salad", options={"lowering": "aot_eager"}), X, parameters=model), expected)
+    compiled = torch.compile(model, backend="salad", options={"lowering": "aot_eager"})
+    assert_same(run(compiled, X, parameters=model), expected)
 
 
 def test_fullgraph_is_dynamos_error() -> None:

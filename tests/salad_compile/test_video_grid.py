@@ -151,7 +151,7 @@ def test_the_root_keeps_its_signature() -> None:
 
 
 def test_wrong_arguments_are_the_models_own_error() -> None:
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'video'|strengh"):
+    with pytest.raises(TypeError, match=r"strengh|required positional argument"):
         clip(grid=GRID)(strengh=2.0)
     with pytest.raises((TypeError, SaladError), match="video"):
         clip()(strength=2.0)
