@@ -274,7 +274,7 @@ class SaladBranch(nn.Module):
         if not torch.compiler.is_compiling():
             return self._run_eagerly(*args, **kwargs)
         if self.uncompiled:
-            return self._run_uncompiled(*args, **kwargs)
+            return self.run_uncompiled(*args, **kwargs)
         return self._run_original(*args, **kwargs)
 
     def _run_original(self, *args: Any, **kwargs: Any) -> Any:
@@ -292,8 +292,8 @@ class SaladBranch(nn.Module):
         mode.require_replaced()
         return out
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+    def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        """Under the eager twin, also while compiling: `split_frames` hides it from Dynamo before it is ever called."""
         return self._run_eagerly(*args, **kwargs)
 
     def _text(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -306,6 +306,8 @@ class SaladBranch(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.uncompiled:
+            split_frames.hide_from_dynamo(type(self))
         split_frames.remember(self)  # a copy of an attached branch
 
     def _update(self, group: str, x: Tensor, out: Tensor) -> Tensor:

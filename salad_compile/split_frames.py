@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -39,6 +40,14 @@ def leave_uncompiled(gate_bias: Tensor) -> list[str]:
     alike = [
         b for b in _branches if b.owner_class is found.owner_class and b.grid is found.grid and b.config is found.config
     ]
+    hide_from_dynamo(type(found))
     for branch in alike:
         branch.uncompiled = True
     return sorted((b.record.owner for b in alike), key=lambda owner: (owner != found.record.owner, owner))
+
+
+def hide_from_dynamo(branch_class: type[SaladBranch]) -> None:
+    """Here and not as a decorator: torch.compiler.disable loads Dynamo, which an import of this package must not."""
+    if not hasattr(branch_class.run_uncompiled, "_torchdynamo_disable"):
+        hidden = torch.compiler.disable(branch_class.run_uncompiled)  # type: ignore[no-untyped-call]
+        branch_class.run_uncompiled = hidden  # type: ignore[method-assign]
