@@ -260,6 +260,12 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
+def is_padding(mask: torch.Tensor) -> bool:
+    """Whether a square bool mask (B, 1, S, S) is key padding by its values: valid queries times valid keys."""
+    rows, columns = mask.any(dim=-1, keepdim=True), mask.any(dim=-2, keepdim=True)
+    return mask.device.type == "meta" or bool((mask == (rows & columns)).all())
+
+
 def key_padding(mask: Any, kind: str, batch: Any) -> Any:
     """bool (B, S), True where a key is valid, from a mask of this kind. For tensors and for `fx.Proxy` objects."""
     if kind == "keys":

@@ -222,14 +222,16 @@ class SaladBranch(nn.Module):
         """Forward hook of the query (or fused) projection: its update, then the tag or, uncompiled, arming."""
         out = self._update("query", args[0], out)
         if torch.compiler.is_compiling():
-            tagged: Tensor = torch.ops.salad.tag(out, args[0], list(self.tensors()), self.order(), self.spec)
+            tagged: Tensor = torch.ops.salad.tag(out, args[0], list(self.tensors()), self.order(out.device), self.spec)
             return tagged
         self.armed = args[0]
         return out
 
-    def order(self) -> Tensor | None:
+    def order(self, device: torch.device) -> Tensor | None:
         """int32 (2, V), the order of the video's tokens and its inverse; None where the grid is not known."""
-        return self.grid.order if self.record.on_grid and self.grid is not None else None
+        order = self.grid.order if self.record.on_grid and self.grid is not None else None
+        # the arguments of the root may lie elsewhere than this layer
+        return order if order is None or order.device == device else order.to(device)
 
     def on_key(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the key projection, unless it is the query's."""

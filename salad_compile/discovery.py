@@ -17,7 +17,7 @@ from torch import Tensor
 # Private; see probe.py.
 from torch._subclasses.fake_tensor import is_fake
 
-from .attention_call import dense_reason, mask_kind
+from .attention_call import dense_reason, is_padding, mask_kind
 from .branch import SiteRecord
 from .geometry import GridRule, GridSource, find_grid_rule, read_grid
 from .probe import Call, Probe, Projection, run_probe
@@ -206,8 +206,7 @@ def _mask_kind(mask: Any) -> str:
         return kind
     if mask.device.type == "meta" or is_fake(mask):
         return "unread"
-    rows, columns = mask.any(dim=-1, keepdim=True), mask.any(dim=-2, keepdim=True)
-    return "padding" if bool((mask == (rows & columns)).all()) else "square"
+    return "padding" if is_padding(mask) else "square"
 
 
 def _tokens(source: GridSource, probe: Probe) -> int:

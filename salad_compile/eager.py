@@ -22,6 +22,7 @@ from .attention_call import (
     dense_reason,
     in_place_of,
     is_attention,
+    is_padding,
     key_padding,
     mask_kind,
     warn_of_dropout,
@@ -97,8 +98,11 @@ class SaladMode(TorchFunctionMode):
         branch = self.branch
         query, key, value = (call.heads_first(tensor) for tensor in (call.query, call.key, call.value))
         spec, kind = branch.decoded_spec(), mask_kind(call.attn_mask)
-        reason = dense_reason(call, [t.shape for t in (query, key, value)], kind, square_is_padding=spec.square_mask)
-        reason = reason or _misfit(spec, query, key, branch.order(), gate_input, self.text)
+        padding = spec.square_mask and kind == "square"
+        if padding and branch.measured_sparsity is None:  # once: reading values waits for the device
+            padding = is_padding(call.attn_mask)
+        reason = dense_reason(call, [t.shape for t in (query, key, value)], kind, square_is_padding=padding)
+        reason = reason or _misfit(spec, query, key, branch.order(query.device), gate_input, self.text)
         if branch.measured_sparsity is None:  # once: reading the lengths waits for the device
             reason = reason or _ragged(call)
         if reason:
@@ -119,7 +123,7 @@ class SaladMode(TorchFunctionMode):
                 value,
                 gate_input,
                 branch.tensors(),
-                branch.order(),
+                branch.order(query.device),
                 spec,
                 scale=scale,
                 dtype=_result_dtype(value if call.by_hand else query),
