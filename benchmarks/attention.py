@@ -50,10 +50,10 @@ from salad_compile.attention import (
     BranchTensors,
     linear_attention,
     salad_attention,
-    segments,
     sparse_and_linear_attention,
 )
 from salad_compile.config import AttentionSpec, density_permille
+from salad_compile.token_layout import segments
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 # How many times the forward's matrix products each pass needs; the backward needs five for the forward's two.

@@ -12,6 +12,7 @@ from .measure import Execution, measure_executions
 from .one_pass import pool_and_read, pool_and_summarise
 from .routing import kept_blocks, pool_blocks, select_blocks
 from .rows import take_rows
+from .windows import window_blocks
 
 __all__ = [
     "Execution",
@@ -28,4 +29,5 @@ __all__ = [
     "select_blocks",
     "take_rows",
     "use_engine",
+    "window_blocks",
 ]

@@ -81,3 +81,19 @@ def check_key_mask_type(key_mask: torch.Tensor | None) -> None:
             key_mask.dtype == torch.bool, f"key_mask must be bool, True where a token is valid; got {key_mask.dtype}"
         )
         require(key_mask.dim() == 2, f"key_mask must have 2 dimensions (B, S), got {key_mask.dim()}")
+
+
+def check_permille_type(permille: torch.Tensor | None) -> None:
+    """A density that may change is an int32 tensor without dimensions. Reads no values."""
+    if permille is not None:
+        require(
+            permille.dtype == torch.int32 and permille.dim() == 0,
+            f"permille must be int32 without dimensions, got {permille.dtype} with {permille.dim()}",
+        )
+
+
+def check_permille(permille: torch.Tensor | None, most: int) -> None:
+    """It lies in 0..most; read on the CPU only (elsewhere that would sync), and clamped everywhere."""
+    check_permille_type(permille)
+    if permille is not None and permille.device.type == "cpu":
+        require(0 <= int(permille) <= most, f"permille must lie in 0..{most}, the density_permille, got {permille}")

@@ -128,6 +128,10 @@ def routing(arch: int) -> Iterator[Call]:
         )
         settings = (case.query_block, KEY_BLOCK, DENSITY_PERMILLE, 0, 512, case.mask_tensor(), case.order_tensor())
         yield _name("select_blocks", case), functools.partial(cuda.select_blocks, pooled_query, pooled_key, *settings)
+        if case.order == case.mask:
+            now = torch.empty((), dtype=torch.int32, device="meta")
+            adjustable = functools.partial(cuda.select_blocks, pooled_query, pooled_key, *settings, now)
+            yield _name("select_blocks permille", case), adjustable
 
 
 def linear(arch: int) -> Iterator[Call]:

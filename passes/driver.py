@@ -98,8 +98,8 @@ def run_passes(gm: fx.GraphModule, options: BackendOptions, inputs: Sequence[Any
 
 def _leave_uncompiled(site: fx.Node, parameters: Mapping[fx.Node, Any], uncompiled: list[str]) -> bool:
     """Let a site run under the eager twin whose graph breaks between projection and attention."""
-    gate_bias = parameters.get(site.args[0])  # type: ignore[arg-type]
-    owners = [] if gate_bias is None else leave_uncompiled(gate_bias)
+    mark = parameters.get(site.args[0])  # type: ignore[arg-type]
+    owners = [] if mark is None else leave_uncompiled(mark)
     if owners:
         logger.warning(
             "the graph breaks inside %s%s: these attention modules run uncompiled, as SALAD all the same. "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import fx
 
-from ..tag import DENSE, SITES, TAGS
+from ..tag import DENSE, PROJECTED, SITES, TAGS
 from .provenance import module_path
 
 
@@ -24,11 +24,11 @@ def erase_tags(graph: fx.Graph, used: set[fx.Node], leave_uncompiled: Callable[[
     tags = [node for node in graph.nodes if node.target in TAGS]
     sites = [node for node in graph.nodes if node.target in SITES]
     lost = [_describe(tag, "its attention call is not in the same graph") for tag in tags if _is_orphan(tag, used)]
-    tagged = [_gate_bias(tag) for tag in tags if tag.args[4] != DENSE]
+    tagged = [_mark(tag) for tag in tags if tag.args[4] != DENSE]
     for site in sites:
         if site.args[0] not in tagged and not (_is_last(site) and leave_uncompiled(site)):
             lost.append(_describe(site, "its query projection did not run"))
-    for tag in tags:
+    for tag in [*tags, *(node for node in graph.nodes if node.target in PROJECTED)]:
         out = tag.args[0]
         assert isinstance(out, fx.Node)
         tag.replace_all_uses_with(out)
@@ -50,11 +50,11 @@ def _is_orphan(tag: fx.Node, used: set[fx.Node]) -> bool:
     return tag.args[4] != DENSE and tag not in used
 
 
-def _gate_bias(tag: fx.Node) -> object:
-    """The parameter by which a site and its tag know each other."""
-    params = tag.args[2]
-    assert isinstance(params, (list, tuple))
-    return params[1]
+def _mark(tag: fx.Node) -> object:
+    """The tensor by which a site and its tag know each other."""
+    tensors = tag.args[2]
+    assert isinstance(tensors, (list, tuple))
+    return tensors[0]
 
 
 def _describe(node: fx.Node, what: str) -> str:

@@ -21,6 +21,7 @@ from .provenance import erase_dead, example_value, find_tag, is_dead, module_pat
 _REGISTERED = (flex, multihead)
 
 CONVERTED, TRAINING_FREE, LEFT_DENSE = "salad", "block-sparse", "dense"
+CROSS_ATTENTION, LEFT_BY_CONVERSION = "cross-attention", "the conversion left it dense"
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _classify(
 ) -> AttentionCall:
     tag = find_tag(arguments.query)
     if tag is None or tag.args[4] == DENSE:
-        reason = "the conversion left it dense" if tag is not None else _dense_reason(arguments, options)
+        reason = LEFT_BY_CONVERSION if tag is not None else _dense_reason(arguments, options)
         reason = reason or _other_results(node, arguments)
         return AttentionCall(node, arguments, tag, LEFT_DENSE if reason else TRAINING_FREE, reason)
     spec = AttentionSpec.decode(str(tag.args[4]))
@@ -158,10 +159,10 @@ def _classify(
 
 
 def _site_of(tag: fx.Node) -> fx.Node | None:
-    """The entry marker of the owner of a tag: both mention the gate's bias."""
-    params = tag.args[2]
-    assert isinstance(params, (list, tuple))
-    return next((user for user in params[1].users if user.target in SITES), None)  # type: ignore[union-attr]
+    """The entry marker of the owner of a tag: both mention its mark."""
+    tensors = tag.args[2]
+    assert isinstance(tensors, (list, tuple))
+    return next((user for user in tensors[0].users if user.target in SITES), None)  # type: ignore[union-attr]
 
 
 def _without_text(spec: AttentionSpec, tag: fx.Node, site: fx.Node | None) -> str:
@@ -212,7 +213,7 @@ def _dense_reason(arguments: AttentionArguments, options: BackendOptions) -> str
     if any(len(sources) != 1 for sources in inputs):
         return "query, key and value do not each come from one projection in this graph"
     if not inputs[0] == inputs[1] == inputs[2]:
-        return "cross-attention"
+        return CROSS_ATTENTION
     if arguments.dropout_p:
         return f"it applies dropout (p={arguments.dropout_p})"
     shapes = _shapes(arguments)

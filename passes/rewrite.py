@@ -6,28 +6,16 @@ import dataclasses
 from typing import Any
 
 from torch import fx
-from torch.fx.proxy import GraphAppendingTracer, Proxy
+from torch.fx.proxy import Proxy
 
-from ..attention import BranchTensors, salad_attention, segments, sparse_attention, with_all_heads
+from ..attention import Mapped, salad_attention, sparse_attention, with_all_heads
 from ..attention_call import AttentionArguments, key_padding, warn_of_dropout
+from ..branch_tensors import BranchTensors
 from ..config import AttentionSpec, BackendOptions
+from ..token_layout import segments
 from .find_attention import CONVERTED, TRAINING_FREE, AttentionCall
-
-# What a spliced node inherits from the attention node: where it came from. Its value is its own.
-_INHERITED_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
-
-
-class _SplicingTracer(GraphAppendingTracer):
-    """Appends to a graph what is called on its proxies, and hands on the replaced node's origin."""
-
-    def __init__(self, graph: fx.Graph, origin: fx.Node) -> None:
-        super().__init__(graph)
-        self.inherited = {name: origin.meta[name] for name in _INHERITED_META if name in origin.meta}
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        node.meta.update(self.inherited)
-        return node
+from .replay_position import replay_position
+from .splicing import SplicingTracer
 
 
 def rewrite(call: AttentionCall, options: BackendOptions) -> None:
@@ -40,7 +28,7 @@ def rewrite(call: AttentionCall, options: BackendOptions) -> None:
 
 def _splice(call: AttentionCall, definition: Any) -> None:
     graph = call.node.graph
-    tracer = _SplicingTracer(graph, call.node)
+    tracer = SplicingTracer(graph, call.node)
     with graph.inserting_before(call.node):
         out = definition(call, lambda node: Proxy(node, tracer))
     call.replace_with(out.node)
@@ -48,8 +36,9 @@ def _splice(call: AttentionCall, definition: Any) -> None:
 
 def _converted(call: AttentionCall, proxy: Any) -> Proxy:
     assert call.tag is not None
-    _, gate_input, params, order, spec = call.tag.args
-    assert isinstance(params, (list, tuple))
+    _, gate_input, tensors, order, encoded = call.tag.args
+    assert isinstance(tensors, (list, tuple))
+    spec = AttentionSpec.decode(str(encoded))
     if call.arguments.dropout_p:
         warn_of_dropout(call.arguments.dropout_p)
     text = call.site.args[1] if call.site is not None else None
@@ -60,15 +49,22 @@ def _converted(call: AttentionCall, proxy: Any) -> Proxy:
         key,
         value,
         rows if call.sample is None else rows[call.sample : call.sample + 1],
-        BranchTensors(*(proxy(node) for node in params)),
+        BranchTensors.from_flat([proxy(node) for node in tensors[1:]], spec),
         None if order is None else proxy(order),
-        AttentionSpec.decode(str(spec)),
+        spec,
         scale=call.scale,
         dtype=call.dtype,
         key_mask=_key_mask(call, proxy, query),
         text=None if text is None else proxy(text),
+        mapped=_mapped(call, proxy, spec),
     )
     return arguments.as_called(out)  # type: ignore[no-any-return]
+
+
+def _mapped(call: AttentionCall, proxy: Any, spec: AttentionSpec) -> Mapped | None:
+    """Query and key before position, for the placement that needs them."""
+    mapped = replay_position(call, spec, proxy) if spec.maps_before_position else None
+    return None if mapped is None else Mapped(*(call.arguments.heads_first(operand) for operand in mapped))
 
 
 def _training_free(call: AttentionCall, proxy: Any, spec: AttentionSpec) -> Proxy:

@@ -27,36 +27,51 @@ if TYPE_CHECKING:
     from .inspection import explain as explain
     from .inspection import summary as summary
     from .merge import merge_lora as merge_lora
+    from .schedules import DenseSteps as DenseSteps
+    from .schedules import dense as dense
+    from .schedules import ramp_sparsity as ramp_sparsity
+    from .schedules import set_dense as set_dense
+    from .schedules import set_sparsity as set_sparsity
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AttentionArguments": "attention_call",
+    "DenseSteps": "schedules",
     "attention_adapter": "attention_call",
     "SaladConfig": "config",
     "convert": "conversion",
+    "dense": "schedules",
     "explain": "inspection",
     "load": "checkpoint",
     "merge_lora": "merge",
     "package_exported": "exporting",
     "plan": "conversion",
+    "ramp_sparsity": "schedules",
     "rewrite_exported": "exporting",
     "save": "checkpoint",
+    "set_dense": "schedules",
+    "set_sparsity": "schedules",
     "summary": "inspection",
 }
 
 __all__ = [
     "AttentionArguments",
+    "DenseSteps",
     "SaladConfig",
     "attention_adapter",
     "convert",
+    "dense",
     "explain",
     "load",
     "merge_lora",
     "package_exported",
     "plan",
+    "ramp_sparsity",
     "rewrite_exported",
     "save",
+    "set_dense",
+    "set_sparsity",
     "summary",
 ]
 

@@ -13,89 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels as _kernels  # registers torch.ops.salad.*
+from .branch_tensors import BranchTensors
 from .config import AttentionSpec
-from .geometry import joint_order
+from .token_layout import Reordering, Segments, reordering, reordering_in_place, segments
 
 __all__ = [
     "BranchTensors",
-    "Reordering",
-    "Segments",
+    "Mapped",
     "linear_attention",
-    "reordering",
     "salad_attention",
-    "segments",
     "sparse_and_linear_attention",
     "sparse_attention",
+    "window_attention",
 ]
 
 # Added to the normaliser of the linear branch, in fp32 (method.md section 5, our choice).
 LINEAR_EPS = 1e-6
 
 assert _kernels  # imported for its effect
-
-
-class BranchTensors(NamedTuple):
-    """Parameters of one site's linear branch. C is the width of the layer's input, D = heads * value head_dim.
-
-    Shapes: gate_weight (C,), gate_bias (1,), proj_weight (D, D), proj_bias (D,). Any floating dtype: they are cast
-    to the activations' dtype where they are used, so fp32 masters under 16-bit activations work without autocast.
-    """
-
-    gate_weight: Tensor
-    gate_bias: Tensor
-    proj_weight: Tensor
-    proj_bias: Tensor
-
-
-class Segments(NamedTuple):
-    """Where video and text lie among the tokens that the operators see, for one call.
-
-    Attributes:
-        sink_begin, sink_end: the text: as keys always attended to, as queries dense. Empty where there is none.
-        video_begin, video_end: the video.
-    """
-
-    sink_begin: int
-    sink_end: int
-    video_begin: int
-    video_end: int
-
-
-def segments(text: str, tokens: int, video: int) -> Segments:
-    """Where the text lies (method.md section 4.4).
-
-    Args:
-        text: "none", "before" or "after" the video. tokens, video: lengths of the whole sequence and of the video.
-    """
-    if text == "none":
-        return Segments(0, 0, 0, tokens)
-    if text == "before":
-        return Segments(0, tokens - video, tokens - video, tokens)
-    return Segments(video, tokens, 0, video)
-
-
-class Reordering(NamedTuple):
-    """A permutation of all tokens of a call: int32 (S,) and its inverse. The video's tokens come first."""
-
-    order: Tensor
-    inverse: Tensor
-
-
-def reordering(order: Tensor, text: str, tokens: int) -> Reordering:
-    """The order of a whole sequence from that of its video's tokens: the text stays apart, behind them.
-
-    Args:
-        order: int32 (2, V), the order of the video's tokens and its inverse.
-        text, tokens: see :func:`segments`.
-    """
-    if text == "none":
-        return Reordering(order[0], order[1])
-    count = tokens - order.shape[1]
-    if text == "after":
-        return Reordering(joint_order(order[0], count, False), joint_order(order[1], count, False))
-    # native [text, video]: the text's tokens stand at positions V .. S - 1 of the order
-    at = torch.arange(order.shape[1], tokens, dtype=torch.int32, device=order.device)
-    return Reordering(joint_order(order[0], count, True), torch.cat((at, order[1])))
 
 
 def sparse_attention(
@@ -106,8 +41,9 @@ def sparse_attention(
     spec: AttentionSpec,
     scale: float,
     key_mask: Tensor | None = None,
+    permille: Tensor | None = None,
 ) -> Tensor:
-    """Top-K routed block-sparse softmax attention (method.md section 4).
+    """Top-K routed block-sparse softmax attention (method.md section 4.2).
 
     Args:
         query, key, value: (B, H, S, head_dim), any strides, one floating dtype.
@@ -115,26 +51,89 @@ def sparse_attention(
         spec: block sizes and density.
         scale: factor of the scores, as in the attention call that is replaced.
         key_mask: bool (B, S), True where a key is valid, or None.
+        permille: int32 (), how many blocks are kept per thousand; at most spec.permille, which None stands for.
 
     Returns:
         (B, H, S, value head_dim) in the dtype of query. No gradient flows through the selection.
     """
     pooled_query = torch.ops.salad.pool_blocks.default(query.detach(), None, spec.query_block, key_mask)
     pooled_key = torch.ops.salad.pool_blocks.default(key.detach(), None, spec.key_block, key_mask)
-    return _attend_selected(query, key, value, pooled_query, pooled_key, where, spec, scale, key_mask)
+    return _attend_selected(query, key, value, pooled_query, pooled_key, where, spec, scale, key_mask, permille)
 
 
-def linear_attention(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
-    """Bidirectional linear attention over all tokens, rotate-then-map (method.md section 5).
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    temporal_heads: Tensor,
+    order: Reordering,
+    where: Segments,
+    spec: AttentionSpec,
+    scale: float,
+    permille: Tensor | None = None,
+) -> Tensor:
+    """ST-SWA: each head attends within a sliding window, in space or through time (method.md section 4.3).
+
+    Args:
+        query, key, value, where, spec, scale, permille: see :func:`sparse_attention`; tokens in the native order.
+        temporal_heads: bool (H,), the heads whose window runs over the tokens in `order`; the others' over the native.
+        order: all frames of a place one after another, text where it is.
+
+    Returns:
+        (B, H, S, value head_dim) in the dtype of query and in the native order.
+    """
+    chosen = temporal_heads[:, None, None]
+    query, key, value = (
+        torch.where(chosen, torch.ops.salad.take_rows.default(t, *order), t) for t in (query, key, value)
+    )
+    blocks = (spec.query_block, spec.key_block)
+    selected = torch.ops.salad.window_blocks.default(query, *blocks, spec.permille, spec.window, *where, permille)
+    attended = torch.ops.salad.block_sparse_attention.default(
+        query, key, value, selected[0], selected[1], None, *blocks, scale, None
+    )
+    back = torch.ops.salad.take_rows.default(attended[0], order.inverse, order.order)
+    return torch.where(chosen, back, attended[0])
+
+
+class Mapped(NamedTuple):
+    """What the map-then-rotate placement takes (method.md section 5), shaped like the operands of the call.
+
+    Attributes:
+        query, key: before the position encoding.
+        rotated_query, rotated_key: the model's position encoding of their features, R phi(q') and R phi(k').
+    """
+
+    query: Tensor
+    key: Tensor
+    rotated_query: Tensor
+    rotated_key: Tensor
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spec: AttentionSpec,
+    key_mask: Tensor | None = None,
+    mapped: Mapped | None = None,
+) -> Tensor:
+    """Bidirectional linear attention over all tokens (method.md section 5).
 
     Args:
         query, key, value: (B, H, S, head_dim) as they reach softmax attention, after the position encoding.
+        key_mask: bool (B, S), True where a key is valid, or None.
+        mapped: for map-then-rotate; then query and key are not read.
 
     Returns:
         (B, H, S, value head_dim): phi(q) KV / (phi(q) z + eps), in the dtype of query.
     """
-    state = torch.ops.salad.linear_state.default(key, value, spec.feature_map)
-    out: Tensor = torch.ops.salad.linear_output.default(query, state[0], state[1], spec.feature_map, LINEAR_EPS)
+    rotated_query = rotated_key = None
+    if mapped is not None:
+        query, key, rotated_query, rotated_key = mapped
+    state = torch.ops.salad.linear_state.default(key, value, spec.feature_map, key_mask, rotated_key)
+    out: Tensor = torch.ops.salad.linear_output.default(
+        query, state[0], state[1], spec.feature_map, LINEAR_EPS, rotated_query
+    )
     return out
 
 
@@ -146,6 +145,7 @@ def sparse_and_linear_attention(
     spec: AttentionSpec,
     scale: float,
     key_mask: Tensor | None = None,
+    permille: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sparse_attention` and :func:`linear_attention`, reading each tensor once for the means and the sums.
 
@@ -158,7 +158,7 @@ def sparse_and_linear_attention(
     queries = torch.ops.salad.pool_and_read.default(
         query, keys[1], keys[2], None, spec.query_block, spec.feature_map, LINEAR_EPS, key_mask
     )
-    sparse = _attend_selected(query, key, value, queries[0], keys[0], where, spec, scale, key_mask)
+    sparse = _attend_selected(query, key, value, queries[0], keys[0], where, spec, scale, key_mask, permille)
     return sparse, queries[1]
 
 
@@ -172,11 +172,14 @@ def _attend_selected(
     spec: AttentionSpec,
     scale: float,
     key_mask: Tensor | None,
+    permille: Tensor | None,
 ) -> Tensor:
     """Softmax attention over the key blocks that the means of the blocks select."""
     blocks = (spec.query_block, spec.key_block)
     sinks = (where.sink_begin, where.sink_end)
-    selected = torch.ops.salad.select_blocks.default(pooled_query, pooled_key, *blocks, spec.permille, *sinks, key_mask)
+    selected = torch.ops.salad.select_blocks.default(
+        pooled_query, pooled_key, *blocks, spec.permille, *sinks, key_mask, None, permille
+    )
     attended = torch.ops.salad.block_sparse_attention.default(
         query, key, value, selected[0], selected[1], None, *blocks, scale, key_mask
     )
@@ -188,10 +191,15 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
-def _gate(gate_input: Tensor, branch: BranchTensors, dtype: torch.dtype) -> Tensor:
-    """sigmoid(x w_g + b_g), one number per token, (..., 1); the sigmoid is taken in `dtype` (method.md section 1)."""
-    logits = torch.matmul(gate_input, branch.gate_weight.to(gate_input.dtype)).unsqueeze(-1)
-    return torch.sigmoid((logits + branch.gate_bias.to(gate_input.dtype)).to(dtype))
+def _gate(gate_input: Tensor, branch: BranchTensors, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
+    """sigmoid(x w_g + b_g), (B, rows, 1), or (B, rows, H) with one gate per head (method.md section 2)."""
+    assert branch.gate_weight is not None
+    assert branch.gate_bias is not None
+    logits = torch.matmul(gate_input, branch.gate_weight.to(gate_input.dtype))
+    logits = logits.unsqueeze(-1) if spec.gate == "token" else logits
+    logits = logits + branch.gate_bias.to(gate_input.dtype)
+    # the sigmoid is taken in fp32 (method.md section 1)
+    return torch.sigmoid(logits.to(torch.promote_types(dtype, torch.float32))).to(dtype)
 
 
 def with_all_heads(tensor: Tensor, groups: int) -> Tensor:
@@ -212,8 +220,11 @@ def salad_attention(
     dtype: torch.dtype,
     key_mask: Tensor | None = None,
     text: Tensor | None = None,
+    mapped: Mapped | None = None,
 ) -> Tensor:
-    """O' = O_sparse + sigmoid(x w_g + b_g) * Proj(O_linear), before the output projection (method.md section 2, v1).
+    """O' = O_sparse + s_layer sigmoid(x w_g + b_g) Proj(s_head O_linear), before the output projection.
+
+    Method.md sections 2 (v1: both scales are 1) and 3 (our reading of v2).
 
     Of a joint sequence the rows of the video get all of this. Text rows are dense and have no linear branch: the branch
     makes up for what sparsity leaves out, and they leave out nothing (method.md section 4.4).
@@ -225,72 +236,124 @@ def salad_attention(
         gate_input: x, the input of the query projection, (B, V, C), (B * V, C), or (V, C) when B is 1. V counts the
             video's tokens; with `spec.single` x holds the text as well, S tokens.
         branch: gate and projection of the site.
-        order: int32 (2, V), the order of the video's tokens and its inverse; None is the native order.
+        order: int32 (2, V), the order of the video's tokens and its inverse; None is the native order. With the pattern
+            "stswa" it is :func:`salad_compile.geometry.temporal_order`, and never None.
         spec, scale: see :func:`sparse_attention`.
         dtype: dtype of the attention result that is replaced. Inside autocast query, key and value may differ from it,
             and operators of torch.library are not autocast.
-        key_mask: bool (B, S), True where a key is valid, or None.
+        key_mask: bool (B, S), True where a key is valid, or None; not with "stswa".
         text: with `spec.single`, and where there is no order: (B, S - V, any), whose length counts the text.
+        mapped: with `spec.rope_placement` "map-then-rotate". None: there is no position encoding between projection and
+            call, so that the two placements are one.
 
     Returns:
         (B, H, S, value head_dim) in `dtype`; with "prefix" the video's rows only.
     """
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    mapped = mapped if spec.linear_branch else None
     key, value = with_all_heads(key, spec.groups), with_all_heads(value, spec.groups)
     tokens, prefix = key.shape[2], spec.text == "prefix"
-    gate = _gate(gate_input, branch, torch.promote_types(dtype, torch.float32)).to(dtype)
-    gate = gate.reshape(query.shape[0], -1, 1)
-    video = _video_tokens(order, text, tokens) if spec.single else gate.shape[1]
+    gate_input = gate_input.reshape(query.shape[0], -1, gate_input.shape[-1])
+    video = _video_tokens(order, text, tokens) if spec.single else gate_input.shape[1]
     if prefix:  # queries that nobody asked for, so that queries and keys are the same tokens
         query = F.pad(query, (0, 0, tokens - video, 0))
-    text_side = "before" if prefix else spec.text
-    if spec.token_order == "flat":
-        order = None
-    moved = None if order is None else reordering(order, text_side, tokens)
-    if order is not None and moved is not None:
-        query, key, value = (torch.ops.salad.take_rows.default(t, *moved) for t in (query, key, value))
-        key_mask = None if key_mask is None else key_mask.index_select(1, moved.order)
-        gate = (_in_segment(gate, text_side, tokens, video) if spec.single else gate).index_select(1, order[0])
-        where = segments("none" if text_side == "none" else "after", tokens, video)
-    else:
-        where = segments(text_side, tokens, video)
-        gate = _in_segment(gate, text_side, tokens, video) if spec.single else gate
-    out = _sum(query, key, value, gate, branch, where, spec, scale, key_mask)
-    if moved is not None:
-        out = torch.ops.salad.take_rows.default(out, moved.inverse, moved.order)
+    side = "before" if prefix else spec.text
+    gate = None
+    if spec.linear_branch and spec.gate != "none":
+        gate = _gate(gate_input, branch, spec, dtype)
+        if spec.single:  # the video's rows of what the stream holds
+            where = segments(side, tokens, video)
+            gate = gate[:, where.video_begin : where.video_end]
+    if mapped is not None:
+        mapped = _like_operands(mapped, spec, dtype, tokens - video if prefix else 0)
+    operands = _Operands(query, key, value, gate, branch, order, key_mask, mapped)
+    combine = _windows if spec.pattern == "stswa" else _routed
+    out = combine(operands, spec, side, video, scale)
     return out[:, :, tokens - video :] if prefix else out
 
 
-def _in_segment(gate: Tensor, text: str, tokens: int, video: int) -> Tensor:
-    """The video's rows (B, V, 1) of what a single stream holds, in native order."""
-    where = segments(text, tokens, video)
-    return gate[:, where.video_begin : where.video_end]
+class _Operands(NamedTuple):
+    """Tensors of one call. gate: (B, V, 1 or H) for the video's rows, or None. The others: :func:`salad_attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gate: Tensor | None
+    branch: BranchTensors
+    order: Tensor | None
+    key_mask: Tensor | None
+    mapped: Mapped | None
 
 
-def _sum(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    branch: BranchTensors,
-    where: Segments,
-    spec: AttentionSpec,
-    scale: float,
-    key_mask: Tensor | None,
+def _like_operands(mapped: Mapped, spec: AttentionSpec, dtype: torch.dtype, padding: int) -> Mapped:
+    """With the dtype, the heads and the padding that query and key have got."""
+    query, key, rotated_query, rotated_key = (tensor.to(dtype) for tensor in mapped)
+    key, rotated_key = with_all_heads(key, spec.groups), with_all_heads(rotated_key, spec.groups)
+    if spec.text == "prefix":
+        query, rotated_query = F.pad(query, (0, 0, padding, 0)), F.pad(rotated_query, (0, 0, padding, 0))
+    return Mapped(query, key, rotated_query, rotated_key)
+
+
+def _routed(given: _Operands, spec: AttentionSpec, side: str, video: int, scale: float) -> Tensor:
+    """The sum with routed blocks; the tokens are moved into the order of the blocks and back."""
+    query, key, value, gate, branch, order, key_mask, mapped = given
+    tokens = key.shape[2]
+    if spec.token_order == "flat" or order is None:
+        moved, where = None, segments(side, tokens, video)
+    else:
+        moved, where = reordering(order, side, tokens), segments("none" if side == "none" else "after", tokens, video)
+        query, key, value = (torch.ops.salad.take_rows.default(t, *moved) for t in (query, key, value))
+        key_mask = None if key_mask is None else key_mask.index_select(1, moved.order)
+        gate = None if gate is None else gate.index_select(1, order[0])
+    if spec.linear_branch and mapped is None:
+        out, linear = sparse_and_linear_attention(query, key, value, where, spec, scale, key_mask, branch.permille)
+        out = out + _update(linear, gate, branch, side, where, tokens).to(out.dtype)
+    else:
+        out = sparse_attention(query, key, value, where, spec, scale, key_mask, branch.permille)
+    out = out if moved is None else torch.ops.salad.take_rows.default(out, moved.inverse, moved.order)
+    return out if mapped is None else out + _update_as_they_come(given, spec, side, video).to(out.dtype)
+
+
+def _windows(given: _Operands, spec: AttentionSpec, side: str, video: int, scale: float) -> Tensor:
+    """The sum with sliding windows."""
+    query, key, value, _, branch, order, key_mask, _ = given
+    assert order is not None
+    assert key_mask is None
+    assert branch.temporal_heads is not None
+    tokens = key.shape[2]
+    where = segments(side, tokens, video)
+    through_time = reordering_in_place(order, side, tokens)
+    out = window_attention(query, key, value, branch.temporal_heads, through_time, where, spec, scale, branch.permille)
+    return out + _update_as_they_come(given, spec, side, video).to(out.dtype) if spec.linear_branch else out
+
+
+def _update_as_they_come(given: _Operands, spec: AttentionSpec, side: str, video: int) -> Tensor:
+    """What the linear branch adds, in the native order: its sums over the tokens do not depend on one."""
+    tokens = given.key.shape[2]
+    linear = linear_attention(given.query, given.key, given.value, spec, given.key_mask, given.mapped)
+    return _update(linear, given.gate, given.branch, side, segments(side, tokens, video), tokens)
+
+
+def _update(
+    linear: Tensor, gate: Tensor | None, branch: BranchTensors, side: str, where: Segments, tokens: int
 ) -> Tensor:
-    """O_sparse + gate * Proj(O_linear), the second for the video's rows; all tokens in the order of the blocks."""
-    sparse, linear = sparse_and_linear_attention(query, key, value, where, spec, scale, key_mask)
-    joint = spec.text != "none"
-    if joint:
+    """What the linear branch adds, (B, H, S, value head_dim): for the video's rows, 0 elsewhere."""
+    assert branch.proj_weight is not None
+    assert branch.proj_bias is not None
+    if side != "none":
         linear = linear[:, :, where.video_begin : where.video_end]
     linear = linear.transpose(1, 2)  # (B, V, H, head_dim)
-    update = gate * _linear(linear.flatten(2), branch.proj_weight, branch.proj_bias)
+    scaled = linear if branch.head_scale is None else linear * branch.head_scale.to(linear.dtype).unsqueeze(-1)
+    update = _linear(scaled.flatten(2), branch.proj_weight, branch.proj_bias)
+    if gate is not None:  # one for each head, or one for all
+        update = (gate.unsqueeze(-1) * update.view_as(linear)).flatten(2)
+    if branch.layer_scale is not None:
+        update = update * branch.layer_scale.to(update.dtype)
     # under autocast F.linear may answer in 16 bits whatever it was given
-    update = update.to(sparse.dtype).view_as(linear).transpose(1, 2)
-    if joint:
-        tokens = query.shape[2]
+    update = update.to(linear.dtype).view_as(linear).transpose(1, 2)
+    if side != "none":
         update = F.pad(update, (0, 0, where.video_begin, tokens - where.video_end))
-    return sparse + update
+    return update
 
 
 def _video_tokens(order: Tensor | None, text: Tensor | None, tokens: int) -> int:

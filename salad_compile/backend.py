@@ -18,6 +18,8 @@ from .errors import ConfigError
 from .kernels.rows import decompositions
 from .logs import logger
 from .passes.driver import GraphReport, run_passes
+from .passes.find_attention import CROSS_ATTENTION, LEFT_BY_CONVERSION
+from .split_frames import any_converted
 
 _recorders: list[list[GraphReport]] = []
 _announced: set[str] = set()
@@ -98,6 +100,8 @@ def _announce(report: GraphReport, options: BackendOptions) -> None:
         )
     elif report.calls and not report.count("salad"):
         reasons = dict.fromkeys(call.reason for call in report.calls)
+        if any_converted() and set(reasons) <= {CROSS_ATTENTION, LEFT_BY_CONVERSION}:
+            return  # a graph of a converted model, of cross-attention alone say
         _say_once(f"nothing was rewritten in this graph, all attention stays dense: {'; '.join(reasons)}.")
 
 

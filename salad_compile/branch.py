@@ -14,16 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import split_frames
-from . import tag as _tag  # registers torch.ops.salad.tag and .site
-from .attention import BranchTensors
-from .config import AttentionSpec, SaladConfig
+from .branch_tensors import BranchTensors
+from .config import AttentionSpec, SaladConfig, density_permille
 from .eager import SaladMode
+from .position_recording import PositionRecording
+from .tag import leave_dense
 from .video_grid import VideoGrid
-
-assert _tag  # imported for its effect
 
 # What a projection of a site can be; a text stream has its own.
 ROLES = ("query", "key", "value", "out", "text_query", "text_key", "text_value", "text_out")
+
+
+class DenseSwitch:
+    """Whether the sites of a model compute dense attention just now; one object for each model."""
+
+    def __init__(self) -> None:
+        self.dense = False  # not of the class: Dynamo would guard on where it was found
+
 
 # Name of the submodule that a converted attention module gets. No other key of the base model's state dict changes.
 BRANCH_NAME = "salad"
@@ -59,6 +66,7 @@ class SiteRecord:
     text_argument: str | None = None
     on_grid: bool = False
     square_mask: bool = False
+    dropped: bool = False  # its linear branch, after fine-tuning: see dropping.py
 
     @property
     def width(self) -> int:
@@ -117,6 +125,8 @@ class SaladBranch(nn.Module):
     """
 
     lora_scale: Tensor
+    permille: Tensor
+    temporal_heads: Tensor
 
     def __init__(
         self,
@@ -132,17 +142,16 @@ class SaladBranch(nn.Module):
         super().__init__()
         self.record = record
         self.config = config
-        single = record.text in ("before", "after") and record.text_query is None
-        self.spec = dataclasses.replace(
-            config.spec, text=record.text, single=single, groups=record.groups, square_mask=record.square_mask
-        ).encode()
+        self.spec = self._spec_of_site().encode()
         self.roles = record.shared_roles()
         self.shares = dict(shares)
         self.grid: VideoGrid | None = None  # shared by the sites of a model
+        self.switch = DenseSwitch()  # likewise
         self.text_position = 0  # of the owner's argument that tells how much is text
         self.uncompiled = False  # set when a graph break inside the owner's forward was seen
         self.measured_sparsity: float | None = None
         self.lora_merged = False  # then the branch fits only the base that holds its update
+        self.recording: PositionRecording | None = None  # while the eager twin runs, where position is replayed
         self.armed: Tensor | None = None  # the gate's input, between the query projection and the attention call
         # a tuple, because an attribute that is a module would be registered as a child
         self._original: tuple[Callable[..., Any], tuple[nn.Module, ...]] | None = None
@@ -150,8 +159,26 @@ class SaladBranch(nn.Module):
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
 
-        self.gate_weight, self.gate_bias = empty(gate_width), empty(1)
-        self.proj_weight, self.proj_bias = empty(record.width, record.width), empty(record.width)
+        heads, width = record.heads, record.width
+        gates: tuple[int, ...] = (heads,) if config.gate == "head" else ()
+        shapes: dict[str, tuple[int, ...]] = {
+            "gate_weight": (gate_width, *gates),
+            "gate_bias": gates or (1,),
+            "proj_weight": (width, width),
+            "proj_bias": (width,),
+            "layer_scale": (),
+            "head_scale": (heads,),
+        }
+        self.windowed = self.decoded_spec().pattern == "stswa"
+        self.maps_before_position = self.decoded_spec().maps_before_position
+        self.branch_names = BranchTensors.names(self.decoded_spec())
+        for name in self.branch_names:
+            if name in shapes:
+                self.register_parameter(name, empty(*shapes[name]))
+        if "permille" in self.branch_names:
+            self.register_buffer("permille", torch.empty((), dtype=torch.int32, device=device))
+        if "temporal_heads" in self.branch_names:
+            self.register_buffer("temporal_heads", torch.empty(heads, dtype=torch.bool, device=device))
         self.lora_roles = tuple(widths) if config.lora_rank else ()
         for role in self.lora_roles:
             in_features, out_features = widths[role]
@@ -161,23 +188,69 @@ class SaladBranch(nn.Module):
         self.register_buffer("lora_scale", torch.empty((), dtype=torch.float32, device=device))
         self.reset_parameters()
 
+    def _spec_of_site(self) -> AttentionSpec:
+        record, own = self.record, self.config.of_site(self.record.owner)
+        return dataclasses.replace(
+            self.config.spec,
+            pattern=own.pattern,
+            linear_branch=own.linear_branch and not record.dropped,
+            text=record.text,
+            single=record.text in ("before", "after") and record.text_query is None,
+            groups=record.groups,
+            square_mask=record.square_mask,
+        )
+
     def reset_parameters(self) -> None:
-        """Initialise: everything zero but LoRA's `down`, which is Kaiming uniform (method.md section 6)."""
+        """Initialise: zero, but Kaiming uniform for LoRA's `down` and 1 for static scales (method.md section 6)."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.endswith("_down"):
                     nn.init.kaiming_uniform_(parameter, a=5**0.5)
+                elif name.endswith("_scale"):
+                    parameter.fill_(1.0)
                 else:
                     parameter.zero_()
             self.lora_scale.fill_(self.config.lora_scale)
+            if "permille" in self.branch_names:
+                self.permille.fill_(density_permille(self.config.of_site(self.record.owner).sparsity))
+            if "temporal_heads" in self.branch_names:  # odd heads look through time (method.md 4.3)
+                self.temporal_heads.copy_(torch.arange(self.record.heads) % 2 == 1)
 
     def decoded_spec(self) -> AttentionSpec:
         """What this site computes."""
         return AttentionSpec.decode(self.spec)
 
+    @property
+    def target_sparsity(self) -> float:
+        """The sparsity asked for: what was set last, or the configuration's for this site."""
+        if "permille" in self.branch_names and self.permille.device.type != "meta":
+            return 1 - int(self.permille) / 1000
+        return self.config.of_site(self.record.owner).sparsity
+
     def tensors(self) -> BranchTensors:
-        """The parameters of the linear branch, in the order of the tag's `params`."""
-        return BranchTensors(self.gate_weight, self.gate_bias, self.proj_weight, self.proj_bias)
+        """What the definition takes of this branch."""
+        return BranchTensors(**{name: getattr(self, name) for name in self.branch_names})
+
+    def drop_linear(self) -> None:
+        """Give up gate, projection and static scales, in place (method.md section 7); sparse attention and LoRA stay.
+
+        Compiled code finds other settings here, and is compiled again once for all sites that are alike.
+        """
+        for name in self.linear_parameters():
+            delattr(self, name)
+        self.record = dataclasses.replace(self.record, dropped=True)
+        spec = self._spec_of_site()
+        self.spec, self.branch_names = spec.encode(), BranchTensors.names(spec)
+
+    def linear_parameters(self) -> dict[str, nn.Parameter]:
+        """What only the linear branch needs, by name; nothing where there is none."""
+        without = BranchTensors.names(dataclasses.replace(self.decoded_spec(), linear_branch=False))
+        return {name: getattr(self, name) for name in self.branch_names if name not in without}
+
+    @property
+    def mark(self) -> Tensor:
+        """A tensor that every branch has, of its own: by it the markers in a graph know each other."""
+        return self.lora_scale
 
     # --- hooks: bound methods, so that deepcopy and pickle rebind them to the copied branch --------------------------
 
@@ -221,21 +294,37 @@ class SaladBranch(nn.Module):
     def on_query(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the query (or fused) projection: its update, then the tag or, uncompiled, arming."""
         out = self._update("query", args[0], out)
+        if self.switch.dense:
+            return leave_dense(module, args, out)
         if torch.compiler.is_compiling():
-            tagged: Tensor = torch.ops.salad.tag(out, args[0], list(self.tensors()), self.order(out.device), self.spec)
+            tensors = [self.mark, *self.tensors().flat()]
+            tagged: Tensor = torch.ops.salad.tag(out, args[0], tensors, self.order(out.device), self.spec)
             return tagged
         self.armed = args[0]
+        return self._projected(out)
+
+    def _projected(self, out: Tensor) -> Tensor:
+        """Tell where a value comes from whose position is to be found."""
+        if not self.maps_before_position or self.switch.dense:
+            return out
+        if torch.compiler.is_compiling():
+            marked: Tensor = torch.ops.salad.projected(out)
+            return marked
+        if self.recording is not None:
+            self.recording.add_source(out)
         return out
 
     def order(self, device: torch.device) -> Tensor | None:
         """int32 (2, V), the order of the video's tokens and its inverse; None where the grid is not known."""
-        order = self.grid.order if self.record.on_grid and self.grid is not None else None
+        if self.grid is None or not self.record.on_grid:
+            return None
+        order = self.grid.temporal_order if self.windowed else self.grid.order
         # the arguments of the root may lie elsewhere than this layer
         return order if order is None or order.device == device else order.to(device)
 
     def on_key(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the key projection, unless it is the query's."""
-        return self._update("key", args[0], out)
+        return self._projected(self._update("key", args[0], out))
 
     def on_value(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the value projection, unless it is the query's or the key's."""
@@ -247,11 +336,11 @@ class SaladBranch(nn.Module):
 
     def on_text_query(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the text stream's query (or fused) projection."""
-        return self._update("text_query", args[0], out)
+        return self._projected(self._update("text_query", args[0], out))
 
     def on_text_key(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the text stream's key projection."""
-        return self._update("text_key", args[0], out)
+        return self._projected(self._update("text_key", args[0], out))
 
     def on_text_value(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the text stream's value projection."""
@@ -263,8 +352,10 @@ class SaladBranch(nn.Module):
 
     def run_owner(self, *args: Any, **kwargs: Any) -> Any:
         """The owner's forward. Compiled: the original, announced to the passes. Uncompiled: under the eager twin."""
+        if self.switch.dense:
+            return self._run_original(*args, **kwargs)
         if torch.compiler.is_compiling() and not self.uncompiled:
-            torch.ops.salad.site(self.gate_bias, self._text(args, kwargs))
+            torch.ops.salad.site(self.mark, self._text(args, kwargs))
         return self.run_announced(*args, **kwargs)
 
     def run_announced(self, *args: Any, **kwargs: Any) -> Any:
@@ -286,11 +377,12 @@ class SaladBranch(nn.Module):
 
     def _run_eagerly(self, *args: Any, **kwargs: Any) -> Any:
         mode = SaladMode(self, self._text(args, kwargs))
+        self.recording = mode.recording
         try:
             with mode:
                 out = self._run_original(*args, **kwargs)
         finally:
-            self.armed = None  # a tensor left here would keep its graph alive and break deepcopy
+            self.armed = self.recording = None  # a tensor left here would keep its graph alive and break deepcopy
         mode.require_replaced()
         return out
 
@@ -337,7 +429,9 @@ class SaladBranch(nn.Module):
         """One line for `print(model)`: torchao's users complain that a printed model tells nothing."""
         config = self.config
         lora = f"lora_rank={config.lora_rank} on {'/'.join(self.lora_roles)}" if self.lora_roles else "no lora"
-        return f"{config.pattern}, sparsity={config.sparsity}, {config.query_block}x{config.key_block} blocks, {lora}"
+        dropped = ", linear branch dropped" if self.record.dropped else ""
+        blocks = f"{config.query_block}x{config.key_block} blocks"
+        return f"{config.pattern}, sparsity={config.sparsity}, {blocks}, {lora}{dropped}"
 
 
 def branches(model: nn.Module) -> dict[str, SaladBranch]:

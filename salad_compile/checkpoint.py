@@ -42,7 +42,8 @@ from .logs import logger
 from .model_tree import plain_key, single_model
 from .multihead import projection
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)  # 2 knew no dropped branches: SiteRecord's default says so
 FILE_NAME = "salad.safetensors"
 _HEADER_KEY = "salad_config"
 
@@ -88,9 +89,10 @@ class Header:
             version = values["format_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptFileError(f"{path}: the header is not readable: {error!r}") from error
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
+            readable = " and ".join(map(str, READABLE_VERSIONS))
             raise FormatVersionError(
-                f"{path} has format version {version}, this release of salad_compile reads {FORMAT_VERSION}. "
+                f"{path} has format version {version}, this release of salad_compile reads {readable}. "
                 f"It was written by {values.get('versions')}: use that release, or a newer one."
             )
         try:
@@ -254,8 +256,11 @@ def load(model: Model, path: str | os.PathLike[str], *, grid: GridSource | None 
         _check_base(bare, header, file)
         known = branches(bare)
         prepared = [] if known else _prepare(bare, header, file)
-        expected = branch_state(bare) if known else _planned_state(prepared)
+        dropping = _still_to_drop(known, header, file)
+        expected = _state_without(bare, dropping) if known else _planned_state(prepared)
         tensors = _read_checked(content, expected, file)
+    for branch in dropping:
+        branch.drop_linear()
     if not known:
         rule = header.grid if grid is None else grid
         if rule is None and any(site.on_grid for site in header.sites):
@@ -372,6 +377,28 @@ def _prepare(model: nn.Module, header: Header, file: Path) -> list[SaladBranch]:
         return prepare(model, header.sites, header.config)
     except UnknownProjectionError as error:
         raise BaseModelMismatchError(f"{file} does not fit this {header.base_class}: {error}") from error
+
+
+def _still_to_drop(known: Mapping[str, SaladBranch], header: Header, file: Path) -> list[SaladBranch]:
+    """The model's branches whose linear branch the file has dropped and the model has not.
+
+    Raises:
+        AlreadyConvertedError: the other way round; a dropped branch cannot come back.
+    """
+    dropped = {record.owner for record in header.sites if record.dropped}
+    gone = [b.record.owner for b in known.values() if b.record.dropped and b.record.owner not in dropped]
+    if gone:
+        raise AlreadyConvertedError(
+            f"the model has dropped the linear branch of {', '.join(map(repr, gone[:3]))}, and {file} has one. Load "
+            "into the base model: it is converted from the file."
+        )
+    return [b for b in known.values() if b.record.owner in dropped and not b.record.dropped]
+
+
+def _state_without(model: nn.Module, dropping: list[SaladBranch]) -> dict[str, Tensor]:
+    """:func:`branch_state`, without what :meth:`SaladBranch.drop_linear` takes away."""
+    leaving = {id(tensor) for branch in dropping for tensor in branch.linear_parameters().values()}
+    return {name: tensor for name, tensor in branch_state(model).items() if id(tensor) not in leaving}
 
 
 def _planned_state(prepared: list[SaladBranch]) -> dict[str, Tensor]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
 from .errors import ConfigError, did_you_mean
 
-PATTERNS = ("topk",)
+PATTERNS = ("topk", "stswa")
+ROPE_PLACEMENTS = ("rotate-then-map", "map-then-rotate")
+GATES = ("token", "head", "none")
+SCALINGS = ("v1", "v2")
+OVERRIDES = ("sparsity", "pattern", "linear_branch")
 TOKEN_ORDERS = ("tiles", "flat")
 FEATURE_MAPS = ("relu", "elu", "softmax")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -79,10 +84,11 @@ class AttentionSpec:
 
     It travels through traced graphs as one short string, so that sites with equal settings share one compiled graph.
 
-    The first six are the user's; the others describe the site. text: where the text of a joint sequence lies, "none",
-    "before" or "after" the video, or "prefix": before the video, among keys and values only. single: whether video and
-    text come through one projection. groups: query heads that share one key head. square_mask: whether a (B, 1, S, S)
-    mask was seen to be key padding.
+    Those up to `window` are the user's; the others describe the site. permille: blocks kept per thousand, the most of
+    them where `adjustable` says that a tensor tells how many. window: see :class:`SaladConfig`; 0 derives it from
+    permille. text: where the text of a joint sequence lies, "none", "before" or "after" the video, or "prefix": before
+    the video, among keys and values only. single: whether video and text come through one projection. groups: query
+    heads that share one key head. square_mask: whether a (B, 1, S, S) mask was seen to be key padding.
     """
 
     pattern: str
@@ -91,10 +97,21 @@ class AttentionSpec:
     key_block: int
     feature_map: str
     token_order: str = "flat"
+    linear_branch: bool = True
+    rope_placement: str = ROPE_PLACEMENTS[0]
+    gate: str = GATES[0]
+    scaling: str = SCALINGS[0]
+    adjustable: bool = False
+    window: int = 0
     text: str = "none"
     single: bool = False
     groups: int = 1
     square_mask: bool = False
+
+    @property
+    def maps_before_position(self) -> bool:
+        """Whether query and key are needed as they are before the position encoding."""
+        return self.linear_branch and self.rope_placement == "map-then-rotate"
 
     def encode(self) -> str:
         return "|".join(str(getattr(self, field.name)) for field in dataclasses.fields(self))
@@ -102,11 +119,9 @@ class AttentionSpec:
     @classmethod
     @lru_cache(maxsize=256)
     def decode(cls, text: str) -> AttentionSpec:
-        pattern, permille, query_block, key_block, feature_map, order, segment, single, groups, square = text.split("|")
-        sizes = (int(permille), int(query_block), int(key_block))
-        return cls(
-            pattern, *sizes, feature_map, order, segment, single == "True", int(groups), square_mask=square == "True"
-        )
+        parse: dict[str, Callable[[str], Any]] = {"int": int, "bool": lambda value: value == "True", "str": str}
+        fields = dataclasses.fields(cls)
+        return cls(*(parse[str(f.type)](value) for f, value in zip(fields, text.split("|"), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -115,14 +130,30 @@ class SaladConfig:
 
     Attributes:
         sparsity: share of key blocks that a query block leaves out, in [0, 1). 0.9 as in arXiv 2601.16515.
-        pattern: how blocks are selected: "topk" keeps the best by mean-pooled scores, per head and query block.
+        pattern: how blocks are selected. "topk" keeps the best by mean-pooled scores, per head and query block. "stswa"
+            gives each head a sliding window, over the frames' tokens one frame after another (even heads) or over the
+            positions' tokens through time (odd heads); it needs the token grid. :func:`salad_compile.calibrate_heads`
+            chooses per head by measurement.
         query_block: tokens per query block.
         key_block: tokens per key block. One of the two sizes divides the other; no length has to be divisible by them.
+        window: with "stswa", the reach of the window on either side in tokens. None: what gives `sparsity`.
+        linear_branch: whether there is a linear branch; without it a site is sparse attention and LoRA.
         feature_map: feature map of the linear branch: "relu" (the paper), "elu" (elu + 1) or "softmax".
+        rope_placement: "rotate-then-map": the linear branch sees query and key as they reach softmax attention.
+            "map-then-rotate": the model's own position encoding is applied again, to the features of the query and the
+            key before position (arXiv 2509.24695).
+        gate: "token": one sigmoid gate per token (the paper); "head": one per token and head; "none": no gate.
+        scaling: "v1": the gate alone. "v2", our reading of the second version of the paper: learned scales of the layer
+            and of each head, times the gate.
         lora_rank: rank of the low-rank update of the projections; 0 adds none. 64 is our choice, the paper is silent.
         lora_alpha: the update is scaled by lora_alpha / lora_rank; None means lora_rank, a scale of 1.
         lora_targets: the projections that get an update, a subset of ("query", "key", "value", "out").
         min_tokens: attention over fewer tokens than this stays dense.
+        dense_layers: as many eligible sites, from the first, stay dense.
+        overrides: glob of site names -> settings of those sites: "sparsity", "pattern", "linear_branch". Of several
+            globs that match, the last counts.
+        lowest_sparsity: the lowest that :func:`salad_compile.set_sparsity` will ask for, without compiling again.
+            None: the sparsity cannot be changed after conversion.
         token_order: the order whose consecutive runs are the blocks: "tiles", compact pieces of the video's token grid
             where it is known, or "flat", the model's own order.
         train_base: leave the base parameters as they are instead of freezing them.
@@ -135,11 +166,19 @@ class SaladConfig:
     pattern: str = "topk"
     query_block: int = 128
     key_block: int = 64
+    window: int | None = None
+    linear_branch: bool = True
     feature_map: str = "relu"
+    rope_placement: str = ROPE_PLACEMENTS[0]
+    gate: str = GATES[0]
+    scaling: str = SCALINGS[0]
     lora_rank: int = 64
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = PROJECTIONS
     min_tokens: int = MIN_TOKENS
+    dense_layers: int = 0
+    overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    lowest_sparsity: float | None = None
     token_order: str = "tiles"
     train_base: bool = False
 
@@ -147,6 +186,10 @@ class SaladConfig:
         _check_attention_options(self)
         _check_choice("token_order", self.token_order, TOKEN_ORDERS)
         _check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        _check_choice("rope_placement", self.rope_placement, ROPE_PLACEMENTS)
+        _check_choice("gate", self.gate, GATES)
+        _check_choice("scaling", self.scaling, SCALINGS)
+        self._check_schedule()
         _require(
             _is_int(self.lora_rank) and self.lora_rank >= 0, f"lora_rank must be 0 or more, got {self.lora_rank!r}."
         )
@@ -162,6 +205,51 @@ class SaladConfig:
         for target in self.lora_targets:
             _check_choice("each of lora_targets", target, PROJECTIONS)
         _require(isinstance(self.train_base, bool), f"train_base must be True or False, got {self.train_base!r}.")
+        _require(
+            isinstance(self.linear_branch, bool), f"linear_branch must be True or False, got {self.linear_branch!r}."
+        )
+
+    def _check_schedule(self) -> None:
+        """The settings that differ between sites, or change after conversion."""
+        _require(
+            self.window is None or (_is_int(self.window) and self.window > 0),
+            f"window is a number of tokens, 1 or more, or None, got {self.window!r}.",
+        )
+        _require(
+            _is_int(self.dense_layers) and self.dense_layers >= 0,
+            f"dense_layers is a number of sites, 0 or more, got {self.dense_layers!r}.",
+        )
+        _require(
+            isinstance(self.overrides, Mapping)
+            and all(isinstance(k, str) and isinstance(v, Mapping) for k, v in self.overrides.items()),
+            f'overrides maps globs of site names to settings, {{"blocks.0.*": {{"sparsity": 0.5}}}}, got '
+            f"{self.overrides!r}.",
+        )
+        object.__setattr__(self, "overrides", {glob: dict(given) for glob, given in self.overrides.items()})
+        for given in self.overrides.values():
+            for name in given:
+                _check_choice("each setting of overrides", name, OVERRIDES)
+            dataclasses.replace(self, overrides={}, **given)  # checks the values
+        if self.lowest_sparsity is not None:
+            _check_sparsity(self.lowest_sparsity)
+            for sparsity in self.sparsities():
+                _require(
+                    self.lowest_sparsity <= sparsity,
+                    f"lowest_sparsity ({self.lowest_sparsity}) is above a sparsity that the sites start with "
+                    f"({sparsity}).",
+                )
+
+    def sparsities(self) -> list[float]:
+        """Every sparsity that a site may start with."""
+        return [self.sparsity, *(given["sparsity"] for given in self.overrides.values() if "sparsity" in given)]
+
+    def of_site(self, name: str) -> SaladConfig:
+        """The configuration of one site, overrides applied; `overrides` itself stays."""
+        chosen: dict[str, Any] = {}
+        for glob, given in self.overrides.items():
+            if fnmatchcase(name, glob):
+                chosen.update(given)
+        return dataclasses.replace(self, **chosen) if chosen else self
 
     @property
     def lora_scale(self) -> float:
@@ -171,8 +259,23 @@ class SaladConfig:
     @property
     def spec(self) -> AttentionSpec:
         """The part of the configuration that a traced graph depends on."""
-        blocks = (self.query_block, self.key_block)
-        return AttentionSpec(self.pattern, density_permille(self.sparsity), *blocks, self.feature_map, self.token_order)
+        sparsities = self.sparsities()
+        adjustable = self.lowest_sparsity is not None or len(set(sparsities)) > 1
+        lowest = min([*sparsities, *([] if self.lowest_sparsity is None else [self.lowest_sparsity])])
+        return AttentionSpec(
+            self.pattern,
+            density_permille(lowest),
+            self.query_block,
+            self.key_block,
+            self.feature_map,
+            self.token_order,
+            linear_branch=self.linear_branch,
+            rope_placement=self.rope_placement,
+            gate=self.gate,
+            scaling=self.scaling,
+            adjustable=adjustable,
+            window=self.window or 0,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
@@ -220,6 +323,10 @@ class BackendOptions:
 
     def __post_init__(self) -> None:
         _check_attention_options(self)
+        _require(
+            self.pattern == "topk",
+            'without conversion the pattern is "topk": "stswa" needs the token grid, which conversion finds.',
+        )
         _require(isinstance(self.strict, bool), f"strict must be True or False, got {self.strict!r}.")
         _check_choice("lowering", self.lowering, LOWERINGS)
         _require(

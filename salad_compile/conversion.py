@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn as nn
 
-from .branch import BRANCH_NAME, SaladBranch, SiteRecord, branches
+from .branch import BRANCH_NAME, DenseSwitch, SaladBranch, SiteRecord, branches
 from .config import SaladConfig
 from .discovery import AttentionSite, Discovery, discover
 from .errors import (
@@ -26,6 +26,7 @@ from .multihead import in_projection_owner, projection, take_apart
 from .probe import is_linear
 from .report import Plan
 from .site_filter import filtered
+from .site_settings import apply_settings
 from .tag import leave_dense
 from .video_grid import RootForward, VideoGrid
 
@@ -41,7 +42,7 @@ def plan(
         model: a module or a diffusers pipeline; weights may be on the meta device.
         example_inputs: tuple of positional inputs or dict of keyword inputs of the model's forward. Without them they
             are synthesised for diffusers-style models, at 480p with 81 frames.
-        config: its `min_tokens` decides which sites are eligible.
+        config: its `min_tokens` and `dense_layers` decide which sites are eligible.
         grid: (T, H, W), the tokens of the video along time, height and width, or a callable that gives them from the
             forward's arguments by name. None: found from the example inputs.
         sites: names of the sites to convert, or a list of them, with the wildcards of `fnmatch` ("blocks.1?.*"); a
@@ -49,7 +50,8 @@ def plan(
 
     Raises:
         InputsError, ProbeError, GridMismatchError: see :func:`salad_compile.discovery.discover`.
-        SiteFilterError: a pattern matches no site.
+        SiteFilterError: a pattern of `sites` or a glob of `config.overrides` matches no site.
+        PatternError: a site's sparse pattern needs what the site does not have.
     """
     config = _checked_config(config)
     found = {name: _discover(module, example_inputs, config, grid, sites) for name, module in components(model).items()}
@@ -62,7 +64,21 @@ def plan(
 
 def _discover(module: nn.Module, example_inputs: Any, config: SaladConfig, grid: Any, sites: Any) -> Discovery:
     found = discover(module, example_inputs, min_tokens=config.min_tokens, grid=grid)
-    return dataclasses.replace(found, sites=filtered(found.sites, sites))
+    chosen = filtered([_fitting(module, site) for site in found.sites], sites)
+    return dataclasses.replace(found, sites=apply_settings(chosen, config))
+
+
+def _fitting(model: nn.Module, site: AttentionSite) -> AttentionSite:
+    """The site, no longer eligible where its projections answer other channels than the attention reads."""
+    if not site.eligible:
+        return site
+    record = site.record()
+    try:
+        for roles in record.shared_roles().values():
+            _shares(record, roles, int(_projection(model, record.projections()[roles[0]], record).out_features))
+    except UnknownProjectionError as error:
+        return dataclasses.replace(site, eligible=False, reason=str(error).removesuffix("."))
+    return site
 
 
 def convert(
@@ -88,7 +104,7 @@ def convert(
         ConfigError: a wrong configuration. AlreadyConvertedError: converted before with another one.
         WrappedModelError: compiled or distributed before conversion.
         NoAttentionError: the forward calls no attention. NoEligibleSiteError: none that can be converted.
-        InputsError, ProbeError, GridMismatchError, SiteFilterError: see :func:`plan`.
+        InputsError, ProbeError, GridMismatchError, SiteFilterError, PatternError: see :func:`plan`.
         Whatever is raised, the model is unchanged.
     """
     config = _checked_config(config)
@@ -140,7 +156,8 @@ def attach(
         dense: query projections of self-attention that stays dense; the backend must not take it for unconverted.
         rule: how to read the video's token grid from the arguments of the model's forward.
     """
-    grid = None if rule is None else VideoGrid(rule)
+    grid = None if rule is None else VideoGrid(rule, any(branch.windowed for branch in prepared))
+    switch = DenseSwitch()
     if not config.train_base:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -150,7 +167,7 @@ def attach(
         projections = branch.record.projections()
         modules = {role: model.get_submodule(projections[role]) for role in branch.record.shared_roles()}
         branch.train(owner.training)
-        branch.grid = grid
+        branch.grid, branch.switch = grid, switch
         branch.attach(owner, modules)
     if grid is not None:
         model.forward = RootForward(model, grid)

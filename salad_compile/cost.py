@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .branch import SaladBranch
-from .config import AttentionSpec
+from .config import AttentionSpec, density_permille
 from .kernels import kept_blocks
 
 
@@ -31,16 +31,19 @@ def site_cost(branch: SaladBranch) -> SiteCost:
     record, spec = branch.record, AttentionSpec.decode(branch.spec)
     tokens, batch = record.tokens, record.batch
     key_blocks, query_blocks = -(-tokens // spec.key_block), -(-tokens // spec.query_block)
-    kept = int(kept_blocks(key_blocks, spec.query_block, spec.key_block, spec.permille))
+    permille = density_permille(branch.config.of_site(record.owner).sparsity)
+    kept = int(kept_blocks(key_blocks, spec.query_block, spec.key_block, permille))
     keys = min(tokens, kept * spec.key_block)
     qk_width = record.heads * record.head_dim
     per_pair = 2 * (qk_width + record.width)
+    gate_weight = branch.tensors().gate_weight
+    gate = 0 if gate_weight is None else gate_weight.numel()
     lora = sum(p.numel() for name, p in branch.named_parameters() if name.startswith("lora_"))
     return SiteCost(
         dense=batch * tokens * tokens * per_pair,
         sparse=batch * tokens * keys * per_pair,
         routing=batch * 2 * (tokens * qk_width + query_blocks * key_blocks * qk_width),
-        linear=batch * tokens * (4 * record.head_dim * record.width + 2 * branch.gate_weight.numel()),
-        projection=batch * 2 * tokens * record.width * record.width,
+        linear=batch * tokens * (4 * record.head_dim * record.width + 2 * gate) if spec.linear_branch else 0,
+        projection=batch * 2 * tokens * record.width * record.width if spec.linear_branch else 0,
         lora=batch * 2 * tokens * lora,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .attention import salad_attention
+from .attention import Mapped, salad_attention
 from .attention_call import (
     AttentionArguments,
     bind,
@@ -32,6 +32,7 @@ from .errors import SiteLostError
 from .flex import real_flex_attention, seen_by_modes
 from .kernels.measure import Execution, measure_executions
 from .manual_attention import of_tensors
+from .position_recording import PositionRecording
 
 if TYPE_CHECKING:
     from .branch import SaladBranch
@@ -56,7 +57,9 @@ class SaladMode(TorchFunctionMode):
         self.text = text
         self.calls = 0
         self.replaced = 0
-        self.by_hand = of_tensors()
+        spec = branch.decoded_spec()
+        self.recording = PositionRecording(spec.text == "prefix") if spec.maps_before_position else None
+        self.by_hand = of_tensors(self._permute)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -67,7 +70,7 @@ class SaladMode(TorchFunctionMode):
         else:
             by_hand = self.by_hand.bind(func, args, kwargs)
             if by_hand is None:
-                out = func(*args, **kwargs)
+                out = self._run(func, args, kwargs)
                 self.by_hand.note(func, args, kwargs, out)
                 return out
         self.calls += 1
@@ -78,6 +81,12 @@ class SaladMode(TorchFunctionMode):
         if gate_input is None:
             return func(*args, **kwargs)
         return in_place_of(func, call, self._replace(call, gate_input))
+
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs) if self.recording is None else self.recording.run(func, args, kwargs)
+
+    def _permute(self, tensor: Tensor, axes: tuple[int, ...]) -> Any:
+        return self._run(Tensor.permute, (tensor, axes), {})
 
     def _gate_input(self, call: AttentionArguments, armed: Tensor) -> Tensor | None:
         """The rows of the query projection's input that belong to this call, or None if it is not this site's."""
@@ -115,6 +124,11 @@ class SaladMode(TorchFunctionMode):
         self.replaced += 1
         scale = default_scale(query.shape[-1]) if call.scale is None else float(call.scale)
         mask = key_padding(call.attn_mask, kind, query.shape[0]) if kind else None
+        mapped = None
+        if self.recording is not None:
+            mapped = self.recording.mapped(call.query, call.key, spec.feature_map, branch.record.owner)
+        if mapped is not None:
+            mapped = Mapped(*(call.heads_first(operand) for operand in mapped))
         # measured once: counting waits for the device
         with measure_executions() if branch.measured_sparsity is None else _NOT_MEASURED as executions:
             out = salad_attention(
@@ -129,6 +143,7 @@ class SaladMode(TorchFunctionMode):
                 dtype=_result_dtype(value if call.by_hand else query),
                 key_mask=mask,
                 text=self.text,
+                mapped=mapped,
             )
         if executions:  # none on the meta device
             branch.measured_sparsity = executions[0].sparsity

@@ -45,6 +45,10 @@ class SiteFilterError(SaladError, ValueError):
     """A pattern of `sites=` matches no attention call of the model."""
 
 
+class PatternError(SaladError, ValueError):
+    """A site's sparse pattern needs what the site does not have: a token grid, no mask, room for its window."""
+
+
 class AlreadyConvertedError(SaladError, ValueError):
     """The model was converted before, with another configuration."""
 
@@ -63,6 +67,10 @@ class UnknownProjectionError(SaladError, ValueError):
 
 class SiteLostError(SaladError, RuntimeError):
     """A converted site did not run as SALAD: its attention call, its projection or its tag is gone."""
+
+
+class PositionReplayError(SaladError, ValueError):
+    """rope_placement="map-then-rotate" asks for a position encoding that cannot be told from the rest of a forward."""
 
 
 class GridMismatchError(SaladError, ValueError):

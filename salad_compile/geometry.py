@@ -45,15 +45,15 @@ __all__ = [
     "GridFinding",
     "GridRule",
     "GridSource",
-    "cached_tile_order",
+    "cached_order",
     "checked_grid",
     "find_grid_rule",
     "joint_order",
     "locality",
+    "order_and_inverse",
     "read_grid",
     "temporal_order",
     "tile_order",
-    "tile_order_and_inverse",
 ]
 
 Grid = tuple[int, int, int]
@@ -61,6 +61,9 @@ Grid = tuple[int, int, int]
 
 GridSource: TypeAlias = "GridRule | Sequence[int] | Callable[[Mapping[str, Any]], Sequence[int]]"
 """What says the grid: a rule, the user's (T, H, W), or the user's function of forward's arguments by name."""
+
+OrderOf: TypeAlias = "Callable[..., Tensor]"
+"""Makes an order of a grid's tokens: `make(grid, device=...)`."""
 
 TILE = (4, 4)
 KINDS = ("arguments", "latent", "fixed")
@@ -131,31 +134,35 @@ def temporal_order(grid: Grid, *, device: torch.device | str | int | None = None
     return (position % frames * (rows * width) + position // frames).to(torch.int32)
 
 
-def tile_order_and_inverse(grid: Grid, *, device: torch.device | str | int | None = None) -> Tensor:
-    """int32 (2, T * H * W): :func:`tile_order`, and below it the inverse permutation. Traces with symbolic sizes."""
-    order = tile_order(grid, device=device)
+def order_and_inverse(make: OrderOf, grid: Grid, *, device: torch.device | str | int | None = None) -> Tensor:
+    """int32 (2, T * H * W): the order, and below it the inverse permutation. Traces with symbolic sizes.
+
+    Args:
+        make: :func:`tile_order` or :func:`temporal_order`.
+    """
+    order = make(grid, device=device)
     return torch.stack((order, torch.argsort(order).to(torch.int32)))
 
 
-def cached_tile_order(grid: Grid, device: torch.device | str | int) -> Tensor:
-    """:func:`tile_order_and_inverse`, computed once per grid and device. Do not write into the result.
+def cached_order(make: OrderOf, grid: Grid, device: torch.device | str | int) -> Tensor:
+    """:func:`order_and_inverse`, computed once per grid and device. Do not write into the result.
 
     The cache is for real tensors in uncompiled code. While something compiles, under any mode that makes other tensors
     (`FakeTensorMode`), with symbolic sizes and while a CUDA graph is captured it is neither read nor written.
     """
     if torch.compiler.is_compiling() or not all(type(edge) is int for edge in grid):
-        return tile_order_and_inverse(grid, device=device)
+        return order_and_inverse(make, grid, device=device)
     # What tensors are like here, and the index of a plain "cuda".
     sample = torch.empty(0, device=device)
     if type(sample) is not Tensor or (sample.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return tile_order_and_inverse(grid, device=device)
-    return _stored_tile_order(tuple(grid), sample.device)
+        return order_and_inverse(make, grid, device=device)
+    return _stored_order(make, tuple(grid), sample.device)
 
 
 @lru_cache(maxsize=CACHED_ORDERS)
-def _stored_tile_order(grid: Grid, device: torch.device) -> Tensor:
+def _stored_order(make: OrderOf, grid: Grid, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # autograd refuses tensors that were made in inference mode
-        return tile_order_and_inverse(grid, device=device)
+        return order_and_inverse(make, grid, device=device)
 
 
 def joint_order(order: Tensor, text_tokens: int, text_first: bool) -> Tensor:

@@ -48,9 +48,10 @@ def _summarise(component: str, branch: SaladBranch) -> SiteSummary:
         branch_parameters=sum(sizes.values()) - lora,
         lora_parameters=lora,
         trainable_parameters=sum(p.numel() for p in branch.parameters() if p.requires_grad),
-        target_sparsity=branch.config.sparsity,
+        target_sparsity=branch.target_sparsity,
         measured_sparsity=branch.measured_sparsity,
         cost=site_cost(branch),
+        dropped=branch.record.dropped,
     )
 
 

@@ -80,7 +80,7 @@ class ManualAttention:
         """The attention call that this operation completes, or None."""
         if not self.table:
             return None
-        name, _ = _name_of(function, args)
+        name, _ = name_of(function, args)
         operands, equation = _operands(name, args, kwargs)
         weights = self._scores(operands[0]) if len(operands) == 2 else None
         if weights is None or not weights.softmax or self._scores(operands[1]) is not None:
@@ -109,7 +109,7 @@ class ManualAttention:
 
     def note(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """An operation that completes no attention call."""
-        name, writes = _name_of(function, args)
+        name, writes = name_of(function, args)
         if name in _PRODUCTS or name in ("einsum", "baddbmm"):
             scores = self._product(name, args, kwargs)
             if scores is not None and self.rank(out) == len(scores.axes):
@@ -230,7 +230,7 @@ def _goes_through(name: str) -> str:
     return f"its scores go through {name} (a mask or bias?) on the way to the weights"
 
 
-def _name_of(function: Any, args: Sequence[Any]) -> tuple[str, bool]:
+def name_of(function: Any, args: Sequence[Any]) -> tuple[str, bool]:
     """One name for functions, methods and operators that do the same, and whether it writes into its operand."""
     if isinstance(function, str):
         raw = function
@@ -240,7 +240,8 @@ def _name_of(function: Any, args: Sequence[Any]) -> tuple[str, bool]:
         raw = getattr(function, "__name__", "")
         if raw == "__get__":  # of a property: `x.mT`
             raw = getattr(getattr(function, "__self__", None), "__name__", "")
-    name = raw.strip("_").split(".")[0]
+    raw = raw.partition(".")[0]  # an overload's is "copy_.default"
+    name = raw.strip("_")
     writes = name in _WRITES or (raw.endswith("_") and not raw.endswith("__"))
     return _SAME.get(name, name), writes
 
@@ -308,9 +309,9 @@ def _read_weighted_sum(equation: str, axes: str) -> tuple[tuple[int, ...], str] 
     return None if layout is None else (tuple(parsed[1].index(x) for x in [*shared, letters["k"], *width]), layout)
 
 
-def of_tensors() -> ManualAttention:
+def of_tensors(permute: Callable[[Any, tuple[int, ...]], Any] = Tensor.permute) -> ManualAttention:
     """For function modes; scores are forgotten when the tensors are freed."""
-    return ManualAttention(WeakIdKeyDictionary(), _rank_of_tensor, lambda tensor, axes: tensor.permute(axes))
+    return ManualAttention(WeakIdKeyDictionary(), _rank_of_tensor, permute)
 
 
 def _rank_of_tensor(value: Any) -> int:

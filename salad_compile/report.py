@@ -179,6 +179,7 @@ class SiteSummary:
     target_sparsity: float
     measured_sparsity: float | None
     cost: SiteCost
+    dropped: bool = False
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class Summary(Report):
                 f"{site.heads} x {site.head_dim}",
                 f"{site.target_sparsity:.3f}",
                 "not run yet" if site.measured_sparsity is None else f"{site.measured_sparsity:.3f}",
-                f"{site.branch_parameters:,}",
+                "dropped" if site.dropped else f"{site.branch_parameters:,}",
                 f"{site.lora_parameters:,}",
                 f"{site.cost.dense / 1e9:,.1f}",
                 f"{site.cost.salad / 1e9:,.1f}",

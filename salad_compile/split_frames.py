@@ -23,18 +23,23 @@ def remember(branch: SaladBranch) -> None:
     _branches.add(branch)
 
 
-def leave_uncompiled(gate_bias: Tensor) -> list[str]:
-    """Let the owner of this parameter, and every other owner of its class and model, run uncompiled from now on.
+def any_converted() -> bool:
+    """Whether a converted model is in use in this process."""
+    return bool(_branches)
+
+
+def leave_uncompiled(mark: Tensor) -> list[str]:
+    """Let the owner that this tensor marks, and every other owner of its class and model, run uncompiled from now on.
 
     All at once, because blocks of one class share compiled code.
 
     Args:
-        gate_bias: the parameter itself, as the entry marker mentions it.
+        mark: the tensor itself, as the entry marker mentions it (:attr:`SaladBranch.mark`).
 
     Returns:
-        Names of the owners, that one first; none if no attached branch has this parameter.
+        Names of the owners, that one first; none if no attached branch has this mark.
     """
-    found = next((branch for branch in _branches if branch.gate_bias is gate_bias), None)
+    found = next((branch for branch in _branches if branch.mark is mark), None)
     if found is None:
         return []
     alike = [

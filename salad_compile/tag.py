@@ -1,7 +1,7 @@
-"""Two marker operators that exist in traced graphs only, between Dynamo and our passes.
+"""Marker operators that exist in traced graphs only, between Dynamo and our passes.
 
 They compute nothing. `salad::tag` is an identity on the output of a query projection: because it mentions the layer's
-input and the branch's parameters, Dynamo lifts both as guarded graph inputs, so that one compiled block graph serves
+input and the branch's tensors, Dynamo lifts both as guarded graph inputs, so that one compiled block graph serves
 all blocks with their own parameters. `salad::site` says that a converted attention module was entered: a site without
 its tag has lost its projection. Where an argument of the module tells how much of a joint sequence is text, it carries
 that. The passes erase both; a marker erased without a rewrite would be the silent no-op.
@@ -25,13 +25,16 @@ _MESSAGE = (
 
 
 @torch.library.custom_op("salad::tag", mutates_args=())
-def tag(out: Tensor, gate_input: Tensor, params: list[Tensor], order: Tensor | None, spec: str) -> Tensor:
-    """Identity on `out`, the query projection's output. See the module's text."""
+def tag(out: Tensor, gate_input: Tensor, tensors: list[Tensor], order: Tensor | None, spec: str) -> Tensor:
+    """Identity on `out`, the query projection's output. See the module's text.
+
+    tensors: the branch's mark, then its tensors as `BranchTensors.names` lists them.
+    """
     raise WrongBackendError(_MESSAGE)
 
 
 @tag.register_fake
-def _tag_fake(out: Tensor, gate_input: Tensor, params: list[Tensor], order: Tensor | None, spec: str) -> Tensor:
+def _tag_fake(out: Tensor, gate_input: Tensor, tensors: list[Tensor], order: Tensor | None, spec: str) -> Tensor:
     return torch.empty_like(out)
 
 
@@ -44,27 +47,42 @@ tag.register_autograd(_tag_backward)
 
 
 @torch.library.custom_op("salad::site", mutates_args=())
-def site(gate_bias: Tensor, text: Tensor | None) -> Tensor:
-    """Marks that the module whose branch owns `gate_bias` was entered, with that text. See the module's text."""
+def site(mark: Tensor, text: Tensor | None) -> Tensor:
+    """Marks that the module whose branch owns `mark` was entered, with that text. See the module's text."""
     raise WrongBackendError(_MESSAGE)
 
 
 @site.register_fake
-def _site_fake(gate_bias: Tensor, text: Tensor | None) -> Tensor:
-    return torch.empty_like(gate_bias)
+def _site_fake(mark: Tensor, text: Tensor | None) -> Tensor:
+    return torch.empty_like(mark)
+
+
+@torch.library.custom_op("salad::projected", mutates_args=())
+def projected(out: Tensor) -> Tensor:
+    """Identity on the output of a key's or of a text stream's projection, where its position is to be found."""
+    raise WrongBackendError(_MESSAGE)
+
+
+@projected.register_fake
+def _projected_fake(out: Tensor) -> Tensor:
+    return torch.empty_like(out)
+
+
+projected.register_autograd(_tag_backward)
 
 
 # Dynamo keeps the spelling that the hook used, export the overload: passes look for both.
 TAGS = frozenset({torch.ops.salad.tag, torch.ops.salad.tag.default})
 SITES = frozenset({torch.ops.salad.site, torch.ops.salad.site.default})
+PROJECTED = frozenset({torch.ops.salad.projected, torch.ops.salad.projected.default})
 
 # The spec of the tag on attention that the conversion decided to leave dense.
 DENSE = "dense"
 
 
-def leave_dense(module: Any, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+def leave_dense(module: Any, args: tuple[Any, ...], out: Tensor) -> Tensor:
     """Forward hook of the query projection of self-attention that stays dense: compiled, the passes must know."""
     if torch.compiler.is_compiling():
         tagged: Tensor = torch.ops.salad.tag(out, args[0], [], None, DENSE)
         return tagged
-    return None
+    return out

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .geometry import GridSource, cached_tile_order, read_grid
+from .geometry import GridSource, cached_order, read_grid, temporal_order, tile_order
 
 
 class VideoGrid:
@@ -22,20 +22,26 @@ class VideoGrid:
 
     Args:
         source: how to read the grid from the arguments of the root's forward.
+        windowed: whether a site has sliding windows, which run through time in an order of their own.
     """
 
-    def __init__(self, source: GridSource) -> None:
+    def __init__(self, source: GridSource, windowed: bool = False) -> None:
         self.source = source
-        self.order: Tensor | None = None  # of the latest forward; kept for recomputation under checkpointing
+        self.windowed = windowed
+        # of the latest forward; kept for recomputation under checkpointing
+        self.order: Tensor | None = None
+        self.temporal_order: Tensor | None = None
 
     def update(self, inputs: dict[str, Any]) -> None:
         """Set the order for a forward with these arguments."""
         grid = read_grid(self.source, inputs)
         device = next((v.device for v in inputs.values() if isinstance(v, Tensor)), torch.device("cpu"))
-        self.order = cached_tile_order(grid, device)
+        self.order = cached_order(tile_order, grid, device)
+        if self.windowed:
+            self.temporal_order = cached_order(temporal_order, grid, device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source, "order": None}
+        return {**self.__dict__, "order": None, "temporal_order": None}
 
 
 class RootForward:

@@ -56,6 +56,7 @@ def select_blocks(
     sink_end: int = 0,
     key_mask: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
+    permille: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The key blocks with the best pooled scores, for every query block (method.md section 4.2; our choice).
 
@@ -73,21 +74,25 @@ def select_blocks(
         sink_begin, sink_end: positions [sink_begin, sink_end) in the order are text; none where they are equal.
         key_mask: bool (B, S) in native order, True where a key is valid; None where all are.
         order: int32 (S,), order[i] is the native index of the i-th token. Read with `key_mask`, for nothing else.
+        permille: int32 (), the density where it may change from call to call; `density_permille` is then the most that
+            it may say, and decides the width of the lists. None: `density_permille`.
 
     Returns:
         lut: int32 (B, H, Mq, K), ids of the selected key blocks, ascending and unique. K is `kept_blocks(Mk, ...)` plus
             the number of sinks, at most Mk.
-        count: int32 (B, H, Mq), how many entries of each row are valid: K, fewer where fewer key blocks are valid, or
-            ALL_BLOCKS (-1) where the query block attends to everything. Consumers ignore the rest of the row.
+        count: int32 (B, H, Mq), how many entries of each row are valid: K, fewer where `permille` says so or fewer key
+            blocks are valid, or ALL_BLOCKS (-1) where the query block attends to everything. Consumers ignore the rest
+            of the row.
 
     Raises:
         KernelArgumentError: on wrong ranks, dtypes, devices, shapes, block sizes, density, sinks, mask or order.
         UnsupportedKernelError: the engine has no kernel for this dtype or GPU.
     """
     settings = (query_block, key_block, density_permille)
-    check_select(pooled_query, pooled_key, *settings, sink_begin, sink_end, key_mask, order)
+    check_select(pooled_query, pooled_key, *settings, sink_begin, sink_end, key_mask, order, permille)
     engine = engine_for(__package__, pooled_query.device)
-    lut, count = engine.select_blocks(pooled_query, pooled_key, *settings, sink_begin, sink_end, key_mask, order)
+    given = (*settings, sink_begin, sink_end, key_mask, order, permille)
+    lut, count = engine.select_blocks(pooled_query, pooled_key, *given)
     return lut, count
 
 
@@ -102,8 +107,9 @@ def _(
     sink_end: int = 0,
     key_mask: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
+    permille: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille, key_mask, order)
+    check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille, key_mask, order, permille)
     batch, heads, query_blocks, _ = pooled_query.shape
     slots = list_width(pooled_key.shape[2], query_block, key_block, density_permille, sink_begin, sink_end)
     return (
@@ -122,7 +128,7 @@ def _pool_backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[None, ...]:
 
 
 def _select_backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[None, ...]:
-    return (None,) * 9
+    return (None,) * 10
 
 
 pool_blocks.register_autograd(_pool_backward, setup_context=_no_gradient)

@@ -33,9 +33,12 @@ def check_select_types(
     density_permille: int,
     key_mask: torch.Tensor | None,
     order: torch.Tensor | None,
+    permille: torch.Tensor | None,
 ) -> None:
     """What can be checked without reading a size; the fake calls it as well."""
-    checks.check_same_device(pooled_query=pooled_query, pooled_key=pooled_key, key_mask=key_mask, order=order)
+    checks.check_same_device(
+        pooled_query=pooled_query, pooled_key=pooled_key, key_mask=key_mask, order=order, permille=permille
+    )
     checks.check_float_4d(pooled_query=pooled_query, pooled_key=pooled_key)
     require(
         pooled_query.dtype in (torch.float32, torch.float64),
@@ -44,6 +47,7 @@ def check_select_types(
     check_density(query_block, key_block, density_permille)
     checks.check_key_mask_type(key_mask)
     checks.check_order_type(order)
+    checks.check_permille_type(permille)
 
 
 def check_select(
@@ -56,9 +60,11 @@ def check_select(
     sink_end: int,
     key_mask: torch.Tensor | None,
     order: torch.Tensor | None,
+    permille: torch.Tensor | None,
 ) -> None:
     """Every check of `select_blocks`."""
-    check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille, key_mask, order)
+    check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille, key_mask, order, permille)
+    checks.check_permille(permille, density_permille)
     (batch, heads, query_blocks, head_dim), (key_batch, key_heads, key_blocks, key_dim) = (
         pooled_query.shape,
         pooled_key.shape,

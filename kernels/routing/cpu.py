@@ -4,7 +4,7 @@ import torch
 
 from ..checks import accumulation_dtype
 from ..layout import ALL_BLOCKS, block_count
-from .density import list_width
+from .density import kept_now, list_width, touched_blocks
 
 
 def pool_blocks(
@@ -42,6 +42,7 @@ def select_blocks(
     sink_end: int = 0,
     key_mask: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
+    permille: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.select_blocks`. Forced blocks score +inf, masked ones -inf, all others lie between: one top-k."""
     key_blocks = pooled_key.shape[2]
@@ -51,13 +52,16 @@ def select_blocks(
     lowest, highest = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
     scores.nan_to_num_(nan=lowest, posinf=highest, neginf=lowest)
     _force_overlap(scores, query_block, key_block)
-    if sink_begin < sink_end:
-        scores[..., sink_begin // key_block : block_count(sink_end, key_block)] = float("inf")
-    if key_mask is None:
+    first, end = touched_blocks(sink_begin, sink_end, key_block)
+    scores[..., first:end] = float("inf")
+    keep = slots
+    if permille is not None:
+        keep = kept_now(int(permille), slots, key_blocks, query_block, key_block, end - first)
+    if key_mask is None and keep == slots:
         lut = scores.topk(slots, dim=-1, sorted=False).indices.sort(dim=-1).values.to(torch.int32)
         count = torch.full(lut.shape[:3], slots, dtype=torch.int32, device=lut.device)
     else:
-        lut, count = _among_valid(scores, slots, _rows(key_mask, order, key_block) > 0)
+        lut, count = _among_valid(scores, slots, keep, key_mask, order, key_block)
     if sink_begin < sink_end:
         text = slice(sink_begin // query_block, block_count(sink_end, query_block))
         lut[:, :, text] = torch.arange(slots, dtype=torch.int32, device=lut.device)
@@ -75,12 +79,23 @@ def _rows(key_mask: torch.Tensor, order: torch.Tensor | None, block: int) -> tor
     return padded.view(-1, blocks, block).sum(dim=2)
 
 
-def _among_valid(scores: torch.Tensor, slots: int, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The top-k among the blocks that are valid (B, Mk); rows with fewer of them end in zeros. Changes `scores`."""
+def _among_valid(
+    scores: torch.Tensor,
+    slots: int,
+    keep: int,
+    key_mask: torch.Tensor | None,
+    order: torch.Tensor | None,
+    key_block: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `keep` best of the blocks with a valid key; rows with fewer of them end in zeros. Changes `scores`."""
     key_blocks = scores.shape[-1]
-    valid = valid[:, None, None, :].expand_as(scores)
-    chosen = scores.masked_fill_(~valid, float("-inf")).topk(slots, dim=-1, sorted=False).indices
+    valid = torch.ones((), dtype=torch.bool, device=scores.device)
+    if key_mask is not None:
+        valid = (_rows(key_mask, order, key_block) > 0)[:, None, None, :]
+    valid = valid.expand_as(scores)
+    chosen = scores.masked_fill_(~valid, float("-inf")).topk(slots, dim=-1).indices
     found = valid.gather(-1, chosen)
+    found[..., keep:] = False
     lut = chosen.masked_fill_(~found, key_blocks).sort(dim=-1).values
     return lut.masked_fill_(lut == key_blocks, 0).to(torch.int32), found.sum(dim=-1).to(torch.int32)
 

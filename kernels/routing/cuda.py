@@ -7,7 +7,7 @@ import torch
 from ..capability import padded_head_dim, require_supported
 from ..launch import launch
 from ..layout import ALL_BLOCKS, block_count
-from .density import list_width
+from .density import list_width, touched_blocks
 from .triton_pool import pool_kernel, valid_blocks_kernel
 from .triton_select import select_kernel
 
@@ -59,6 +59,7 @@ def select_blocks(
     sink_end: int = 0,
     key_mask: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
+    permille: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.select_blocks`. Scores are one product of the library, in the precision that torch is set to."""
     require_supported(pooled_query.device, pooled_query.dtype)
@@ -72,7 +73,7 @@ def select_blocks(
     if key_mask is not None:
         valid = _valid_blocks(key_mask, order, key_block, width)
         valid = valid[:, None].expand(batch, heads, width).reshape(batch * heads, width).contiguous()
-    text = (*_touched(sink_begin, sink_end, key_block), *_touched(sink_begin, sink_end, query_block))
+    text = (*touched_blocks(sink_begin, sink_end, key_block), *touched_blocks(sink_begin, sink_end, query_block))
     query, key = pooled_query.flatten(0, 1), pooled_key.flatten(0, 1).transpose(1, 2)
     group = max(1, SCORES_AT_ONCE // (query_blocks * width))
     for first in range(0, batch * heads, group):
@@ -84,8 +85,10 @@ def select_blocks(
             (scores.shape[0] * query_blocks,),
             scores.device,
             *(scores, None if valid is None else valid[part], lut.flatten(0, 1)[part], count.flatten(0, 1)[part]),
+            permille,
             *(width, query_blocks, key_blocks, slots, query_block, key_block, *text),
             HAS_MASK=valid is not None,
+            HAS_PERMILLE=permille is not None,
             TILE=SELECT_TILE,
             TILES=SELECT_TILES,
             ALL_BLOCKS=ALL_BLOCKS,
@@ -118,8 +121,3 @@ def _contiguous(
         None if order is None else order.contiguous(),
         None if key_mask is None else key_mask.contiguous().view(torch.uint8),
     )
-
-
-def _touched(begin: int, end: int, block: int) -> tuple[int, int]:
-    """The blocks [first, end) that hold tokens of [begin, end)."""
-    return (begin // block, block_count(end, block)) if begin < end else (0, 0)

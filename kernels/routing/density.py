@@ -49,3 +49,14 @@ def list_width(
     kept = kept_blocks(key_blocks, query_block, key_block, density_permille)
     width: int = torch.sym_min(key_blocks, kept + sinks)  # type: ignore[no-untyped-call]
     return width
+
+
+def kept_now(permille: int, slots: int, key_blocks: int, query_block: int, key_block: int, sinks: int) -> int:
+    """How many of the `slots` entries of a list a density fills; :func:`list_width` is its most."""
+    forced = max(1, query_block // key_block)
+    return min(slots, min(key_blocks, max(forced, key_blocks * permille // 1000)) + sinks)
+
+
+def touched_blocks(begin: int, end: int, block: int) -> tuple[int, int]:
+    """The blocks [first, end) that hold tokens of [begin, end)."""
+    return (begin // block, block_count(end, block)) if begin < end else (0, 0)

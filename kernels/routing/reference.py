@@ -53,6 +53,7 @@ def select_blocks(
     sink_end: int = 0,
     key_mask: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
+    permille: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rank the valid blocks, those that overlap the query block and sinks first, and keep ranks below K."""
     batch, _, query_blocks, _ = pooled_query.shape
@@ -61,6 +62,9 @@ def select_blocks(
     forced = max(1, query_block // key_block)
     keep = min(key_blocks, max(forced, key_blocks * density_permille // 1000))
     slots = min(key_blocks, keep + int(sinks.sum()))
+    if permille is not None:
+        keep = min(key_blocks, max(forced, key_blocks * int(permille) // 1000))
+    kept_here = min(key_blocks, keep + int(sinks.sum()))
 
     if key_mask is None:
         valid = torch.ones(batch, key_blocks, dtype=torch.bool, device=device)
@@ -73,7 +77,7 @@ def select_blocks(
     group = ((1 + first.int()) * valid[:, None, None, :]).expand_as(scores)
     best = scores.argsort(dim=-1, descending=True, stable=True)
     best = best.gather(-1, group.gather(-1, best).argsort(dim=-1, descending=True, stable=True))
-    kept = torch.zeros_like(group, dtype=torch.bool).scatter(-1, best[..., :slots], True) & (group > 0)
+    kept = torch.zeros_like(group, dtype=torch.bool).scatter(-1, best[..., :kept_here], True) & (group > 0)
 
     ids = torch.arange(key_blocks, device=device).expand_as(kept)
     lut = ids.masked_fill(~kept, key_blocks).sort(dim=-1).values[..., :slots]

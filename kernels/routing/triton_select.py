@@ -85,14 +85,21 @@ def _write(lut_ptr, keys, columns, threshold, ties, above_before, tied_before):
 
 
 @triton.jit
-def _select(row, lut_ptr, count_ptr, slots, HAS_MASK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
-    """Write the ids of the best blocks of one row, ascending, and their number."""
+def _kept(permille_ptr, row, slots, query_block, key_block):
+    """As `density.kept_now`."""
+    key_blocks, sinks = row[3], row[7] - row[6]
+    wanted = tl.maximum(tl.maximum(query_block // key_block, 1), key_blocks * tl.load(permille_ptr) // 1000)
+    return tl.minimum(tl.minimum(wanted, key_blocks) + sinks, slots)
+
+
+@triton.jit
+def _select(row, lut_ptr, count_ptr, slots, keep, HAS_MASK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """Write the ids of the `keep` best blocks of one row, ascending, and their number; zeros up to `slots`."""
     tiles = ()
     for i in tl.static_range(TILES):
         tiles += (_tile(row, i * TILE, HAS_MASK, TILE),)
-    keep = slots
     if HAS_MASK:
-        keep = tl.minimum(slots, _count(row, tiles, _NAN, HAS_MASK, TILE))
+        keep = tl.minimum(keep, _count(row, tiles, _NAN, HAS_MASK, TILE))
     threshold = _threshold(row, tiles, keep, HAS_MASK, TILE)
     ties = keep - _count(row, tiles, threshold + 1, HAS_MASK, TILE)
     above, tied = 0, 0
@@ -100,10 +107,9 @@ def _select(row, lut_ptr, count_ptr, slots, HAS_MASK: tl.constexpr, TILE: tl.con
     for start in range(0, row[3], TILE):
         columns = start + tl.arange(0, TILE)
         above, tied = _write(lut_ptr, _keys(row, columns, HAS_MASK), columns, threshold, ties, above, tied)
-    if HAS_MASK:
-        for start in range(keep, slots, TILE):
-            unused = start + tl.arange(0, TILE)
-            tl.store(lut_ptr + unused, 0, mask=unused < slots)
+    for start in range(keep, slots, TILE):
+        unused = start + tl.arange(0, TILE)
+        tl.store(lut_ptr + unused, 0, mask=unused < slots)
     tl.store(count_ptr, keep)
 
 
@@ -120,13 +126,14 @@ def _select(row, lut_ptr, count_ptr, slots, HAS_MASK: tl.constexpr, TILE: tl.con
         "text_end",
     ],
     # the lists of a group of heads begin anywhere
-    do_not_specialize_on_alignment=["lut_ptr", "count_ptr"],
+    do_not_specialize_on_alignment=["lut_ptr", "count_ptr", "permille_ptr"],
 )
 def select_kernel(
     scores_ptr,
     valid_ptr,
     lut_ptr,
     count_ptr,
+    permille_ptr,
     width,
     query_blocks,
     key_blocks,
@@ -138,12 +145,14 @@ def select_kernel(
     text_first,
     text_end,
     HAS_MASK: tl.constexpr,
+    HAS_PERMILLE: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
     ALL_BLOCKS: tl.constexpr,
 ):
     """scores fp32 (G, Mq, width), valid uint8 (G, width) or None -> lut int32 (G, Mq, K), count int32 (G, Mq).
 
+    permille: int32 () or None, see `api.select_blocks`.
     Columns from Mk on are not read. [sink_first, sink_end) are the key blocks, [text_first, text_end) the query blocks
     that hold text. The first TILES tiles of a row stay in registers.
     """
@@ -163,4 +172,7 @@ def select_kernel(
         own_end = ((block + 1) * query_block + key_block - 1) // key_block
         scores_ptr += program * width
         row = (scores_ptr, valid_ptr, width, key_blocks, own_first, own_end, sink_first, sink_end)
-        _select(row, lut_ptr, count_ptr, slots, HAS_MASK, TILE, TILES)
+        keep = slots
+        if HAS_PERMILLE:
+            keep = _kept(permille_ptr, row, slots, query_block, key_block)
+        _select(row, lut_ptr, count_ptr, slots, keep, HAS_MASK, TILE, TILES)

@@ -11,8 +11,9 @@ from salad_compile.passes.driver import run_passes
 from torch import Tensor, fx
 
 import salad_compile
-from salad_compile.attention import Segments, sparse_attention
+from salad_compile.attention import sparse_attention
 from salad_compile.config import BackendOptions
+from salad_compile.token_layout import Segments
 
 from .. import toys
 from ..support import Recorder, check_rewrite, randomise_branches, relative_error

@@ -49,7 +49,9 @@ def test_densities_are_integers() -> None:
 def test_specs_travel_as_text() -> None:
     spec = SaladConfig(sparsity=0.9, query_block=64, key_block=128, feature_map="softmax").spec
     assert AttentionSpec.decode(spec.encode()) == spec == AttentionSpec("topk", 100, 64, 128, "softmax", "tiles")
-    site = dataclasses.replace(spec, token_order="flat", text="before", single=True, groups=4, square_mask=True)
+    given = {"linear_branch": False, "rope_placement": "map-then-rotate", "gate": "head", "scaling": "v2"}
+    found = {"text": "before", "single": True, "groups": 4, "square_mask": True}
+    site = dataclasses.replace(spec, token_order="flat", adjustable=True, window=300, **given, **found)
     assert AttentionSpec.decode(site.encode()) == site
     assert all(getattr(site, f.name) != getattr(spec, f.name) for f in dataclasses.fields(spec)[5:])
 
@@ -62,3 +64,35 @@ def test_options_remember_what_was_given() -> None:
 def test_differences_are_listed() -> None:
     assert SaladConfig().difference(SaladConfig()) == ""
     assert SaladConfig(lora_rank=4).difference(SaladConfig(sparsity=0.5)) == "sparsity: 0.9 != 0.5, lora_rank: 4 != 64"
+
+
+def test_overrides_apply_in_order_and_decide_what_is_adjustable() -> None:
+    config = SaladConfig(overrides={"a.*": {"sparsity": 0.5}, "a.1": {"sparsity": 0.7, "pattern": "stswa"}})
+    assert [config.of_site(name).sparsity for name in ("a.0", "a.1", "b.1")] == [0.5, 0.7, 0.9]
+    assert [config.of_site(name).pattern for name in ("a.0", "a.1", "b.1")] == ["topk", "stswa", "topk"]
+    assert config.spec.permille == 500
+    assert config.spec.adjustable
+    assert SaladConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert not SaladConfig(overrides={"a.*": {"pattern": "stswa"}}).spec.adjustable
+    assert SaladConfig(lowest_sparsity=0.25).spec.permille == 750
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"window": 0},
+        {"window": 1.5},
+        {"dense_layers": -1},
+        {"dense_layers": True},
+        {"lowest_sparsity": 0.95},
+        {"lowest_sparsity": 0.6, "overrides": {"a": {"sparsity": 0.5}}},
+        {"gate": "heads"},
+        {"scaling": "v3"},
+        {"rope_placement": "rotate"},
+        {"linear_branch": 1},
+    ],
+    ids=str,
+)
+def test_wrong_variants_of_the_method(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        SaladConfig(**values)

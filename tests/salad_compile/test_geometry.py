@@ -19,7 +19,7 @@ from salad_compile.errors import ConfigError, GridMismatchError, SaladError
 from salad_compile.geometry import (
     Grid,
     GridRule,
-    cached_tile_order,
+    cached_order,
     checked_grid,
     find_grid_rule,
     joint_order,
@@ -37,9 +37,9 @@ ODD_GRIDS: list[Grid] = [(1, 1, 1), (1, 1, 7), (7, 1, 1), (1, 7, 1), (1, 8, 8), 
 
 @pytest.fixture(autouse=True)
 def _fresh_cache() -> Iterator[None]:
-    geometry._stored_tile_order.cache_clear()
+    geometry._stored_order.cache_clear()
     yield
-    geometry._stored_tile_order.cache_clear()
+    geometry._stored_order.cache_clear()
 
 
 def _tokens(grid: Grid) -> int:
@@ -180,7 +180,7 @@ def test_joint_order(text: int, text_first: bool) -> None:
 COMPILED_GRIDS: list[Grid] = [(3, 5, 7), (4, 6, 9), (5, 16, 16), (13, 11, 2), (2, 8, 31), (1, 9, 8)]
 
 
-@pytest.mark.parametrize("order", [tile_order, temporal_order, lambda grid: cached_tile_order(grid, CPU)])
+@pytest.mark.parametrize("order", [tile_order, temporal_order, lambda grid: cached_order(tile_order, grid, CPU)])
 def test_compiles_once_for_all_grids(order: Callable[[Grid], Tensor]) -> None:
     counter = CompileCounter()
     torch._dynamo.reset()
@@ -226,7 +226,7 @@ def test_rules_trace_with_symbolic_sizes(kind: str) -> None:
 
     def forward(x: Tensor, frames: int, height: int, width: int) -> Tensor:
         named = {"x": x, "frames": frames, "height": height, "width": width}
-        return cached_tile_order(read_grid(source, named), x.device) + x.sum()
+        return cached_order(tile_order, read_grid(source, named), x.device) + x.sum()
 
     counter = CompileCounter()
     torch._dynamo.reset()
@@ -255,46 +255,48 @@ def test_the_check_traces_with_symbolic_sizes() -> None:
 
 
 def test_cache_keeps_few_orders() -> None:
-    first = cached_tile_order((2, 3, 4), CPU)
-    assert cached_tile_order((2, 3, 4), "cpu") is first
-    assert cached_tile_order((2, 4, 3), CPU) is not first
+    first = cached_order(tile_order, (2, 3, 4), CPU)
+    assert cached_order(tile_order, (2, 3, 4), "cpu") is first
+    assert cached_order(tile_order, (2, 4, 3), CPU) is not first
     assert torch.equal(first[0], tile_order((2, 3, 4)))
     assert torch.equal(first[0][first[1].long()], _native((2, 3, 4)))
     for size in range(geometry.CACHED_ORDERS):
-        cached_tile_order((2, 3, 5 + size), CPU)
-    assert cached_tile_order((2, 3, 4), CPU) is not first
+        cached_order(tile_order, (2, 3, 5 + size), CPU)
+    assert cached_order(tile_order, (2, 3, 4), CPU) is not first
 
 
 def test_cache_and_fake_tensors_stay_apart() -> None:
     with FakeTensorMode():
-        assert isinstance(cached_tile_order((2, 3, 4), CPU), FakeTensor)
-    real = cached_tile_order((2, 3, 4), CPU)
+        assert isinstance(cached_order(tile_order, (2, 3, 4), CPU), FakeTensor)
+    real = cached_order(tile_order, (2, 3, 4), CPU)
     assert type(real) is Tensor
     with FakeTensorMode() as mode:
-        fake = cached_tile_order((2, 3, 4), CPU)
+        fake = cached_order(tile_order, (2, 3, 4), CPU)
         assert isinstance(fake, FakeTensor)
         assert fake.fake_mode is mode
-    assert cached_tile_order((2, 3, 4), CPU) is real
+    assert cached_order(tile_order, (2, 3, 4), CPU) is real
 
 
 def test_cache_is_not_read_while_dynamo_compiles() -> None:
-    cached_tile_order((2, 3, 4), CPU)
-    before = geometry._stored_tile_order.cache_info()
+    cached_order(tile_order, (2, 3, 4), CPU)
+    before = geometry._stored_order.cache_info()
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: x + cached_tile_order((2, 3, 4), x.device), backend="eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda x: x + cached_order(tile_order, (2, 3, 4), x.device), backend="eager", fullgraph=True
+    )
     assert torch.equal(compiled(torch.zeros(2, 24))[0], tile_order((2, 3, 4)).float())
-    assert geometry._stored_tile_order.cache_info() == before
+    assert geometry._stored_order.cache_info() == before
 
 
 def test_cache_keeps_no_inference_tensor() -> None:
     with torch.inference_mode():
-        cached_tile_order((2, 3, 4), CPU)
-    assert not cached_tile_order((2, 3, 4), CPU).is_inference()
+        cached_order(tile_order, (2, 3, 4), CPU)
+    assert not cached_order(tile_order, (2, 3, 4), CPU).is_inference()
 
 
 def test_cache_keeps_devices_apart() -> None:
-    assert cached_tile_order((2, 3, 4), "meta").is_meta
-    assert not cached_tile_order((2, 3, 4), CPU).is_meta
+    assert cached_order(tile_order, (2, 3, 4), "meta").is_meta
+    assert not cached_order(tile_order, (2, 3, 4), CPU).is_meta
 
 
 # ---------------------------------------------------------------- finding the grid

@@ -128,12 +128,12 @@ def test_fullgraph_is_dynamos_error() -> None:
         torch.compile(mixed(), backend="salad", fullgraph=True, options={"lowering": "eager"})(**X)
 
 
-def test_unknown_parameters_belong_to_no_branch() -> None:
+def test_an_unknown_mark_belongs_to_no_branch() -> None:
     model = mixed()
-    bias = model.layers[0].salad.gate_bias
-    assert leave_uncompiled(bias.detach().clone()) == []
-    assert leave_uncompiled(bias) == ["layers.0", "layers.2"]
-    assert leave_uncompiled(model.layers[3].salad.gate_bias) == ["layers.3", "layers.1"]  # the one that was asked first
+    mark = model.layers[0].salad.mark
+    assert leave_uncompiled(mark.detach().clone()) == []
+    assert leave_uncompiled(mark) == ["layers.0", "layers.2"]
+    assert leave_uncompiled(model.layers[3].salad.mark) == ["layers.3", "layers.1"]  # the one that was asked first
     assert uncompiled(model) == ["layers.0", "layers.1", "layers.2", "layers.3"]
 
 
@@ -143,8 +143,8 @@ def test_branches_are_not_kept_alive() -> None:
 
     model = mixed()
     branch = weakref.ref(model.layers[0].salad)
-    bias = model.layers[0].salad.gate_bias
+    mark = model.layers[0].salad.mark
     del model
     gc.collect()
     assert branch() is None
-    assert leave_uncompiled(bias) == []
+    assert leave_uncompiled(mark) == []

@@ -298,3 +298,22 @@ def test_a_new_length_compiles_no_new_kernel() -> None:
 
     assert len(launches(203, 100, (0, 0))) == 4
     assert launches(203, 100, (0, 0)) == launches(32_760, 300, (32_000, 32_760))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tokens", [70, 600])
+def test_a_density_that_is_a_tensor(tokens: int, masked: bool, device: str) -> None:
+    query, key = pooled(tokens, 64, 32, dtype=FP32, batch=1, heads=2)
+    mask = make_mask(tokens, 32, 1) if masked else None
+    on_device = [None if t is None else t.to(device) for t in (query, key, mask)]
+    for sinks in ((0, 0), (tokens - 30, tokens)):
+        for permille in (0, 100, 400):
+            now = torch.tensor(permille, dtype=torch.int32)
+            settings = (64, 32, 400, *sinks)
+            lut, count = select_blocks(*on_device[:2], *settings, on_device[2], None, now.to(device))
+            expected, expected_count = reference.select_blocks(query.double(), key.double(), *settings, mask, None, now)
+            assert lut.shape == expected.shape
+            assert torch.equal(count.cpu(), expected_count)
+            narrow = select_blocks(*on_device[:2], 64, 32, permille, *sinks, on_device[2])[0].cpu()
+            valid = torch.arange(narrow.shape[-1]) < count.cpu()[..., None]
+            assert torch.equal(lut.cpu()[..., : narrow.shape[-1]].masked_fill(~valid, 0), narrow.masked_fill(~valid, 0))

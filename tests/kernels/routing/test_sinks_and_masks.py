@@ -161,3 +161,35 @@ def test_selection_rejects(changes: dict[str, object], message: str) -> None:
 def test_pool_rejects(mask: torch.Tensor, message: str) -> None:
     with pytest.raises(KernelArgumentError, match=message):
         pool_blocks(torch.randn(2, 1, 8, 4), None, 4, mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tokens", [65, 203, 1023])
+def test_a_density_that_is_a_tensor(tokens: int, masked: bool) -> None:
+    """The lists keep the width of the highest density; what is in them is the selection of the present one."""
+    query, key = pooled(tokens, 64, 32)
+    mask = make_mask(tokens, 32) if masked else None
+    for sinks in ((0, 0), (0, 40), (tokens - 30, tokens)):
+        for permille in (0, 100, 333, 600):
+            now = torch.tensor(permille, dtype=torch.int32)
+            lut, count = select_blocks(query, key, 64, 32, 600, *sinks, mask, None, now)
+            widest = select_blocks(query, key, 64, 32, 600, *sinks, mask)[0]
+            expected, expected_count = select_blocks(query, key, 64, 32, permille, *sinks, mask)
+            assert lut.shape == widest.shape
+            assert torch.equal(count, expected_count)
+            valid = torch.arange(expected.shape[-1]) < count[..., None]
+            assert torch.equal(lut[..., : expected.shape[-1]].masked_fill(~valid, 0), expected.masked_fill(~valid, 0))
+            reference_lut, reference_count = reference.select_blocks(query, key, 64, 32, 600, *sinks, mask, None, now)
+            assert torch.equal(lut, reference_lut)
+            assert torch.equal(count, reference_count)
+
+
+def test_wrong_densities() -> None:
+    query, key = pooled(70, 32, 32)
+    for wrong, message in (
+        (torch.tensor(300), "int32"),
+        (torch.tensor([300], dtype=torch.int32), "without dimensions"),
+        (torch.tensor(301, dtype=torch.int32), "0..300"),
+    ):
+        with pytest.raises(KernelArgumentError, match=message):
+            select_blocks(query, key, 32, 32, 300, 0, 0, None, None, wrong)

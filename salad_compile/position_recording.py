@@ -1,0 +1,240 @@
+"""What the eager twin has seen of a forward, as a graph in which position is found and from which it is run again.
+
+Recorded for the map-then-rotate placement alone, and dropped with the forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+# StorageWeakRef is undocumented. Seen in torch 2.11 and 2.13; the tests of this file fail when it moves.
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .attention import Mapped
+from .manual_attention import name_of
+from .operations import PROJECTIONS, data_arguments, operation
+from .position_flow import Cell, Flow, TensorInfo, written_by
+from .position_slice import Entry, PositionSlice, UndeterminedError, error_of, features, find_slice
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """The memory of `root` as it was before position was written into it. order: of the operation that did it."""
+
+    root: fx.Node
+    value: Tensor
+    order: int
+
+
+class PositionRecording:
+    """The operations of one forward.
+
+    Args:
+        all_projections: whether projections count that no hook reports.
+    """
+
+    def __init__(self, all_projections: bool) -> None:
+        self.all_projections = all_projections
+        self.graph = fx.Graph()
+        self.flow = Flow(lambda node: node.meta.get("info"), lambda node: False)
+        self._nodes: Any = WeakIdKeyDictionary()
+        self._values: dict[fx.Node, Tensor] = {}
+        self._versions: dict[fx.Node, int] = {}
+        self._snapshots: dict[int, _Snapshot] = {}
+        self._storages: list[StorageWeakRef] = []  # a storage that is known must not get another's number
+
+    def add_source(self, out: Tensor) -> None:
+        """The output of a projection."""
+        node = self._new_node("placeholder", "projected", (), {}, out)
+        self.flow.add_source(node)
+        self._values[node] = out
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation of the model and record it."""
+        name, writes = name_of(func, args)
+        if not (writes or "out" in kwargs):
+            out = func(*args, **kwargs)
+            if _holds_tensors(out):
+                self._add(self._node_of(func, args, kwargs, out), out, args, kwargs)
+                if name in PROJECTIONS and self.all_projections and isinstance(out, Tensor):
+                    self.add_source(out)
+            return out
+        node = self._node_of(func, args, kwargs, None)
+        self._save(node)
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            self._describe(node, out)
+        self._add(node, out, args, kwargs)
+        return out
+
+    def mapped(self, query: Tensor, key: Tensor, feature_map: str, site: str) -> Mapped | None:
+        """Query and key of an attention call before position, and their features with it, laid out as they are.
+
+        Returns:
+            None where no position mixes in between projection and call.
+
+        Raises:
+            PositionReplayError: it cannot be told what the position encoding is.
+        """
+        found = {}
+        for role, operand in (("query", query), ("key", key)):
+            try:
+                found[role] = find_slice(self.flow, self._node(operand), operand.shape[-1])
+            except UndeterminedError as reason:
+                raise error_of(site, role, str(reason)) from reason
+        if found["query"] is None and found["key"] is None:
+            return None
+        pairs = []
+        for role, operand in (("query", query), ("key", key)):
+            try:
+                pairs.append(self._replayed(found[role], operand, feature_map))
+            except UndeterminedError as reason:
+                raise error_of(site, role, str(reason)) from reason
+        return Mapped(pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1])
+
+    # ------------------------------------------------------------------------------------------------------ recording
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        known = self._nodes.get(tensor)
+        if known is None:
+            known = self._new_node("placeholder", "given", (), {}, tensor)
+        return known  # type: ignore[no-any-return]
+
+    def _node_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> fx.Node:
+        def node_of(value: Any) -> Any:
+            return self._node(value) if isinstance(value, Tensor) else value
+
+        mapped = fx.node.map_aggregate(args, node_of), fx.node.map_aggregate(kwargs, node_of)
+        return self._new_node("call_function", func, *mapped, out)
+
+    def _new_node(self, op: str, target: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
+        node = self.graph.create_node(op, target, args, kwargs, name="value")
+        if isinstance(out, Tensor):
+            self._describe(node, out)
+        return node
+
+    def _describe(self, node: fx.Node, out: Tensor) -> None:
+        node.meta["info"] = info = TensorInfo.of(out)
+        if info is not None:
+            self._storages.append(StorageWeakRef(out.untyped_storage()))
+        self._nodes[out] = node
+
+    def _add(self, node: fx.Node, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.flow.add(node)
+        node.meta["autocast"] = _autocast_state(out)
+        given = {self._nodes[t]: t for t in _tensors((args, kwargs)) if t in self._nodes}
+        self._keep(node, out, given)
+        if not isinstance(out, Tensor) and isinstance(out, (tuple, list)):
+            for at, part in enumerate(out):
+                if isinstance(part, Tensor):
+                    piece = self._new_node("call_function", _piece, (node, at), {}, part)
+                    self.flow.add(piece)
+                    self._keep(piece, part, {})
+
+    def _keep(self, node: fx.Node, out: Any, given: Mapping[fx.Node, Tensor]) -> None:
+        """Hold what a replay may need: values without position, and what position is made of."""
+        cell, blank = Cell(node), self.flow.is_blank(node)
+        derived = cell in self.flow.parents
+        if isinstance(out, Tensor) and (blank or (derived and cell not in self.flow.mixed)):
+            self._values[node] = out
+        if not (derived or blank):
+            return
+        data = data_arguments(node, operation(node)[0])
+        for argument, tensor in given.items():
+            if argument not in self._values and (argument not in data or Cell(argument) not in self.flow.parents):
+                self._values[argument] = tensor
+                if not tensor.is_inference():
+                    self._versions[argument] = tensor._version
+
+    def _save(self, node: fx.Node) -> None:
+        """Before position is written into a value that has none."""
+        target = written_by(node)
+        if target is None:
+            return
+        cell, storage = self.flow.read(target), self.flow.storage(target)
+        if storage is None or cell not in self.flow.parents or cell in self.flow.mixed or storage in self._snapshots:
+            return
+        root = self.flow.root(storage)
+        if self.flow.mixes(node) and root in self._values:
+            self._snapshots[storage] = _Snapshot(root, self._values[root].clone(), len(self.flow.order))
+
+    # --------------------------------------------------------------------------------------------------------- replay
+
+    def _replayed(self, found: PositionSlice | None, operand: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
+        if found is None:
+            info = TensorInfo.of(operand)
+            assert info is not None
+            return operand, features(operand, info, operand.shape[-1], feature_map)
+        plain, rotated = found.replay(lambda entry: entry.begin(self._start_of(entry), feature_map), self._again)
+        return plain, rotated
+
+    def _start_of(self, entry: Entry) -> Tensor:
+        node = entry.start.node
+        if not entry.overwritten:
+            return self._values[node]
+        storage = self.flow.storage(node)
+        snapshot = None if storage is None else self._snapshots.get(storage)
+        writers = self.flow.writes_since(entry.start)
+        if snapshot is None or any(self.flow.order[writer] < snapshot.order for writer in writers):
+            raise UndeterminedError("it is overwritten")
+        known: dict[fx.Node, Any] = {snapshot.root: snapshot.value}
+        for view in self.flow.views(snapshot.root, node):
+            known[view] = self._again(view, known)
+        value: Tensor = known[node]
+        return value
+
+    def _again(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+        def value_of(argument: fx.Node) -> Any:
+            return known[argument] if argument in known else self._value(argument)
+
+        args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
+        assert callable(node.target)
+        with _autocast_as(node.meta.get("autocast")):
+            return node.target(*args, **kwargs)
+
+    def _value(self, node: fx.Node) -> Tensor:
+        value = self._values.get(node)
+        if value is None:
+            raise UndeterminedError(f"{node} is needed and was not kept")
+        if node in self._versions and value._version != self._versions[node]:
+            raise UndeterminedError("what its position is made of has been overwritten by now")
+        return value
+
+
+def _piece(parts: Any, at: int) -> Any:
+    return parts[at]
+
+
+_piece.__name__ = "getitem"
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _holds_tensors(out: Any) -> bool:
+    return isinstance(out, Tensor) or (isinstance(out, (tuple, list)) and any(isinstance(o, Tensor) for o in out))
+
+
+_Autocast = tuple[str, bool, torch.dtype]
+
+
+def _autocast_state(out: Any) -> _Autocast | None:
+    tensor = out if isinstance(out, Tensor) else next(iter(_tensors(out)), None)
+    if tensor is None or not torch.amp.is_autocast_available(tensor.device.type):
+        return None
+    device = tensor.device.type
+    return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _autocast_as(state: _Autocast | None) -> contextlib.AbstractContextManager[Any]:
+    if state is None or (torch.is_autocast_enabled(state[0]), torch.get_autocast_dtype(state[0])) == state[1:]:
+        return contextlib.nullcontext()
+    return torch.autocast(state[0], enabled=state[1], dtype=state[2])
