@@ -23,6 +23,7 @@ from ..logs import logger
 from ..split_frames import leave_uncompiled
 from .erase_tags import erase_tags
 from .find_attention import CONVERTED, LEFT_DENSE, AttentionCall, find_attention, has_converted_tags
+from .provenance import mark_of
 from .rewrite import rewrite
 
 _NOT_CONVERTED = "not a converted site of this converted model"
@@ -98,7 +99,7 @@ def run_passes(gm: fx.GraphModule, options: BackendOptions, inputs: Sequence[Any
 
 def _leave_uncompiled(site: fx.Node, parameters: Mapping[fx.Node, Any], uncompiled: list[str]) -> bool:
     """Let a site run under the eager twin whose graph breaks between projection and attention."""
-    mark = parameters.get(site.args[0])  # type: ignore[arg-type]
+    mark = parameters.get(mark_of(site))  # type: ignore[arg-type]
     owners = [] if mark is None else leave_uncompiled(mark)
     if owners:
         logger.warning(

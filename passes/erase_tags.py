@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import fx
 
 from ..tag import DENSE, PROJECTED, SITES, TAGS
-from .provenance import module_path
+from .provenance import mark_of, module_path
 
 
 def erase_tags(graph: fx.Graph, used: set[fx.Node], leave_uncompiled: Callable[[fx.Node], bool]) -> list[str]:
@@ -24,9 +24,9 @@ def erase_tags(graph: fx.Graph, used: set[fx.Node], leave_uncompiled: Callable[[
     tags = [node for node in graph.nodes if node.target in TAGS]
     sites = [node for node in graph.nodes if node.target in SITES]
     lost = [_describe(tag, "its attention call is not in the same graph") for tag in tags if _is_orphan(tag, used)]
-    tagged = [_mark(tag) for tag in tags if tag.args[4] != DENSE]
+    tagged = [mark_of(tag) for tag in tags if tag.args[4] != DENSE]
     for site in sites:
-        if site.args[0] not in tagged and not (_is_last(site) and leave_uncompiled(site)):
+        if mark_of(site) not in tagged and not (_is_last(site) and leave_uncompiled(site)):
             lost.append(_describe(site, "its query projection did not run"))
     for tag in [*tags, *(node for node in graph.nodes if node.target in PROJECTED)]:
         out = tag.args[0]
@@ -48,13 +48,6 @@ def _is_last(site: fx.Node) -> bool:
 
 def _is_orphan(tag: fx.Node, used: set[fx.Node]) -> bool:
     return tag.args[4] != DENSE and tag not in used
-
-
-def _mark(tag: fx.Node) -> object:
-    """The tensor by which a site and its tag know each other."""
-    tensors = tag.args[2]
-    assert isinstance(tensors, (list, tuple))
-    return tensors[0]
 
 
 def _describe(node: fx.Node, what: str) -> str:

@@ -16,7 +16,7 @@ from ..attention_call import AttentionArguments, bind, default_scale, dense_reas
 from ..config import AttentionSpec, BackendOptions
 from ..manual_attention import ManualAttention
 from ..tag import DENSE, SITES, TAGS
-from .provenance import erase_dead, example_value, find_tag, is_dead, module_path, projection_inputs
+from .provenance import erase_dead, example_value, find_tag, is_dead, mark_of, module_path, projection_inputs
 
 _REGISTERED = (flex, multihead)
 
@@ -160,9 +160,8 @@ def _classify(
 
 def _site_of(tag: fx.Node) -> fx.Node | None:
     """The entry marker of the owner of a tag: both mention its mark."""
-    tensors = tag.args[2]
-    assert isinstance(tensors, (list, tuple))
-    return next((user for user in tensors[0].users if user.target in SITES), None)  # type: ignore[union-attr]
+    sites = (node for node in tag.graph.nodes if node.target in SITES)
+    return next((site for site in sites if mark_of(site) is mark_of(tag)), None)
 
 
 def _without_text(spec: AttentionSpec, tag: fx.Node, site: fx.Node | None) -> str:

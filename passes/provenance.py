@@ -40,6 +40,16 @@ def module_path(node: fx.Node) -> str:
     return re.sub(r"^bound\.0\.?", "", path)  # `video_grid.RootForward` holds the root
 
 
+def mark_of(node: fx.Node) -> object:
+    """The graph input by which the tag and the entry marker of a site know each other (`SaladBranch.mark`)."""
+    given = node.args[2] if node.target in TAGS else node.args[0]
+    mark = given[0] if isinstance(given, (list, tuple)) else given
+    # export takes a cast to the dtype that a tensor has for that tensor
+    while isinstance(mark, fx.Node) and mark.op in ("call_function", "call_method"):
+        mark = mark.args[0]
+    return mark
+
+
 def data_parents(node: fx.Node) -> list[fx.Node]:
     """The nodes whose data went into this one, in-place writers included."""
     if node.target in TAGS or (node.op == "call_method" and node.target in _SELF_ONLY):

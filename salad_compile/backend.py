@@ -6,6 +6,7 @@ Found through the entry point `torch_dynamo_backends`, so that it works in a pro
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import fx
 
 from .config import BackendOptions
-from .cpu_fusion import inner_compile
+from .cpu_fusion import inner_compile, own_cache_keys
 from .errors import ConfigError
 from .kernels.rows import decompositions
 from .logs import logger
@@ -71,22 +72,32 @@ def _lower(
     # Inductor loads Triton and takes a second: only here
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
 
+    _teach_inductor()
     try:
         patches = {**(list_mode_options(mode) if mode else {}), **options.inductor}
     except RuntimeError as error:
         raise ConfigError(f"unknown mode {mode!r}: {error}") from error
-    with torch._inductor.config.patch(patches):  # the table depends on them
-        table = {**select_decomp_table(), **decompositions()}
-    compiled: Any = compile_fx(
-        gm,
-        list(example_inputs),
-        inner_compile=inner_compile,
-        config_patches=patches or None,
-        decompositions=table,
-    )
+    with own_cache_keys():
+        compiled: Any = compile_fx(
+            gm, list(example_inputs), inner_compile=inner_compile, config_patches=patches or None
+        )
     return compiled  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _teach_inductor() -> None:
+    """Enter our decompositions into Inductor's own table.
+
+    A table of ours, passed to compile_fx, would become part of the key of Inductor's caches, which cannot pickle it:
+    every process would compile anew (torch 2.13; tests/end_to_end/test_compile_matrix.py). `fast_random_decomps` keeps
+    a copy of the table; it is private, seen in torch 2.11 and 2.13.
+    """
+    from torch._inductor import decomposition
+
+    for operator, definition in decompositions().items():
+        decomposition.register_decomposition([operator])(definition)
+    decomposition.fast_random_decomps.cache_clear()
 
 
 def _announce(report: GraphReport, options: BackendOptions) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-# Inductor's caches do not know of the work-around: without a key of their own, our graphs could be served code that was
-# generated without it.
+# The caches of Inductor and AOTAutograd do not know of the work-around: without a key of their own, our graphs could be
+# served code that was generated without it.
 _CACHE_TAG = "salad_compile: no outer loop fusion"
 
 
@@ -30,13 +30,21 @@ def no_outer_loop_fusion() -> Iterator[None]:
     from torch._inductor.codegen.cpp import CppScheduling
 
     original = CppScheduling.can_fuse_vertical_outer_loop
-    tag = torch.compiler.config.cache_key_tag
     CppScheduling.can_fuse_vertical_outer_loop = lambda self, node1, node2: False  # type: ignore[method-assign]
     try:
-        with torch.compiler.config.patch(cache_key_tag=f"{tag}{_CACHE_TAG}"):  # type: ignore[attr-defined]
+        with own_cache_keys():
             yield
     finally:
         CppScheduling.can_fuse_vertical_outer_loop = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def own_cache_keys() -> Iterator[None]:
+    """While active, compiled code is cached apart from what was generated without the work-around. Nests."""
+    tag = torch.compiler.config.cache_key_tag
+    tag = tag if tag.endswith(_CACHE_TAG) else f"{tag}{_CACHE_TAG}"
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        yield
 
 
 def inner_compile(*args: Any, **kwargs: Any) -> Any:
