@@ -220,15 +220,26 @@ def test_full_size_wan_14b_in_seconds_and_without_memory() -> None:
     assert elapsed < 15, f"took {elapsed:.1f} s"
 
 
-def test_the_parameter_counts_of_the_paper() -> None:
-    """method.md section 6: +4.99 % on Wan2.1-T2V-1.3B for gates and projections, 70,871,070 parameters."""
+@pytest.mark.parametrize(
+    ("settings", "branch_parameters", "share"),
+    [
+        ({}, 70_871_070, "+4.99 %"),
+        ({"scaling": "v2"}, 70_871_070 + 390, "+4.99 %"),
+        ({"gate": "head"}, 71_378_280, "+5.03 %"),
+        ({"gate": "none"}, 70_824_960, "+4.99 %"),
+        ({"linear_branch": False}, 0, "+0.00 %"),
+    ],
+    ids=str,
+)
+def test_the_parameter_counts_of_the_paper(settings: dict[str, Any], branch_parameters: int, share: str) -> None:
+    """method.md sections 3 and 6: +4.99 % on Wan2.1-T2V-1.3B for gates and projections, 70,871,070 parameters."""
     from diffusers import WanTransformer3DModel
 
     kwargs: dict[str, Any] = {"attention_head_dim": 128, "text_dim": 4096}
     with torch.device("meta"):
         model = WanTransformer3DModel(num_attention_heads=12, num_layers=30, ffn_dim=8960, **kwargs)
-    summary = salad_compile.summary(salad_compile.convert(model))
+    summary = salad_compile.summary(salad_compile.convert(model, salad_compile.SaladConfig(**settings)))
     assert summary.base_parameters == 1_418_996_800
-    assert summary.branch_parameters == 70_871_070
+    assert summary.branch_parameters == branch_parameters
     assert summary.lora_parameters == 23_592_960
-    assert "+4.99 %" in str(summary)
+    assert share in str(summary)
