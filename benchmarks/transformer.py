@@ -52,6 +52,14 @@ SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+# What of SaladConfig can be varied from the command line; the default first.
+VARIANTS = {
+    "token_order": ("tiles", "flat"),
+    "pattern": ("topk", "stswa"),
+    "rope_placement": ("rotate-then-map", "map-then-rotate"),
+    "scaling": ("v1", "v2"),
+    "gate": ("token", "head", "none"),
+}
 WEIGHTS = "all random, gates and projections too; routing on random weights selects close to arbitrary blocks"
 
 Wan = Any  # diffusers' WanTransformer3DModel, which is not typed
@@ -159,11 +167,13 @@ def make_inputs(model: Model, device: torch.device, dtype: torch.dtype) -> dict[
     }
 
 
-def convert(base: Wan, model: Model, sparsity: float, inputs: dict[str, Any], *, merge: bool, token_order: str) -> Wan:
+def convert(
+    base: Wan, model: Model, sparsity: float, inputs: dict[str, Any], *, merge: bool, settings: dict[str, str]
+) -> Wan:
     """Converted by salad_compile, with random branches in the place of trained ones."""
     rank = 64 if model.tokens > 4096 else 4
     config = salad_compile.SaladConfig(
-        sparsity=sparsity, min_tokens=min(8192, model.tokens), lora_rank=rank, token_order=token_order
+        sparsity=sparsity, min_tokens=min(8192, model.tokens), lora_rank=rank, **settings
     )
     converted = salad_compile.convert(share(base), config, example_inputs=inputs)
     with torch.no_grad():
@@ -240,11 +250,16 @@ class Stage:
             "heads": model.heads,
             "head_dim": model.head_dim,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "token_order": self.options.token_order if kind == "salad" else "",
+            **{name: value if kind == "salad" else "" for name, value in self.settings.items()},
             "compiled": f"each block, {self.options.compiler}",
             "weights": WEIGHTS,
             "dense_attention_ms": self.sdpa,
         }
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The variant of the method: name in SaladConfig -> value."""
+        return {name: getattr(self.options, name) for name in VARIANTS}
 
     def _dense(self, facts: Facts) -> Run:
         dense = share(self.base)
@@ -255,7 +270,7 @@ class Stage:
         return self._first(dense, facts)
 
     def _salad(self, facts: Facts) -> Run:
-        how = {"merge": not self.training, "token_order": self.options.token_order}
+        how = {"merge": not self.training, "settings": self.settings}
         converted = convert(self.base, self.plan.model, facts["sparsity"], self.inputs, **how)
         facts["lora"] = "unmerged" if self.training else "merged"
         facts["branch_parameters"] = sum(p.numel() for b in branches(converted).values() for p in b.parameters())
@@ -408,7 +423,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--models", nargs="+", default=names, choices=names)
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.9, 0.8, 0.95], help="the first matters most")
-    parser.add_argument("--token-order", default="tiles", choices=("tiles", "flat"), help="default: %(default)s")
+    for name, choices in VARIANTS.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, default=choices[0], choices=choices, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, help="timings of a row (default: 10; 2 with --quick)")
     parser.add_argument("--row-seconds", type=float, default=15, help="a slow row takes no longer (3 timings at least)")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
