@@ -157,7 +157,7 @@ class SaladBranch(nn.Module):
         self._original: tuple[Callable[..., Any], tuple[nn.Module, ...]] | None = None
 
         def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
         heads, width = record.heads, record.width
         gates: tuple[int, ...] = (heads,) if config.gate == "head" else ()
