@@ -18,19 +18,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write docs/models.md and the table in README.md from the outcomes of tests/models",
     )
     parser.addoption(
-        "--all-cases", action="store_true", help="compile further cases of a model class too, not the first alone"
+        "--all-cases", action="store_true", help="run every check on every model, not the slow ones on one of each kind"
     )
 
 
+# Ways in which a model can be built that matter to activation checkpointing and to a second resolution: attention
+# modules and inline attention, one stream, joint streams on either side, two streams, masks, grouped heads, a call for
+# each sample, graphs that break.
+KINDS = frozenset(
+    {
+        "handwritten_fused",
+        "handwritten_inline",
+        "handwritten_multihead",
+        "Wan",
+        "Latte",
+        "CogVideoX",
+        "HunyuanVideo",
+        "EasyAnimate",
+        "Mochi",
+        "Cosmos3Omni",
+        "WanAnimate2",
+    }
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Second cases of one model class compile nothing, unless the table is written or every case is asked for."""
+    """What takes long runs on fewer models, unless the table is written or every case is asked for.
+
+    Second cases of one model class compile nothing, and checkpointing and second resolutions have one case for each
+    kind of model.
+    """
     if config.getoption("--support-table") or config.getoption("--all-cases"):
         return
     from .models.expectations import VARIANTS
 
-    left_out = [
-        item for item in items if "test_zoo.py" in item.nodeid and _compiles(item) and _case_of(item) in VARIANTS
-    ]
+    def left(item: pytest.Item) -> bool:
+        case = _case_of(item)
+        return (_compiles(item) and case in VARIANTS) or (_is_slow(item) and case not in KINDS)
+
+    left_out = [item for item in items if "test_zoo.py" in item.nodeid and left(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
@@ -38,6 +64,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _compiles(item: pytest.Item) -> bool:
     return any(part in item.nodeid for part in ("compile", "checkpointing"))
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return any(part in item.nodeid for part in ("checkpointing", "second_resolution"))
 
 
 def _case_of(item: pytest.Item) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 import salad_compile
@@ -258,3 +259,24 @@ def test_branch_parameters_follow_the_projections_dtype() -> None:
     model.salad.float()
     assert model(X.to(torch.bfloat16)).dtype == torch.bfloat16
     assert relative_error(model(X.to(torch.bfloat16)), expected) < 1e-6
+
+
+class FirstHeads(toys.SelfAttention):
+    """Attends with some of the heads that its projections make."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (toys.heads(linear(x))[:, :1] for linear in (self.q, self.k, self.v))
+        out: Tensor = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return out
+
+
+def test_projections_that_answer_more_than_attention_reads_are_not_eligible() -> None:
+    """`plan` says so, and `convert` leaves them out instead of failing halfway."""
+    model = toys.Stack(FirstHeads(), toys.SelfAttention())
+    model.layers[0].register_forward_hook(lambda module, args, out: torch.cat((out, out), dim=-1))
+    config = salad_compile.SaladConfig(min_tokens=48, query_block=16, key_block=16)
+    plan = salad_compile.plan(model, (toys.tokens(),), config=config)
+    assert [site.name for site in plan.eligible] == ["layers.1"]
+    assert "answers 16 channels, but query of 'layers.0' are 8" in plan.sites[""][0].reason
+    salad_compile.convert(model, config, example_inputs=(toys.tokens(),))
+    assert list(branches(model)) == ["layers.1.salad"]

@@ -28,10 +28,11 @@ class Attention(nn.Module):
     def __init__(self, attend: Attend) -> None:
         super().__init__()
         self.attend = attend
-        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+        key_heads = 1 if attend is PLAIN["grouped"] else 2
+        self.q, self.k, self.v = (nn.Linear(32, 16 * heads) for heads in (2, key_heads, key_heads))
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = (linear(x).unflatten(-1, (2, 16)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        heads = (linear(x).unflatten(-1, (-1, 16)).transpose(1, 2) for linear in (self.q, self.k, self.v))
         out = self.attend(*heads)
         return (out if isinstance(out, Tensor) else out[0]).transpose(1, 2).flatten(2)
 
@@ -44,7 +45,7 @@ MASK = create_block_mask(diagonal, None, None, TOKENS, TOKENS, device="cpu")
 PLAIN: dict[str, Attend] = {
     "plain": flex_attention,
     "scaled": lambda q, k, v: flex_attention(q, k, v, scale=0.4),
-    "grouped": lambda q, k, v: flex_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
+    "grouped": lambda q, k, v: flex_attention(q, k, v, enable_gqa=True),
     "lse": lambda q, k, v: flex_attention(q, k, v, return_lse=True),
     "compiled": torch.compile(flex_attention, backend="eager"),
 }
