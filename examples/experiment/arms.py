@@ -1,0 +1,206 @@
+"""The rows of the experiment: what each one changes, and the model that it trains. All start from one dense model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+from model import VideoDiT
+from plain_lora import add_low_rank, make_linear
+from presets import Preset
+from train import Batches, Recipe
+
+import salad_compile
+from salad_compile.config import BLOCK_SIZES
+
+Kind = Literal["dense", "linear", "salad"]
+SPARSITY = 0.9
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row.
+
+    Attributes:
+        kind: plain attention, linear attention alone, or a model that `salad_compile.convert` converted.
+        settings: fields of SaladConfig that differ from the experiment's defaults.
+        query_blocks: query blocks are so many times as long as key blocks.
+        smallest_blocks: blocks are of 16 tokens, in the place of the preset's.
+        trained: whether anything is trained.
+        of, drop: share of the linear branches that are dropped from the trained arm `of`; 1 is all of them.
+        longer: it is trained for so many times as many steps.
+    """
+
+    name: str
+    about: str
+    group: str
+    kind: Kind = "salad"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    query_blocks: int = 1
+    smallest_blocks: bool = False
+    trained: bool = True
+    of: str | None = None
+    drop: float = 0.0
+    longer: int = 1
+
+
+_MAIN, _LONG, _BRANCH, _BLOCKS = "Main arms", "Four times as many steps", "The linear branch", "The blocks"
+
+ARMS = (
+    Arm("dense", "as pre-trained", _MAIN, kind="dense", trained=False),
+    Arm("dense-tuned", "LoRA, dense attention: the fair reference", _MAIN, kind="dense"),
+    Arm("sparse-only", "converted, not trained", _MAIN, trained=False),
+    Arm("sparse-lora", "sparse attention and LoRA, no linear branch", _MAIN, settings={"linear_branch": False}),
+    Arm("salad", "SALAD, Top-K", _MAIN),
+    Arm("salad-stswa", "SALAD, sliding windows", _MAIN, settings={"pattern": "stswa"}),
+    Arm("linear-only", "linear attention and LoRA, no sparse branch", _MAIN, kind="linear"),
+    Arm("dense-tuned-long", "as dense-tuned", _LONG, kind="dense", longer=4),
+    Arm("sparse-lora-long", "as sparse-lora", _LONG, settings={"linear_branch": False}, longer=4),
+    Arm("salad-long", "as salad", _LONG, longer=4),
+    Arm("rope-long", "SALAD, map-then-rotate", _LONG, settings={"rope_placement": "map-then-rotate"}, longer=4),
+    Arm(
+        "rope-16-long",
+        "the same, blocks of 16 tokens",
+        _LONG,
+        settings={"rope_placement": "map-then-rotate"},
+        smallest_blocks=True,
+        longer=4,
+    ),
+    Arm(
+        "sparse-lora-16-long",
+        "no linear branch, blocks of 16 tokens",
+        _LONG,
+        settings={"linear_branch": False},
+        smallest_blocks=True,
+        longer=4,
+    ),
+    Arm("gate-none", "no gate", _BRANCH, settings={"gate": "none"}),
+    Arm(
+        "gate-static", "learned scales of layer and heads, no gate", _BRANCH, settings={"gate": "none", "scaling": "v2"}
+    ),
+    Arm("gate-head", "one gate per token and head", _BRANCH, settings={"gate": "head"}),
+    Arm("scaling-v2", "learned scales times the gate", _BRANCH, settings={"scaling": "v2"}),
+    Arm("rope-after-map", "map-then-rotate", _BRANCH, settings={"rope_placement": "map-then-rotate"}),
+    Arm("map-elu", "elu + 1 for relu", _BRANCH, settings={"feature_map": "elu"}),
+    Arm("map-softmax", "softmax over the head for relu", _BRANCH, settings={"feature_map": "softmax"}),
+    Arm("drop-20", "20 % of the trained branches dropped", _BRANCH, trained=False, of="salad", drop=0.2),
+    Arm("drop-all", "all trained branches dropped", _BRANCH, trained=False, of="salad", drop=1.0),
+    Arm("sparsity-80", "sparsity 0.8", _BLOCKS, settings={"sparsity": 0.8}),
+    Arm("sparsity-95", "sparsity 0.95", _BLOCKS, settings={"sparsity": 0.95}),
+    Arm("order-flat", "runs of the native order", _BLOCKS, settings={"token_order": "flat"}),
+    Arm("blocks-128", "query blocks of 128 tokens", _BLOCKS, query_blocks=2),
+    Arm("blocks-16", "blocks of 16 tokens: 25 of 256 are kept", _BLOCKS, smallest_blocks=True),
+    Arm(
+        "rope-16",
+        "the same, map-then-rotate",
+        _BLOCKS,
+        settings={"rope_placement": "map-then-rotate"},
+        smallest_blocks=True,
+    ),
+    Arm(
+        "sparse-lora-16",
+        "no linear branch, blocks of 16 tokens",
+        _BLOCKS,
+        settings={"linear_branch": False},
+        smallest_blocks=True,
+    ),
+    Arm(
+        "sparse-lora-80", "no linear branch, sparsity 0.8", _BLOCKS, settings={"linear_branch": False, "sparsity": 0.8}
+    ),
+    Arm(
+        "sparse-lora-95",
+        "no linear branch, sparsity 0.95",
+        _BLOCKS,
+        settings={"linear_branch": False, "sparsity": 0.95},
+    ),
+    Arm(
+        "sparse-lora-flat",
+        "no linear branch, native order",
+        _BLOCKS,
+        settings={"linear_branch": False, "token_order": "flat"},
+    ),
+)
+
+
+class UnknownArmError(ValueError):
+    """No arm of that name."""
+
+
+def arm_named(name: str) -> Arm:
+    """Raises UnknownArmError."""
+    for arm in ARMS:
+        if arm.name == name:
+            return arm
+    raise UnknownArmError(f"no arm {name!r}. There are: {', '.join(arm.name for arm in ARMS)}.")
+
+
+def config_of(arm: Arm, preset: Preset) -> salad_compile.SaladConfig:
+    """The configuration of a converted arm."""
+    block = min(BLOCK_SIZES) if arm.smallest_blocks else preset.block
+    given: dict[str, Any] = {
+        "sparsity": SPARSITY,
+        "query_block": block * arm.query_blocks,
+        "key_block": block,
+        "lora_rank": preset.rank,
+        "min_tokens": 0,
+        **arm.settings,
+    }
+    return salad_compile.SaladConfig(**given)
+
+
+def example_inputs(preset: Preset, device: torch.device) -> dict[str, torch.Tensor]:
+    """Inputs of the model's forward; only their sizes count."""
+    clip = preset.model.clip
+    return {
+        "hidden_states": torch.zeros(1, 3, clip.frames, clip.edge, clip.edge, device=device),
+        "timestep": torch.full((1,), 0.5, device=device),
+        "label": torch.zeros(1, dtype=torch.int64, device=device),
+    }
+
+
+def build(arm: Arm, base: VideoDiT, preset: Preset, device: torch.device, seed: int) -> nn.Module:
+    """What the arm trains, made of `base`, which it changes; the seed draws the new parameters."""
+    torch.manual_seed(seed)
+    if arm.kind == "dense":
+        return add_low_rank(base, preset.rank) if arm.trained else base.requires_grad_(False)
+    if arm.kind == "linear":
+        return make_linear(base, preset.rank)
+    return salad_compile.convert(base, config_of(arm, preset), example_inputs=example_inputs(preset, device))
+
+
+def drop(arm: Arm, model: nn.Module, preset: Preset, device: torch.device) -> None:
+    """Drop the arm's share of the linear branches of a trained model."""
+    if arm.drop == 1:  # a projection of zero is pure sparse attention
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".salad.proj_" in name:
+                    parameter.zero_()
+        return
+    clips, labels, noise, level = Batches(preset.tune, preset.model.clip, device)[0]
+    noised = clips + level.view(-1, 1, 1, 1, 1) * (noise - clips)
+    salad_compile.drop_branches(model, {"hidden_states": noised, "timestep": level, "label": labels}, fraction=arm.drop)
+
+
+def recipe_of(arm: Arm, preset: Preset, seed: int) -> Recipe:
+    """How the arm is trained."""
+    return dataclasses.replace(preset.tune, seed=seed, steps=preset.tune.steps * arm.longer)
+
+
+def settings_of(arm: Arm, preset: Preset, seed: int) -> dict[str, Any]:
+    """What a row says of itself; every number in it decides the result."""
+    shared: dict[str, Any] = {
+        "kind": arm.kind,
+        "trained": arm.trained,
+        "tune": dataclasses.asdict(recipe_of(arm, preset, seed)),
+        "rank": preset.rank,
+        "model": dataclasses.asdict(preset.model),
+    }
+    if arm.kind == "salad":
+        shared["config"] = config_of(arm, preset).to_dict()
+    if arm.of:
+        shared |= {"of": arm.of, "drop": arm.drop}
+    return shared

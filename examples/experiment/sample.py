@@ -1,0 +1,94 @@
+"""Restore a noisy held-out clip dense, converted without training, and as fine-tuned SALAD; draws them as rows.
+
+    python examples/experiment/sample.py                    out/experiment/sample.png; under a minute on two cores
+    python examples/experiment/sample.py --level 1 --steps 30      from pure noise: samples, and no clip to compare with
+
+The weights are those in assets/: `dense.safetensors` by `run.py dense`, `salad.safetensors` by the arm "salad-long".
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+
+matplotlib.use("Agg")
+
+from arms import arm_named, build
+from flow import HELD_OUT_SEED, psnr, sample
+from matplotlib import pyplot
+from model import VideoDiT
+from presets import FULL
+from results import ROOT
+from run import ASSETS, load_dense
+from torch import Tensor, nn
+from videos import draw
+
+import salad_compile
+
+FRAMES_SHOWN = 8
+CPU = torch.device("cpu")
+
+
+def models() -> dict[str, nn.Module]:
+    """Title -> model: dense, sparse without training, and SALAD from its file."""
+
+    def base() -> VideoDiT:
+        return load_dense(ASSETS / "dense.safetensors", FULL, CPU)
+
+    return {
+        "dense": base(),
+        "90 % sparse, untrained": build(arm_named("sparse-only"), base(), FULL, CPU, seed=0),
+        "90 % sparse, SALAD": salad_compile.load(base(), ASSETS / "salad.safetensors"),
+    }
+
+
+def draw_strip(clips: dict[str, Tensor], path: Path) -> None:
+    """One row of frames for each clip, fp32 (1, 3, T, S, S)."""
+    count = min(FRAMES_SHOWN, next(iter(clips.values())).shape[2])
+    figure, axes = pyplot.subplots(len(clips), 1, figsize=(count, 1.2 * len(clips)), squeeze=False)
+    for (title, clip), axis in zip(clips.items(), axes[:, 0], strict=True):
+        chosen = torch.linspace(0, clip.shape[2] - 1, count).round().long()
+        frames = F.pad((clip[0, :, chosen].clamp(-1, 1) + 1) / 2, (1, 1), value=1.0)  # (3, frames, S, S + 2)
+        axis.imshow(frames.permute(2, 1, 3, 0).flatten(1, 2).numpy(), interpolation="nearest")
+        axis.set_title(title, fontsize=9, loc="left", pad=3)
+        axis.axis("off")
+    figure.tight_layout(pad=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
+    pyplot.close(figure)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clip", type=int, default=5, help="number of the held-out clip")
+    parser.add_argument("--level", type=float, default=0.6, help="noise level to begin with, 1 is pure noise")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--output", type=Path, default=ROOT / "out" / "experiment" / "sample.png")
+    options = parser.parse_args(given)
+    size = FULL.model.clip
+    clip = draw(HELD_OUT_SEED, torch.tensor([options.clip]), size)
+    noise = torch.randn(clip.video.shape, generator=torch.Generator().manual_seed(options.clip))
+    noised = clip.video + options.level * (noise - clip.video)
+    rows = {"clip": clip.video} if options.level < 1 else {}  # of pure noise nothing is the right answer
+    print(f"held-out clip {options.clip}, noise level {options.level:g}, {options.steps} Euler steps", flush=True)
+    for title, model in models().items():
+        start = time.perf_counter()
+        rows[title] = sample(model, noised, clip.labels, options.steps, options.level)
+        names = [name for name in ("clip", "dense") if name in rows and name != title]
+        alike = ", ".join(f"PSNR against {name} {psnr(rows[title], rows[name]):.1f} dB" for name in names)
+        print(f"{title}: {time.perf_counter() - start:.1f} s. {alike}", flush=True)
+    draw_strip(rows, options.output)
+    print(f"wrote {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
