@@ -11,6 +11,8 @@ STAMP := $(VENV)/.ready
 demo: env
 	@echo "== demo: examples/quickstart.py"
 	$(BIN)/python examples/quickstart.py
+	@echo "== demo: examples/experiment/sample.py, trained weights: a clip restored dense and SALAD side by side"
+	$(BIN)/python examples/experiment/sample.py
 
 test: env
 	@echo "== tests, $(WORKERS) at a time"
