@@ -44,6 +44,38 @@ def measure_executions() -> Iterator[list[Execution]]:
         _active[:] = [entry for entry in _active if entry is not executions]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What one forward of `salad::block_sparse_attention` was given and found; see the operator for shapes."""
+
+    lut: torch.Tensor
+    count: torch.Tensor
+    lse: torch.Tensor
+
+
+_listening: list[list[Selection]] = []
+
+
+@contextmanager
+def capture_selections() -> Iterator[list[Selection]]:
+    """While active, every forward execution of block-sparse attention appends a `Selection` to the yielded list.
+
+    Holds the tensors themselves, which nobody may change. Not active, it costs one truth test.
+    """
+    selections: list[Selection] = []
+    _listening.append(selections)
+    try:
+        yield selections
+    finally:
+        _listening[:] = [entry for entry in _listening if entry is not selections]
+
+
+def record_selection(lut: torch.Tensor, count: torch.Tensor, lse: torch.Tensor) -> None:
+    """Called by every device's forward kernel. Does nothing unless a `capture_selections` context is active."""
+    for selections in _listening:
+        selections.append(Selection(lut, count, lse))
+
+
 def record_execution(
     lut: torch.Tensor, count: torch.Tensor, query_tokens: int, key_tokens: int, query_block: int, key_block: int
 ) -> None:

@@ -99,7 +99,7 @@ def run_passes(gm: fx.GraphModule, options: BackendOptions, inputs: Sequence[Any
 
 def _leave_uncompiled(site: fx.Node, parameters: Mapping[fx.Node, Any], uncompiled: list[str]) -> bool:
     """Let a site run under the eager twin whose graph breaks between projection and attention."""
-    mark = parameters.get(mark_of(site))  # type: ignore[arg-type]
+    mark = parameters.get(mark_of(site))  # type: ignore[call-overload]
     owners = [] if mark is None else leave_uncompiled(mark)
     if owners:
         logger.warning(

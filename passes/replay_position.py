@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import fx
+
+# Private; what Dynamo and export record for each node (torch 2.11 and 2.13; tests/passes/test_splicing.py).
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.proxy import Proxy
+from torch.utils._pytree import tree_map
 
 from ..attention import Mapped
 from ..attention_call import is_attention
 from ..config import AttentionSpec
 from ..position_flow import Flow, TensorInfo
-from ..position_slice import Entry, PositionSlice, UndeterminedError, error_of, features, find_slice
+from ..position_slice import Entry, PositionSlice, UndeterminedError, features, find_slice, position_error
 from ..tag import PROJECTED, SITES, TAGS
 from .find_attention import AttentionCall
 from .provenance import PROJECTIONS, example_value
@@ -41,7 +46,7 @@ def replay_position(call: AttentionCall, spec: AttentionSpec, proxy: Callable[[f
         try:
             found[role] = find_slice(flow, operand, int(_info(operand).shape[-1]))  # type: ignore[union-attr]
         except UndeterminedError as reason:
-            raise error_of(call.module, role, str(reason)) from reason
+            raise position_error(call.module, role, str(reason)) from reason
     if all(slice_ is None for slice_ in found.values()):
         return None
     replayer = _Replayer(call.node.graph, proxy, spec.feature_map)
@@ -73,9 +78,18 @@ class _Replayer:
     def _again(self, node: fx.Node, known: Mapping[fx.Node, fx.Node]) -> fx.Node:
         with self.graph.inserting_before(node.next):
             copy = self.graph.node_copy(node, lambda argument: known.get(argument, argument))
-        for name in ("example_value", "val"):  # of the original: not the copy's memory
-            copy.meta.pop(name, None)
+        for name in ("example_value", "val"):
+            if name in copy.meta:
+                copy.meta[name] = tree_map(_unshared, copy.meta[name])
         return copy
+
+
+def _unshared(recorded: Any) -> Any:
+    """A recorded value in memory of its own: a copy does not write where its original does."""
+    if not isinstance(recorded, FakeTensor):
+        return recorded
+    with recorded.fake_mode, torch.no_grad():
+        return torch.empty_strided(recorded.shape, recorded.stride(), dtype=recorded.dtype, device=recorded.device)
 
 
 def _flow_before(call: AttentionCall, spec: AttentionSpec) -> Flow:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import fx
 from torch.fx.proxy import Proxy
 
 from ..attention import Mapped, salad_attention, sparse_attention, with_all_heads
@@ -56,15 +55,15 @@ def _converted(call: AttentionCall, proxy: Any) -> Proxy:
         dtype=call.dtype,
         key_mask=_key_mask(call, proxy, query),
         text=None if text is None else proxy(text),
-        mapped=_mapped(call, proxy, spec),
+        mapped=_mapped(call, arguments, proxy, spec),
     )
     return arguments.as_called(out)  # type: ignore[no-any-return]
 
 
-def _mapped(call: AttentionCall, proxy: Any, spec: AttentionSpec) -> Mapped | None:
+def _mapped(call: AttentionCall, arguments: AttentionArguments, proxy: Any, spec: AttentionSpec) -> Mapped | None:
     """Query and key before position, for the placement that needs them."""
     mapped = replay_position(call, spec, proxy) if spec.maps_before_position else None
-    return None if mapped is None else Mapped(*(call.arguments.heads_first(operand) for operand in mapped))
+    return None if mapped is None else Mapped(*(arguments.heads_first(operand) for operand in mapped))
 
 
 def _training_free(call: AttentionCall, proxy: Any, spec: AttentionSpec) -> Proxy:

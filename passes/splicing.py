@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-# Private; what Dynamo and export record for each node (torch 2.11 and 2.13; tests/passes/test_splicing.py).
+# Private; what Dynamo and export record for each node, and how (torch 2.11 and 2.13; tests/passes/test_splicing.py).
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._pytree import tree_leaves
@@ -35,7 +36,7 @@ class SplicingTracer(GraphAppendingTracer):
         node.meta.update(self.inherited)
         known = all(example_value(parent) is not None for parent in node.all_input_nodes)
         if self.mode is not None and known:
-            with self.mode, torch.no_grad():
+            with self.mode, enable_python_dispatcher(), torch.no_grad():  # the latter for symbolic sizes
                 node.meta["example_value"] = _run(node)
         return node
 
@@ -47,7 +48,9 @@ def _fake_mode(node: fx.Node) -> FakeTensorMode | None:
 
 def _run(node: fx.Node) -> Any:
     """What a node computes from the recorded values of its arguments."""
-    args, kwargs = (fx.map_arg(given, example_value) for given in (node.args, node.kwargs))
+    args, kwargs = (fx.map_arg(given, example_value) for given in (node.args, node.kwargs))  # type: ignore[arg-type]
+    assert isinstance(args, tuple)
+    assert isinstance(kwargs, dict)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)

@@ -16,17 +16,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention_call import AttentionArguments as AttentionArguments
     from .attention_call import attention_adapter as attention_adapter
+    from .calibration import calibrate as calibrate
+    from .calibration import calibrate_heads as calibrate_heads
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .config import SaladConfig as SaladConfig
     from .conversion import convert as convert
     from .conversion import plan as plan
+    from .diagnosis import diagnose as diagnose
+    from .dropping import drop_branches as drop_branches
     from .errors import *  # noqa: F403
     from .exporting import package_exported as package_exported
     from .exporting import rewrite_exported as rewrite_exported
     from .inspection import explain as explain
     from .inspection import summary as summary
     from .merge import merge_lora as merge_lora
+    from .pictures import save_pictures as save_pictures
     from .schedules import DenseSteps as DenseSteps
     from .schedules import dense as dense
     from .schedules import ramp_sparsity as ramp_sparsity
@@ -40,8 +45,12 @@ _HOMES = {
     "DenseSteps": "schedules",
     "attention_adapter": "attention_call",
     "SaladConfig": "config",
+    "calibrate": "calibration",
+    "calibrate_heads": "calibration",
     "convert": "conversion",
     "dense": "schedules",
+    "diagnose": "diagnosis",
+    "drop_branches": "dropping",
     "explain": "inspection",
     "load": "checkpoint",
     "merge_lora": "merge",
@@ -50,6 +59,7 @@ _HOMES = {
     "ramp_sparsity": "schedules",
     "rewrite_exported": "exporting",
     "save": "checkpoint",
+    "save_pictures": "pictures",
     "set_dense": "schedules",
     "set_sparsity": "schedules",
     "summary": "inspection",
@@ -60,8 +70,12 @@ __all__ = [
     "DenseSteps",
     "SaladConfig",
     "attention_adapter",
+    "calibrate",
+    "calibrate_heads",
     "convert",
     "dense",
+    "diagnose",
+    "drop_branches",
     "explain",
     "load",
     "merge_lora",
@@ -70,6 +84,7 @@ __all__ = [
     "ramp_sparsity",
     "rewrite_exported",
     "save",
+    "save_pictures",
     "set_dense",
     "set_sparsity",
     "summary",

@@ -20,10 +20,14 @@ from .token_layout import Reordering, Segments, reordering, reordering_in_place,
 __all__ = [
     "BranchTensors",
     "Mapped",
+    "Operands",
     "linear_attention",
+    "operands_of",
     "salad_attention",
+    "salad_of",
     "sparse_and_linear_attention",
     "sparse_attention",
+    "update_of",
     "window_attention",
 ]
 
@@ -249,6 +253,43 @@ def salad_attention(
     Returns:
         (B, H, S, value head_dim) in `dtype`; with "prefix" the video's rows only.
     """
+    given = operands_of(query, key, value, gate_input, branch, order, spec, dtype, key_mask, text, mapped)
+    return salad_of(given, spec, scale)
+
+
+class Operands(NamedTuple):
+    """Tensors of one call with one dtype, all heads and, with "prefix", a row of zeros for each query of the text.
+
+    gate: (B, V, 1 or H) for the video's rows, or None. side: where the text lies, never "prefix". video: V, how many
+    tokens are video. The others: :func:`salad_attention`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gate: Tensor | None
+    branch: BranchTensors
+    order: Tensor | None
+    key_mask: Tensor | None
+    mapped: Mapped | None
+    side: str
+    video: int
+
+
+def operands_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate_input: Tensor,
+    branch: BranchTensors,
+    order: Tensor | None,
+    spec: AttentionSpec,
+    dtype: torch.dtype,
+    key_mask: Tensor | None,
+    text: Tensor | None,
+    mapped: Mapped | None,
+) -> Operands:
+    """What :func:`salad_attention` computes with, of its arguments."""
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     mapped = mapped if spec.linear_branch else None
     key, value = with_all_heads(key, spec.groups), with_all_heads(value, spec.groups)
@@ -266,23 +307,7 @@ def salad_attention(
             gate = gate[:, where.video_begin : where.video_end]
     if mapped is not None:
         mapped = _like_operands(mapped, spec, dtype, tokens - video if prefix else 0)
-    operands = _Operands(query, key, value, gate, branch, order, key_mask, mapped)
-    combine = _windows if spec.pattern == "stswa" else _routed
-    out = combine(operands, spec, side, video, scale)
-    return out[:, :, tokens - video :] if prefix else out
-
-
-class _Operands(NamedTuple):
-    """Tensors of one call. gate: (B, V, 1 or H) for the video's rows, or None. The others: :func:`salad_attention`."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    gate: Tensor | None
-    branch: BranchTensors
-    order: Tensor | None
-    key_mask: Tensor | None
-    mapped: Mapped | None
+    return Operands(query, key, value, gate, branch, order, key_mask, mapped, side, video)
 
 
 def _like_operands(mapped: Mapped, spec: AttentionSpec, dtype: torch.dtype, padding: int) -> Mapped:
@@ -294,9 +319,15 @@ def _like_operands(mapped: Mapped, spec: AttentionSpec, dtype: torch.dtype, padd
     return Mapped(query, key, rotated_query, rotated_key)
 
 
-def _routed(given: _Operands, spec: AttentionSpec, side: str, video: int, scale: float) -> Tensor:
+def salad_of(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
+    """:func:`salad_attention` of its operands."""
+    out = (_windows if spec.pattern == "stswa" else _routed)(given, spec, scale)
+    return out[:, :, given.key.shape[2] - given.video :] if spec.text == "prefix" else out
+
+
+def _routed(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
     """The sum with routed blocks; the tokens are moved into the order of the blocks and back."""
-    query, key, value, gate, branch, order, key_mask, mapped = given
+    query, key, value, gate, branch, order, key_mask, mapped, side, video = given
     tokens = key.shape[2]
     if spec.token_order == "flat" or order is None:
         moved, where = None, segments(side, tokens, video)
@@ -311,12 +342,12 @@ def _routed(given: _Operands, spec: AttentionSpec, side: str, video: int, scale:
     else:
         out = sparse_attention(query, key, value, where, spec, scale, key_mask, branch.permille)
     out = out if moved is None else torch.ops.salad.take_rows.default(out, moved.inverse, moved.order)
-    return out if mapped is None else out + _update_as_they_come(given, spec, side, video).to(out.dtype)
+    return out if mapped is None else out + update_of(given, spec).to(out.dtype)
 
 
-def _windows(given: _Operands, spec: AttentionSpec, side: str, video: int, scale: float) -> Tensor:
+def _windows(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
     """The sum with sliding windows."""
-    query, key, value, _, branch, order, key_mask, _ = given
+    query, key, value, _, branch, order, key_mask, _, side, video = given
     assert order is not None
     assert key_mask is None
     assert branch.temporal_heads is not None
@@ -324,12 +355,12 @@ def _windows(given: _Operands, spec: AttentionSpec, side: str, video: int, scale
     where = segments(side, tokens, video)
     through_time = reordering_in_place(order, side, tokens)
     out = window_attention(query, key, value, branch.temporal_heads, through_time, where, spec, scale, branch.permille)
-    return out + _update_as_they_come(given, spec, side, video).to(out.dtype) if spec.linear_branch else out
+    return out + update_of(given, spec).to(out.dtype) if spec.linear_branch else out
 
 
-def _update_as_they_come(given: _Operands, spec: AttentionSpec, side: str, video: int) -> Tensor:
-    """What the linear branch adds, in the native order: its sums over the tokens do not depend on one."""
-    tokens = given.key.shape[2]
+def update_of(given: Operands, spec: AttentionSpec) -> Tensor:
+    """What the linear branch adds, (B, H, S, value head_dim), in the native order: its sums do not depend on one."""
+    tokens, side, video = given.key.shape[2], given.side, given.video
     linear = linear_attention(given.query, given.key, given.value, spec, given.key_mask, given.mapped)
     return _update(linear, given.gate, given.branch, side, segments(side, tokens, video), tokens)
 

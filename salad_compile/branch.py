@@ -423,7 +423,9 @@ class SaladBranch(nn.Module):
 
     def _low_rank(self, role: str, x: Tensor) -> Tensor:
         down, up = (getattr(self, f"lora_{role}_{part}") for part in ("down", "up"))
-        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * self.lora_scale.to(x.dtype)
+        # a copy: what a cast answers that does nothing stands for the mark itself in graphs of torch.export
+        scale = self.lora_scale.to(x.dtype, copy=True)
+        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * scale
 
     def extra_repr(self) -> str:
         """One line for `print(model)`: torchao's users complain that a printed model tells nothing."""

@@ -23,6 +23,7 @@ from .geometry import GridSource
 from .logs import logger
 from .model_tree import components
 from .multihead import in_projection_owner, projection, take_apart
+from .position_slice import position_error
 from .probe import is_linear
 from .report import Plan
 from .site_filter import filtered
@@ -63,7 +64,8 @@ def plan(
 
 
 def _discover(module: nn.Module, example_inputs: Any, config: SaladConfig, grid: Any, sites: Any) -> Discovery:
-    found = discover(module, example_inputs, min_tokens=config.min_tokens, grid=grid)
+    replay = config.spec.maps_before_position
+    found = discover(module, example_inputs, min_tokens=config.min_tokens, grid=grid, replay_position=replay)
     chosen = filtered([_fitting(module, site) for site in found.sites], sites)
     return dataclasses.replace(found, sites=apply_settings(chosen, config))
 
@@ -105,6 +107,7 @@ def convert(
         WrappedModelError: compiled or distributed before conversion.
         NoAttentionError: the forward calls no attention. NoEligibleSiteError: none that can be converted.
         InputsError, ProbeError, GridMismatchError, SiteFilterError, PatternError: see :func:`plan`.
+        PositionReplayError: rope_placement="map-then-rotate", and the position encoding of a site cannot be replayed.
         Whatever is raised, the model is unchanged.
     """
     config = _checked_config(config)
@@ -119,6 +122,7 @@ def convert(
             continue
         found = _discover(module, example_inputs, config, grid, sites)
         _require_eligible(module, found, config)
+        _require_position(found, config)
         records = [site.record() for site in found.sites if site.eligible]
         prepared.append((module, prepare(module, records, config), _left_dense(found.sites), found.grid))
     for module, attachments, dense, rule in prepared:
@@ -273,6 +277,15 @@ def _require_same_config(known: Mapping[str, SaladBranch], config: SaladConfig, 
             f"{name or 'the model'} was converted before with another configuration (now != before): "
             f"{config.difference(before)}. Convert a fresh copy of the base model."
         )
+
+
+def _require_position(found: Discovery, config: SaladConfig) -> None:
+    """As far as one forward tells; what it did not show is an error of the first run."""
+    for site in found.sites:
+        own = config.of_site(site.name)
+        if site.eligible and site.position_fault and own.spec.maps_before_position:
+            role, _, reason = site.position_fault.partition(": ")
+            raise position_error(site.name, role, reason)
 
 
 def _require_eligible(model: nn.Module, found: Discovery, config: SaladConfig) -> None:

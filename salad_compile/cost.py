@@ -31,7 +31,7 @@ def site_cost(branch: SaladBranch) -> SiteCost:
     record, spec = branch.record, AttentionSpec.decode(branch.spec)
     tokens, batch = record.tokens, record.batch
     key_blocks, query_blocks = -(-tokens // spec.key_block), -(-tokens // spec.query_block)
-    permille = density_permille(branch.config.of_site(record.owner).sparsity)
+    permille = density_permille(branch.target_sparsity)
     kept = int(kept_blocks(key_blocks, spec.query_block, spec.key_block, permille))
     keys = min(tokens, kept * spec.key_block)
     qk_width = record.heads * record.head_dim

@@ -43,6 +43,7 @@ class AttentionSite:
         call_index: the call's number within one forward of `name`.
         invocations: how often the example forward came by.
         eligible: whether `convert` converts it. reason: if not, why.
+        position_fault: why its position encoding cannot be replayed, if that was asked.
     """
 
     name: str
@@ -70,6 +71,7 @@ class AttentionSite:
     invocations: int
     eligible: bool
     reason: str
+    position_fault: str = ""
 
     @property
     def video_tokens(self) -> int:
@@ -118,19 +120,27 @@ class Discovery:
     grid_reason: str
 
 
-def discover(model: nn.Module, example_inputs: Any = None, *, min_tokens: int, grid: Any = None) -> Discovery:
+def discover(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    min_tokens: int,
+    grid: Any = None,
+    replay_position: bool = False,
+) -> Discovery:
     """All attention calls of one forward; the model is left as it was.
 
     Args:
         model: any module. example_inputs: tuple of positional or dict of keyword inputs; None synthesises them.
         min_tokens: self-attention over fewer tokens is not eligible.
         grid: (T, H, W) tokens of the video, or a callable that gives them from the forward's arguments by name.
+        replay_position: whether to see if position encodings can be replayed.
 
     Raises:
         InputsError: no inputs were given and none can be synthesised, or they do not fit the forward.
         ProbeError: the model's forward failed. GridMismatchError: `grid` does not fit the tokens of any site.
     """
-    probe = run_probe(model, example_inputs)
+    probe = run_probe(model, example_inputs, replay_position=replay_position)
     video = video_inputs(probe.inputs)
     sites = _merge_invocations([_site_of(call, probe, video, min_tokens) for call in probe.calls])
     rule, reason = _grid_rule(model, probe, sites, grid)
@@ -180,6 +190,7 @@ def _site_of(call: Call, probe: Probe, video: set[str], min_tokens: int) -> Atte
         invocations=1,
         eligible=not reason,
         reason=reason,
+        position_fault=call.position_fault,
     )
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .attention import Mapped, salad_attention
+from . import observation
+from .attention import Mapped, operands_of, salad_of
 from .attention_call import (
     AttentionArguments,
     bind,
@@ -129,22 +130,14 @@ class SaladMode(TorchFunctionMode):
             mapped = self.recording.mapped(call.query, call.key, spec.feature_map, branch.record.owner)
         if mapped is not None:
             mapped = Mapped(*(call.heads_first(operand) for operand in mapped))
+        dtype, order = _result_dtype(value if call.by_hand else query), branch.order(query.device)
+        tensors = branch.tensors()
+        given = operands_of(query, key, value, gate_input, tensors, order, spec, dtype, mask, self.text, mapped)
+        if observation.is_active():
+            observation.notify(observation.SiteCall(branch, given, spec, scale))
         # measured once: counting waits for the device
         with measure_executions() if branch.measured_sparsity is None else _NOT_MEASURED as executions:
-            out = salad_attention(
-                query,
-                key,
-                value,
-                gate_input,
-                branch.tensors(),
-                branch.order(query.device),
-                spec,
-                scale=scale,
-                dtype=_result_dtype(value if call.by_hand else query),
-                key_mask=mask,
-                text=self.text,
-                mapped=mapped,
-            )
+            out = salad_of(given, spec, scale)
         if executions:  # none on the meta device
             branch.measured_sparsity = executions[0].sparsity
         result: Tensor = call.as_called(out)

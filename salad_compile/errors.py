@@ -85,6 +85,10 @@ class MergeError(SaladError, ValueError):
     """LoRA cannot be merged into this base: quantised, wrapped or already merged projections."""
 
 
+class MissingPackageError(SaladError, ImportError):
+    """Something that is not needed otherwise, and not installed, is needed for this."""
+
+
 class CheckpointError(SaladError, ValueError):
     """Base of everything that can be wrong with a SALAD file."""
 

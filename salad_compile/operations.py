@@ -6,9 +6,10 @@ a function mode sees. An operation that is not listed counts as one that is not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from .manual_attention import name_of
@@ -32,12 +33,11 @@ _SELECTIONS = (
     "repeat_interleave tile roll flip index_select index gather take_along_dim"
 )
 # Of these a value from elsewhere may be a part: rows of another origin.
-PLACING = frozenset(
-    (
-        "cat concat concatenate stack hstack vstack dstack pad constant_pad_nd setitem copy index_put index_copy "
-        "scatter slice_scatter select_scatter where masked_fill"
-    ).split()
+_PLACING = (
+    "cat concat concatenate stack hstack vstack dstack pad constant_pad_nd setitem copy index_put index_copy "
+    "scatter slice_scatter select_scatter where masked_fill"
 )
+PLACING = frozenset(_PLACING.split())
 MOVES = frozenset((*_VIEWS_AND_CASTS.split(), *_SELECTIONS.split(), *PLACING))
 
 _PRODUCTS = frozenset({"mul", "einsum", "matmul", "mm", "bmm", "outer", "inner"})
@@ -47,10 +47,13 @@ _OTHER_LINEAR = frozenset({"neg", "negative", "sum", "conj", "conj_physical"})
 # Projections: their weight may be a large matrix of numbers, and is no position.
 PROJECTIONS = frozenset({"linear", "addmm"})
 
+_OWN_NAMESPACES = frozenset({"aten", "prims", "salad"})
+
 # Arguments that carry values; the tensors among the others are indices, masks, or lend a shape or a dtype.
+_FROM_FIRST = "getitem index_select index gather take_along_dim repeat_interleave masked_fill"
+_LIKE_ANOTHER = "to type_as view_as expand_as reshape_as"
 _DATA = {
-    **dict.fromkeys("getitem index_select index gather take_along_dim repeat_interleave masked_fill".split(), (0,)),
-    **dict.fromkeys("to type_as view_as expand_as reshape_as".split(), (0,)),
+    **dict.fromkeys((*_FROM_FIRST.split(), *_LIKE_ANOTHER.split()), (0,)),
     **dict.fromkeys(("setitem", "index_put"), (0, 2)),
     **dict.fromkeys(("index_copy", "scatter"), (0, 3)),
     "where": (1, 2),
@@ -58,10 +61,45 @@ _DATA = {
 _FIRST = ("input", "self", "tensors")
 
 
-def operation(node: fx.Node) -> tuple[str, bool]:
-    """The name of what a node does, and whether it writes into its first argument."""
+def operation(node: fx.Node) -> tuple[str, tuple[fx.Node, ...]]:
+    """The name of what a node does, and the arguments that it writes into."""
     name, writes = name_of(node.target, node.args)
-    return name, writes or "out" in node.kwargs
+    if "out" in node.kwargs:
+        targets = node.kwargs["out"]
+    elif writes:
+        targets = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+    elif isinstance(node.target, torch._ops.HigherOrderOperator):  # a kernel of Triton's may write into any
+        targets = tuple(node.all_input_nodes)
+    else:
+        targets = _written_by_schema(node.target, node.args, node.kwargs)
+    targets = targets if isinstance(targets, (tuple, list)) else (targets,)
+    return name, tuple(target for target in targets if isinstance(target, fx.Node))
+
+
+def is_opaque(target: Any) -> bool:
+    """Whether an operation may hold a position encoding of its own: a nested graph, an operator that is not torch's."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return str(target).partition(".")[0] not in _OWN_NAMESPACES
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace not in _OWN_NAMESPACES
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def writes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call writes into one of its arguments."""
+    return name_of(function, args)[1] or "out" in kwargs or bool(_written_by_schema(function, args, kwargs))
+
+
+def _written_by_schema(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Of operators whose name does not tell."""
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        function = getattr(function, function.overloads()[0])  # type: ignore[no-untyped-call]
+    if not isinstance(function, torch._ops.OpOverload) or not function._schema.is_mutable:
+        return ()
+    written = [
+        (at, a.name) for at, a in enumerate(function._schema.arguments) if a.alias_info and a.alias_info.is_write
+    ]
+    return tuple(args[at] if at < len(args) else kwargs.get(name) for at, name in written)
 
 
 def data_arguments(node: fx.Node, name: str) -> list[fx.Node]:

@@ -1,8 +1,9 @@
 """Follows projected queries and keys through the operations of a forward, up to where position mixes in.
 
-Operations are nodes of an `fx.Graph`, added in the order in which they run: those of a graph that Dynamo or torch.export
-made (passes/replay_position.py), or those that the eager twin has seen (position_recording.py). Such graphs are not
-functional. So what is followed are cells: a node's value as it was made, or as it is after a write into its memory.
+Operations are nodes of an `fx.Graph`, added in the order in which they run: those of a graph that Dynamo or
+torch.export made (passes/replay_position.py), or those that the eager twin has seen (position_recording.py). Such
+graphs are not functional. So what is followed are cells: a node's value as it was made, or as it is after a write into
+its memory.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
-from .operations import BLANKS, PLACING, PROJECTIONS, data_arguments, operation
+from .operations import BLANKS, PLACING, PROJECTIONS, data_arguments, is_opaque, operation
 
 
 class Cell(NamedTuple):
@@ -38,9 +39,12 @@ class TensorInfo:
     @classmethod
     def of(cls, value: object) -> TensorInfo | None:
         """None for what is no tensor."""
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
+        if not isinstance(value, Tensor):
             return None
-        storage = value.untyped_storage()._cdata  # seen in torch 2.11 and 2.13
+        try:
+            storage = value.untyped_storage()._cdata  # seen in torch 2.11 and 2.13
+        except (RuntimeError, NotImplementedError):  # sparse, or inside vmap: on no way to attention
+            return None
         return cls(tuple(value.shape), value.dtype, storage, isinstance(value, nn.Parameter))
 
 
@@ -110,34 +114,34 @@ class Flow:
     def add(self, node: fx.Node) -> None:
         """The next operation."""
         self.order[node] = len(self.order)
-        name, writes = operation(node)
-        if name in BLANKS and not writes:
+        name, targets = operation(node)
+        if name in BLANKS and not targets:
             self._place(node, fresh=True)
             if node in self._regions:
                 self._blank_storages.add(self._regions[node].storage)
             return
         derived, others = self._arguments(node, name)
         if not derived or self.is_barrier(node):
-            self._note_other_write(node, writes)
+            self._note_other_write(node, targets)
             self._place(node)
             return
         cell = Cell(node)
         self.parents[cell] = tuple(derived)
         if others and name in PLACING:
             self.placed.add(cell)
-        if self._joins(name, others):
+        if self._joins(node, others, derived):
             self.joins.add(cell)
         if cell in self.joins or any(parent in self.mixed for parent in derived):
             self.mixed.add(cell)
-        if writes:
-            self._note_write(node, written_by(node))
+        for target in targets:
+            self._note_write(node, target)
         self._place(node)
 
     def mixes(self, node: fx.Node) -> bool:
         """Whether a node that was not added yet would hold position."""
         name, _ = operation(node)
         derived, others = self._arguments(node, name)
-        return self._joins(name, others) or any(cell in self.mixed for cell in derived)
+        return self._joins(node, others, derived) or any(cell in self.mixed for cell in derived)
 
     def read(self, node: fx.Node) -> Cell:
         """A node's value as it is now; derived if it is in `parents`."""
@@ -165,12 +169,18 @@ class Flow:
         """The node that made a memory."""
         return self._roots[storage]
 
+    def base(self, node: fx.Node) -> fx.Node | None:
+        """What a node is a view of, or a tuple of views."""
+        return self._bases.get(node, self._split_of.get(node))
+
     def views(self, root: fx.Node, node: fx.Node) -> list[fx.Node]:
         """The nodes that make a view of `root`, in order, without `root`."""
         chain: list[fx.Node] = []
-        while node is not root:
-            chain.append(node)
-            node = self._bases[node] if node in self._bases else self._split_of[node]
+        current: fx.Node | None = node
+        while current is not root:
+            assert current is not None
+            chain.append(current)
+            current = self.base(current)
         return chain[::-1]
 
     def is_blank(self, node: fx.Node) -> bool:
@@ -190,21 +200,25 @@ class Flow:
                 others.append(argument)
         return derived, others
 
-    def _joins(self, name: str, others: Iterable[fx.Node]) -> bool:
+    def _joins(self, node: fx.Node, others: Iterable[fx.Node], derived: Iterable[Cell]) -> bool:
+        if is_opaque(node.target):
+            return True
+        name, _ = operation(node)
         if name in PLACING or name in PROJECTIONS:
             return False
-        return any(self._differs_between_tokens(other) for other in others)
+        rank = max((len(self._shape(cell.node)) for cell in derived), default=0)
+        return any(self._differs_between_tokens(other, rank) for other in others)
 
-    def _differs_between_tokens(self, node: fx.Node) -> bool:
-        """By its shape: the last axis is channels, the first may be samples."""
+    def _differs_between_tokens(self, node: fx.Node, rank: int) -> bool:
+        """By its shape: the last axis is channels, and the first of as many as the value has may be samples."""
         info = self.info(node)
         assert info is not None
         shape = info.shape
         if self._is_parametric(node):  # a table of one row per token may be a parameter, too
             return any(same_size(size, count) for size in shape[:-1] for count in self._token_counts)
-        if len(shape) == 1:
-            return any(same_size(shape[0], count) for count in self._token_counts)
-        if len(shape) > 2 and any(same_size(shape[0], batch) for batch in self._batches):
+        if all(same_size(size, 1) for size in shape[:-1]):  # unless the value has its tokens last
+            return bool(shape) and any(same_size(shape[-1], count) for count in self._token_counts)
+        if len(shape) > 2 and len(shape) >= rank and any(same_size(shape[0], batch) for batch in self._batches):
             shape = shape[1:]
         return any(not same_size(size, 1) for size in shape[:-1])
 
@@ -273,30 +287,32 @@ class Flow:
             return cell
         return Cell(node)
 
-    def _note_write(self, node: fx.Node, target: fx.Node | None) -> None:
-        region = None if target is None else self._regions.get(target)
+    def _note_write(self, node: fx.Node, target: fx.Node) -> None:
+        region = self._regions.get(target)
         if region is not None:
             self._writes.setdefault(region.storage, []).append((region, node))
 
-    def _note_other_write(self, node: fx.Node, writes: bool) -> None:
+    def _note_other_write(self, node: fx.Node, targets: Iterable[fx.Node]) -> None:
         """Nothing that derives from a projection is written, and into nothing that does."""
-        target = written_by(node) if writes else None
-        region = None if target is None else self._regions.get(target)
-        holds = [argument for argument in node.all_input_nodes[1:] if self.info(argument) is not None]
-        if region is not None and holds:
-            self._blank_storages.discard(region.storage)
+        regions = [self._regions[target] for target in targets if target in self._regions]
+        if any(self.info(argument) is not None for argument in node.all_input_nodes[1:]):
+            self._blank_storages.difference_update(region.storage for region in regions)
 
     def _shape(self, node: fx.Node) -> tuple[Any, ...]:
         info = self.info(node)
         return () if info is None else info.shape
 
 
-def written_by(node: fx.Node) -> fx.Node | None:
-    """What a node writes into."""
-    target = node.kwargs.get("out", node.args[0] if node.args else node.kwargs.get("input"))
-    return target if isinstance(target, fx.Node) else None
-
-
 def same_size(one: Any, other: Any) -> bool:
     """Without adding a guard on a symbolic size."""
-    return bool(one == other) if isinstance(one, int) and isinstance(other, int) else statically_known_true(one == other)
+    return (
+        bool(one == other) if isinstance(one, int) and isinstance(other, int) else statically_known_true(one == other)
+    )
+
+
+def may_be_same_size(one: Any, other: Any) -> bool:
+    """Of sizes that only the run knows: whether nothing speaks against it."""
+    if same_size(one, other):
+        return True
+    unknown = any(not isinstance(size, int) and free_unbacked_symbols(size) for size in (one, other))
+    return bool(unknown) and not statically_known_true(one != other)

@@ -6,7 +6,8 @@ Recorded for the map-then-rotate placement alone, and dropped with the forward.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .attention import Mapped
-from .manual_attention import name_of
-from .operations import PROJECTIONS, data_arguments, operation
-from .position_flow import Cell, Flow, TensorInfo, written_by
-from .position_slice import Entry, PositionSlice, UndeterminedError, error_of, features, find_slice
+from .operations import PROJECTIONS, data_arguments, operation, writes
+from .position_flow import Cell, Flow, TensorInfo
+from .position_slice import Entry, PositionSlice, UndeterminedError, features, find_slice, position_error
 
 
 @dataclass(frozen=True)
@@ -33,83 +33,57 @@ class _Snapshot:
     order: int
 
 
-class PositionRecording:
-    """The operations of one forward.
+class OperationRecording:
+    """The operations of one forward, as nodes that know each other by the identity of tensors."""
 
-    Args:
-        all_projections: whether projections count that no hook reports.
-    """
-
-    def __init__(self, all_projections: bool) -> None:
-        self.all_projections = all_projections
+    def __init__(self) -> None:
         self.graph = fx.Graph()
-        self.flow = Flow(lambda node: node.meta.get("info"), lambda node: False)
         self._nodes: Any = WeakIdKeyDictionary()
-        self._values: dict[fx.Node, Tensor] = {}
-        self._versions: dict[fx.Node, int] = {}
-        self._snapshots: dict[int, _Snapshot] = {}
         self._storages: list[StorageWeakRef] = []  # a storage that is known must not get another's number
 
-    def add_source(self, out: Tensor) -> None:
+    def node(self, tensor: Tensor) -> fx.Node:
+        """What stands for a tensor."""
+        known = self._nodes.get(tensor)
+        if known is None:
+            known = self._new_node("placeholder", "given", (), {}, tensor)
+        return known  # type: ignore[no-any-return]
+
+    def add_source(self, out: Tensor) -> fx.Node:
         """The output of a projection."""
-        node = self._new_node("placeholder", "projected", (), {}, out)
-        self.flow.add_source(node)
-        self._values[node] = out
+        return self._new_node("placeholder", "projected", (), {}, out)
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation of the model and record it."""
-        name, writes = name_of(func, args)
-        if not (writes or "out" in kwargs):
+        if not writes(func, args, kwargs):
             out = func(*args, **kwargs)
             if _holds_tensors(out):
                 self._add(self._node_of(func, args, kwargs, out), out, args, kwargs)
-                if name in PROJECTIONS and self.all_projections and isinstance(out, Tensor):
-                    self.add_source(out)
             return out
         node = self._node_of(func, args, kwargs, None)
-        self._save(node)
+        self.before_write(node)
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
             self._describe(node, out)
         self._add(node, out, args, kwargs)
         return out
 
-    def mapped(self, query: Tensor, key: Tensor, feature_map: str, site: str) -> Mapped | None:
-        """Query and key of an attention call before position, and their features with it, laid out as they are.
+    def before_write(self, node: fx.Node) -> None:
+        """An operation is about to write into a tensor."""
 
-        Returns:
-            None where no position mixes in between projection and call.
+    def added(self, node: fx.Node, out: Any, given: Mapping[fx.Node, Tensor]) -> None:
+        """An operation ran. given: the tensors among its arguments."""
 
-        Raises:
-            PositionReplayError: it cannot be told what the position encoding is.
-        """
-        found = {}
-        for role, operand in (("query", query), ("key", key)):
-            try:
-                found[role] = find_slice(self.flow, self._node(operand), operand.shape[-1])
-            except UndeterminedError as reason:
-                raise error_of(site, role, str(reason)) from reason
-        if found["query"] is None and found["key"] is None:
-            return None
-        pairs = []
-        for role, operand in (("query", query), ("key", key)):
-            try:
-                pairs.append(self._replayed(found[role], operand, feature_map))
-            except UndeterminedError as reason:
-                raise error_of(site, role, str(reason)) from reason
-        return Mapped(pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1])
-
-    # ------------------------------------------------------------------------------------------------------ recording
-
-    def _node(self, tensor: Tensor) -> fx.Node:
-        known = self._nodes.get(tensor)
-        if known is None:
-            known = self._new_node("placeholder", "given", (), {}, tensor)
-        return known  # type: ignore[no-any-return]
+    def _add(self, node: fx.Node, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {self._nodes[tensor]: tensor for tensor in _tensors((args, kwargs)) if tensor in self._nodes}
+        self.added(node, out, given)
+        if not isinstance(out, Tensor) and isinstance(out, (tuple, list)):
+            for at, part in enumerate(out):
+                if isinstance(part, Tensor):
+                    self.added(self._new_node("call_function", operator.getitem, (node, at), {}, part), part, {})
 
     def _node_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> fx.Node:
         def node_of(value: Any) -> Any:
-            return self._node(value) if isinstance(value, Tensor) else value
+            return self.node(value) if isinstance(value, Tensor) else value
 
         mapped = fx.node.map_aggregate(args, node_of), fx.node.map_aggregate(kwargs, node_of)
         return self._new_node("call_function", func, *mapped, out)
@@ -123,20 +97,111 @@ class PositionRecording:
     def _describe(self, node: fx.Node, out: Tensor) -> None:
         node.meta["info"] = info = TensorInfo.of(out)
         if info is not None:
-            self._storages.append(StorageWeakRef(out.untyped_storage()))
+            self._storages.append(StorageWeakRef(out.untyped_storage()))  # type: ignore[no-untyped-call]
         self._nodes[out] = node
 
-    def _add(self, node: fx.Node, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+
+def position_fault(recording: OperationRecording, sources: Sequence[fx.Node], operands: Mapping[str, Tensor]) -> str:
+    """Why position cannot be replayed on one of the operands of a call, or the empty string.
+
+    Args:
+        sources: the projections of these operands. operands: by role.
+    """
+    flow = Flow(_info, lambda node: False)
+    nodes = list(recording.graph.nodes)
+    first = min((nodes.index(source) for source in sources), default=len(nodes))
+    for node in nodes[first:]:
+        if node in sources:
+            flow.add_source(node)
+        elif node.op == "call_function":
+            flow.add(node)
+    for role, operand in operands.items():
+        try:
+            find_slice(flow, recording.node(operand), operand.shape[-1])
+        except UndeterminedError as reason:
+            return f"{role}: {reason}"
+    return ""
+
+
+def _info(node: fx.Node) -> TensorInfo | None:
+    info: TensorInfo | None = node.meta.get("info")
+    return info
+
+
+class PositionRecording(OperationRecording):
+    """What the eager twin records of one forward, with the values that a replay needs.
+
+    Args:
+        all_projections: whether projections count that no hook reports.
+    """
+
+    def __init__(self, all_projections: bool) -> None:
+        super().__init__()
+        self.all_projections = all_projections
+        self.flow = Flow(_info, lambda node: False)
+        self._values: dict[fx.Node, Tensor] = {}
+        self._versions: dict[fx.Node, int] = {}
+        self._snapshots: dict[int, _Snapshot] = {}
+        self._unseen = False  # a write
+        self._writes_seen: dict[int, int] = {}  # a memory -> what torch's count of its writes was
+
+    def add_source(self, out: Tensor) -> fx.Node:
+        node = super().add_source(out)
+        self.flow.add_source(node)
+        self._watch(node, out, True)
+        self._values[node] = out
+        return node
+
+    def mapped(self, query: Tensor, key: Tensor, feature_map: str, site: str) -> Mapped | None:
+        """Query and key of an attention call before position, and their features with it, laid out as they are.
+
+        Returns:
+            None where no position mixes in between projection and call.
+
+        Raises:
+            PositionReplayError: it cannot be told what the position encoding is.
+        """
+        found = {}
+        for role, operand in (("query", query), ("key", key)):
+            self._watch(self.node(operand), operand, False)
+            if self._unseen:
+                raise position_error(site, role, "something writes into it that torch functions do not show")
+            try:
+                found[role] = find_slice(self.flow, self.node(operand), operand.shape[-1])
+            except UndeterminedError as reason:
+                raise position_error(site, role, str(reason)) from reason
+        if found["query"] is None and found["key"] is None:
+            return None
+        pairs = []
+        for role, operand in (("query", query), ("key", key)):
+            try:
+                pairs.append(self._replayed(found[role], operand, feature_map))
+            except UndeterminedError as reason:
+                raise position_error(site, role, str(reason)) from reason
+        return Mapped(pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1])
+
+    # ------------------------------------------------------------------------------------------------------ recording
+
+    def added(self, node: fx.Node, out: Any, given: Mapping[fx.Node, Tensor]) -> None:
+        written = {self.flow.storage(target) for target in operation(node)[1]}
+        for argument, tensor in given.items():
+            self._watch(argument, tensor, self.flow.storage(argument) in written)
         self.flow.add(node)
+        if isinstance(out, Tensor):
+            self._watch(node, out, True)
         node.meta["autocast"] = _autocast_state(out)
-        given = {self._nodes[t]: t for t in _tensors((args, kwargs)) if t in self._nodes}
         self._keep(node, out, given)
-        if not isinstance(out, Tensor) and isinstance(out, (tuple, list)):
-            for at, part in enumerate(out):
-                if isinstance(part, Tensor):
-                    piece = self._new_node("call_function", _piece, (node, at), {}, part)
-                    self.flow.add(piece)
-                    self._keep(piece, part, {})
+        if self.all_projections and operation(node)[0] in PROJECTIONS and isinstance(out, Tensor):
+            self.add_source(out)
+
+    def _watch(self, node: fx.Node, tensor: Tensor, written: bool) -> None:
+        """Notice that a value was written into by something that no function mode sees, such as a custom kernel."""
+        storage = self.flow.storage(node)
+        if storage is None or tensor.is_inference() or Cell(node) not in self.flow.parents:
+            return
+        if not written and self._writes_seen.get(storage, tensor._version) != tensor._version:
+            self._unseen = True
+        self._writes_seen[storage] = tensor._version
 
     def _keep(self, node: fx.Node, out: Any, given: Mapping[fx.Node, Tensor]) -> None:
         """Hold what a replay may need: values without position, and what position is made of."""
@@ -153,17 +218,15 @@ class PositionRecording:
                 if not tensor.is_inference():
                     self._versions[argument] = tensor._version
 
-    def _save(self, node: fx.Node) -> None:
-        """Before position is written into a value that has none."""
-        target = written_by(node)
-        if target is None:
-            return
-        cell, storage = self.flow.read(target), self.flow.storage(target)
-        if storage is None or cell not in self.flow.parents or cell in self.flow.mixed or storage in self._snapshots:
-            return
-        root = self.flow.root(storage)
-        if self.flow.mixes(node) and root in self._values:
-            self._snapshots[storage] = _Snapshot(root, self._values[root].clone(), len(self.flow.order))
+    def before_write(self, node: fx.Node) -> None:
+        """Where position is written into a value that has none, that value is kept."""
+        for target in operation(node)[1]:
+            cell, storage = self.flow.read(target), self.flow.storage(target)
+            if storage is None or cell not in self.flow.parents or cell in self.flow.mixed:
+                continue
+            root = self.flow.root(storage)
+            if storage not in self._snapshots and self.flow.mixes(node) and root in self._values:
+                self._snapshots[storage] = _Snapshot(root, self._values[root].clone(), len(self.flow.order))
 
     # --------------------------------------------------------------------------------------------------------- replay
 
@@ -186,7 +249,8 @@ class PositionRecording:
             raise UndeterminedError("it is overwritten")
         known: dict[fx.Node, Any] = {snapshot.root: snapshot.value}
         for view in self.flow.views(snapshot.root, node):
-            known[view] = self._again(view, known)
+            written = operation(view)[1]  # then its write is in the snapshot already
+            known[view] = known[written[0]] if written else self._again(view, known)
         value: Tensor = known[node]
         return value
 
@@ -206,13 +270,6 @@ class PositionRecording:
         if node in self._versions and value._version != self._versions[node]:
             raise UndeterminedError("what its position is made of has been overwritten by now")
         return value
-
-
-def _piece(parts: Any, at: int) -> Any:
-    return parts[at]
-
-
-_piece.__name__ = "getitem"
 
 
 def _tensors(tree: Any) -> list[Tensor]:

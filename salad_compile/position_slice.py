@@ -1,8 +1,8 @@
 """The part of a forward that applies position to a projected query or key, so that it can be run on another value.
 
-map-then-rotate (method.md section 5; of NVlabs/Sana's linear attention, and the likelier reading of arXiv 2601.16515)
-weighs by R_i phi(q'_i) . R_j phi(k'_j), over phi(q'_i) . sum_j phi(k'_j): q' and k' are the query and the key before the
-position encoding R of the model. R is not computed here: the model's own operations are run once more.
+map-then-rotate (method.md section 5; of SANA-Video, arXiv 2509.24695, and the likelier reading of arXiv 2601.16515)
+weighs by R_i phi(q'_i) . R_j phi(k'_j), over phi(q'_i) . sum_j phi(k'_j): q' and k' are the query and the key before
+the position encoding R of the model. R is not computed here: the model's own operations are run once more.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import fx
 
 from .errors import PositionReplayError
 from .kernels.linear.feature_maps import feature_map_named
-from .operations import BLANKS, MOVES, is_scaling, nonlinear, operation
-from .position_flow import Cell, Flow, TensorInfo, same_size, written_by
+from .operations import BLANKS, MOVES, is_opaque, is_scaling, nonlinear, operation
+from .position_flow import Cell, Flow, TensorInfo, may_be_same_size
 
 
 class UndeterminedError(Exception):
@@ -119,6 +119,11 @@ class _Search:
                 self.children[parent].append(cell)
 
     def run(self) -> PositionSlice:
+        for cell in self.cells:
+            if cell.after is None and is_opaque(cell.node.target):
+                raise UndeterminedError(
+                    f"{operation(cell.node)[0]}, on its way to attention, is not known to be linear"
+                )
         streams = self._streams()
         entries = [self._entry(frontier) for frontier in streams]
         plain_cells = self._after([entry.end for entry in entries])
@@ -202,7 +207,7 @@ class _Search:
             number = self.number[cell]
             other = self.flow.info(cell.node)
             if number >= max(last, reach) and other is not None and other.dtype.is_floating_point:
-                fits = len(other.shape) == len(info.shape) and all(map(same_size, other.shape, info.shape))
+                fits = len(other.shape) == len(info.shape) and all(map(may_be_same_size, other.shape, info.shape))
                 if fits and not self._is_read_anew(cell):
                     return cell
             reach = max([reach, *(self.number[child] for child in self.children[cell])])
@@ -241,17 +246,27 @@ class _Search:
         """The nodes of some cells in order, with the memory that they write into."""
         inside = set(cells)
         nodes = {cell.node for cell in inside if cell.after is None and cell.node not in known}
-        written = {self.flow.storage(_written(node)) for node in nodes if operation(node)[1]}
+        written = {self.flow.storage(target) for node in nodes for target in operation(node)[1]}
         needed = [cell.node for cell in inside if cell.after is not None]
         needed += [argument for node in nodes for argument in node.all_input_nodes]
         for node in needed:
             if node in nodes or node in known or self.flow.storage(node) not in written:
                 continue
-            if Cell(node) in self.flow.parents or not self.flow.is_blank(node):
-                raise UndeterminedError("it is written into memory that holds something else")
-            nodes.add(node)
-            needed += [] if operation(node)[0] in BLANKS else node.all_input_nodes
+            for view in self._up_to_memory(node, nodes | known):
+                nodes.add(view)
         return sorted(nodes, key=self.flow.order.__getitem__)
+
+    def _up_to_memory(self, node: fx.Node, known: set[fx.Node]) -> list[fx.Node]:
+        """A view and what it is a view of, up to something known or to memory that was made without data."""
+        chain = []
+        current: fx.Node | None = node
+        while current is not None and current not in known:
+            chain.append(current)
+            current = self.flow.base(current)
+        made = operation(chain[-1])[0] in BLANKS and not any(operation(node)[1] for node in chain)
+        if current is None and not made:
+            raise UndeterminedError("it is written into memory that holds something else")
+        return chain
 
     def _with_writes(self, entry: Entry, plain: list[fx.Node], mapped: list[fx.Node]) -> Entry:
         earlier = {self.flow.order[node] for node in self.flow.writes_since(entry.start)}
@@ -260,7 +275,7 @@ class _Search:
         return Entry(entry.start, entry.end, bool(earlier), rewritten, entry.info, entry.head_dim)
 
     def _write(self, nodes: list[fx.Node], storage: int | None) -> bool:
-        return any(operation(node)[1] and self.flow.storage(_written(node)) == storage for node in nodes)
+        return any(self.flow.storage(target) == storage for node in nodes for target in operation(node)[1])
 
     # ------------------------------------------------------------------------------------------------------ the graph
 
@@ -300,7 +315,7 @@ def features(value: Any, info: TensorInfo, head_dim: int, feature_map: str) -> A
     return phi(heads).to(info.dtype).flatten(-2)
 
 
-def error_of(site: str, role: str, reason: str) -> PositionReplayError:
+def position_error(site: str, role: str, reason: str) -> PositionReplayError:
     """What is raised when one operand's position is undetermined."""
     return PositionReplayError(
         f"the position encoding of {site or 'the model'!r} cannot be replayed on the features of its {role}: {reason}. "
@@ -310,11 +325,3 @@ def error_of(site: str, role: str, reason: str) -> PositionReplayError:
 
 def _scaled(node: fx.Node) -> fx.Node:
     return node.all_input_nodes[0]
-
-
-def _written(node: fx.Node) -> fx.Node:
-    target = written_by(node)
-    assert target is not None
-    return target
-
-

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, fx
 
 # Private. Seen in torch 2.11 and 2.13; tests/salad_compile/test_discovery.py fails when it moves.
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,6 +32,7 @@ from .inputs import normalise_inputs, synthesise_inputs
 from .logs import logger
 from .manual_attention import ManualAttention, of_tensors
 from .multihead import take_apart_for_discovery
+from .position_recording import OperationRecording, position_fault
 from .token_ranges import Cat, Edge, TokenRange, narrowed
 
 _CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
@@ -88,6 +89,7 @@ class Call:
     made_by: tuple[list[Projection], list[Projection], list[Projection]]
     stack: tuple[Frame, ...]  # outermost first
     outs: list[Out] = field(default_factory=list)  # projections that read the result, in order of execution
+    position_fault: str = ""  # why map-then-rotate is not possible, where that was asked
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -106,6 +108,7 @@ class Probe(TorchFunctionMode):
         calls: in execution order. cats: by autograd node.
         inputs: arguments of the root's forward by name. features: autograd node -> name, for its feature tensors.
         convolved: (T, H, W) or (H, W) of what convolutions answered.
+        recording: of all operations, to see whether position can be replayed; None: nobody asked.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -113,15 +116,18 @@ class Probe(TorchFunctionMode):
     inputs: dict[str, Any] = field(default_factory=dict)
     features: dict[Any, str] = field(default_factory=dict)
     convolved: list[tuple[int, ...]] = field(default_factory=list)
-    _by_hand: ManualAttention = field(default_factory=of_tensors)
+    recording: OperationRecording | None = None
+    _by_hand: ManualAttention = field(init=False)
     _projections: dict[Any, Projection] = field(default_factory=dict)
     _outputs: dict[Any, Call] = field(default_factory=dict)
     _stack: list[Frame] = field(default_factory=list)
     _invocations: Iterator[int] = field(default_factory=itertools.count)
     _linear_depth: int = 0
+    _sources: dict[Any, fx.Node] = field(default_factory=dict)  # by autograd node
 
     def __post_init__(self) -> None:
         super().__init__()
+        self._by_hand = of_tensors(self._permute)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -137,14 +143,24 @@ class Probe(TorchFunctionMode):
         query, key, value = (self.made_by(t.grad_fn) for t in (arguments.query, arguments.key, arguments.value))
         call = Call(arguments, (query, key, value), tuple(self._stack))
         self.calls.append(call)
+        if self.recording is not None:
+            sources = {self._sources[made.node]: None for made in (*query, *key)}
+            operands = {"query": arguments.query, "key": arguments.key}
+            call.position_fault = position_fault(self.recording, list(sources), operands)
         return self._answer(func, call, func(*args, **kwargs))
 
     def _other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = func(*args, **kwargs)
+        out = self._run(func, args, kwargs)
         if func in _CATS:
             self._note_cat(out, *args, **kwargs)
         self._by_hand.note(func, args, kwargs, out)
         return out
+
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs) if self.recording is None else self.recording.run(func, args, kwargs)
+
+    def _permute(self, tensor: Tensor, axes: tuple[int, ...]) -> Any:
+        return self._run(Tensor.permute, (tensor, axes), {})
 
     def _with_heads(self, arguments: AttentionArguments) -> AttentionArguments:
         """Of a batched product the first axis may be batch and heads in one, which nothing tells apart later."""
@@ -228,6 +244,8 @@ class Probe(TorchFunctionMode):
         self._note_out(name, gate_input)
         marked = _marked(out)
         self._projections[marked.grad_fn] = Projection(name, gate_input, marked.grad_fn)
+        if self.recording is not None:
+            self._sources[marked.grad_fn] = self.recording.add_source(marked)
         return marked
 
     def _note_out(self, name: str, gate_input: Tensor) -> None:
@@ -255,7 +273,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or all(isinstance(size, int) for size in sizes)
 
 
-def run_probe(model: nn.Module, example_inputs: Any) -> Probe:
+def run_probe(model: nn.Module, example_inputs: Any, *, replay_position: bool = False) -> Probe:
     """One forward of `model` under a :class:`Probe`, without memory where possible."""
     device, dtype = _placement(model)
     on_meta = device.type == "meta"
@@ -268,7 +286,7 @@ def run_probe(model: nn.Module, example_inputs: Any) -> Probe:
         try:
             with attempt:
                 args, kwargs = _inputs(model, example_inputs, device, dtype, small=small)
-                return _forward(model, args, kwargs)
+                return _forward(model, args, kwargs, replay_position)
         except (InputsError, AdapterError):
             raise
         except Exception as error:
@@ -316,8 +334,8 @@ def _inputs(
     return (), synthesise_inputs(model, device=device, dtype=dtype, **size)
 
 
-def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Probe:
-    probe = Probe()
+def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], replay_position: bool) -> Probe:
+    probe = Probe(recording=OperationRecording() if replay_position else None)
     with (
         _untouched(model),
         _hooked(model, probe),

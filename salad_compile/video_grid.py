@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .geometry import GridSource, cached_order, read_grid, temporal_order, tile_order
+from .geometry import Grid, GridSource, cached_order, read_grid, temporal_order, tile_order
 
 
 class VideoGrid:
@@ -29,12 +29,15 @@ class VideoGrid:
         self.source = source
         self.windowed = windowed
         # of the latest forward; kept for recomputation under checkpointing
+        self.size: Grid | None = None
         self.order: Tensor | None = None
         self.temporal_order: Tensor | None = None
 
     def update(self, inputs: dict[str, Any]) -> None:
         """Set the order for a forward with these arguments."""
         grid = read_grid(self.source, inputs)
+        if not torch.compiler.is_compiling():  # symbolic sizes would outlive their graph
+            self.size = grid
         device = next((v.device for v in inputs.values() if isinstance(v, Tensor)), torch.device("cpu"))
         self.order = cached_order(tile_order, grid, device)
         if self.windowed:

@@ -6,7 +6,7 @@ from torch.autograd.function import FunctionCtx
 from ..checks import accumulation_dtype
 from ..dispatch import engine_for, without_autocast
 from ..layout import empty_bshd
-from ..measure import record_execution
+from ..measure import record_execution, record_selection
 from .checks import check_arguments, check_gradient, check_types
 
 ENGINES = ("triton", "torch", "flex")
@@ -57,6 +57,7 @@ def block_sparse_attention(
     record_execution(lut, count, query.shape[2], key.shape[2], query_block, key_block)
     engine = engine_for(__package__, query.device, ENGINES)
     out, lse = engine.forward(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)
+    record_selection(lut, count, lse)
     return out, lse
 
 

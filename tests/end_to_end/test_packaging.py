@@ -83,7 +83,7 @@ ALLOWED = {
     "kernels": {"kernels"},
     "passes": {
         *("passes", "attention", "attention_call", "config", "errors", "logs", "tag"),
-        *("position_flow", "position_slice"),
+        *("branch_tensors", "token_layout", "position_flow", "position_slice"),
         *("flex", "manual_attention", "multihead", "split_frames"),  # more kinds of attention calls, and graph breaks
     },
 }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from salad_compile.kernels import Execution, block_sparse_attention, measure, measure_executions
 from salad_compile.kernels.block_sparse import reference
+from salad_compile.kernels.measure import capture_selections
 
 from .helpers import BLOCKS, make_order, make_qkv, make_selection
 
@@ -32,6 +33,20 @@ def test_contexts_nest_and_end() -> None:
         block_sparse_attention(*arguments)
     block_sparse_attention(*arguments)
     assert (len(outer), len(inner)) == (3, 1)
+
+
+def test_selections_are_captured_as_they_were_given_and_with_the_lse() -> None:
+    qkv = make_qkv(65)
+    selection = make_selection(*qkv[:2], None, 64, 64)
+    with capture_selections() as captured:
+        _, lse = block_sparse_attention(*qkv, *selection, None, 64, 64, 0.25)
+        with capture_selections() as inner:
+            pass
+    block_sparse_attention(*qkv, *selection, None, 64, 64, 0.25)
+    assert inner == []
+    (seen,) = captured
+    for tensor, expected in zip((seen.lut, seen.count, seen.lse), (*selection, lse), strict=True):
+        assert torch.equal(tensor, expected)
 
 
 def test_backward_is_not_counted() -> None:

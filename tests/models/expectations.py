@@ -39,6 +39,19 @@ GAPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+# Cases whose query and key have no position encoding between projection and attention, so that map-then-rotate and
+# rotate-then-map are one. There is no case whose encoding cannot be told from the rest.
+WITHOUT_POSITION: Mapping[str, str] = MappingProxyType(
+    {
+        "handwritten_inline": "absolute positions",
+        "handwritten_multihead": "rotates what the projection reads",
+        "handwritten_multihead_seq_first": "rotates what the projection reads",
+        "Latte": "absolute positions",
+        "CogVideoX": "absolute positions in this configuration",
+    }
+)
+
+
 # Further cases of a class that another case stands for. CI does not compile them: `--all-cases` and the table do.
 VARIANTS = frozenset(
     {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from salad_compile.kernels.linear.feature_maps import feature_map_named
 from torch import Tensor
 
-from salad_compile.attention import LINEAR_EPS, linear_attention, salad_attention, sparse_attention
+from salad_compile.attention import LINEAR_EPS, Mapped, linear_attention, salad_attention, sparse_attention
 from salad_compile.branch_tensors import BranchTensors
 from salad_compile.config import AttentionSpec, SaladConfig
 from salad_compile.geometry import order_and_inverse, temporal_order
@@ -217,3 +219,49 @@ def test_gradients_of_the_variants(settings: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
     grads = torch.autograd.grad(run(*leaves).square().sum(), leaves, allow_unused=spec.gate == "none")
     assert all(float(grad.norm()) > 0 for i, grad in enumerate(grads) if i != 3 or spec.gate != "none")
+
+
+# --- map-then-rotate --------------------------------------------------------------------------------------------------
+
+
+def turned(x: Tensor) -> Tensor:
+    """Some linear map of each token, which differs between tokens."""
+    return x * torch.linspace(-1, 1, x.shape[2], dtype=x.dtype)[:, None] + x.flip(-1)
+
+
+def test_map_then_rotate_by_hand() -> None:
+    q, k, v, x, branch = operands()
+    before = q.flip(2), k * 0.7
+    mapped = Mapped(*before, *(turned(t.relu()) for t in before))
+    numerators = mapped.rotated_query @ mapped.rotated_key.transpose(-1, -2)
+    sums = (before[0].relu() @ before[1].relu().transpose(-1, -2)).sum(-1, keepdim=True)
+    linear = (numerators @ v / (sums + LINEAR_EPS)).transpose(1, 2).flatten(2)
+    gate = torch.sigmoid(x @ branch.gate_weight + branch.gate_bias).unsqueeze(-1)
+    update = (gate * (linear @ branch.proj_weight.T + branch.proj_bias)).unflatten(-1, (H, D)).transpose(1, 2)
+    spec = variant(rope_placement="map-then-rotate")
+    out = salad_attention(q, k, v, x, branch, None, spec, scale=D**-0.5, dtype=torch.float64, mapped=mapped)
+    expected = sparse_attention(q, k, v, Segments(0, 0, 0, S), spec, D**-0.5) + update
+    assert relative_error(out, expected) < 1e-12
+
+
+@pytest.mark.parametrize("pattern", ["topk", "stswa"])
+@pytest.mark.parametrize("text", ["none", "before", "after", "prefix"])
+@pytest.mark.parametrize("settings", [{}, {"scaling": "v2"}, {"feature_map": "softmax"}], ids=str)
+def test_map_then_rotate_without_a_turn_is_rotate_then_map(pattern: str, text: str, settings: dict[str, Any]) -> None:
+    """In the order of the tiles and in the native one, with text on any side, masked keys and shared heads."""
+    q, k, v, x, branch = operands()
+    video = S if text == "none" else 63
+    branch = branch._replace(temporal_heads=torch.tensor([False, True, True]), **(scales() if settings else {}))
+    base = variant(pattern=pattern, rope_placement="map-then-rotate", **settings)
+    spec = dataclasses.replace(base, text=text, groups=H)
+    order = order_and_inverse(temporal_order, (7, 1, video // 7))
+    mask = torch.arange(S).expand(B, -1) < S - 5 if pattern == "topk" else None
+    query, key, value = q[:, :, -video:] if text == "prefix" else q, k[:, :1], v[:, :1]
+    phi, _ = feature_map_named(spec.feature_map)
+    mapped = Mapped(query, key, phi(query), phi(key))
+    given = (query, key, value, x[:, :video], branch, order, spec)
+    common: dict[str, Any] = {"scale": D**-0.5, "dtype": torch.float64, "key_mask": mask}
+    expected = salad_attention(*given, **common)
+    assert relative_error(salad_attention(*given, **common, mapped=mapped), expected) < 1e-12
+    other = mapped._replace(rotated_key=turned(mapped.rotated_key))
+    assert relative_error(salad_attention(*given, **common, mapped=other), expected) > 1e-3
