@@ -76,7 +76,8 @@ def render(rows: Sequence[Row], rate: float = FULL.tune.rate) -> str:
 def _where(rows: Sequence[Row]) -> list[str]:
     first = rows[-1]
     tune, rank = first["settings"]["tune"], first["settings"]["rank"]
-    machine = f"{first['device']}, torch {first['torch']}, Triton {first['triton']}, commit {first['commit']}"
+    commits = " and ".join(dict.fromkeys(row["commit"] for row in rows))
+    machine = f"{first['device']}, torch {first['torch']}, Triton {first['triton']}, commit {commits}"
     tuning = f"{tune['clips']:,} clips, {FULL.tune.steps} steps of {tune['batch']}, AdamW at {tune['rate']}"
     return [
         f"{machine}, {first['date']}.",
