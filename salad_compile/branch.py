@@ -241,6 +241,7 @@ class SaladBranch(nn.Module):
         self.record = dataclasses.replace(self.record, dropped=True)
         spec = self._spec_of_site()
         self.spec, self.branch_names = spec.encode(), BranchTensors.names(spec)
+        self.maps_before_position = spec.maps_before_position
 
     def linear_parameters(self) -> dict[str, nn.Parameter]:
         """What only the linear branch needs, by name; nothing where there is none."""
