@@ -196,7 +196,7 @@ def _recall_figure(diagnosis: Diagnosis) -> Figure:
     axes.set_xticks(range(heads), [str(head) for head in range(heads)], fontsize=7)
     axes.tick_params(length=0)
     axes.set_xlabel("head", fontsize=8)
-    axes.set_title("recall: share of the dense softmax mass that is computed", fontsize=9, loc="left")
+    axes.set_title("recall: share of dense attention", fontsize=9, loc="left")
     if heads <= ANNOTATED_HEADS:
         for line, row in enumerate(values.tolist()):
             for head, value in enumerate(row):

@@ -2,6 +2,7 @@
 
     python examples/experiment/sample.py                    out/experiment/sample.png; under a minute on two cores
     python examples/experiment/sample.py --level 1 --steps 30      from pure noise: samples, and no clip to compare with
+    python examples/experiment/sample.py --look out/look           draws what SALAD attends to: masks, recall, gates
 
 The weights are those in assets/: `dense.safetensors` by `run.py dense`, `salad.safetensors` by the arm "salad-long".
 """
@@ -72,11 +73,16 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--level", type=float, default=0.6, help="noise level to begin with, 1 is pure noise")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "experiment" / "sample.png")
+    parser.add_argument("--look", type=Path, help="write block masks, recall and gates of SALAD into this folder")
     options = parser.parse_args(given)
     size = FULL.model.clip
     clip = draw(HELD_OUT_SEED, torch.tensor([options.clip]), size)
     noise = torch.randn(clip.video.shape, generator=torch.Generator().manual_seed(options.clip))
     noised = clip.video + options.level * (noise - clip.video)
+    if options.look:
+        seen = {"hidden_states": noised, "timestep": torch.tensor([options.level]), "label": clip.labels}
+        print(f"wrote {salad_compile.save_pictures(models()['90 % sparse, SALAD'], seen, options.look)}")
+        return 0
     rows = {"clip": clip.video} if options.level < 1 else {}  # of pure noise nothing is the right answer
     print(f"held-out clip {options.clip}, noise level {options.level:g}, {options.steps} Euler steps", flush=True)
     for title, model in models().items():
