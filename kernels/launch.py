@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .listening import entered
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -26,13 +28,8 @@ _recorders: list[list[Launch]] = []
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[Launch]]:
     """Collect launches instead of running them. The operators' host code then also runs on meta tensors."""
-    recorded: list[Launch] = []
-    _recorders.append(recorded)
-    try:
+    with entered(_recorders, []) as recorded:
         yield recorded
-    finally:
-        # by identity: two empty lists are equal
-        _recorders[:] = [entry for entry in _recorders if entry is not recorded]
 
 
 def recording() -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .layout import ALL_BLOCKS, block_count
+from .listening import entered
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,8 @@ def measure_executions() -> Iterator[list[Execution]]:
     Sees eager calls and calls from inside compiled graphs alike. Contexts nest; each sees all executions inside it.
     Reading the selection forces the device to finish, so leave it out of timings. Not active, it costs one truth test.
     """
-    executions: list[Execution] = []
-    _active.append(executions)
-    try:
+    with entered(_active, []) as executions:
         yield executions
-    finally:
-        # by identity: two empty lists are equal, and contexts may close in any order
-        _active[:] = [entry for entry in _active if entry is not executions]
 
 
 @dataclass(frozen=True)
@@ -62,12 +58,8 @@ def capture_selections() -> Iterator[list[Selection]]:
 
     Holds the tensors themselves, which nobody may change. Not active, it costs one truth test.
     """
-    selections: list[Selection] = []
-    _listening.append(selections)
-    try:
+    with entered(_listening, []) as selections:
         yield selections
-    finally:
-        _listening[:] = [entry for entry in _listening if entry is not selections]
 
 
 def record_selection(lut: torch.Tensor, count: torch.Tensor, lse: torch.Tensor) -> None:

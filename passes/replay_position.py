@@ -21,7 +21,7 @@ from ..attention import Mapped
 from ..attention_call import is_attention
 from ..config import AttentionSpec
 from ..position_flow import Flow, TensorInfo
-from ..position_slice import Entry, PositionSlice, UndeterminedError, features, find_slice, position_error
+from ..position_slice import Entry, PositionSlice, features, find_slice, told_of
 from ..tag import PROJECTED, SITES, TAGS
 from .find_attention import AttentionCall
 from .provenance import PROJECTIONS, example_value
@@ -43,10 +43,8 @@ def replay_position(call: AttentionCall, spec: AttentionSpec, proxy: Callable[[f
     operands = {"query": call.arguments.query, "key": call.arguments.key}
     found = {}
     for role, operand in operands.items():
-        try:
+        with told_of(call.module, role):
             found[role] = find_slice(flow, operand, int(_info(operand).shape[-1]))  # type: ignore[union-attr]
-        except UndeterminedError as reason:
-            raise position_error(call.module, role, str(reason)) from reason
     if all(slice_ is None for slice_ in found.values()):
         return None
     replayer = _Replayer(call.node.graph, proxy, spec.feature_map)

@@ -16,6 +16,7 @@ from torch import fx
 from .config import BackendOptions
 from .cpu_fusion import inner_compile, own_cache_keys
 from .errors import ConfigError
+from .kernels.listening import entered
 from .kernels.rows import decompositions
 from .logs import logger
 from .passes.driver import GraphReport, run_passes
@@ -54,12 +55,8 @@ def salad(
 @contextlib.contextmanager
 def record_graphs() -> Iterator[list[GraphReport]]:
     """Collect the report of every graph that is compiled meanwhile."""
-    recorder: list[GraphReport] = []
-    _recorders.append(recorder)
-    try:
+    with entered(_recorders, []) as recorder:
         yield recorder
-    finally:
-        _recorders.remove(recorder)
 
 
 def _lower(
@@ -90,7 +87,7 @@ def _teach_inductor() -> None:
     """Enter our decompositions into Inductor's own table.
 
     A table of ours, passed to compile_fx, would become part of the key of Inductor's caches, which cannot pickle it:
-    every process would compile anew (torch 2.13; tests/end_to_end/test_compile_matrix.py). `fast_random_decomps` keeps
+    every process would compile anew (torch 2.13; tests/end_to_end/test_caches.py). `fast_random_decomps` keeps
     a copy of the table; it is private, seen in torch 2.11 and 2.13.
     """
     from torch._inductor import decomposition

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from . import split_frames
 from .branch_tensors import BranchTensors
 from .config import AttentionSpec, SaladConfig, density_permille
 from .eager import SaladMode
+from .errors import NotConvertedError
 from .position_recording import PositionRecording
 from .tag import leave_dense
 from .video_grid import VideoGrid
@@ -437,6 +439,31 @@ class SaladBranch(nn.Module):
         return f"{config.pattern}, sparsity={config.sparsity}, {blocks}, {lora}{dropped}"
 
 
+@contextlib.contextmanager
+def held_dense(known: Iterable[SaladBranch], on: bool) -> Iterator[None]:
+    """The switches of some sites in one position; afterwards they are as they were."""
+    before = {branch.switch: branch.switch.dense for branch in known}
+    for switch in before:
+        switch.dense = on
+    try:
+        yield
+    finally:
+        for switch, was in before.items():
+            switch.dense = was
+
+
 def branches(model: nn.Module) -> dict[str, SaladBranch]:
     """Name of the branch module -> branch, in the order of the model's modules."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SaladBranch)}
+
+
+def branches_in(modules: Mapping[str, nn.Module]) -> list[tuple[str, SaladBranch]]:
+    """The branches of a model's or a pipeline's modules, each with the name of its module.
+
+    Raises:
+        NotConvertedError: there are none.
+    """
+    found = [(name, branch) for name, module in modules.items() for branch in branches(module).values()]
+    if not found:
+        raise NotConvertedError("nothing here is converted: call salad_compile.convert(model) first.")
+    return found

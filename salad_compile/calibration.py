@@ -13,9 +13,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from .branch import SaladBranch, branches
-from .config import SaladConfig
+from .config import SaladConfig, check_choice
 from .diagnosis import distance, recall_of
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError
 from .model_tree import single_model
 from .observation import SiteCall, converted_branches, forward_inputs, run_observed
 from .report import Report, Row
@@ -94,7 +94,7 @@ def calibrate_heads(model: Any, inputs: Any, *, measure: str = "error") -> HeadC
         ConfigError: an unknown measure, or no site has sliding windows. NotConvertedError: nothing is converted.
         InputsError: see :func:`diagnose`. Whatever is raised, the model is unchanged.
     """
-    _check_measure(measure)
+    check_choice("measure", measure, MEASURES)
     bare, known = converted_branches(model, "calibrate_heads")
     windowed = {branch.record.owner: branch for branch in known if branch.windowed}
     if not windowed:
@@ -249,7 +249,7 @@ def calibrate(
             configuration, which leaves the sparsity nothing to say. InputsError: see :func:`diagnose`.
         What :func:`salad_compile.convert` raises for a model that it cannot convert.
     """
-    _check_measure(measure)
+    check_choice("measure", measure, MEASURES)
     tried = _checked(target, measure, sparsities)
     bare = single_model(model, "calibrate")
     given = forward_inputs(bare, inputs)
@@ -327,9 +327,3 @@ def _checked(target: float, measure: str, sparsities: Sequence[float]) -> tuple[
     if not tried or not all(isinstance(each, (int, float)) and 0 < each < 1 for each in tried):
         raise ConfigError(f"sparsities are numbers in (0, 1), at least one, got {sparsities!r}.")
     return tuple(map(float, tried))
-
-
-def _check_measure(measure: str) -> None:
-    if measure not in MEASURES:
-        hint = did_you_mean(str(measure), MEASURES)
-        raise ConfigError(f"measure must be one of {', '.join(map(repr, MEASURES))}, got {measure!r}.{hint}")

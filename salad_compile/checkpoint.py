@@ -37,6 +37,7 @@ from .errors import (
     UnexpectedKeysError,
     UnknownProjectionError,
 )
+from .files import written_at_once
 from .geometry import GridRule, GridSource
 from .logs import logger
 from .model_tree import plain_key, single_model
@@ -223,14 +224,10 @@ def _write(state: Mapping[str, Tensor], header: Header, target: Path) -> None:
     from safetensors.torch import save_file
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with written_at_once(target) as temporary:
         save_file(dict(state), temporary, metadata={"format": "pt", _HEADER_KEY: header.to_json()})
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def _check_sparsity(value: object) -> None:
     )
 
 
-def _check_choice(name: str, value: object, valid: tuple[Any, ...]) -> None:
+def check_choice(name: str, value: object, valid: tuple[Any, ...]) -> None:
+    """Raises ConfigError unless `value` is one of `valid`, naming the nearest."""
     hint = did_you_mean(value, valid) if isinstance(value, str) else ""
     fits = type(value) is type(valid[0]) and value in valid  # 128.0 equals 128, and is no block size
     _require(fits, f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}.{hint}")
@@ -62,9 +63,9 @@ def _check_choice(name: str, value: object, valid: tuple[Any, ...]) -> None:
 def _check_attention_options(options: SaladConfig | BackendOptions) -> None:
     """The checks that conversion and training-free compilation share."""
     _check_sparsity(options.sparsity)
-    _check_choice("pattern", options.pattern, PATTERNS)
-    _check_choice("query_block", options.query_block, BLOCK_SIZES)
-    _check_choice("key_block", options.key_block, BLOCK_SIZES)  # powers of two: one of the sizes divides the other
+    check_choice("pattern", options.pattern, PATTERNS)
+    check_choice("query_block", options.query_block, BLOCK_SIZES)
+    check_choice("key_block", options.key_block, BLOCK_SIZES)  # powers of two: one of the sizes divides the other
     _require(
         _is_int(options.min_tokens) and options.min_tokens >= 0,
         f"min_tokens is a number of tokens, 0 or more, got {options.min_tokens!r}.",
@@ -184,11 +185,11 @@ class SaladConfig:
 
     def __post_init__(self) -> None:
         _check_attention_options(self)
-        _check_choice("token_order", self.token_order, TOKEN_ORDERS)
-        _check_choice("feature_map", self.feature_map, FEATURE_MAPS)
-        _check_choice("rope_placement", self.rope_placement, ROPE_PLACEMENTS)
-        _check_choice("gate", self.gate, GATES)
-        _check_choice("scaling", self.scaling, SCALINGS)
+        check_choice("token_order", self.token_order, TOKEN_ORDERS)
+        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        check_choice("rope_placement", self.rope_placement, ROPE_PLACEMENTS)
+        check_choice("gate", self.gate, GATES)
+        check_choice("scaling", self.scaling, SCALINGS)
         self._check_schedule()
         _require(
             _is_int(self.lora_rank) and self.lora_rank >= 0, f"lora_rank must be 0 or more, got {self.lora_rank!r}."
@@ -203,7 +204,7 @@ class SaladConfig:
         )
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for target in self.lora_targets:
-            _check_choice("each of lora_targets", target, PROJECTIONS)
+            check_choice("each of lora_targets", target, PROJECTIONS)
         _require(isinstance(self.train_base, bool), f"train_base must be True or False, got {self.train_base!r}.")
         _require(
             isinstance(self.linear_branch, bool), f"linear_branch must be True or False, got {self.linear_branch!r}."
@@ -228,7 +229,7 @@ class SaladConfig:
         object.__setattr__(self, "overrides", {glob: dict(given) for glob, given in self.overrides.items()})
         for given in self.overrides.values():
             for name in given:
-                _check_choice("each setting of overrides", name, OVERRIDES)
+                check_choice("each setting of overrides", name, OVERRIDES)
             dataclasses.replace(self, overrides={}, **given)  # checks the values
         if self.lowest_sparsity is not None:
             _check_sparsity(self.lowest_sparsity)
@@ -328,7 +329,7 @@ class BackendOptions:
             'without conversion the pattern is "topk": "stswa" needs the token grid, which conversion finds.',
         )
         _require(isinstance(self.strict, bool), f"strict must be True or False, got {self.strict!r}.")
-        _check_choice("lowering", self.lowering, LOWERINGS)
+        check_choice("lowering", self.lowering, LOWERINGS)
         _require(
             isinstance(self.inductor, Mapping), f"inductor is a dictionary of Inductor options, got {self.inductor!r}."
         )

@@ -284,8 +284,7 @@ def _require_position(found: Discovery, config: SaladConfig) -> None:
     for site in found.sites:
         own = config.of_site(site.name)
         if site.eligible and site.position_fault and own.spec.maps_before_position:
-            role, _, reason = site.position_fault.partition(": ")
-            raise position_error(site.name, role, reason)
+            raise position_error(site.name, *site.position_fault)
 
 
 def _require_eligible(model: nn.Module, found: Discovery, config: SaladConfig) -> None:

@@ -43,7 +43,7 @@ class AttentionSite:
         call_index: the call's number within one forward of `name`.
         invocations: how often the example forward came by.
         eligible: whether `convert` converts it. reason: if not, why.
-        position_fault: why its position encoding cannot be replayed, if that was asked.
+        position_fault: for which operand its position encoding cannot be replayed, and why, if that was asked.
     """
 
     name: str
@@ -71,7 +71,7 @@ class AttentionSite:
     invocations: int
     eligible: bool
     reason: str
-    position_fault: str = ""
+    position_fault: tuple[str, str] | None = None
 
     @property
     def video_tokens(self) -> int:

@@ -33,7 +33,7 @@ from .errors import SiteLostError
 from .flex import real_flex_attention, seen_by_modes
 from .kernels.measure import Execution, measure_executions
 from .manual_attention import of_tensors
-from .position_recording import PositionRecording
+from .position_recording import PositionRecording, Recorded
 
 if TYPE_CHECKING:
     from .branch import SaladBranch
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _NOT_MEASURED: contextlib.AbstractContextManager[list[Execution]] = contextlib.nullcontext([])
 
 
-class SaladMode(TorchFunctionMode):
+class SaladMode(Recorded, TorchFunctionMode):
     """Replaces one attention call of a converted module's forward, the one that discovery saw.
 
     The site is identified twice: by the call's number within the forward, and by the query projection having run just
@@ -59,8 +59,9 @@ class SaladMode(TorchFunctionMode):
         self.calls = 0
         self.replaced = 0
         spec = branch.decoded_spec()
+        self.recording: PositionRecording | None
         self.recording = PositionRecording(spec.text == "prefix") if spec.maps_before_position else None
-        self.by_hand = of_tensors(self._permute)
+        self.by_hand = of_tensors(self.permute)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -71,7 +72,7 @@ class SaladMode(TorchFunctionMode):
         else:
             by_hand = self.by_hand.bind(func, args, kwargs)
             if by_hand is None:
-                out = self._run(func, args, kwargs)
+                out = self.run(func, args, kwargs)
                 self.by_hand.note(func, args, kwargs, out)
                 return out
         self.calls += 1
@@ -82,12 +83,6 @@ class SaladMode(TorchFunctionMode):
         if gate_input is None:
             return func(*args, **kwargs)
         return in_place_of(func, call, self._replace(call, gate_input))
-
-    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs) if self.recording is None else self.recording.run(func, args, kwargs)
-
-    def _permute(self, tensor: Tensor, axes: tuple[int, ...]) -> Any:
-        return self._run(Tensor.permute, (tensor, axes), {})
 
     def _gate_input(self, call: AttentionArguments, armed: Tensor) -> Tensor | None:
         """The rows of the query projection's input that belong to this call, or None if it is not this site's."""

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .branch import SaladBranch, branches
+from .branch import SaladBranch, branches, branches_in
 from .cost import site_cost
-from .errors import NotConvertedError
-from .model_tree import components, single_model, unwrap
+from .model_tree import bare_components, single_model
 from .report import Explanation, SiteSummary, Summary
 
 
@@ -25,12 +24,8 @@ def summary(model: Any) -> Summary:
     Raises:
         NotConvertedError: nothing in it is converted.
     """
-    modules = {"": unwrap(model)} if isinstance(model, nn.Module) else components(model)
-    sites = [
-        _summarise(component, branch) for component, module in modules.items() for branch in branches(module).values()
-    ]
-    if not sites:
-        raise NotConvertedError("nothing here is converted: call salad_compile.convert(model) first.")
+    modules = bare_components(model)
+    sites = [_summarise(component, branch) for component, branch in branches_in(modules)]
     everything = sum(p.numel() for module in modules.values() for p in module.parameters())
     added = sum(site.branch_parameters + site.lora_parameters for site in sites)
     return Summary(sites=sites, base_parameters=everything - added)

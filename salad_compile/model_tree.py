@@ -33,6 +33,15 @@ def components(model: Any) -> dict[str, nn.Module]:
     return modules
 
 
+def bare_components(model: Any) -> dict[str, nn.Module]:
+    """:func:`components`, of a model that may be wrapped by now.
+
+    Raises:
+        WrappedModelError: a component of a pipeline is wrapped. ConfigError: see :func:`components`.
+    """
+    return {"": unwrap(model)} if isinstance(model, nn.Module) else components(model)
+
+
 def single_model(model: Any, verb: str) -> nn.Module:
     """The one module behind `model`, through torch.compile and DDP wrappers; a pipeline must be taken apart."""
     if not isinstance(model, nn.Module):

@@ -24,6 +24,7 @@ from .errors import GridMismatchError, InputsError, NotConvertedError, PatternEr
 from .geometry import cached_order, temporal_order, tile_order
 from .inputs import normalise_inputs
 from .kernels.layout import ALL_BLOCKS, block_count
+from .kernels.listening import entered
 from .kernels.measure import capture_selections
 from .model_tree import single_model
 from .token_layout import reordering, reordering_in_place, segments
@@ -187,11 +188,8 @@ def notify(call: SiteCall) -> None:
 @contextlib.contextmanager
 def observe(callback: Callback) -> Iterator[None]:
     """While active, each call of a converted site in an uncompiled forward is handed to `callback` before it runs."""
-    _observers.append(callback)
-    try:
+    with entered(_observers, callback):
         yield
-    finally:
-        _observers[:] = [entry for entry in _observers if entry is not callback]
 
 
 # --- whole forwards ---------------------------------------------------------------------------------------------------
@@ -315,22 +313,18 @@ def _failure(model: nn.Module, number: int, args: tuple[Any, ...], kwargs: Mappi
 @contextlib.contextmanager
 def _prepared(model: nn.Module) -> Iterator[None]:
     """Eval mode, SALAD switched on at all sites, and nothing compiled."""
-    from .branch import branches
+    from .branch import branches, held_dense
 
     training = [module for module in model.modules() if module.training]
-    switches = {branch.switch: branch.switch.dense for branch in branches(model).values()}
     model.eval()
-    for switch in switches:
-        switch.dense = False
     try:
         # before Dynamo was loaded nothing can be compiled, and loading it takes seconds
-        with _forced_eager() if "torch._dynamo" in sys.modules else contextlib.nullcontext():
+        eager = _forced_eager() if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+        with held_dense(branches(model).values(), False), eager:
             yield
     finally:
         for module in training:
             module.training = True
-        for switch, was in switches.items():
-            switch.dense = was
 
 
 def _forced_eager() -> contextlib.AbstractContextManager[Any]:

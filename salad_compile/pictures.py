@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .diagnosis import Diagnosis, SiteDiagnosis, diagnose_call
 from .errors import MissingPackageError
+from .files import written_at_once
 from .geometry import Grid
 from .kernels.layout import ALL_BLOCKS, block_count
 from .observation import SiteCall, converted_branches, forward_inputs, run_observed
@@ -99,7 +100,8 @@ def save_pictures(model: Any, inputs: Any, directory: str | os.PathLike[str]) ->
     target.mkdir(parents=True, exist_ok=True)
     page = _page(type(bare).__name__, diagnosis, images).encode()
     for name, content in {**images, PAGE: page}.items():
-        _write(target / name, content)
+        with written_at_once(target / name) as temporary:
+            temporary.write_bytes(content)
     return target / PAGE
 
 
@@ -299,12 +301,3 @@ def _table(report: Report) -> str:
 
 def _file_name(site: str) -> str:
     return re.sub(r"[^\w.-]", "_", site) or "model"
-
-
-def _write(target: Path, content: bytes) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

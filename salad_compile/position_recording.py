@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .attention import Mapped
 from .operations import PROJECTIONS, data_arguments, operation, writes
 from .position_flow import Cell, Flow, TensorInfo
-from .position_slice import Entry, PositionSlice, UndeterminedError, features, find_slice, position_error
+from .position_slice import Entry, PositionSlice, UndeterminedError, features, find_slice, told_of
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,24 @@ class OperationRecording:
         self._nodes[out] = node
 
 
-def position_fault(recording: OperationRecording, sources: Sequence[fx.Node], operands: Mapping[str, Tensor]) -> str:
-    """Why position cannot be replayed on one of the operands of a call, or the empty string.
+class Recorded:
+    """A function mode that runs what it sees through a recording, where there is one."""
+
+    recording: OperationRecording | None
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation of the model."""
+        return func(*args, **kwargs) if self.recording is None else self.recording.run(func, args, kwargs)
+
+    def permute(self, tensor: Tensor, axes: tuple[int, ...]) -> Any:
+        """Run one of ours, which later ones of the model may stand on."""
+        return self.run(Tensor.permute, (tensor, axes), {})
+
+
+def position_fault(
+    recording: OperationRecording, sources: Sequence[fx.Node], operands: Mapping[str, Tensor]
+) -> tuple[str, str] | None:
+    """The operand of a call on which position cannot be replayed, and why; None if it can.
 
     Args:
         sources: the projections of these operands. operands: by role.
@@ -119,8 +135,8 @@ def position_fault(recording: OperationRecording, sources: Sequence[fx.Node], op
         try:
             find_slice(flow, recording.node(operand), operand.shape[-1])
         except UndeterminedError as reason:
-            return f"{role}: {reason}"
-    return ""
+            return role, str(reason)
+    return None
 
 
 def _info(node: fx.Node) -> TensorInfo | None:
@@ -161,24 +177,24 @@ class PositionRecording(OperationRecording):
         Raises:
             PositionReplayError: it cannot be told what the position encoding is.
         """
-        found = {}
-        for role, operand in (("query", query), ("key", key)):
-            self._watch(self.node(operand), operand, False)
-            if self._unseen:
-                raise position_error(site, role, "something writes into it that torch functions do not show")
-            try:
-                found[role] = find_slice(self.flow, self.node(operand), operand.shape[-1])
-            except UndeterminedError as reason:
-                raise position_error(site, role, str(reason)) from reason
-        if found["query"] is None and found["key"] is None:
+        operands, found, pairs = {"query": query, "key": key}, {}, {}
+        for role, operand in operands.items():
+            with told_of(site, role):
+                found[role] = self._slice_of(operand)
+        if all(slice_ is None for slice_ in found.values()):
             return None
-        pairs = []
-        for role, operand in (("query", query), ("key", key)):
-            try:
-                pairs.append(self._replayed(found[role], operand, feature_map))
-            except UndeterminedError as reason:
-                raise position_error(site, role, str(reason)) from reason
-        return Mapped(pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1])
+        for role, operand in operands.items():
+            with told_of(site, role):
+                pairs[role] = self._replayed(found[role], operand, feature_map)
+        (plain_query, rotated_query), (plain_key, rotated_key) = pairs.values()
+        return Mapped(plain_query, plain_key, rotated_query, rotated_key)
+
+    def _slice_of(self, operand: Tensor) -> PositionSlice | None:
+        node = self.node(operand)
+        self._watch(node, operand, False)
+        if self._unseen:
+            raise UndeterminedError("something writes into it that torch functions do not show")
+        return find_slice(self.flow, node, operand.shape[-1])
 
     # ------------------------------------------------------------------------------------------------------ recording
 

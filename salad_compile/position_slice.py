@@ -7,7 +7,8 @@ the position encoding R of the model. R is not computed here: the model's own op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -313,6 +314,15 @@ def features(value: Any, info: TensorInfo, head_dim: int, feature_map: str) -> A
         return phi(value).to(info.dtype)
     heads = value.unflatten(-1, (-1, head_dim))  # a softmax is over one head
     return phi(heads).to(info.dtype).flatten(-2)
+
+
+@contextlib.contextmanager
+def told_of(site: str, role: str) -> Iterator[None]:
+    """Whatever is undetermined inside is an error that names the site and the operand."""
+    try:
+        yield
+    except UndeterminedError as reason:
+        raise position_error(site, role, str(reason)) from reason
 
 
 def position_error(site: str, role: str, reason: str) -> PositionReplayError:

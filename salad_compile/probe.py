@@ -32,7 +32,7 @@ from .inputs import normalise_inputs, synthesise_inputs
 from .logs import logger
 from .manual_attention import ManualAttention, of_tensors
 from .multihead import take_apart_for_discovery
-from .position_recording import OperationRecording, position_fault
+from .position_recording import OperationRecording, Recorded, position_fault
 from .token_ranges import Cat, Edge, TokenRange, narrowed
 
 _CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
@@ -89,7 +89,8 @@ class Call:
     made_by: tuple[list[Projection], list[Projection], list[Projection]]
     stack: tuple[Frame, ...]  # outermost first
     outs: list[Out] = field(default_factory=list)  # projections that read the result, in order of execution
-    position_fault: str = ""  # why map-then-rotate is not possible, where that was asked
+    # the operand for which map-then-rotate is not possible, and why, where that was asked
+    position_fault: tuple[str, str] | None = None
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -101,7 +102,7 @@ class Call:
 
 
 @dataclass
-class Probe(TorchFunctionMode):
+class Probe(Recorded, TorchFunctionMode):
     """What one forward showed: attention calls, concatenations, patch grids, and the model's own inputs.
 
     Attributes:
@@ -127,7 +128,7 @@ class Probe(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._by_hand = of_tensors(self._permute)
+        self._by_hand = of_tensors(self.permute)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -150,17 +151,11 @@ class Probe(TorchFunctionMode):
         return self._answer(func, call, func(*args, **kwargs))
 
     def _other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = self._run(func, args, kwargs)
+        out = self.run(func, args, kwargs)
         if func in _CATS:
             self._note_cat(out, *args, **kwargs)
         self._by_hand.note(func, args, kwargs, out)
         return out
-
-    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs) if self.recording is None else self.recording.run(func, args, kwargs)
-
-    def _permute(self, tensor: Tensor, axes: tuple[int, ...]) -> Any:
-        return self._run(Tensor.permute, (tensor, axes), {})
 
     def _with_heads(self, arguments: AttentionArguments) -> AttentionArguments:
         """Of a batched product the first axis may be batch and heads in one, which nothing tells apart later."""

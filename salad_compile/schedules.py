@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from .branch import SaladBranch, branches
+from .branch import SaladBranch, branches_in, held_dense
 from .config import density_permille
-from .errors import ConfigError, NotConvertedError, did_you_mean
-from .model_tree import components, unwrap
+from .errors import ConfigError, did_you_mean
+from .model_tree import bare_components
 
 __all__ = ["DenseSteps", "dense", "ramp_sparsity", "set_dense", "set_sparsity"]
 
@@ -41,11 +41,7 @@ def set_sparsity(model: Any, sparsity: float | Mapping[str, float]) -> None:
         if not matching:
             raise ConfigError(f"{glob!r} matches no converted site.{did_you_mean(glob, names)}")
         wanted.update(dict.fromkeys(matching, value))
-    for branch, value in wanted.items():
-        _require_adjustable(branch, value)
-    for branch, value in wanted.items():
-        with torch.no_grad():
-            branch.permille.fill_(density_permille(value))
+    _set(wanted)
 
 
 def ramp_sparsity(model: Any, progress: float) -> None:
@@ -55,14 +51,22 @@ def ramp_sparsity(model: Any, progress: float) -> None:
         model: see :func:`set_sparsity`. progress: clipped to [0, 1]; training steps taken by those of the warm-up, say.
     """
     progress = min(max(progress, 0.0), 1.0)
+    wanted = {}
     for branch in _branches(model):
         target = branch.config.of_site(branch.record.owner).sparsity
         lowest = branch.config.lowest_sparsity
         start = target if lowest is None else lowest
-        value = start + progress * (target - start)
-        _require_adjustable(branch, value)
-        with torch.no_grad():
-            branch.permille.fill_(density_permille(value))
+        wanted[branch] = start + progress * (target - start)
+    _set(wanted)
+
+
+def _set(wanted: Mapping[SaladBranch, float]) -> None:
+    """All of them, or none and an error."""
+    for branch, sparsity in wanted.items():
+        _require_adjustable(branch, sparsity)
+    with torch.no_grad():
+        for branch, sparsity in wanted.items():
+            branch.permille.fill_(density_permille(sparsity))
 
 
 def set_dense(model: Any, on: bool) -> None:
@@ -77,13 +81,8 @@ def set_dense(model: Any, on: bool) -> None:
 @contextlib.contextmanager
 def dense(model: Any) -> Iterator[None]:
     """`with dense(model):` see :func:`set_dense`; afterwards every site is as it was before."""
-    before = {branch.switch: branch.switch.dense for branch in _branches(model)}
-    set_dense(model, True)
-    try:
+    with held_dense(_branches(model), True):
         yield
-    finally:
-        for switch, was in before.items():
-            switch.dense = was
 
 
 class DenseSteps:
@@ -120,11 +119,7 @@ class DenseSteps:
 
 
 def _branches(model: Any) -> list[SaladBranch]:
-    modules = [unwrap(model)] if isinstance(model, torch.nn.Module) else list(components(model).values())
-    found = [branch for module in modules for branch in branches(module).values()]
-    if not found:
-        raise NotConvertedError("nothing here is converted: call salad_compile.convert(model) first.")
-    return found
+    return [branch for _, branch in branches_in(bare_components(model))]
 
 
 def _require_adjustable(branch: SaladBranch, sparsity: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ def filtered(sites: list[AttentionSite], patterns: str | Sequence[str] | None) -
     given = [patterns] if isinstance(patterns, str) else list(patterns)
     wanted = [pattern for pattern in given if not pattern.startswith("!")]
     unwanted = [pattern.removeprefix("!") for pattern in given if pattern.startswith("!")]
-    _require_matches(sites, [*wanted, *unwanted])
+    require_matches(sites, [*wanted, *unwanted], "sites")
 
     def chosen(site: AttentionSite) -> bool:
         return (not wanted or _matches(site.name, wanted)) and not _matches(site.name, unwanted)
@@ -44,11 +44,12 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _require_matches(sites: list[AttentionSite], patterns: Sequence[str]) -> None:
+def require_matches(sites: list[AttentionSite], patterns: Iterable[str], option: str) -> None:
+    """Raises SiteFilterError for a pattern of an option that matches no attention call."""
     names = list(dict.fromkeys(site.name for site in sites))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise SiteFilterError(
-                f"sites={pattern!r} matches no attention call.{did_you_mean(pattern, names)} plan(model) lists them: "
-                f"{', '.join(map(repr, names[:6]))}{', ...' if len(names) > 6 else ''}."
+                f"{option}={pattern!r} matches no attention call.{did_you_mean(pattern, names)} plan(model) lists "
+                f"them: {', '.join(map(repr, names[:6]))}{', ...' if len(names) > 6 else ''}."
             )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from .errors import PatternError, SiteFilterError, did_you_mean
+from .errors import PatternError
+from .site_filter import require_matches
 
 if TYPE_CHECKING:
     from .config import SaladConfig
@@ -20,10 +20,7 @@ def apply_settings(sites: list[AttentionSite], config: SaladConfig) -> list[Atte
         SiteFilterError: a glob of `config.overrides` matches no site.
         PatternError: a site has a pattern that does not suit it.
     """
-    names = list(dict.fromkeys(site.name for site in sites))
-    for glob in config.overrides:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise SiteFilterError(f"overrides: {glob!r} matches no attention call.{did_you_mean(glob, names)}")
+    require_matches(sites, config.overrides, "overrides")
     dense = {site.name for site in [site for site in sites if site.eligible][: config.dense_layers]}
     reason = f"one of the first {config.dense_layers}, which dense_layers keeps dense"
     settled = [

@@ -68,10 +68,8 @@ def reordering(order: Tensor, text: str, tokens: int) -> Reordering:
 
 def reordering_in_place(order: Tensor, text: str, tokens: int) -> Reordering:
     """Like :func:`reordering`, with the text left where it is."""
-    if text == "none":
-        return Reordering(order[0], order[1])
+    if text != "before":
+        return reordering(order, text, tokens)
     count = tokens - order.shape[1]
-    if text == "after":
-        return Reordering(joint_order(order[0], count, False), joint_order(order[1], count, False))
     at = torch.arange(count, dtype=torch.int32, device=order.device)
     return Reordering(torch.cat((at, order[0] + count)), torch.cat((at, order[1] + count)))

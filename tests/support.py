@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -16,6 +17,9 @@ from torch import Tensor, fx
 import salad_compile
 from salad_compile.backend import salad
 from salad_compile.branch import branches
+
+if TYPE_CHECKING:
+    from .models.zoo import Case
 
 # Small blocks, so that a few hundred tokens are several ragged blocks; everything else as users have it.
 TINY = salad_compile.SaladConfig(sparsity=0.7, query_block=32, key_block=16, lora_rank=3, lora_alpha=6.0, min_tokens=90)
@@ -36,6 +40,16 @@ def randomise_branches(model: nn.Module, seed: int = 0, scale: float = 0.2) -> N
             for parameter in branch.parameters():
                 fan_in = parameter.shape[-1] if parameter.ndim > 1 else 1
                 parameter.copy_(torch.randn(parameter.shape) * scale * (4 / fan_in) ** 0.5)
+
+
+def converted(case: Case, *, randomise: bool = True, **changes: Any) -> nn.Module:
+    """A case of the zoo, converted as :data:`TINY` says but for some changes, with branches that all contribute."""
+    model = salad_compile.convert(
+        case.build(), dataclasses.replace(TINY, **changes), example_inputs=dict(case.inputs(0))
+    )
+    if randomise:
+        randomise_branches(model)
+    return model
 
 
 @dataclass

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ import torch.nn as nn
 from flow import Model, flow_losses
 from torch import Tensor
 from videos import ClipSize, draw
+
+from salad_compile.files import written_at_once
 
 FRESH_SEED, FIXED_SEED = 1_000_003, 3_000_017
 SECONDS_BETWEEN_LINES = 10.0
@@ -124,9 +125,8 @@ class Training:
         state = {"step": self.step, "mean": self.mean, "optimizer": self.optimizer.state_dict()}
         state["trained"] = {name: p.detach() for name, p in self.trained.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".writing")
-        torch.save({"recipe": vars(self.recipe), **state}, temporary)
-        os.replace(temporary, path)
+        with written_at_once(path) as temporary:
+            torch.save({"recipe": vars(self.recipe), **state}, temporary)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:

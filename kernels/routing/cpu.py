@@ -62,10 +62,9 @@ def select_blocks(
         count = torch.full(lut.shape[:3], slots, dtype=torch.int32, device=lut.device)
     else:
         lut, count = _among_valid(scores, slots, keep, key_mask, order, key_block)
-    if sink_begin < sink_end:
-        text = slice(sink_begin // query_block, block_count(sink_end, query_block))
-        lut[:, :, text] = torch.arange(slots, dtype=torch.int32, device=lut.device)
-        count[:, :, text] = ALL_BLOCKS
+    text = slice(*touched_blocks(sink_begin, sink_end, query_block))
+    lut[:, :, text] = torch.arange(slots, dtype=torch.int32, device=lut.device)
+    count[:, :, text] = ALL_BLOCKS
     return lut, count
 
 

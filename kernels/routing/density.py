@@ -39,13 +39,19 @@ def kept_blocks(key_blocks: int, query_block: int, key_block: int, density_permi
     return kept
 
 
+def sink_blocks(sink_begin: int, sink_end: int, key_block: int) -> int:
+    """How many key blocks hold text, without a branch on whether there is any. Adds no guard on a SymInt."""
+    touched = block_count(sink_end, key_block) - sink_begin // key_block
+    # an empty range may lie inside a block, and no range touches more blocks than it has tokens
+    sinks: int = torch.sym_min(sink_end - sink_begin, touched)  # type: ignore[no-untyped-call]
+    return sinks
+
+
 def list_width(
     key_blocks: int, query_block: int, key_block: int, density_permille: int, sink_begin: int, sink_end: int
 ) -> int:
     """K, the entries per row of the list: what `kept_blocks` says, and the sinks on top. Adds no guard on a SymInt."""
-    touched = block_count(sink_end, key_block) - sink_begin // key_block
-    # an empty range may lie inside a block, and no range touches more blocks than it has tokens
-    sinks = torch.sym_min(sink_end - sink_begin, touched)  # type: ignore[no-untyped-call]
+    sinks = sink_blocks(sink_begin, sink_end, key_block)
     kept = kept_blocks(key_blocks, query_block, key_block, density_permille)
     width: int = torch.sym_min(key_blocks, kept + sinks)  # type: ignore[no-untyped-call]
     return width

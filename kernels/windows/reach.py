@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ..layout import block_count
+from ..routing.density import sink_blocks
 
 _SCALE = 1_000_000
 
@@ -45,8 +45,6 @@ def doubled_reach_of(permille: torch.Tensor, tokens: int, query_block: int, key_
 
 def list_width(key_blocks: int, doubled: int, key_block: int, sink_begin: int, sink_end: int) -> int:
     """K, the entries per row of the list: the widest window, and the sinks on top. Adds no guard on a SymInt."""
-    touched = block_count(sink_end, key_block) - sink_begin // key_block
-    # an empty range may lie inside a block, and no range touches more blocks than it has tokens
-    sinks = torch.sym_min(sink_end - sink_begin, touched)  # type: ignore[no-untyped-call]
+    sinks = sink_blocks(sink_begin, sink_end, key_block)
     width: int = torch.sym_min(key_blocks, doubled // key_block + 1 + sinks)  # type: ignore[no-untyped-call]
     return width

@@ -13,9 +13,9 @@ from salad_compile.attention import Mapped
 from salad_compile.position_recording import PositionRecording
 from salad_compile.position_slice import Entry
 
-from ..support import Recorder, relative_error, run, seeded
+from ..support import Recorder, converted, relative_error, run, seeded
 from .expectations import WITHOUT_POSITION, converted_sites
-from .test_zoo import CONVERTED, _flex_under_autograd, _fresh_dynamo, bounds, converted
+from .test_zoo import CONVERTED, _flex_under_autograd, _fresh_dynamo, bounds
 from .zoo import Case
 
 FIXTURES = (_fresh_dynamo, _flex_under_autograd)

@@ -6,24 +6,22 @@ streams with a mask, grouped heads with a prefix of keys.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn as nn
 from salad_compile.kernels import measure_executions
 
 import salad_compile
 from salad_compile.branch import branches
 
-from ..support import TINY, Recorder, assert_same, randomise_branches, relative_error, run
+from ..support import Recorder, assert_same, converted, relative_error, run
 from .expectations import converted_sites
 from .registry import ALL_CASES
-from .zoo import Case
+from .test_zoo import _fresh_dynamo
 
+FIXTURES = (_fresh_dynamo,)
 WITHOUT_WINDOWS = {"HunyuanVideo": "mask", "Cosmos3Omni": "token grid"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "v2": {"scaling": "v2"},
@@ -42,20 +40,6 @@ PAIRS = [
     ("HunyuanVideo", "head_gate"),
     *(("Cosmos3Omni", variant) for variant in ("v2", "no_branch")),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def converted(case: Case, **changes: Any) -> nn.Module:
-    config = dataclasses.replace(TINY, **changes)
-    model = salad_compile.convert(case.build(), config, example_inputs=dict(case.inputs(0)))
-    randomise_branches(model)
-    return model
 
 
 @pytest.mark.parametrize(("name", "variant"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
@@ -86,9 +70,7 @@ def test_sites_that_windows_do_not_suit(name: str) -> None:
 @pytest.mark.parametrize("name", ["Wan", "CogVideoX", "EasyAnimate"])
 def test_sparsity_zero_is_dense_with_windows_too(name: str) -> None:
     case = ALL_CASES[name]
-    model = salad_compile.convert(
-        case.build(), dataclasses.replace(TINY, sparsity=0.0, pattern="stswa"), example_inputs=dict(case.inputs(0))
-    )
+    model = converted(case, randomise=False, sparsity=0.0, pattern="stswa")
     dense = run(case.build(), case.inputs(0), case.output, gradients=False).output
     assert relative_error(run(model, case.inputs(0), case.output, gradients=False).output, dense) < 1e-5
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import salad_compile
 from salad_compile import attention
 from salad_compile.branch import branches
 
-from ..support import TINY, Recorder, Result, assert_same, randomise_branches, relative_error, run
+from ..support import TINY, Recorder, Result, assert_same, converted, randomise_branches, relative_error, run
 from .expectations import DENSE, GAPS, converted_sites, seen_as
 from .registry import ALL_CASES
 from .zoo import Case
@@ -50,15 +49,6 @@ def _flex_under_autograd(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     case = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None
     if case is not None and case.name == "handwritten_flex":
         monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
-
-
-def converted(case: Case, *, randomise: bool = True, **changes: Any) -> nn.Module:
-    model = salad_compile.convert(
-        case.build(), dataclasses.replace(TINY, **changes), example_inputs=dict(case.inputs(0))
-    )
-    if randomise:
-        randomise_branches(model)
-    return model
 
 
 def bounds(case: Case) -> dict[str, float]:

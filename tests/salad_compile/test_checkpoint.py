@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from salad_compile.errors import (
     UnexpectedKeysError,
 )
 
-from .. import toys
+from .. import support, toys
 from ..models.zoo import CASES
 from ..support import TINY, assert_same, randomise_branches, run
 from .test_conversion import assert_unchanged, fingerprint
@@ -40,12 +39,7 @@ CASE = CASES["Wan"]
 
 
 def converted(name: str = "Wan", **changes: Any) -> nn.Module:
-    case = CASES[name]
-    model = salad_compile.convert(
-        case.build(), dataclasses.replace(TINY, **changes), example_inputs=dict(case.inputs(0))
-    )
-    randomise_branches(model)
-    return model
+    return support.converted(CASES[name], **changes)
 
 
 @pytest.fixture

@@ -18,19 +18,15 @@ from salad_compile.observation import SiteCall, Sparse, converted_branches, forw
 from salad_compile.schedules import dense, set_dense, set_sparsity
 from salad_compile.token_layout import reordering, reordering_in_place
 
-from .. import toys
+from .. import support, toys
 from ..models.registry import ALL_CASES
-from ..support import TINY, randomise_branches, relative_error
+from ..support import TINY, relative_error
 from .test_conversion import assert_unchanged, fingerprint
 
 
 def converted(name: str = "Wan", **changes: Any) -> nn.Module:
     """A case of the zoo with branches that all contribute."""
-    case = ALL_CASES[name]
-    config = dataclasses.replace(TINY, **changes)
-    model = salad_compile.convert(case.build(), config, example_inputs=dict(case.inputs(0)))
-    randomise_branches(model)
-    return model
+    return support.converted(ALL_CASES[name], **changes)
 
 
 def inputs_of(name: str = "Wan", resolution: int = 0) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,17 +16,16 @@ from salad_compile.branch import branches
 from salad_compile.errors import ConfigError, NotConvertedError
 from salad_compile.schedules import DenseSteps, dense, ramp_sparsity, set_dense, set_sparsity
 
+from .. import support
 from ..models.registry import ALL_CASES
-from ..support import TINY, randomise_branches, relative_error, run
+from ..support import relative_error, run
 
 WAN = ALL_CASES["Wan"]
 INPUTS = WAN.inputs(0)
 
 
 def converted(**changes: Any) -> nn.Module:
-    model = salad_compile.convert(WAN.build(), dataclasses.replace(TINY, **changes), example_inputs=dict(INPUTS))
-    randomise_branches(model)
-    return model
+    return support.converted(WAN, **changes)
 
 
 def output(model: Any) -> Tensor:

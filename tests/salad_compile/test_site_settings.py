@@ -12,7 +12,7 @@ import salad_compile
 from salad_compile.branch import branches
 from salad_compile.errors import ConfigError, PatternError, SiteFilterError
 
-from .. import toys
+from .. import support, toys
 from ..models.registry import ALL_CASES
 from ..support import TINY
 
@@ -20,7 +20,7 @@ WAN = ALL_CASES["Wan"]
 
 
 def convert_wan(**changes: Any) -> torch.nn.Module:
-    return salad_compile.convert(WAN.build(), dataclasses.replace(TINY, **changes), example_inputs=dict(WAN.inputs(0)))
+    return support.converted(WAN, randomise=False, **changes)
 
 
 def test_the_first_layers_may_stay_dense() -> None:
