@@ -21,7 +21,8 @@ them:
 
 The mean over these grids is 4.09 for runs of 64 and 7.81 for runs of 128. Columns of 5 x 4, 4 x 5 and 5 x 5 have 4.35,
 4.61 and 4.97 for 64 and are better for 128 (7.12, 7.04 and 6.75). Blocks of keys have 64 tokens, hence 4 x 4. That is
-our choice, of a distance that counts a frame as much as a row; which order keeps most attention is not measured yet.
+our choice, of a distance that counts a frame as much as a row. In the experiment of docs/evidence.md this order closes
+68.0 % of the gap that sparsity opens, and the native order 56.5 %.
 """
 
 from __future__ import annotations
