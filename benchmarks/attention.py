@@ -48,9 +48,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from salad_compile.attention import (
     LINEAR_EPS,
     BranchTensors,
+    Mapped,
     linear_attention,
     salad_attention,
     sparse_and_linear_attention,
+    sparse_attention,
 )
 from salad_compile.config import AttentionSpec, density_permille
 from salad_compile.token_layout import segments
@@ -364,6 +366,24 @@ class Comparison:
 
         return self._row(f"operator {step}", "salad", step, prepare, sparsity=sparsity)
 
+    def operator_on_features(self, sparsity: float) -> Row:
+        """The same with map-then-rotate: the linear branch reads four tensors of its own, which the model makes."""
+        spec, scale = dataclasses.replace(_spec(sparsity), rope_placement="map-then-rotate"), self.scale
+        where = segments("none", self.case.tokens, self.case.tokens)
+
+        def prepare(facts: Facts) -> Run:
+            self._flops(facts, self.inputs.selection(QUERY_BLOCK, KEY_BLOCK, spec.permille)[1])
+            query, key, _ = self.inputs.of(0)
+            mapped = Mapped(query.relu(), key.relu(), query.relu(), key.relu())
+
+            def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                sparse = sparse_attention(query, key, value, where, spec, scale)
+                return sparse + linear_attention(query, key, value, spec, None, mapped)
+
+            return self._forward(attend)
+
+        return self._row("operator forward, map-then-rotate", "salad", FORWARD, prepare, sparsity=sparsity)
+
     def operator_with_projection(self, sparsity: float) -> Row:
         """All of SALAD before the output projection, as models run it: with the gate and the D x D projection."""
         spec, scale = _spec(sparsity), self.scale  # not self: what Dynamo caches would keep the inputs alive
@@ -412,7 +432,7 @@ class Comparison:
                 rows += [self.operator_with_projection(sparsity)]
             return rows
         rows += [self.sparse(FORWARD, main), self.operator(FORWARD, main), self.operator_with_projection(main)]
-        rows += [self.beside(main), self.routing(main), self.linear(), self.sparse(FORWARD, main, (64, 64))]
+        rows += [self.operator_on_features(main), self.beside(main), self.routing(main), self.linear(), self.sparse(FORWARD, main, (64, 64))]
         rows += [*self.dense(BOTH), self.sparse(BOTH, main), self.operator(BOTH, main)]
         if self.case.rows == "all":
             rows += [*self.dense(BACKWARD), self.sparse(BACKWARD, main), self.sparse(FORWARD, 0.0), *self.others(main)]

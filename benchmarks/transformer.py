@@ -56,7 +56,7 @@ SDPA = {
 VARIANTS = {
     "token_order": ("tiles", "flat"),
     "pattern": ("topk", "stswa"),
-    "rope_placement": ("rotate-then-map", "map-then-rotate"),
+    "rope_placement": ("auto", "rotate-then-map", "map-then-rotate"),
     "scaling": ("v1", "v2"),
     "gate": ("token", "head", "none"),
 }

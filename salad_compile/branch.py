@@ -69,6 +69,7 @@ class SiteRecord:
     on_grid: bool = False
     square_mask: bool = False
     dropped: bool = False  # its linear branch, after fine-tuning: see dropping.py
+    rotated_first: bool = False  # its position encoding cannot be replayed, and "auto" takes the other placement
 
     @property
     def width(self) -> int:
@@ -196,6 +197,7 @@ class SaladBranch(nn.Module):
             self.config.spec,
             pattern=own.pattern,
             linear_branch=own.linear_branch and not record.dropped,
+            rope_placement="rotate-then-map" if record.rotated_first else self.config.spec.rope_placement,
             text=record.text,
             single=record.text in ("before", "after") and record.text_query is None,
             groups=record.groups,

@@ -43,8 +43,8 @@ from .logs import logger
 from .model_tree import plain_key, single_model
 from .multihead import projection
 
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (2, 3)  # 2 knew no dropped branches: SiteRecord's default says so
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (2, 3, 4)  # 2 knew no dropped branches, 3 no rotated_first: SiteRecord's defaults say so
 FILE_NAME = "salad.safetensors"
 _HEADER_KEY = "salad_config"
 

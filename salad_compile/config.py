@@ -12,7 +12,7 @@ from typing import Any
 from .errors import ConfigError, did_you_mean
 
 PATTERNS = ("topk", "stswa")
-ROPE_PLACEMENTS = ("rotate-then-map", "map-then-rotate")
+ROPE_PLACEMENTS = ("auto", "map-then-rotate", "rotate-then-map")
 GATES = ("token", "head", "none")
 SCALINGS = ("v1", "v2")
 OVERRIDES = ("sparsity", "pattern", "linear_branch")
@@ -99,7 +99,7 @@ class AttentionSpec:
     feature_map: str
     token_order: str = "flat"
     linear_branch: bool = True
-    rope_placement: str = ROPE_PLACEMENTS[0]
+    rope_placement: str = "rotate-then-map"
     gate: str = GATES[0]
     scaling: str = SCALINGS[0]
     adjustable: bool = False
@@ -140,9 +140,10 @@ class SaladConfig:
         window: with "stswa", the reach of the window on either side in tokens. None: what gives `sparsity`.
         linear_branch: whether there is a linear branch; without it a site is sparse attention and LoRA.
         feature_map: feature map of the linear branch: "relu" (the paper), "elu" (elu + 1) or "softmax".
-        rope_placement: "rotate-then-map": the linear branch sees query and key as they reach softmax attention.
-            "map-then-rotate": the model's own position encoding is applied again, to the features of the query and the
-            key before position (arXiv 2509.24695).
+        rope_placement: "map-then-rotate": the model's own position encoding is applied again, to the features of the
+            query and the key before position (arXiv 2509.24695). "rotate-then-map": the linear branch sees query and
+            key as they reach softmax attention. "auto": the first wherever the encoding can be told from the rest of
+            the forward, else the second (our choice, docs/method.md).
         gate: "token": one sigmoid gate per token (the paper); "head": one per token and head; "none": no gate.
         scaling: "v1": the gate alone. "v2", our reading of the second version of the paper: learned scales of the layer
             and of each head, times the gate.
@@ -271,7 +272,7 @@ class SaladConfig:
             self.feature_map,
             self.token_order,
             linear_branch=self.linear_branch,
-            rope_placement=self.rope_placement,
+            rope_placement="map-then-rotate" if self.rope_placement == "auto" else self.rope_placement,
             gate=self.gate,
             scaling=self.scaling,
             adjustable=adjustable,

@@ -282,9 +282,11 @@ def _require_same_config(known: Mapping[str, SaladBranch], config: SaladConfig, 
 def _require_position(found: Discovery, config: SaladConfig) -> None:
     """As far as one forward tells; what it did not show is an error of the first run."""
     for site in found.sites:
-        own = config.of_site(site.name)
-        if site.eligible and site.position_fault and own.spec.maps_before_position:
+        if not site.eligible or not site.position_fault or not config.of_site(site.name).spec.maps_before_position:
+            continue
+        if config.rope_placement == "map-then-rotate":
             raise position_error(site.name, *site.position_fault)
+        logger.info("%s: rotate-then-map, because %s: %s", site.name or "the model", *site.position_fault)
 
 
 def _require_eligible(model: nn.Module, found: Discovery, config: SaladConfig) -> None:

@@ -103,6 +103,7 @@ class AttentionSite:
             on_grid=self.on_grid,
             square_mask=self.mask_kind == "padding",
             call_index=self.call_index,
+            rotated_first=self.position_fault is not None,
         )
 
 

@@ -143,6 +143,9 @@ class Plan(Report):
             of = f" of {component}" if component else ""
             known = grid if isinstance(grid, str) else ""
             lines.append(f"token grid{of}: {f'not known, flat order ({known})' if known else grid}")
+        faults = [site.position_fault for site in self.eligible if site.position_fault]
+        if faults:
+            lines.append(f"{len(faults)} sites would rotate before the feature map: {': '.join(faults[0])}.")
         return lines
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ KERNEL_ROWS = {
         ("block-sparse forward", "forward"),
         ("routing + linear branch", "forward"),
         ("operator forward", "forward"),
+        ("operator forward, map-then-rotate", "forward"),
         ("operator + Proj forward", "forward"),
         ("dense", "forward + backward"),
         ("block-sparse forward + backward", "forward + backward"),
