@@ -6,6 +6,7 @@ python tools/measured.py            rewrite the block
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ def _machine(row: Row) -> str:
     )
 
 
+def _command(row: Row) -> str:
+    """Without where the rows went on the lent machine."""
+    return re.sub(r" --output \S+", "", row["command"])
+
+
 def _milliseconds(row: Row) -> str:
     digits = 0 if row["median_ms"] >= 1000 else 1 if row["median_ms"] >= 100 else 2
     median, low, high = (f"{row[name]:,.{digits}f}" for name in ("median_ms", "p10_ms", "p90_ms"))
@@ -85,7 +91,7 @@ def _kernels(path: Path) -> list[str]:
     first = rows[0]
     shapes = {row["case"]: f"{row['tokens']:,} tokens and {row['heads']} heads of {row['head_dim']}" for row in shown}
     lines = [
-        f"Kernels, `{first['command']}`: {_machine(first)}.",
+        f"Kernels, `{_command(first)}`: {_machine(first)}.",
         f"{_blocks(shown)} Medians, in brackets the middle 80 %; all rows of a shape are timed in turn.",
         f"{'; '.join(f'{case} is {shape}' for case, shape in shapes.items())}.",
         f"TFLOP/s count only token pairs that are computed. {_ceilings(rows)}",
@@ -147,7 +153,7 @@ def _transformers(path: Path) -> list[str]:
             pairs.append((dense, row))
     first = rows[0]
     lines = [
-        f"Whole steps, `{first['command']}`: {_machine(first)}.",
+        f"Whole steps, `{_command(first)}`: {_machine(first)}.",
         "diffusers' WanTransformer3DModel in the widths of Wan2.1, with random weights: speed, not quality. Both sides",
         "compiled block by block and timed in turn; medians, in brackets the middle 80 %. Memory is what a step takes",
         "beyond the weights. Denoising steps have LoRA merged. Training steps use gradient checkpointing; SALAD trains",

@@ -1,4 +1,4 @@
-"""map-then-rotate on every video DiT: its own position encoding is found and replayed, compiled and not."""
+"""The two placements on every video DiT: its own position encoding is found and replayed, or left where it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from .test_zoo import CONVERTED, _flex_under_autograd, _fresh_dynamo, bounds
 from .zoo import Case
 
 FIXTURES = (_fresh_dynamo, _flex_under_autograd)
-# AOTAutograd takes longer than all the rest: these stand for the ways of writing in place.
+# Compiled, test_zoo.py takes every case through the default, which is map-then-rotate: these stand for the ways of
+# writing in place, for one stream and two, and go through AOTAutograd with either placement.
 THROUGH_AOT = ("Wan", "LTX2Video", "ConsisID", "EasyAnimate", "Cosmos3Omni")
 # Averages the rotations of compressed frames, which makes tokens shorter.
 NO_ROTATIONS = ("HunyuanVideoFramepack",)
@@ -72,22 +73,32 @@ def _unit(value: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CONVERTED.values(), ids=CONVERTED.keys())
-def test_position_is_replayed_compiled_and_not(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = converted(case, sparsity=0.5, rope_placement="map-then-rotate"), case.inputs(0)
+def test_position_is_replayed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = converted(case, sparsity=0.5), case.inputs(0)
     checked = _Checked(0.1 if case.name in NO_ROTATIONS else bounds(case)["bound"])
     with monkeypatch.context() as patch:
         patch.setattr(PositionRecording, "mapped", lambda *arguments: checked(*arguments))
         expected = run(model, inputs, case.output, gradients=False)
     sites = len(converted_sites(case)) * case.calls
     assert checked.found == [case.name not in WITHOUT_POSITION] * sites
-    recorder = Recorder({"lowering": "aot_eager" if case.name in THROUGH_AOT else "eager"})
+    if case.name not in WITHOUT_POSITION:
+        other = converted(case, sparsity=0.5, rope_placement="rotate-then-map")
+        left = run(other, inputs, case.output, gradients=False)
+        assert relative_error(left.output, expected.output) > 1e-3, "the placement changes nothing"
+
+
+@pytest.mark.parametrize("placement", ["map-then-rotate", "rotate-then-map"])
+@pytest.mark.parametrize("name", THROUGH_AOT)
+def test_either_placement_compiles(name: str, placement: str) -> None:
+    case = CONVERTED[name]
+    model, inputs = converted(case, sparsity=0.5, rope_placement=placement), case.inputs(0)
+    expected = run(model, inputs, case.output, gradients=False)
+    recorder = Recorder()
     compiled = torch.compile(model, backend=recorder, fullgraph=case.fullgraph)
     actual = run(compiled, inputs, case.output, parameters=model, gradients=False)
     assert relative_error(actual.output, expected.output) <= bounds(case)["bound"]
     assert recorder.after["salad.projected"] == 0
-    if case.fullgraph:
-        assert recorder.after["salad.linear_state"] == checked.found.count(True)
-        assert recorder.after["salad.pool_and_read"] == checked.found.count(False)
-    if case.name not in WITHOUT_POSITION:
-        other = run(converted(case, sparsity=0.5), inputs, case.output, gradients=False)
-        assert relative_error(other.output, expected.output) > 1e-3, "the placement changes nothing"
+    sites = recorder.after["salad.block_sparse_attention"]
+    assert sites
+    assert recorder.after["salad.linear_state"] == (sites if placement == "map-then-rotate" else 0)
+    assert recorder.after["salad.pool_and_read"] == (0 if placement == "map-then-rotate" else sites)

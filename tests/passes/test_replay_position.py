@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import salad_compile
 from salad_compile.attention import LINEAR_EPS
-from salad_compile.branch import SaladBranch
+from salad_compile.branch import SaladBranch, branches
 from salad_compile.errors import PositionReplayError
 from salad_compile.exporting import rewrite_exported
 
@@ -221,6 +222,26 @@ def test_under_activation_checkpointing_and_with_another_length(style: type[styl
     for count in (70, 133):
         inputs = {"x": toys.tokens(count)}
         assert_same(run(compiled, inputs, parameters=model), run(model, inputs))
+
+
+def test_where_position_cannot_be_told_auto_leaves_it_where_it_is(tmp_path: Path) -> None:
+    style, other = next(iter(UNDETERMINED)), styles.InPlace
+    config = dataclasses.replace(CONFIG, rope_placement="auto")
+    model, x = toys.Stack(style(), other()).double(), toys.tokens(70).double()
+    noted = str(salad_compile.plan(model, (x,), config=config))
+    assert "1 sites would rotate before the feature map" in noted
+    salad_compile.convert(model, config, example_inputs=(x,))
+    randomise_branches(model)
+    specs = [branch.decoded_spec().rope_placement for branch in branches(model).values()]
+    assert specs == ["rotate-then-map", "map-then-rotate"]
+    expected = run(model, {"x": x}, gradients=False)
+    recorder = check_rewrite(model, {"x": x}, sites=2)
+    assert recorder.after["salad.linear_state"] == recorder.after["salad.pool_and_summarise"] == 1
+    salad_compile.save(model, tmp_path / "salad.safetensors")
+    again = toys.Stack(style(), other()).double()
+    again.load_state_dict({name: value for name, value in model.state_dict().items() if ".salad." not in name})
+    salad_compile.load(again, tmp_path / "salad.safetensors")
+    assert torch.equal(run(again, {"x": x}, gradients=False).output, expected.output)
 
 
 @pytest.mark.parametrize("strict", [True, False])
