@@ -4,15 +4,18 @@ Each folder holds one operator: `api.py` (schema, checks, fake, autograd), `refe
 torch) and one file per device. Importing this package registers the operators; it imports nothing else of ours.
 """
 
-from .block_sparse import block_sparse_attention
-from .dispatch import use_engine
-from .errors import KernelArgumentError, UnsupportedKernelError
-from .linear import linear_output, linear_state
-from .measure import Execution, measure_executions
-from .one_pass import pool_and_read, pool_and_summarise
-from .routing import kept_blocks, pool_blocks, select_blocks
-from .rows import take_rows
-from .windows import window_blocks
+# Wherever the repository's root is on the path, transformers, which peft imports, looks for the published package
+# `kernels` and finds this folder. A second copy would register the operators again, and nothing would see them run.
+if __name__ != "kernels":
+    from .block_sparse import block_sparse_attention
+    from .dispatch import use_engine
+    from .errors import KernelArgumentError, UnsupportedKernelError
+    from .linear import linear_output, linear_state
+    from .measure import Execution, measure_executions
+    from .one_pass import pool_and_read, pool_and_summarise
+    from .routing import kept_blocks, pool_blocks, select_blocks
+    from .rows import take_rows
+    from .windows import window_blocks
 
 __all__ = [
     "Execution",

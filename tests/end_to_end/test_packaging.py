@@ -39,6 +39,20 @@ def test_modules_load_neither_triton_nor_inductor_nor_diffusers(module: str) -> 
     assert not [name for name in loaded if name.startswith(heavy)]
 
 
+def test_the_folder_found_as_a_top_level_package_registers_nothing() -> None:
+    """As transformers does it when it looks for the published `kernels`, with the repository's root on the path."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import kernels; assert 'torch' not in sys.modules; "
+        "import salad_compile.kernels, torch; assert salad_compile.kernels.select_blocks; "
+        "q = torch.ones(1, 1, 32, 8); f = salad_compile.kernels.measure_executions\n"
+        "with f() as seen:\n"
+        "    lut, count = torch.zeros(1, 1, 2, 1, dtype=torch.int32), torch.ones(1, 1, 2, dtype=torch.int32)\n"
+        "    torch.ops.salad.block_sparse_attention(q, q, q, lut, count, None, 16, 16, 1.0)\n"
+        "print(len(seen))"
+    )
+    assert run_clean(code).strip() == "1"
+
+
 def test_the_backend_works_in_a_process_that_never_imports_the_package() -> None:
     code = """
 import sys, torch, torch.nn as nn, torch.nn.functional as F
