@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,16 +37,17 @@ from .errors import (
     UnexpectedKeysError,
     UnknownProjectionError,
 )
-from .files import written_at_once
+from .files import failures_named, flush_to_disk, written_at_once
 from .geometry import GridRule, GridSource
+from .location import FILE_NAME as FILE_NAME
+from .location import file_at
 from .logs import logger
 from .model_tree import plain_key, single_model
 from .multihead import projection
 
 FORMAT_VERSION = 4
 READABLE_VERSIONS = (2, 3, 4)  # 2 knew no dropped branches, 3 no rotated_first: SiteRecord's defaults say so
-FILE_NAME = "salad.safetensors"
-_HEADER_KEY = "salad_config"
+HEADER_KEY = "salad_config"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -127,23 +128,25 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The path of the file.
 
     Raises:
-        NotConvertedError: the model has no branch. OSError: the file cannot be written; a file that was there before
+        NotConvertedError: the model has no branch. WriteError: the file cannot be written; a file that was there before
         is as it was.
     """
     bare = single_model(model, "save")
     header = describe(bare)
-    state = {name: _whole(tensor) for name, tensor in branch_state(bare).items()}
+    state = whole_state(branch_state(bare))
     target = Path(path)
     if target.is_dir():
         target = target / FILE_NAME
-    if (
-        not torch.distributed.is_available()
-        or not torch.distributed.is_initialized()
-        or not torch.distributed.get_rank()
-    ):
-        _write(state, header, target)
+    if is_first_rank():
+        write(state, header, target)
         logger.info("saved %d tensors of %d sites to %s", len(state), len(header.sites), target)
     return target
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes."""
+    distributed = torch.distributed
+    return not distributed.is_available() or not distributed.is_initialized() or not distributed.get_rank()
 
 
 def describe(model: nn.Module) -> Header:
@@ -210,24 +213,36 @@ def base_digest(model: nn.Module, records: tuple[SiteRecord, ...]) -> str:
 def _weight_sums(model: nn.Module, records: tuple[SiteRecord, ...]) -> Iterator[float]:
     for record in records:
         weights: list[Any] = [model.get_submodule(name).weight for name in record.projections().values()]
-        yield sum(float(_whole(weight).abs().sum(dtype=torch.float64)) for weight in weights)
+        yield weight_sum(whole(weight) for weight in weights)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def weight_sum(weights: Iterable[Tensor]) -> float:
+    """By what a base that holds a merged update is known: the sum of the absolute values, in fp64."""
+    return sum(float(weight.abs().sum(dtype=torch.float64)) for weight in weights)
+
+
+def whole_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """:func:`whole` of every tensor."""
+    return {name: whole(tensor) for name, tensor in state.items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, contiguous and detached; of a sharded one all shards, so every rank must call it."""
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):  # a DTensor of FSDP2
         tensor = tensor.full_tensor()
     return tensor.cpu().contiguous()
 
 
-def _write(state: Mapping[str, Tensor], header: Header, target: Path) -> None:
+def write(state: Mapping[str, Tensor], header: Header, target: Path) -> None:
+    """Write a SALAD file at once, in a directory that is made if need be. Raises WriteError."""
     from safetensors.torch import save_file
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with failures_named(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     with written_at_once(target) as temporary:
-        save_file(dict(state), temporary, metadata={"format": "pt", _HEADER_KEY: header.to_json()})
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        save_file(dict(state), temporary, metadata={"format": "pt", HEADER_KEY: header.to_json()})
+        flush_to_disk(temporary)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -244,10 +259,11 @@ def load(model: Model, path: str | os.PathLike[str], *, grid: GridSource | None 
     Raises:
         CheckpointError: one of its subclasses for each way in which the file can be wrong.
         AlreadyConvertedError: the model was converted with another configuration.
+        FileNotFoundError: there is no such file, here or on the Hub. HubError: the download broke off.
         Whatever is raised, the model is unchanged.
     """
     bare = single_model(model, "load")
-    file = _locate(path)
+    file = file_at(path)
     with _opened(file) as content:
         header = read_header(content, file)
         _check_base(bare, header, file)
@@ -282,27 +298,6 @@ def _assign(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def _locate(path: str | os.PathLike[str]) -> Path:
-    local = Path(path)
-    if local.is_dir():
-        local = local / FILE_NAME
-    if local.exists():
-        return local
-    name = os.fspath(path)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".safetensors"):
-        raise FileNotFoundError(f"no SALAD file at {local}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, FILE_NAME))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name!r} is neither a file nor a directory here, and {FILE_NAME} could not be had from a Hub repository "
-            f"of that name: {error}"
-        ) from error
-
-
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
@@ -324,13 +319,25 @@ def read_header(content: Any, file: Path) -> Header:
         NotASaladFileError: the file has none. FormatVersionError, CorruptFileError: it cannot be used.
     """
     metadata = content.metadata() or {}
-    if _HEADER_KEY not in metadata:
+    if HEADER_KEY not in metadata:
         first = ", ".join(list(content.keys())[:3])
         raise NotASaladFileError(
             f"{file} is a safetensors file but no SALAD file (its first tensors: {first}). A LoRA is loaded with "
             "pipe.load_lora_weights, a base checkpoint with from_pretrained; salad_compile.save writes what load reads."
         )
-    return Header.from_json(metadata[_HEADER_KEY], file)
+    return Header.from_json(metadata[HEADER_KEY], file)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Any, Header]]:
+    """The place of a file that :func:`load` would read, its content by name, and its header; no tensor is read.
+
+    Raises:
+        CheckpointError, FileNotFoundError: see :func:`load`.
+    """
+    file = file_at(path)
+    with _opened(file) as content:
+        yield file, content, read_header(content, file)
 
 
 def _check_base(model: nn.Module, header: Header, file: Path) -> None:

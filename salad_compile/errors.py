@@ -121,6 +121,38 @@ class ShapeMismatchError(CheckpointError):
     """A tensor of the file has another shape than its parameter."""
 
 
+class WriteError(SaladError, OSError):
+    """A file or directory could not be written; `errno` says why, and what was there before is as it was."""
+
+
+class ExportError(SaladError, ValueError):
+    """A format was asked for that cannot be written of this model."""
+
+
+class HubError(SaladError, OSError):
+    """A transfer from or to the Hugging Face Hub was refused or broke off."""
+
+
+class ModelSourceError(SaladError, ValueError):
+    """What was given as a model names none, or lacks what building it takes: class, configuration or weights."""
+
+
+class LatentLayoutError(SaladError, ValueError):
+    """A path holds no precomputed latents in a layout that is known, or its index cannot be used."""
+
+
+class LatentItemError(SaladError, ValueError):
+    """Items of precomputed data are damaged or do not fit the others; the message names them."""
+
+
+class TrainingError(SaladError, RuntimeError):
+    """A training run cannot go on: a loss that is not finite, a checkpoint that cannot be written, a failed process."""
+
+
+class ResumeError(SaladError, ValueError):
+    """A training run cannot go on from what its directory holds: other settings, another model or other data."""
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the nearest valid name, or the empty string when nothing is near."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)

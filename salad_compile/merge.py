@@ -40,16 +40,15 @@ def merge_lora(model: nn.Module) -> list[MergedProjection]:
         raise NotConvertedError(f"{type(bare).__name__} has no SALAD branch whose LoRA could be merged.")
     if not any(branch.lora_roles for branch in known):
         raise MergeError("this model has no LoRA: converted with lora_rank=0, or merged before.")
-    work = [item for branch in known for item in _projections(bare, branch)]
+    work = [item for branch in known for item in mergeable(bare, branch)]
     merged = [MergedProjection(name, roles, _merge(branch, linear, roles)) for branch, name, linear, roles in work]
     for branch in known:
         _drop_lora(branch)
     return merged
 
 
-def _projections(
-    model: nn.Module, branch: SaladBranch
-) -> Iterator[tuple[SaladBranch, str, nn.Linear, tuple[str, ...]]]:
+def mergeable(model: nn.Module, branch: SaladBranch) -> Iterator[tuple[SaladBranch, str, nn.Linear, tuple[str, ...]]]:
+    """Branch, name, module and roles of each projection with a low-rank update. Raises MergeError."""
     for first, roles in branch.record.shared_roles().items():
         if not any(role in branch.lora_roles for role in roles):
             continue
@@ -67,11 +66,17 @@ def _merge(branch: SaladBranch, linear: nn.Linear, roles: tuple[str, ...]) -> fl
     """Add the update of each role to its share of the weight's rows; returns the relative cast error."""
     with torch.no_grad():
         updates = [_update(branch, role, branch.shares[role], linear) for role in roles]
-        update = torch.cat(updates)
-        exact = linear.weight.float() + update
-        linear.weight.copy_(exact)
-        norm = update.norm()
-        return float((linear.weight.float() - exact).norm() / norm) if norm else 0.0
+        merged, cast_error = merged_weight(linear.weight, torch.cat(updates))
+        linear.weight.copy_(merged)
+        return cast_error
+
+
+def merged_weight(weight: Tensor, update: Tensor) -> tuple[Tensor, float]:
+    """weight + update, summed in fp32 and cast once to the weight's dtype, and the relative cast error."""
+    exact = weight.float() + update
+    merged = exact.to(weight.dtype)
+    norm = update.norm()
+    return merged, float((merged.float() - exact).norm() / norm) if norm else 0.0
 
 
 def _update(branch: SaladBranch, role: str, rows: int, linear: nn.Linear) -> Tensor:

@@ -270,7 +270,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def run_probe(model: nn.Module, example_inputs: Any, *, replay_position: bool = False) -> Probe:
     """One forward of `model` under a :class:`Probe`, without memory where possible."""
-    device, dtype = _placement(model)
+    device, dtype = placement(model)
     on_meta = device.type == "meta"
     attempts: list[contextlib.AbstractContextManager[Any]] = [contextlib.nullcontext()]
     if not on_meta:
@@ -305,7 +305,8 @@ def _tell_fallback(error: Exception, *, last: bool, synthetic: bool) -> None:
     )
 
 
-def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype for the inputs of a model: those of its parameters, float32 on the CPU if it has none."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     if not parameters:
         return torch.device("cpu"), torch.float32

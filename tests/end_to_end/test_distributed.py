@@ -1,4 +1,4 @@
-"""FSDP2 on two processes: same outputs and gradients as one process, and the same file."""
+"""FSDP2 on two processes: same outputs and gradients as one process, and the same files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -50,6 +51,10 @@ def worker(rank: int, folder: str) -> None:
             assert relative_error(actual.gradients[name].full_tensor(), gradient) < 1e-4, name
         salad_compile.save(model, Path(folder) / "sharded.safetensors")
         dist.barrier()
+        report = salad_compile.export(model, Path(folder) / "sharded", ("salad", "diffusers", "merged"))
+        assert len(report.written) == 3  # on every rank
+        with pytest.raises(salad_compile.WriteError, match="is a file"):  # on every rank
+            salad_compile.export(model, Path(folder) / "sharded.safetensors")
         other = converted()
         randomise_branches(other, seed=5)
         salad_compile.load(shard(other), Path(folder) / "sharded.safetensors")
@@ -66,3 +71,10 @@ def test_fsdp2_equals_one_process_and_saves_the_same_file(tmp_path: Path) -> Non
     assert sharded.keys() == expected.keys()
     assert all(torch.equal(sharded[name], expected[name]) for name in expected)
     salad_compile.load(CASE.build(), tmp_path / "sharded.safetensors")
+    salad_compile.export(converted(), tmp_path / "whole", ("salad", "diffusers", "merged"))
+    files = [file.relative_to(tmp_path / "whole") for file in (tmp_path / "whole").rglob("*.safetensors")]
+    assert len(files) == 4
+    for file in files:
+        sharded, expected = load_file(tmp_path / "sharded" / file), load_file(tmp_path / "whole" / file)
+        assert sharded.keys() == expected.keys()
+        assert all(torch.equal(sharded[name], expected[name]) for name in expected), file

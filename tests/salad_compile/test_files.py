@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from salad_compile.files import written_at_once
+from salad_compile.errors import HubError, WriteError
+from salad_compile.files import directory_written_at_once, written_at_once
 
 
 def test_the_file_takes_its_place_in_the_end(tmp_path: Path) -> None:
@@ -31,4 +36,42 @@ def test_an_error_leaves_everything_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         fail()
     assert target.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("cause", [OSError(errno.ENOSPC, "no room"), SafetensorError("I/O error (os error 28)")])
+def test_what_the_system_refuses_is_a_write_error_with_its_number(cause: Exception, tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match=r"a\.txt could not be written") as caught, written_at_once(tmp_path / "a.txt"):
+        raise cause
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.__cause__ is cause
+    with pytest.raises(SafetensorError, match="no tensors"), written_at_once(tmp_path / "a.txt"):
+        raise SafetensorError("no tensors")  # of what was read in between, not of writing
+    with pytest.raises(HubError), written_at_once(tmp_path / "a.txt"):
+        raise HubError("another error of ours that is an OSError")
+    assert not list(tmp_path.iterdir())
+
+
+def test_safetensors_says_why_it_could_not_write_in_a_form_that_is_read(tmp_path: Path) -> None:
+    """The text of its errors is no API: seen in safetensors 0.8."""
+    with pytest.raises(WriteError) as caught, written_at_once(tmp_path / "missing" / "a") as temporary:
+        save_file({"a": torch.zeros(1)}, temporary)
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_a_directory_takes_its_place_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for text in ("first", "second"):
+        with directory_written_at_once(target) as temporary:
+            (temporary / text).write_text(text)
+        assert [entry.name for entry in target.iterdir()] == [text]
+
+    def fail() -> None:
+        with directory_written_at_once(target) as temporary:
+            (temporary / "third").write_text("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert [entry.name for entry in target.iterdir()] == ["second"]
     assert list(tmp_path.iterdir()) == [target]

@@ -1,0 +1,130 @@
+"""A checkpoint of the base model with the low-rank updates in its weights, and what SALAD needs beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from ..branch import BRANCH_NAME, branches
+from ..checkpoint import FORMAT_VERSION, Header, weight_sum, whole, write
+from ..errors import ExportError, MergeError
+from ..location import FILE_NAME
+from ..merge import MergedProjection, mergeable, merged_weight
+from ..model_tree import plain_key
+from .low_rank import LowRank, is_fused_by_diffusers
+
+# short: diffusers prints all of it when it loads the configuration
+NOTE = "LoRA is merged; without salad_compile.load(model, directory) attention is dense, and this is another model"
+
+
+def require_mergeable(model: nn.Module) -> None:
+    """Check, before anything is gathered or written, that a checkpoint of the merged model can be written.
+
+    Raises:
+        MergeError: quantised, or wrapped by another adapter. ExportError: another layout than from_pretrained builds.
+    """
+    for branch in branches(model).values():
+        list(mergeable(model, branch))
+        for name in branch.record.projections().values():
+            if is_fused_by_diffusers(model, name):
+                raise ExportError(
+                    f"{name!r} was fused by fuse_qkv_projections, and from_pretrained builds the model apart. Export "
+                    "the other formats, load salad.safetensors into a model that is fused, and merge_lora there."
+                )
+    if getattr(model, "config", None) is not None and _diffusers_config(model).get("quantization_config"):
+        raise MergeError(f"{type(model).__name__} is quantised: load the base in 16 or 32 bits and merge there.")
+    adapted = [name for name, _ in model.named_parameters() if ".base_layer." in name]
+    if adapted:
+        raise MergeError(f"another adapter is in the model ({adapted[0]!r}): unload or fuse it first.")
+
+
+def gathered_base(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Every tensor of the base model by plain name; sharded ones whole and on the CPU, others as they are.
+
+    Every rank must call it; without `keep` (on those that write nothing) the result is empty.
+    """
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if BRANCH_NAME in name.split("."):
+            continue
+        gathered = whole(tensor) if hasattr(tensor, "full_tensor") else tensor.detach()
+        if keep:
+            state[plain_key(name)] = gathered
+    return state
+
+
+def merged_state(
+    state: Mapping[str, Tensor], updates: list[LowRank]
+) -> tuple[dict[str, Tensor], list[MergedProjection]]:
+    """`state` with W + scale * B A in place of the weights that have an update; nothing in `state` is written to."""
+    merged, report = dict(state), []
+    for update in updates:
+        key = f"{update.name}.weight"
+        merged[key], cast_error = merged_weight(state[key], update.update().to(state[key].device))
+        report.append(MergedProjection(update.name, update.roles, cast_error))
+    return merged, report
+
+
+def merged_header(header: Header, state: Mapping[str, Tensor], updates: list[LowRank]) -> Header:
+    """The header of the file beside a merged checkpoint: no LoRA, and by what its base is known."""
+    if not updates:
+        return header  # no update to hold, or merged before and known already
+    sums = tuple(
+        weight_sum(state[f"{name}.weight"].cpu() for name in record.projections().values()) for record in header.sites
+    )
+    return dataclasses.replace(header, config=dataclasses.replace(header.config, lora_rank=0), merged_weights=sums)
+
+
+def without_lora(branch_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The branch state as merge_lora leaves it: no factors, and a scale of zero."""
+    kept = {name: value for name, value in branch_state.items() if not name.endswith(("_down", "_up"))}
+    return {name: value * 0 if name.endswith(".lora_scale") else value for name, value in kept.items()}
+
+
+def write_merged(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    branch_state: Mapping[str, Tensor],
+    header: Header,
+    directory: Path,
+    max_shard_size: int | str,
+) -> None:
+    """Write weights in shards, `config.json`, and the SALAD file, which the index of the shards does not name."""
+    from huggingface_hub import save_torch_state_dict
+
+    # hub refuses parts of a larger storage, which gathered shards are when they do not divide evenly
+    state = {name: value if _is_whole_storage(value) else value.clone() for name, value in state.items()}
+    config = _diffusers_config(model)
+    stem = "diffusion_pytorch_model" if config else "model"
+    directory.mkdir(parents=True)
+    save_torch_state_dict(
+        state, directory, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    config["salad"] = {
+        "merged": True,
+        "file": FILE_NAME,
+        "format_version": FORMAT_VERSION,
+        "sites": len(header.sites),
+        "sparsity": header.config.sparsity,
+        "pattern": header.config.pattern,
+        "note": NOTE,
+    }
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write(branch_state, header, directory / FILE_NAME)
+
+
+def _is_whole_storage(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def _diffusers_config(model: nn.Module) -> dict[str, Any]:
+    """What diffusers would write to `config.json`; empty for a model that is none of its."""
+    to_json = getattr(model, "to_json_string", None)
+    known: dict[str, Any] = json.loads(to_json()) if callable(to_json) else {}
+    return known

@@ -1,0 +1,105 @@
+"""The README.md of an export: what it is, what to load it into, what was converted and how it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..config import SaladConfig
+from ..report import Summary
+
+if TYPE_CHECKING:
+    from .export_report import ExportedFormat
+
+LOADING = {
+    "salad": 'model = salad_compile.load(base_model, "{set}")  # gates, projections and LoRA: the fine-tuned model',
+    "merged": 'model = salad_compile.load({cls}.from_pretrained("{set}/transformer"), "{set}/transformer")  # the same',
+    "diffusers": 'pipe.load_lora_weights("{set}/lora"{second})  # LoRA alone, into the base',
+    "peft": 'model = peft.PeftModel.from_pretrained(base_model, "{set}/lora/peft")  # LoRA alone, into the base',
+}
+
+
+def model_card(
+    summary: Summary,
+    configs: Mapping[str, SaladConfig],
+    classes: Mapping[str, str],
+    formats: Sequence[ExportedFormat],
+    *,
+    base_model: str | None,
+    training: Mapping[str, Any] | None,
+) -> str:
+    """The text of the card.
+
+    Args:
+        summary: of all components. configs, classes: configuration and class name of each component ("" for a model).
+        formats: what was written and what was not. base_model: a Hub id or a name, None: not known.
+        training: anything to tell of the training: data, steps, metrics; nested mappings become nested lists.
+    """
+    merged = any(entry.format == "merged" and entry.path for entry in formats)
+    parts = [
+        front_matter(base_model, merged=merged, diffusers=any(entry.format == "diffusers" for entry in formats)),
+        "# SALAD attention" + (f" for {base_model}" if base_model else ""),
+        "Self-attention of the base model is block-sparse softmax attention plus gated linear attention "
+        "([SALAD](https://arxiv.org/abs/2601.16515)), made with `salad_compile`.",
+        "**LoRA files and merged weights also load without SALAD attention. What they compute then is not this "
+        "model:** it has no gates and no linear branch, and it was trained with sparse attention.",
+        _method(configs, classes),
+        "## Load\n\n" + _loading(formats, classes),
+        "## Files\n\n" + _files(formats),
+        "## Training\n\n" + (_bullets(training) if training else "Nothing was recorded."),
+        "## Sites\n\n" + summary.to_markdown(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(base_model: str | None, *, merged: bool, diffusers: bool) -> str:
+    """The YAML block that the Hub reads."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="diffusers" if diffusers else None,
+        tags=["salad", "lora", "sparse-attention"],
+        base_model_relation=None if base_model is None else "finetune" if merged else "adapter",
+    )
+    return f"---\n{data.to_yaml().strip()}\n---"
+
+
+def _method(configs: Mapping[str, SaladConfig], classes: Mapping[str, str]) -> str:
+    rows = [("component", "class", "sparsity", "pattern", "query x key block", "LoRA rank", "LoRA alpha")]
+    rows.append(tuple("---" for _ in rows[0]))  # type: ignore[arg-type]
+    for name, config in configs.items():
+        blocks, rank = f"{config.query_block} x {config.key_block}", config.lora_rank
+        alpha = f"{config.lora_alpha or rank:g}" if rank else "none"
+        cells = (name or "(model)", classes[name], f"{config.sparsity:g}", config.pattern, blocks, str(rank), alpha)
+        rows.append(cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _loading(formats: Sequence[ExportedFormat], classes: Mapping[str, str]) -> str:
+    lines = []
+    for entry in formats:
+        if entry.path and entry.format in LOADING:
+            second = ", load_into_transformer_2=True" if entry.component == "transformer_2" else ""
+            folder = entry.set_path or "."
+            text = LOADING[entry.format].format(set=folder, cls=classes[entry.component], second=second)
+            lines.append(text)
+    warning = "`salad.safetensors` holds the LoRA too: loading a LoRA file on top of it would add the update twice."
+    return "```python\n" + "\n".join(lines) + f"\n```\n\n{warning}"
+
+
+def _files(formats: Sequence[ExportedFormat]) -> str:
+    return "\n".join(
+        f"- `{entry.path}`: {entry.format}" if entry.path else f"- {entry.format}: not exported, {entry.reason}"
+        for entry in formats
+    )
+
+
+def _bullets(values: Mapping[str, Any], indent: str = "") -> str:
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}- {name}:", _bullets(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}- {name}: {value}")
+    return "\n".join(lines)
