@@ -1,0 +1,113 @@
+"""Looks at values: items that are damaged inside, and latents that were normalised never, twice or otherwise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import LatentItemError
+from .dataset import StoredLatents
+from .source import Problem
+from .statistics import WAN_2_1, LatentStatistics
+
+# How far per-channel statistics may be from mean 0 and std 1, in the root mean square over channels of (mean, log std):
+# log 2 is a standard deviation that is off by a factor of 2 in every channel. With the statistics of the Wan 2.1 VAE,
+# latents that were never normalised are at 1.02 and latents that were normalised twice at 0.86
+# (tests/salad_compile/latents/test_checking.py). The choice is ours: a few clips are not the whole training set, so the
+# threshold leaves room for clips that are darker, calmer or busier than most.
+THRESHOLD = math.log(2)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Statistics of the latents as they come out of a dataset, per channel, over all elements of some items."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    items: int
+
+
+@dataclass
+class Checked:
+    """Outcome of reading items one after the other."""
+
+    measured: Measured | None
+    problems: list[Problem]
+
+
+def evenly_spaced(number: int, among: int) -> list[int]:
+    """At most `number` indices, spread over the dataset."""
+    number = min(number, among)
+    return sorted({position * among // number for position in range(number)}) if number else []
+
+
+def check(latents: StoredLatents, indices: Sequence[int] | None = None, *, progress: bool = False) -> Checked:
+    """Read items, all of them unless `indices` says which; damaged ones are listed, the others measured.
+
+    A constant channel has a standard deviation of 0, which :func:`doubt` reports as infinitely far.
+    """
+    from tqdm import tqdm
+
+    chosen = range(len(latents)) if indices is None else indices
+    problems: list[Problem] = []
+    moments: list[Tensor] = []  # one (3, C) per item: count, sum, sum of squares
+    # disable=None: no bar where the output is not a terminal
+    for index in tqdm(chosen, desc="latents", unit="item", disable=None if progress else True):
+        try:
+            latent = latents.read(index).latent.double().flatten(1)
+        except LatentItemError as error:
+            problems.append(Problem(latents.names[index], str(error).removeprefix(f"{latents.names[index]}: ")))
+            continue
+        count = torch.full((len(latent),), latent.shape[1], dtype=torch.float64)
+        moments.append(torch.stack([count, latent.sum(dim=1), latent.square().sum(dim=1)]))
+    return Checked(_measured(moments), problems)
+
+
+def _measured(moments: list[Tensor]) -> Measured | None:
+    if not moments:
+        return None
+    count, first, second = torch.stack(moments).sum(dim=0)
+    mean = first / count
+    std = (second / count - mean.square()).clamp(min=0).sqrt()
+    return Measured(tuple(mean.tolist()), tuple(std.tolist()), len(moments))
+
+
+def doubt(measured: Measured, statistics: LatentStatistics | None, *, stored_normalized: bool) -> str | None:
+    """Why these latents do not look normalised once, and what to do, or None.
+
+    Args:
+        statistics: of the VAE, to tell the mistakes apart; None: those of the Wan 2.1 VAE if there are 16 channels.
+        stored_normalized: the files were taken to hold normalised latents, so that reading did not normalise them.
+    """
+    if statistics is None and len(measured.mean) == WAN_2_1.channels:
+        statistics = WAN_2_1
+    zero, one = (0.0,) * len(measured.mean), (1.0,) * len(measured.mean)
+    here = _distance(measured, zero, one)
+    never, twice = math.inf, math.inf
+    if statistics is not None:
+        never = _distance(measured, statistics.mean, statistics.std)
+        pairs = zip(statistics.mean, statistics.std, strict=True)
+        twice = _distance(measured, tuple(-mean / std for mean, std in pairs), tuple(1 / std for std in statistics.std))
+    numbers = f"over {measured.items} items they are {here:.2f} from mean 0 and std 1 (limit {THRESHOLD:.2f})"
+    if never < here and never <= min(twice, THRESHOLD):
+        cure = "pass normalized=False" if stored_normalized else "the VAE's statistics do not fit"
+        return f"the latents look as if they were not normalised ({cure}): {numbers}"
+    if twice < here and twice <= THRESHOLD:
+        cure = "what wrote them?" if stored_normalized else "pass normalized=True"
+        return f"the latents look as if they were normalised twice ({cure}): {numbers}"
+    if here > THRESHOLD:
+        return f"the latents do not look normalised with the statistics of their VAE: {numbers}"
+    return None
+
+
+def _distance(measured: Measured, mean: tuple[float, ...], std: tuple[float, ...]) -> float:
+    """Root mean square over channels of the difference in mean, in units of `std`, and of the log ratio of the stds."""
+    total = 0.0
+    for here, spread, expected, unit in zip(measured.mean, measured.std, mean, std, strict=True):
+        logarithm = math.log(spread / unit) if spread > 0 else math.inf
+        total += ((here - expected) / unit) ** 2 + logarithm**2
+    return math.sqrt(total / len(mean))

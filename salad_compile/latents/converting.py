@@ -1,0 +1,189 @@
+"""convert_latents: from any format that is read into our own, musubi-tuner's or FastVideo's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError, LatentItemError, did_you_mean
+from ..files import failures_named
+from .dataset import StoredLatents, summary_of
+from .fastvideo_writing import FastVideoWriter
+from .item import LatentItem
+from .musubi import MusubiWriter
+from .native import NativeWriter
+from .opening import open_latents
+from .source import Problem
+from .statistics import LatentStatistics
+from .storing import save_text
+
+TARGETS = ("salad", "musubi", "fastvideo")
+PLAN = "salad_conversion.json"
+_ROWS_PER_FILE = 16  # of a Parquet file, which is held in memory: a Wan clip of 480p and 81 frames takes up to 16 MB
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What convert_latents did.
+
+    Attributes:
+        path: the new dataset.
+        written: items written now.
+        kept: items that an earlier, interrupted run had written.
+        skipped: damaged items of the source that were left out.
+    """
+
+    path: Path
+    written: int
+    kept: int
+    skipped: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """How a format is written: `per_file` items at a time, numbered from 0."""
+
+    per_file: int
+    keep: Callable[[int, Sequence[int]], bool]
+    write: Callable[[int, list[LatentItem]], None]
+    finish: Callable[[], None]
+
+
+def convert_latents(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    layout: str = "auto",
+    to: str = "salad",
+    normalized: bool | None = None,
+    statistics: LatentStatistics | None = None,
+    on_error: str = "raise",
+    progress: bool = True,
+) -> ConversionReport:
+    """Write a dataset in another format. Run again after an interruption, it goes on where it stopped.
+
+    Values are float32 on the way. Between "salad" and "musubi" they come through bit by bit; "fastvideo" is not
+    normalised, which costs one rounding to float32 each way. Every file appears as a whole or not at all.
+
+    Args:
+        source, layout, normalized, statistics, on_error: as of :func:`open_latents`. Damaged items that are skipped are
+            left out, and named in the report.
+        destination: a directory: new, empty, or left by an interrupted run of the same conversion.
+        to: "salad", "musubi" or "fastvideo".
+        progress: show a bar if the output is a terminal.
+
+    Raises:
+        ConfigError: an unknown option, a destination that holds something else, or no statistics for "fastvideo".
+        LatentItemError: an item is damaged (with on_error="raise"), or none is good.
+        WriteError: the disk is full, say. What was written stays, for the next run.
+        Others as of :func:`open_latents`.
+    """
+    from tqdm import tqdm
+
+    if to not in TARGETS:
+        raise ConfigError(f"to is one of {', '.join(TARGETS)}; got {to!r}.{did_you_mean(to, TARGETS)}")
+    origin, goal = Path(source), Path(destination)
+    latents = open_latents(origin, layout=layout, normalized=normalized, statistics=statistics, on_error=on_error)
+    if to == "fastvideo" and latents.statistics is None:
+        raise ConfigError("FastVideo's latents are not normalised: pass statistics= of their VAE to undo it.")
+    _claim(goal, origin, _plan(latents, to))
+    target = _target(to, goal, latents)
+    written, kept, skipped = 0, 0, list(latents.problems)
+    with tqdm(total=len(latents), desc=goal.name, unit="item", disable=None if progress else True) as bar:
+        for number, start in enumerate(range(0, len(latents), target.per_file)):
+            indices = range(start, min(start + target.per_file, len(latents)))
+            if target.keep(number, indices):
+                kept += len(indices)
+            else:
+                items = _read(latents, indices, skipped, on_error)
+                if items:
+                    target.write(number, items)
+                written += len(items)
+            bar.update(len(indices))
+    if not written + kept:
+        raise LatentItemError(f"{origin} has no good item. {summary_of(skipped)}")
+    target.finish()
+    return ConversionReport(goal, written, kept, tuple(skipped))
+
+
+def _read(latents: StoredLatents, indices: Sequence[int], skipped: list[Problem], on_error: str) -> list[LatentItem]:
+    items = []
+    for index in indices:
+        try:
+            items.append(latents.read(index))
+        except LatentItemError as error:
+            if on_error == "raise":
+                raise
+            skipped.append(Problem(latents.names[index], str(error).removeprefix(f"{latents.names[index]}: ")))
+    return items
+
+
+def _target(to: str, goal: Path, latents: StoredLatents) -> _Target:
+    if to == "fastvideo":
+        assert latents.statistics is not None
+        parquet = FastVideoWriter(goal, latents.statistics)
+        return _Target(_ROWS_PER_FILE, lambda number, _: parquet.keep(number), parquet.write, lambda: None)
+    if to == "musubi":
+        caches = MusubiWriter(goal)
+        return _Target(
+            1,
+            lambda _, indices: caches.keep(latents.names[indices[0]], latents.shapes[indices[0]]),
+            lambda _, items: caches.write(items[0]),
+            lambda: None,
+        )
+    native = NativeWriter(goal, latents.statistics)
+    return _Target(
+        1,
+        lambda _, indices: native.keep(latents.names[indices[0]]),
+        lambda _, items: native.write(items[0]),
+        native.finish,
+    )
+
+
+def _plan(latents: StoredLatents, to: str) -> str:
+    """What has to be the same when a conversion goes on."""
+    listed = json.dumps([latents.names, latents.shapes])
+    return json.dumps(
+        {
+            "from": latents.layout,
+            "to": to,
+            "items": len(latents),
+            "items_sha256": hashlib.sha256(listed.encode()).hexdigest(),
+            "normalized": latents.normalized,
+            "statistics": None if latents.statistics is None else latents.statistics.to_dict(),
+            "rows_per_file": _ROWS_PER_FILE,
+        },
+        indent=1,
+    )
+
+
+def _claim(goal: Path, origin: Path, plan: str) -> None:
+    """Make the destination, or see that an interrupted run of this conversion left it.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    here, there = goal.resolve(), origin.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ConfigError(f"source {origin} and destination {goal} have to lie apart.")
+    if goal.exists() and not goal.is_dir():
+        raise ConfigError(f"the destination {goal} is a file.")
+    note = goal / PLAN
+    if note.exists():
+        if note.read_text(encoding="utf-8") != plan:
+            raise ConfigError(
+                f"{goal} holds another conversion ({PLAN} differs): other items, format, normalisation or statistics. "
+                "Write to another directory, or delete it."
+            )
+        for left in goal.rglob(".*.partial"):  # what a killed run was writing
+            left.unlink()
+        return
+    if goal.exists() and any(not file.name.startswith(".") for file in goal.iterdir()):
+        raise ConfigError(f"{goal} is not empty, and not left by an interrupted conversion.")
+    with failures_named(goal):
+        goal.mkdir(parents=True, exist_ok=True)
+    save_text(note, plan)

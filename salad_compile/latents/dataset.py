@@ -1,0 +1,133 @@
+"""The dataset behind open_latents: one source's items, normalised, with a rule for damaged ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ..errors import ConfigError, LatentItemError
+from ..logs import logger
+from .item import LatentDataset, LatentItem
+from .source import LatentSource, Problem, checked_item
+from .statistics import LatentStatistics
+
+_SHOWN = 5  # names in a message
+
+
+class StoredLatents(LatentDataset):
+    """Items of a source.
+
+    With `on_error="skip"` an item whose header shows that it is damaged is left out; the others keep their order. What
+    only shows when it is read (NaN, say) makes item i the next good item of the same shape, round the end of the
+    dataset if need be. So item i depends on nothing but i and the files, and batches keep their shape.
+
+    Attributes:
+        layout: name of the format.
+        normalized: whether the files hold normalised latents. False: reading normalises them.
+        statistics: how the latents that come out were normalised; None: not known.
+        problems: items that were left out.
+    """
+
+    def __init__(
+        self,
+        source: LatentSource,
+        *,
+        normalized: bool | None = None,
+        statistics: LatentStatistics | None = None,
+        on_error: str = "raise",
+    ) -> None:
+        """Raises ConfigError: options that do not fit. LatentItemError: damaged items, with on_error="raise"."""
+        if on_error not in ("raise", "skip"):
+            raise ConfigError(f'on_error is "raise" or "skip", got {on_error!r}.')
+        self._source = source
+        self._skips = on_error == "skip"
+        self._announced: set[str] = set()
+        self.layout = source.layout
+        self.problems = _problems(source)
+        if self.problems and not self._skips:
+            raise LatentItemError(f"{summary_of(self.problems)} on_error='skip' leaves them out.")
+        if self.problems:
+            logger.warning("%s They are left out.", summary_of(self.problems))
+        bad = {problem.name for problem in self.problems}
+        self._places = [place for place, entry in enumerate(source.entries) if entry.name not in bad]
+        kept = [source.entries[place] for place in self._places]
+        self.names = [entry.name for entry in kept]
+        self.shapes = [entry.shape for entry in kept if entry.shape is not None]
+        if not kept:
+            raise LatentItemError(f"there is no good item among {len(source.entries)}. {summary_of(self.problems)}")
+        self.normalized = source.normalized if normalized is None else normalized
+        self.statistics = self._fitting(statistics)
+
+    def _fitting(self, statistics: LatentStatistics | None) -> LatentStatistics | None:
+        """What was given, else what the source says, if its VAE has this number of channels."""
+        channels = self.shapes[0][0]
+        if statistics is not None and statistics.channels != channels:
+            raise ConfigError(f"the latents have {channels} channels, the statistics {statistics.channels}.")
+        implied = self._source.statistics
+        if statistics is None and implied is not None and implied.channels == channels:
+            statistics = implied
+        if statistics is None and not self.normalized:
+            raise ConfigError(
+                f"latents of layout {self.layout!r} are not normalised, and nothing says how {channels} channels are: "
+                "pass statistics=LatentStatistics(mean, std) of their VAE, or normalized=True if they are."
+            )
+        return statistics
+
+    def __getitem__(self, index: int) -> LatentItem:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            return self.read(index)
+        except LatentItemError as error:
+            if not self._skips:
+                raise
+            return self._next_good(index, error)
+
+    def read(self, index: int) -> LatentItem:
+        """Item `index`, whatever `on_error` is.
+
+        Raises:
+            LatentItemError: it is damaged.
+        """
+        item = checked_item(self._source.read(self._places[index]), self.shapes[index])
+        if self.normalized:
+            return item
+        assert self.statistics is not None
+        return LatentItem(item.name, self.statistics.normalize(item.latent), item.text, item.caption, item.fps)
+
+    def _next_good(self, index: int, error: LatentItemError) -> LatentItem:
+        for step in range(1, len(self)):
+            other = (index + step) % len(self)
+            if self.shapes[other] != self.shapes[index]:
+                continue
+            try:
+                item = self.read(other)
+            except LatentItemError:
+                continue
+            if self.names[index] not in self._announced:
+                self._announced.add(self.names[index])
+                logger.warning("damaged: %s. %s takes its place.", error, item.name)
+            return item
+        raise LatentItemError(f"{error}, and no other item of shape {self.shapes[index]} is good.") from error
+
+
+def _problems(source: LatentSource) -> list[Problem]:
+    """What headers show: damage, and items with another number of channels than most."""
+    counts = Counter(entry.shape[0] for entry in source.entries if entry.shape and not entry.problem)
+    usual = counts.most_common(1)[0][0] if counts else 0
+    found = []
+    for entry in source.entries:
+        if entry.problem:
+            found.append(Problem(entry.name, entry.problem))
+        elif entry.shape is None:
+            found.append(Problem(entry.name, "its shape is not known"))
+        elif entry.shape[0] != usual:
+            found.append(Problem(entry.name, f"it has {entry.shape[0]} channels, most items have {usual}"))
+    return found
+
+
+def summary_of(problems: Sequence[Problem]) -> str:
+    """Number, first names and reasons, in one sentence."""
+    first = "; ".join(map(str, problems[:_SHOWN]))
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return f"{len(problems)} damaged item{'s' * (len(problems) != 1)}: {first}{more}".removesuffix(".") + "."

@@ -1,0 +1,158 @@
+"""Reads and writes the caches of musubi-tuner for Wan.
+
+Seen in kohya-ss/musubi-tuner: dataset/cache_io.py at 07f78ab, dataset/image_video_dataset.py at 0061e6e.
+
+    <name>_<pos>-<frames>_<WWWW>x<HHHH>_wan.safetensors   latents_{F}x{H}x{W}_{dtype}  [C, F, H, W], normalised
+    <name>_wan_te.safetensors                             varlen_t5_{dtype}            [L, D], without padding
+
+`_<pos>-<frames>` is there for clips of videos and not for images; all clips of a video share one text. Metadata:
+architecture, width, height, frame_count (latents), caption1 (text), format_version.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..files import failures_named
+from .item import LatentItem, Shape
+from .source import Entry, LatentSource, as_latent_shape, damaged, unique_names
+from .statistics import WAN_2_1
+from .storing import file_stem, opened_tensors, save_tensors
+
+_FILE = re.compile(r"(?P<name>.+)_\d{4,}x\d{4,}_wan\.safetensors")
+_CLIP = re.compile(r"(?P<video>.+)_\d+-\d+(-\d+)?")
+_LATENT_KEY = re.compile(r"latents_(\d+)x(\d+)x(\d+)_\w+")
+_TEXT_KEY = "varlen_t5_"
+_FORMAT_VERSION = "1.0.1"
+_NAME = "salad_name"  # our own metadata, which musubi-tuner does not look at: the name before it became a file name
+_FPS = "salad_fps"
+# Wan's VAE: 8 pixels per latent in height and width, 4 frames per latent after the first
+_PIXELS, _FRAMES = 8, 4
+
+
+class MusubiSource(LatentSource):
+    """All `*_wan.safetensors` of a directory, in the order of their names. Headers of both files are read at once."""
+
+    layout = "musubi"
+    normalized = True
+
+    def __init__(self, path: Path) -> None:
+        self.statistics = WAN_2_1
+        self._files = [(file, _text_file(file)) for file in _latent_files(path)]
+        heads = [_head(*pair) for pair in self._files]
+        names = unique_names([name for name, _, _ in heads], [file.name for file, _ in self._files])
+        self.entries = [Entry(name, shape, problem) for name, (_, shape, problem) in zip(names, heads, strict=True)]
+
+    @classmethod
+    def matches(cls, path: Path) -> bool:
+        return path.is_dir() and bool(_latent_files(path))
+
+    def read(self, index: int) -> LatentItem:
+        name, (latent_file, text_file) = self.entries[index].name, self._files[index]
+        try:
+            with opened_tensors(latent_file) as content:
+                latent = content.get_tensor(_latent_key(content))
+                fps = (content.metadata() or {}).get(_FPS)
+            with opened_tensors(text_file) as content:
+                text = content.get_tensor(_text_key(content))
+                caption = (content.metadata() or {}).get("caption1", "")
+        except Exception as error:  # whatever a damaged file makes safetensors raise
+            raise damaged(name, str(error)) from error
+        return LatentItem(name, latent, text, caption, float(fps) if fps else None)
+
+
+class MusubiWriter:
+    """Writes item by item; the file of the latent comes last, so that it says that both are there."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        with failures_named(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, name: str, shape: Shape) -> bool:
+        """Whether an interrupted run wrote this item."""
+        return self._latent_file(name, shape).exists()
+
+    def write(self, item: LatentItem) -> None:
+        """Write both files of an item. The size is that of Wan's VAE."""
+        _, frames, height, width = item.latent.shape
+        common = {"architecture": "wan", "format_version": _FORMAT_VERSION}
+        text, kind = item.text.detach().cpu(), str(item.text.dtype).removeprefix("torch.")
+        save_tensors(
+            self.directory / f"{file_stem(item.name)}_wan_te.safetensors",
+            {f"{_TEXT_KEY}{kind}": text},
+            {**common, "caption1": item.caption},
+        )
+        size = {"width": str(width * _PIXELS), "height": str(height * _PIXELS), "frame_count": str(_pixels(frames))}
+        ours = {_NAME: item.name, **({} if item.fps is None else {_FPS: repr(item.fps)})}
+        save_tensors(
+            self._latent_file(item.name, (len(item.latent), frames, height, width)),
+            {f"latents_{frames}x{height}x{width}_float32": item.latent.detach().cpu().float()},
+            {**common, **size, **ours},
+        )
+
+    def _latent_file(self, name: str, shape: Shape) -> Path:
+        _, frames, height, width = shape
+        size = f"{width * _PIXELS:04d}x{height * _PIXELS:04d}"
+        return self.directory / f"{file_stem(name)}_00000-{_pixels(frames):03d}_{size}_wan.safetensors"
+
+
+def _pixels(frames: int) -> int:
+    return (frames - 1) * _FRAMES + 1
+
+
+def _latent_files(path: Path) -> list[Path]:
+    return sorted(file for file in path.glob("*_wan.safetensors") if _FILE.fullmatch(file.name))
+
+
+def _text_file(latent: Path) -> Path:
+    """Of the video for a clip, else of the image; an image may be called like a clip."""
+    match = _FILE.fullmatch(latent.name)
+    assert match is not None
+    name = match["name"]
+    clip = _CLIP.fullmatch(name)
+    of_video = latent.with_name(f"{clip['video'] if clip else name}_wan_te.safetensors")
+    of_image = latent.with_name(f"{name}_wan_te.safetensors")
+    return of_image if of_image.exists() and not of_video.exists() else of_video
+
+
+def _head(latent_file: Path, text_file: Path) -> tuple[str, Shape | None, str | None]:
+    """Name, shape and problem of an item."""
+    match = _FILE.fullmatch(latent_file.name)
+    assert match is not None
+    name: str = match["name"]
+    shape: Shape | None = None
+    try:
+        with opened_tensors(latent_file) as content:
+            name = (content.metadata() or {}).get(_NAME, name)
+            key = _latent_key(content)
+            sizes = content.get_slice(key).get_shape()
+            shape = as_latent_shape(sizes) if len(sizes) == 4 else None
+            if shape is None or key.split("_")[1] != "x".join(map(str, shape[1:])):
+                return name, shape, f"{key} has shape {sizes}"
+        if not text_file.exists():
+            return name, shape, f"its text is missing: no {text_file.name}"
+        with opened_tensors(text_file) as content:
+            key = _text_key(content)
+            sizes = content.get_slice(key).get_shape()
+            if len(sizes) != 2 or not sizes[0]:
+                return name, shape, f"{key} has shape {sizes}, it needs (length, width) and one token"
+    except Exception as error:  # whatever a damaged file makes safetensors raise
+        return name, shape, str(error)
+    return name, shape, None
+
+
+def _latent_key(content: Any) -> str:
+    return _only([key for key in content.keys() if _LATENT_KEY.fullmatch(key)], "latents_FxHxW_dtype", content)  # noqa: SIM118
+
+
+def _text_key(content: Any) -> str:
+    return _only([key for key in content.keys() if key.startswith(_TEXT_KEY)], f"{_TEXT_KEY}dtype", content)  # noqa: SIM118
+
+
+def _only(keys: list[str], wanted: str, content: Any) -> str:
+    if len(keys) != 1:
+        raise ValueError(f"it needs one tensor {wanted}, there are {', '.join(sorted(content.keys())) or 'none'}")
+    return keys[0]

@@ -1,0 +1,230 @@
+"""Our own format: `info.json`, `items.jsonl` and one safetensors file for each item.
+
+    data/info.json              {"format": "salad-latents", "format_version": 1, "normalized": true, "statistics": ...}
+    data/items.jsonl            one line per item: name, file, shape, text_shape, bytes, caption, fps
+    data/items/<name>.safetensors   "latent" (C, T, H, W) float32, normalised; "text" (L, D) float32 or bfloat16
+
+Every item file says in its header what its line says. `info.json` is written first and never changes; item files come
+one by one; `items.jsonl` comes last and in one piece, so that a dataset is either complete or says that it is not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import LatentItemError, LatentLayoutError
+from ..files import failures_named
+from .item import LatentItem
+from .source import Entry, LatentSource, as_latent_shape, checked_item, damaged
+from .statistics import LatentStatistics
+from .storing import file_stem, opened_tensors, save_tensors, save_text
+
+FORMAT = "salad-latents"
+FORMAT_VERSION = 1
+INFO = "info.json"
+INDEX = "items.jsonl"
+FOLDER = "items"
+_RECORD = "salad_latent"  # key of an item's line in the metadata of its file
+
+
+def write_latents(
+    items: Iterable[LatentItem],
+    directory: str | os.PathLike[str],
+    *,
+    statistics: LatentStatistics | None = None,
+) -> Path:
+    """Write items, or append them to a dataset that is there.
+
+    Args:
+        items: with normalised latents; of a generator, one item at a time is held in memory.
+        directory: made if need be.
+        statistics: how the latents were normalised, kept for the way back to formats that store them otherwise.
+
+    Returns:
+        The directory.
+
+    Raises:
+        LatentItemError: an item is not fit to be written, or its name is taken. What was written before stays; nothing
+            of it is listed before all is there.
+        LatentLayoutError: the directory holds a dataset with other statistics, or of another version.
+        WriteError: the disk is full, say, or the directory cannot be written to.
+    """
+    writer = NativeWriter(Path(directory), statistics)
+    for item in items:
+        if item.name in writer.names:
+            raise damaged(item.name, f"an item of this name is in {writer.directory} already")
+        writer.write(item)
+    writer.finish()
+    return writer.directory
+
+
+class NativeWriter:
+    """Writes item by item; :meth:`finish` makes a dataset of them."""
+
+    def __init__(self, directory: Path, statistics: LatentStatistics | None = None) -> None:
+        """Raises LatentLayoutError: the directory holds a dataset that these items cannot join."""
+        self.directory = directory
+        with failures_named(directory):
+            (directory / FOLDER).mkdir(parents=True, exist_ok=True)
+        if (directory / INFO).exists():
+            known = read_info(directory)
+            if known != statistics:
+                raise LatentLayoutError(
+                    f"{directory} holds latents that were normalised with other statistics than these. "
+                    "Write to another directory."
+                )
+        else:
+            save_text(directory / INFO, json.dumps(_info(statistics), indent=1))
+        self._records = {r["name"]: r for r in read_index(directory)} if (directory / INDEX).exists() else {}
+
+    @property
+    def names(self) -> set[str]:
+        """Items of the dataset so far."""
+        return set(self._records)
+
+    def keep(self, name: str) -> bool:
+        """Take the file that an interrupted run wrote for this item; whether there is one."""
+        file = self._file(name)
+        if not file.exists():
+            return False
+        with opened_tensors(file) as content:
+            self._records[name] = _with_place(json.loads(content.metadata()[_RECORD]), file)
+        return True
+
+    def write(self, item: LatentItem) -> None:
+        """Write one item's file.
+
+        Raises:
+            LatentItemError: the latent is not (C, T, H, W), the text not (L, D), or a value is not finite.
+        """
+        shape = as_latent_shape(item.latent.shape) if item.latent.ndim == 4 else None
+        if shape is None:
+            raise damaged(item.name, f"the latent has shape {tuple(item.latent.shape)}, it needs (C, T, H, W)")
+        item = checked_item(item, shape)
+        record = {
+            "name": item.name,
+            "shape": list(shape),
+            "text_shape": list(item.text.shape),
+            "caption": item.caption,
+            "fps": item.fps,
+        }
+        tensors = {"latent": item.latent.detach().cpu(), "text": item.text.detach().cpu()}
+        file = self._file(item.name)
+        save_tensors(file, tensors, {"format": "pt", _RECORD: json.dumps(record)})
+        self._records[item.name] = _with_place(record, file)
+
+    def finish(self) -> None:
+        """List the items, in the order in which they were written or kept."""
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self._records.values()]
+        save_text(self.directory / INDEX, "".join(lines))
+
+    def _file(self, name: str) -> Path:
+        return self.directory / FOLDER / f"{file_stem(name)}.safetensors"
+
+
+class NativeSource(LatentSource):
+    """Reads what :func:`write_latents` writes."""
+
+    layout = "salad"
+    normalized = True
+
+    def __init__(self, path: Path) -> None:
+        """Raises LatentLayoutError: unfinished, another version, or not readable."""
+        self.statistics = read_info(path)
+        if not (path / INDEX).exists():
+            raise LatentLayoutError(
+                f"{path} was never finished: {INDEX} is missing. Run the conversion again; it goes on where it stopped."
+            )
+        self._path = path
+        self._records = read_index(path)
+        self.entries = [self._entry(record) for record in self._records]
+
+    @classmethod
+    def matches(cls, path: Path) -> bool:
+        return (path / INFO).exists() and ((path / INDEX).exists() or (path / FOLDER).is_dir())
+
+    def read(self, index: int) -> LatentItem:
+        record = self._records[index]
+        name = record["name"]
+        try:
+            with opened_tensors(self._path / record["file"]) as content:
+                latent, text = content.get_tensor("latent"), content.get_tensor("text")
+        except Exception as error:  # whatever a damaged file makes safetensors raise
+            raise damaged(name, str(error)) from error
+        if latent.dtype != torch.float32:
+            raise damaged(name, f"the latent is {latent.dtype}, this format has float32")
+        return LatentItem(name, latent, text, record["caption"], record["fps"])
+
+    def _entry(self, record: dict[str, Any]) -> Entry:
+        name, shape = record["name"], as_latent_shape(record["shape"])
+        file = self._path / record["file"]
+        size = file.stat().st_size if file.exists() else None
+        if size is None:
+            return Entry(name, shape, f"{record['file']} is missing")
+        if size != record["bytes"]:
+            return Entry(name, shape, f"{record['file']} has {size} bytes, the index says {record['bytes']}")
+        return Entry(name, shape, None if shape else f"the index says shape {record['shape']}")
+
+
+def read_info(directory: Path) -> LatentStatistics | None:
+    """The statistics in `info.json`.
+
+    Raises:
+        LatentLayoutError: missing, another version, or not readable.
+    """
+    file = directory / INFO
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        version = values["format_version"] if values["format"] == FORMAT else None
+        statistics = values["statistics"] and LatentStatistics.from_dict(values["statistics"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LatentLayoutError(f"{file} is not readable: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise LatentLayoutError(
+            f"{file} says {values['format']!r}, version {values['format_version']}; this release reads {FORMAT!r}, "
+            f"version {FORMAT_VERSION}."
+        )
+    return statistics or None
+
+
+def read_index(directory: Path) -> list[dict[str, Any]]:
+    """The lines of `items.jsonl`.
+
+    Raises:
+        LatentLayoutError: a line is not readable.
+    """
+    file = directory / INDEX
+    records: list[dict[str, Any]] = []
+    # not splitlines: a caption may hold what Unicode takes for the end of a line
+    for number, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
+        if not line and number == 1:  # a dataset without items
+            break
+        try:
+            record = json.loads(line)
+            for key in ("name", "file", "shape", "text_shape", "bytes", "caption", "fps"):
+                record[key]
+        except (ValueError, KeyError, TypeError) as error:
+            raise LatentLayoutError(f"{file}, line {number}, is not readable: {error!r}") from error
+        records.append(record)
+    if len({record["name"] for record in records}) != len(records):
+        raise LatentItemError(f"{file} lists an item twice.")
+    return records
+
+
+def _info(statistics: LatentStatistics | None) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "normalized": True,
+        "statistics": None if statistics is None else statistics.to_dict(),
+    }
+
+
+def _with_place(record: dict[str, Any], file: Path) -> dict[str, Any]:
+    return {**record, "file": f"{FOLDER}/{file.name}", "bytes": file.stat().st_size}

@@ -1,0 +1,108 @@
+"""open_latents: which format a path is in, and how its latents have to be treated."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from ..errors import ConfigError, LatentItemError, LatentLayoutError, did_you_mean
+from ..logs import logger
+from .checking import check, doubt, evenly_spaced
+from .dataset import StoredLatents, summary_of
+from .fastvideo import FastVideoSource
+from .finetrainers import FinetrainersSource
+from .musubi import MusubiSource
+from .native import NativeSource
+from .source import LatentSource
+from .statistics import LatentStatistics
+
+SOURCES: dict[str, type[NativeSource | FastVideoSource | MusubiSource | FinetrainersSource]] = {
+    source.layout: source for source in (NativeSource, FastVideoSource, MusubiSource, FinetrainersSource)
+}
+_DESCRIPTIONS = {
+    "salad": "info.json and items.jsonl",
+    "fastvideo": "*.parquet below it",
+    "musubi": "*_<width>x<height>_wan.safetensors with *_wan_te.safetensors",
+    "finetrainers": "latent-<rank>-<i>.pt with condition-<rank>-<i>.pt",
+}
+
+
+def open_latents(
+    path: str | os.PathLike[str],
+    *,
+    layout: str = "auto",
+    normalized: bool | None = None,
+    statistics: LatentStatistics | None = None,
+    on_error: str = "raise",
+    sample: int = 8,
+) -> StoredLatents:
+    """Open precomputed latents and texts. Latents are read when they are asked for.
+
+    Args:
+        path: a directory, or a Parquet file.
+        layout: "salad" (our own), "fastvideo", "musubi" or "finetrainers"; "auto" looks at the names of files.
+        normalized: whether the stored latents are normalised. None: what the format says; FastVideo's and finetrainers'
+            are not. Latents that are not are normalised on reading: (x - mean) / std.
+        statistics: of the VAE, for latents that are not normalised. None: what the format implies, which for FastVideo
+            and finetrainers is the VAE of Wan 2.1 where there are 16 channels.
+        on_error: what to do about damaged items: "raise", or "skip" (see :class:`StoredLatents`).
+        sample: so many items, spread over the dataset, are read now; a warning says if they do not look as if they were
+            normalised once. 0: none.
+
+    Raises:
+        FileNotFoundError: no such path.
+        LatentLayoutError: nothing that is known is there, or its index cannot be used.
+        LatentItemError: headers or the sample show damaged items (with on_error="raise"), or no good one is left.
+        ConfigError: an unknown option, or statistics that are missing or have another number of channels.
+        MissingPackageError: FastVideo's data without pyarrow.
+    """
+    source = open_source(Path(path), layout)
+    latents = StoredLatents(source, normalized=normalized, statistics=statistics, on_error=on_error)
+    logger.info(
+        "%s: %d items of layout %s, %s",
+        *(path, len(latents), latents.layout),
+        "normalised" if latents.normalized else f"normalised on reading with {latents.statistics}",
+    )
+    checked = check(latents, evenly_spaced(sample, len(latents)))
+    if checked.problems and on_error == "raise":
+        raise LatentItemError(f"{summary_of(checked.problems)} on_error='skip' puts others in their place.")
+    if checked.measured is not None:
+        question = doubt(checked.measured, latents.statistics, stored_normalized=latents.normalized)
+        if question:
+            logger.warning("%s: %s", path, question)
+    return latents
+
+
+def open_source(path: Path, layout: str = "auto") -> LatentSource:
+    """The reader for a path; errors as of :func:`open_latents`."""
+    if layout != "auto" and layout not in SOURCES:
+        valid = ("auto", *SOURCES)
+        raise ConfigError(f"layout is one of {', '.join(valid)}; got {layout!r}.{did_you_mean(layout, valid)}")
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or directory: {path}")
+    found = [name for name, source in SOURCES.items() if source.matches(path)]
+    wanted = found if layout == "auto" else [name for name in found if name == layout]
+    if len(wanted) != 1:
+        several = (
+            f"more than one layout ({', '.join(wanted)}): pass layout=" if wanted else f"{_seen(path)}. Supported:"
+        )
+        raise LatentLayoutError(
+            f"{path} has {several} {'; '.join(f'{name} ({_DESCRIPTIONS[name]})' for name in wanted or SOURCES)}."
+            + (f" layout={layout!r} was asked for." if layout != "auto" else "")
+        )
+    return SOURCES[wanted[0]](path)
+
+
+def _seen(path: Path) -> str:
+    """What is there instead: how many files of which kind, and the first name."""
+    if path.is_file():
+        return f"no known layout; it is a single file of kind {path.suffix or '(none)'}"
+    files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    if not files:
+        return "no known layout; it is empty"
+    kinds = Counter(file.suffix or ("directory" if file.is_dir() else "no suffix") for file in files)
+    caches = sorted({file.stem.removesuffix("_te").rsplit("_", 1)[-1] for file in path.glob("*_te.safetensors")})
+    other = f" (caches of musubi-tuner for {', '.join(caches)}?)" if caches else ""
+    listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(4))
+    return f"no known layout; it holds {listed}{other}, the first {files[0].name!r}"

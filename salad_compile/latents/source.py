@@ -1,0 +1,116 @@
+"""What a reader of one format gives: a list of items, known from headers alone, and each item as it is stored."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import LatentItemError
+from .item import LatentItem, Shape
+from .statistics import LatentStatistics
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An item before it is read. One with a `problem` is never read, and may have no shape."""
+
+    name: str
+    shape: Shape | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with an item."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class LatentSource(ABC):
+    """A reader of one format. Opening it reads headers only; it can be pickled and forked.
+
+    Attributes:
+        layout: name of the format.
+        normalized: whether the format stores normalised latents.
+        statistics: what normalises them, where the format says so or is used with one VAE only, else None. Not used for
+            latents with another number of channels.
+        entries: all items, in an order that depends on nothing but names.
+    """
+
+    layout: ClassVar[str]
+    normalized: bool
+    statistics: LatentStatistics | None
+    entries: list[Entry]
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, path: Path) -> bool:
+        """Whether this looks like the format, from names alone."""
+
+    @abstractmethod
+    def read(self, index: int) -> LatentItem:
+        """Item `index` as stored: not normalised by this, text without padding.
+
+        Raises:
+            LatentItemError: the item is damaged.
+        """
+
+
+def damaged(name: str, reason: str) -> LatentItemError:
+    return LatentItemError(f"{name}: {reason}")
+
+
+def checked_item(item: LatentItem, shape: Shape) -> LatentItem:
+    """The item with a float32 latent of `shape` and a float32 or bfloat16 text, or an error.
+
+    Raises:
+        LatentItemError: another shape, not floating point, no text, NaN or infinity.
+    """
+    latent, text = item.latent, item.text
+    if tuple(latent.shape) != shape:
+        raise damaged(item.name, f"the latent has shape {tuple(latent.shape)}, its header said {shape}")
+    if text.ndim != 2 or not text.shape[0]:
+        raise damaged(item.name, f"the text has shape {tuple(text.shape)}, it needs (length, width) and one token")
+    for what, tensor in (("latent", latent), ("text", text)):
+        if not tensor.is_floating_point():
+            raise damaged(item.name, f"the {what} is {tensor.dtype}, it has to be floating point")
+        if not torch.isfinite(tensor).all():
+            raise damaged(item.name, f"the {what} holds NaN or infinity")
+    text = text if text.dtype == torch.bfloat16 else text.float()
+    return LatentItem(item.name, latent.float(), text, item.caption, item.fps)
+
+
+def as_latent_shape(sizes: Sequence[int] | None) -> Shape | None:
+    """(C, T, H, W), from (C, H, W) of an image too; None for anything else."""
+    shape = tuple(int(size) for size in sizes or ())
+    if len(shape) == 3:
+        shape = (shape[0], 1, *shape[1:])
+    if len(shape) != 4 or min(shape) < 1:
+        return None
+    return shape[0], shape[1], shape[2], shape[3]
+
+
+def without_padding(text: Tensor) -> Tensor:
+    """(L, D) without the rows of zeros at its end."""
+    filled = (text != 0).any(dim=1).nonzero()
+    return text[: int(filled[-1]) + 1] if len(filled) else text[:0]
+
+
+def unique_names(names: Sequence[str], places: Sequence[str]) -> list[str]:
+    """The names; one that occurs twice, or is empty, gets the place where it was found."""
+    count = Counter(names)
+    return [
+        name if name and count[name] == 1 else f"{name} ({place})" if name else place
+        for name, place in zip(names, places, strict=True)
+    ]

@@ -1,0 +1,59 @@
+"""Small things that the readers and writers of safetensors files share."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..files import flush_to_disk, written_at_once
+
+_LONGEST_STEM = 120  # most file systems take names of 255 bytes; formats append to the stem
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+def file_stem(name: str) -> str:
+    """A file name without suffix for an item: the name itself where that is one, else a part of it and a digest."""
+    safe = _UNSAFE.sub("-", name).lstrip(".-")
+    if safe == name and len(name) <= _LONGEST_STEM:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{safe[: _LONGEST_STEM - 13]}-{digest}"
+
+
+def save_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that is there as a whole or not at all, after a power failure too. Raises WriteError."""
+    from safetensors.torch import save_file
+
+    with written_at_once(target) as temporary:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=dict(metadata))
+        flush_to_disk(temporary)
+
+
+def save_text(target: Path, text: str) -> None:
+    """Write a text file that is there as a whole or not at all."""
+    with written_at_once(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        flush_to_disk(temporary)
+
+
+@contextlib.contextmanager
+def opened_tensors(file: Path) -> Iterator[Any]:
+    """A safetensors file, of which only the header is read.
+
+    Raises:
+        ValueError: truncated, no such file, or not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        content = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file.name} cannot be read ({error}): truncated, or removed?") from error
+    with content:
+        yield content

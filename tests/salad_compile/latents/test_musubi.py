@@ -1,0 +1,82 @@
+"""musubi-tuner's caches: pairs of files, clips and images, and what can be missing or wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from salad_compile.errors import LatentItemError, LatentLayoutError
+from salad_compile.latents import open_latents
+
+from .data import make_item, make_items, write_musubi
+
+
+@pytest.mark.parametrize("clips", [True, False])
+def test_reads_pairs(tmp_path: Path, clips: bool) -> None:
+    items = make_items(3)
+    latents = open_latents(write_musubi(tmp_path, items, clips=clips))
+    assert (latents.layout, latents.normalized) == ("musubi", True)
+    assert latents.names == [f"{item.name}_00000-005" if clips else item.name for item in items]
+    for item, read in zip(items, latents, strict=True):
+        assert torch.equal(read.latent, item.latent)
+        assert torch.equal(read.text, item.text)
+        assert read.caption == item.caption
+
+
+def test_other_tensors_of_a_cache_and_bfloat16(tmp_path: Path) -> None:
+    write_musubi(tmp_path, [make_item(0)])
+    file = tmp_path / "clip0_00000-005_0048x0032_wan.safetensors"
+    latent = load_file(file)["latents_2x4x6_float32"].bfloat16()
+    others = {"clip_bfloat16": torch.ones(3), "latents_image_2x4x6_bfloat16": torch.ones(20, 2, 4, 6)}
+    save_file({"latents_2x4x6_bfloat16": latent, **others}, file)
+    read = open_latents(tmp_path)[0]
+    assert torch.equal(read.latent, latent.float())
+
+
+def test_two_resolutions_of_one_video_share_a_text_and_not_a_name(tmp_path: Path) -> None:
+    item = make_item(0)
+    write_musubi(tmp_path, [item])
+    save_file(
+        {"latents_2x2x3_float32": torch.randn(16, 2, 2, 3)}, tmp_path / "clip0_00000-005_0024x0016_wan.safetensors"
+    )
+    latents = open_latents(tmp_path, sample=0)
+    assert len(set(latents.names)) == 2
+    assert latents.shapes == [(16, 2, 2, 3), (16, 2, 4, 6)]
+    assert all(torch.equal(read.text, item.text) for read in latents)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    write_musubi(tmp_path, make_items(7))
+
+    def latent(number: int) -> Path:
+        return tmp_path / f"clip{number}_00000-005_0048x0032_wan.safetensors"
+
+    (tmp_path / "clip0_wan_te.safetensors").unlink()
+    latent(1).write_bytes(latent(1).read_bytes()[:-4])
+    save_file({"something": torch.ones(2)}, latent(2))
+    save_file({"latents_3x4x6_float32": torch.ones(16, 2, 4, 6)}, latent(3))
+    save_file({"varlen_t5_float32": torch.ones(0, 8)}, tmp_path / "clip4_wan_te.safetensors")
+    save_file({"llm_float32": torch.ones(2, 8)}, tmp_path / "clip5_wan_te.safetensors")
+    with pytest.raises(LatentItemError, match=r"6 damaged items: .*and 1 more"):
+        open_latents(tmp_path)
+    latents = open_latents(tmp_path, on_error="skip", sample=0)
+    assert latents.names == ["clip6_00000-005"]
+    reasons = [problem.reason for problem in latents.problems]
+    expected = [
+        "no clip0_wan_te",
+        "truncated",
+        "latents_FxHxW_dtype, there are something",
+        "latents_3x4x6",
+        "one token",
+    ]
+    assert all(part in reason for part, reason in zip([*expected, "varlen_t5_dtype"], reasons, strict=True))
+
+
+def test_caches_of_another_model_are_not_taken_for_wan(tmp_path: Path) -> None:
+    for kind in ("hv", "hv_te"):
+        save_file({"x": torch.ones(1)}, tmp_path / f"clip_00000-005_0048x0032_{kind}.safetensors")
+    with pytest.raises(LatentLayoutError, match=r"caches of musubi-tuner for hv\?.*Supported: .*_wan.safetensors"):
+        open_latents(tmp_path)
