@@ -1,0 +1,261 @@
+"""Checkpoints of a run: directories that exist whole or not at all, and what must be equal for a run to go on.
+
+`checkpoints/step-00000100` holds the branch state as a SALAD file, which `salad_compile.load` reads like any other,
+optimizer and moving average in a second safetensors file, and `state.json`. Tensors are whole, whatever sharded them: a
+run may go on with another number of processes, or with FSDP2 in the place of DDP. No generator has a state (seeds.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..checkpoint import FILE_NAME, describe, load, save
+from ..errors import ResumeError, SaladError, TrainingError
+from ..latents import LatentDataset
+from ..logs import logger
+from .ema import MovingAverage
+from .settings import MAY_CHANGE, TrainSettings
+from .tensors import optimizer_tensors, restore_optimizer, trained_parameters
+
+FOLDER = "checkpoints"
+STATE_FILE = "state.json"
+TENSORS_FILE = "training.safetensors"
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a run was made of.
+
+    Attributes:
+        base_class, base_digest, config: of the model, as in the header of a SALAD file.
+        base_weights: sum of the absolute values of all frozen parameters, in fp64.
+        data: a digest of the names and shapes of all items, in their order. Values are not looked at.
+    """
+
+    base_class: str
+    base_digest: str
+    config: dict[str, Any]
+    base_weights: float
+    data: str
+
+    @classmethod
+    def of(cls, model: nn.Module, latents: LatentDataset) -> Fingerprint:
+        """Of a converted model before it is sharded."""
+        header = describe(model)
+        listing = json.dumps([list(latents.names), [list(shape) for shape in latents.shapes]])
+        config = json.loads(json.dumps(header.config.to_dict()))
+        digest = hashlib.sha256(listing.encode()).hexdigest()
+        return cls(header.base_class, header.base_digest, config, _weight_sum(model), digest)
+
+
+def _weight_sum(model: nn.Module) -> float:
+    trained = {id(parameter) for parameter in trained_parameters(model).values()}
+    frozen = [p for p in model.parameters() if id(p) not in trained and p.is_floating_point() and p.itemsize > 1]
+    return sum(float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in frozen)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint that was found. step: optimizer steps taken."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def complete_checkpoints(directory: Path) -> list[Checkpoint]:
+    """Those of a run's directory, the newest last; damaged ones are left out with a warning."""
+    found = []
+    for path in sorted((directory / FOLDER).glob("step-*")):
+        try:
+            state = json.loads((path / STATE_FILE).read_text())
+            sizes = {name: (path / name).stat().st_size for name in state["files"]}
+            if sizes != state["files"]:
+                raise ValueError(f"files of {sizes} bytes instead of {state['files']}")
+            found.append(Checkpoint(path, state["step"], state))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is no complete checkpoint and is passed over: %s", path, error)
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def require_same(checkpoint: Checkpoint, settings: TrainSettings, fingerprint: Fingerprint) -> None:
+    """Raises ResumeError naming each setting, and each part of model and data, that is not as it was."""
+    state, path = checkpoint.state, checkpoint.path
+    if state.get("version") != STATE_VERSION:
+        raise ResumeError(f"{path} has version {state.get('version')!r}, this release reads {STATE_VERSION}.")
+    before, now = state["settings"], settings.to_dict()
+    changed = [
+        f"{name} (was {before.get(name)!r}, is {now.get(name)!r})"
+        for name in sorted({*before, *now} - MAY_CHANGE)
+        if before.get(name) != now.get(name)
+    ]
+    changed += _differences(state["fingerprint"], dataclasses.asdict(fingerprint))
+    if changed:
+        raise ResumeError(
+            f"the run in {path.parent.parent} cannot go on, because these are not as they were: {'; '.join(changed)}. "
+            "Give them as they were, or another directory."
+        )
+    if checkpoint.step > settings.steps:
+        raise ResumeError(f"{path} is further than steps={settings.steps}: give more steps, or another directory.")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for name in ("base_class", "base_digest"):
+        if before[name] != now[name]:
+            yield f"the model's {name} (was {before[name][:40]}, is {now[name][:40]})"
+    for name in sorted({*before["config"], *now["config"]}):
+        old, new = before["config"].get(name), now["config"].get(name)
+        if old != new:
+            yield f"the conversion's {name} (was {old!r}, is {new!r})"
+    # another device may sum in another order
+    if not math.isclose(before["base_weights"], now["base_weights"], rel_tol=1e-9):
+        yield "the model's base_weights: its frozen parameters have other values"
+    if before["data"] != now["data"]:
+        yield "data: the latents have other names, shapes or another order"
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CheckpointWriter:
+    """Writes the checkpoints of one run.
+
+    Args:
+        directory: of the run. model: without wrappers, sharded or not. optimizer: torch's own.
+        main: whether this process writes; all must call :meth:`write`, which gathers what is sharded.
+    """
+
+    directory: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: MovingAverage | None
+    settings: TrainSettings
+    fingerprint: Fingerprint
+    main: bool
+
+    @property
+    def folder(self) -> Path:
+        return self.directory / FOLDER
+
+    def write(self, step: int) -> Path:
+        """The checkpoint after `step` steps; afterwards all but the last few are removed.
+
+        Raises:
+            TrainingError: it cannot be written (a full disk, say). Earlier checkpoints are as they were.
+        """
+        target = self.folder / f"step-{step:08d}"
+        temporary = target.with_name(f".{target.name}.partial")
+        try:
+            if self.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            save(self.model, temporary / FILE_NAME)
+            tensors = self._tensors()
+            if self.main:
+                self._write_rest(temporary, step, tensors)
+                _remove(target)  # a damaged one, which was passed over
+                temporary.replace(target)
+                _sync(target.parent)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise TrainingError(
+                f"the checkpoint of step {step} could not be written to {target}: {error}. Earlier checkpoints are as "
+                "they were: make room or give another directory, and run the same command again."
+            ) from error
+        if self.main:
+            self._remove_old()
+        return target
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = optimizer_tensors(self.optimizer, trained_parameters(self.model))
+        if self.average is not None:
+            tensors |= {f"average/{name}": tensor for name, tensor in self.average.tensors().items()}
+        return tensors
+
+    def _write_rest(self, folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        try:
+            save_file(tensors, folder / TENSORS_FILE)
+        except SafetensorError as error:  # how it tells of a full disk
+            raise OSError(str(error)) from error
+        _sync(folder / TENSORS_FILE)
+        state = {
+            "version": STATE_VERSION,
+            "step": step,
+            "settings": self.settings.to_dict(),
+            "fingerprint": dataclasses.asdict(self.fingerprint),
+            "files": {name: (folder / name).stat().st_size for name in (FILE_NAME, TENSORS_FILE)},
+        }
+        with (folder / STATE_FILE).open("w") as file:
+            json.dump(state, file, indent=1)
+        _sync(folder / STATE_FILE)
+        _sync(folder)
+
+    def _remove_old(self) -> None:
+        for path in sorted(self.folder.glob("step-*"))[: -self.settings.keep_last]:
+            _remove(path)
+
+    def remove_leftovers(self) -> None:
+        """What a run that was killed had not finished writing or removing."""
+        for path in self.folder.glob(".step-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def read(self, checkpoint: Checkpoint) -> None:
+        """Branches, optimizer and moving average as they were.
+
+        Raises:
+            ResumeError: a file is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            load(self.model, checkpoint.path / FILE_NAME)
+            tensors = load_file(checkpoint.path / TENSORS_FILE)
+        except (SaladError, SafetensorError, OSError) as error:
+            raise ResumeError(f"{checkpoint.path} cannot be used: {error}") from error
+        averages = {name: tensors.pop(f"average/{name}") for name in self._averaged() if f"average/{name}" in tensors}
+        restore_optimizer(self.optimizer, trained_parameters(self.model), tensors)
+        if self.average is not None:
+            self.average.restore(averages)
+
+    def _averaged(self) -> list[str]:
+        return [] if self.average is None else list(self.average.averages)
+
+
+def _remove(path: Path) -> None:
+    """A directory that may be there: its name goes first, so that nobody takes what is left for whole."""
+    leaving = path.with_name(f".{path.name}.removed")
+    with contextlib.suppress(FileNotFoundError):
+        path.replace(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

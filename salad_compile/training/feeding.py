@@ -1,0 +1,89 @@
+"""Which items each process reads at each step, and reading them ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..errors import ConfigError
+from ..latents import LatentDataset, LatentItem, ShapeBatches
+from .settings import TrainSettings
+
+Placed = tuple[int, LatentItem]  # place in the global batch, item
+
+
+class Feed:
+    """The items of one process, step by step, as a function of the run's seed and the step alone.
+
+    The batch of a step is the same for any number of processes. Place p of it belongs to micro-batch
+    p // (micro_batch x processes), and within that to the process whose turn it is.
+
+    Args:
+        rank, world: this process, and how many there are.
+
+    Raises:
+        ConfigError: the batch cannot be divided, or no shape has items enough for one.
+    """
+
+    def __init__(self, latents: LatentDataset, settings: TrainSettings, rank: int, world: int) -> None:
+        share = settings.micro_batch * world
+        if settings.batch % share:
+            raise ConfigError(
+                f"batch ({settings.batch}) must be a multiple of micro_batch x processes ({settings.micro_batch} x "
+                f"{world}): change one of them."
+            )
+        self.latents, self.settings = latents, settings
+        self.batches = ShapeBatches(latents.shapes, settings.batch, seed=settings.seed)  # of all processes together
+        self.rank, self.world = rank, world
+        self.accumulation = settings.batch // share
+
+    def names(self, step: int) -> list[str]:
+        """Of the items of a step's global batch, by place."""
+        return [self.latents.names[index] for index in self.batches.at(step)]
+
+    def places(self, rank: int) -> list[list[int]]:
+        """Of each micro-batch of a process: its places in the global batch."""
+        size = self.settings.micro_batch
+        firsts = [(micro * self.world + rank) * size for micro in range(self.accumulation)]
+        return [list(range(first, first + size)) for first in firsts]
+
+    def micro_batches(self, first: int) -> Iterator[list[Placed]]:
+        """From step `first` on to the end of the run: `accumulation` micro-batches for each step."""
+        return iter(
+            torch.utils.data.DataLoader(
+                _Placing(self.latents),
+                batch_sampler=_Places(self, first),
+                collate_fn=_as_it_is,
+                num_workers=self.settings.workers,
+                generator=torch.Generator(),  # of its own, or it would draw from the global one
+            )
+        )
+
+
+class _Places:
+    """For the loader: lists of (place, index)."""
+
+    def __init__(self, feed: Feed, first: int) -> None:
+        self.feed, self.first = feed, first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first, self.feed.settings.steps):
+            indices = self.feed.batches.at(step)
+            for places in self.feed.places(self.feed.rank):
+                yield [(place, indices[place]) for place in places]
+
+
+class _Placing(torch.utils.data.Dataset[Placed]):
+    """Items by (place, index)."""
+
+    def __init__(self, latents: LatentDataset) -> None:
+        self.latents = latents
+
+    def __getitem__(self, key: tuple[int, int]) -> Placed:
+        place, index = key
+        return place, self.latents[index]
+
+
+def _as_it_is(batch: list[Placed]) -> list[Placed]:
+    return batch

@@ -1,0 +1,74 @@
+"""Training processes on this machine, without a launcher of one's own: DDP of `salad-compile train --processes N`.
+
+torch's elastic launcher, on which torchrun and `accelerate launch` stand, keeps a function's processes waiting for
+30 seconds when a signal ends them early. Several machines, and FSDP2, take those launchers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..errors import TrainingError
+from .interrupts import SIGNALS
+
+GRACE_SECONDS = 5.0  # for the others, when one has failed
+
+
+def run_processes(function: Callable[..., None], arguments: tuple[Any, ...], count: int, start_method: str) -> None:
+    """`function(*arguments)` in `count` processes, under the environment of torch.distributed; returns when all ended.
+
+    SIGTERM and SIGINT are handed on. If this process dies, the others are told to stop, too.
+
+    Raises:
+        TrainingError: one ended with an error; the others were ended.
+    """
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
+
+    context = start_processes(  # type: ignore[no-untyped-call]
+        _process,
+        args=(function, arguments, count, _free_port()),
+        nprocs=count,
+        join=False,
+        start_method=start_method,
+    )
+    with _handing_on(context.processes):
+        try:
+            while not context.join(grace_period=GRACE_SECONDS):
+                pass
+        except ProcessExitedException as error:
+            raise TrainingError(f"process {error.error_index}: {error}; its own message is above.") from error
+        except ProcessRaisedException as error:
+            raise TrainingError(f"process {error.error_index} failed: {error}") from error
+
+
+def _process(rank: int, function: Callable[..., None], arguments: tuple[Any, ...], count: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    function(*arguments)
+
+
+def _free_port() -> int:
+    """Free at this moment; the process of rank 0 takes it."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return int(unused.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _handing_on(processes: list[Any]) -> Iterator[None]:
+    def hand_on(number: int, frame: Any) -> None:
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,314 @@
+"""train(): fine-tune the branches of a converted model on precomputed latents, exactly resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from ..branch import branches
+from ..checkpoint import FILE_NAME, save
+from ..config import SaladConfig
+from ..errors import ResumeError, TrainingError
+from ..files import written_at_once
+from ..latents import LatentDataset
+from ..logs import logger
+from ..model_tree import single_model
+from ..schedules import ramp_sparsity
+from .checkpointing import Checkpoint, CheckpointWriter, Fingerprint, complete_checkpoints, require_same
+from .distillation import SiteDistillation
+from .ema import MovingAverage
+from .engine import Engine, make_accelerator
+from .feeding import Feed, Placed
+from .flow_matching import Forward, Noised, default_forward, losses, stacked, training_sample
+from .interrupts import StopRequest
+from .preparation import DTYPES, make_trainable, mean_sparsity, require_converted
+from .records import Records, read_log, require_trackers
+from .seeds import derived_seed
+from .settings import TrainSettings
+from .validation import validation_loss
+
+EMA_FILE_NAME = "salad_ema.safetensors"
+SUMMARY_FILE = "training.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        finished: False after SIGTERM or SIGINT; the same call goes on.
+        step: optimizer steps taken. loss: of the last one. validation_loss: of the last validation, or None.
+        file: the SALAD file of the trained branches; None unless finished.
+    """
+
+    finished: bool
+    step: int
+    loss: float | None
+    validation_loss: float | None
+    file: Path | None
+
+
+def train(
+    model: nn.Module,
+    latents: LatentDataset,
+    settings: TrainSettings,
+    directory: str | os.PathLike[str],
+    *,
+    validation: LatentDataset | None = None,
+    resume: bool = True,
+    config: SaladConfig | Mapping[str, Any] | None = None,
+    forward: Forward | None = None,
+) -> TrainResult:
+    """Fine-tune a converted model in place. Under `accelerate launch` or torchrun every process calls it.
+
+    The directory gets `log.jsonl`, `checkpoints/`, and in the end `salad.safetensors` and `training.json`; all
+    processes must see it. Afterwards branches are fp32, and the base is frozen and in the precision of the settings.
+
+    Args:
+        model: converted, or with `config` to be converted; not wrapped.
+        latents, validation: of :func:`salad_compile.latents.open_latents`.
+        resume: go on from the newest complete checkpoint in the directory. False: the directory must hold no run.
+        config: converts a model that is not converted, with the largest latent as example.
+        forward: f(model, latents, timesteps, texts) -> predicted velocity, for models that are not called as Wan is.
+
+    Raises:
+        ConfigError: settings, model and engine do not fit each other. NotConvertedError: no branch and no `config`.
+        ResumeError: the directory holds a run with other settings, model or data, or any run without `resume`.
+        TrainingError: a loss that is not finite, or a checkpoint that cannot be written. What was written stays.
+        MissingPackageError: accelerate or a tracker is not installed.
+    """
+    bare, target = single_model(model, "train"), Path(directory)
+    forward = forward or default_forward(bare)
+    require_trackers(settings.trackers)
+    found = _newest(target, settings, resume)
+    accelerator = make_accelerator(settings, target)
+    feed = Feed(latents, settings, accelerator.process_index, accelerator.num_processes)
+    require_converted(bare, latents, settings, config, forward)
+    make_trainable(bare, settings.precision)
+    fingerprint = Fingerprint.of(bare, latents)
+    if found is not None:
+        require_same(found, settings, fingerprint)
+    engine = Engine.prepare(accelerator, bare, settings)
+    run = _Run(engine, feed, forward, target, fingerprint, validation)
+    with StopRequest() as stop:
+        return run.run(found, stop)
+
+
+def _newest(directory: Path, settings: TrainSettings, resume: bool) -> Checkpoint | None:
+    found = complete_checkpoints(directory)
+    if not resume and (found or read_log(directory)):
+        raise ResumeError(f"{directory} holds a run already: go on with it (resume=True), or give another directory.")
+    return found[-1] if found else None
+
+
+class _Run:
+    """One run from its first or from a later step to its end."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        feed: Feed,
+        forward: Forward,
+        directory: Path,
+        fingerprint: Fingerprint,
+        validation: LatentDataset | None,
+    ) -> None:
+        self.engine, self.feed, self.forward = engine, feed, forward
+        self.accelerator, self.settings = engine.accelerator, engine.settings
+        self.directory, self.validation = directory, validation
+        self.known = branches(engine.bare)
+        decay = self.settings.ema_decay
+        self.average = MovingAverage(engine.parameters, decay) if decay else None
+        optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # torch's own inside accelerate's
+        main = bool(self.accelerator.is_main_process)
+        self.writer = CheckpointWriter(
+            directory, engine.bare, optimizer, self.average, self.settings, fingerprint, main
+        )
+        self.distillation = SiteDistillation(engine.bare, 1 / feed.accumulation)
+
+    def run(self, found: Checkpoint | None, stop: StopRequest) -> TrainResult:
+        self.accelerator.wait_for_everyone()  # nobody still looks for checkpoints when the first is written
+        first = self._start(found)
+        self.engine.bare.train()
+        records = Records(self.accelerator, self.directory, first, self.settings.steps)
+        loader = self.feed.micro_batches(first)
+        step, stopped = first, False
+        try:
+            while step < self.settings.steps and not stopped:
+                values, stopped = self._step(step, [next(loader) for _ in range(self.feed.accumulation)], stop)
+                step += 1
+                records.step(values)
+                self._after(step, records, stopped)
+        finally:
+            records.close()
+        return self._end(step)
+
+    def _start(self, found: Checkpoint | None) -> int:
+        main = self.accelerator.is_main_process
+        if main:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.writer.remove_leftovers()
+        if self.settings.trackers:
+            self.accelerator.init_trackers("trackers", config=_flat(self.settings))
+        if found is None:
+            return 0
+        self.writer.read(found)
+        logger.info("going on from %s", found.path)
+        return found.step
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int, micro_batches: list[list[Placed]], stop: StopRequest) -> tuple[dict[str, Any], bool]:
+        settings = self.settings
+        # for what a model draws itself (dropout)
+        torch.manual_seed(derived_seed(settings.seed, "model", step, self.accelerator.process_index))
+        if settings.sparsity_warmup and step <= settings.sparsity_warmup:
+            ramp_sparsity(self.engine.bare, step / settings.sparsity_warmup)
+        rate = self.engine.set_learning_rate(step)
+        distils = step < settings.distillation_steps
+        if not distils:
+            self.engine.speed_up()
+        samples = [self._noised(micro, step) for micro in micro_batches]
+        own = self._distil(samples) if distils else self._match_flow(samples)
+        each, stopped = self._gathered(own, stop)
+        norm = self.engine.clip()
+        finite = bool(each.isfinite().all()) and math.isfinite(norm)
+        if not finite:
+            self._not_finite(step, each, norm)
+        else:
+            self.engine.optimizer.step()
+        self.engine.optimizer.zero_grad()
+        if self.average is not None and finite:
+            self.average.step()
+        values = {
+            "step": step + 1,
+            "loss": float(each.double().mean()) if finite else None,
+            "learning_rate": rate,
+            "gradient_norm": norm if finite else None,
+            "sparsity": round(mean_sparsity(self.known), 6),
+            "stage": "distillation" if distils else "flow matching",
+        }
+        return values, stopped
+
+    def _noised(self, micro: list[Placed], step: int) -> Noised:
+        batch = stacked([training_sample(item, self.settings, step, place) for place, item in micro])
+        return batch.to(self.accelerator.device, DTYPES[self.settings.precision])
+
+    def _match_flow(self, samples: list[Noised]) -> torch.Tensor:
+        """Gradients of the mean over the global batch; the losses of this process's samples."""
+        found = []
+        for number, batch in enumerate(samples):
+            last = number == len(samples) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.engine.wrapped):
+                prediction = self.forward(self.engine.wrapped, batch.latents, batch.timesteps, batch.texts)
+                each = losses(prediction, batch.target)
+                self.accelerator.backward(each.mean() / len(samples))
+            found.append(each.detach())
+        return torch.cat(found)
+
+    def _distil(self, samples: list[Noised]) -> torch.Tensor:
+        """As :meth:`_match_flow`, of the sites' own errors."""
+        found = []
+        with self.distillation.watching():
+            for batch in samples:
+                self.distillation.errors.clear()
+                self.forward(self.engine.bare, batch.latents, batch.timesteps, batch.texts)
+                found.append(self.distillation.losses())
+        if self.accelerator.num_processes > 1:  # the wrapper, which would have averaged, was not called
+            for parameter in self.engine.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        return torch.cat(found)
+
+    def _gathered(self, own: torch.Tensor, stop: StopRequest) -> tuple[torch.Tensor, bool]:
+        """The losses of the global batch by place, (batch,), on the CPU; and whether any process is to stop."""
+        told = torch.cat([own, own.new_tensor([float(stop.asked)])])
+        rows = self.accelerator.gather(told[None]).cpu()
+        each = torch.empty(self.settings.batch)
+        for rank, row in enumerate(rows):
+            each[[place for places in self.feed.places(rank) for place in places]] = row[:-1]
+        return each, bool(rows[:, -1].any())
+
+    def _not_finite(self, step: int, each: torch.Tensor, norm: float) -> None:
+        names = self.feed.names(step)
+        bad = [name for name, loss in zip(names, each.tolist(), strict=True) if not math.isfinite(loss)]
+        said = f"the loss of {', '.join(bad)}" if bad else f"the gradient (its norm is {norm}) of {', '.join(names)}"
+        text = f"step {step + 1}: {said} is not finite"
+        if self.settings.on_non_finite == "raise":
+            raise TrainingError(
+                f"{text}. Nothing was changed by this step, and the checkpoints are as they were. Look at these items; "
+                'on_non_finite="skip" leaves such steps out.'
+            )
+        logger.warning("%s: the step is left out", text)
+
+    # --- between steps -----------------------------------------------------------------------------------------------
+
+    def _after(self, step: int, records: Records, stopped: bool) -> None:
+        settings = self.settings
+        last = step == settings.steps
+        due = settings.validation_every and step % settings.validation_every == 0
+        if self.validation is not None and (due or last):
+            records.validation(step, validation_loss(self.engine, self.validation, self.forward))
+        if last or stopped or step % settings.checkpoint_every == 0:
+            self._checkpoint(step)
+
+    def _checkpoint(self, step: int) -> None:
+        """All processes fail together, so that none waits for one that is gone."""
+        failure = None
+        try:
+            self.writer.write(step)
+        except TrainingError as error:
+            failure = error
+        failed = torch.tensor([float(failure is not None)], device=self.accelerator.device)
+        if bool(self.accelerator.gather(failed).any()):
+            raise failure or TrainingError(f"another process could not write the checkpoint of step {step}")
+
+    def _end(self, step: int) -> TrainResult:
+        finished = step == self.settings.steps
+        file = None
+        if finished:
+            file = save(self.engine.bare, self.directory / FILE_NAME)
+            if self.average is not None:
+                self.average.swap()
+                save(self.engine.bare, self.directory / EMA_FILE_NAME)
+                self.average.swap()
+        self.accelerator.wait_for_everyone()
+        log = read_log(self.directory)
+        loss = [line["loss"] for line in log if "loss" in line][-1:] or [None]
+        validated = [line["validation_loss"] for line in log if "validation_loss" in line][-1:] or [None]
+        result = TrainResult(finished, step, loss[0], validated[0], file)
+        if finished and self.accelerator.is_main_process:
+            self._summarise(result)
+        self.accelerator.wait_for_everyone()  # afterwards all processes may read what is written
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        return result
+
+    def _summarise(self, result: TrainResult) -> None:
+        summary = {
+            "steps": result.step,
+            "loss": result.loss,
+            "validation_loss": result.validation_loss,
+            "items": len(self.feed.latents),
+            "processes": self.accelerator.num_processes,
+            "settings": self.settings.to_dict(),
+        }
+        with written_at_once(self.directory / SUMMARY_FILE) as temporary:
+            temporary.write_text(json.dumps(summary, indent=1))
+
+
+def _flat(settings: TrainSettings) -> dict[str, Any]:
+    """For trackers, which take numbers and strings."""
+    return {
+        name: value if isinstance(value, (int, float, str)) else json.dumps(value)
+        for name, value in settings.to_dict().items()
+    }

@@ -1,0 +1,119 @@
+"""What a model needs before it can be trained: converted, its base frozen, its branches trainable and in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from ..branch import SaladBranch, branches
+from ..config import SaladConfig
+from ..conversion import convert
+from ..errors import ConfigError, NotConvertedError
+from ..latents import LatentDataset
+from ..logs import logger
+from .flow_matching import TIMESTEPS, Forward, wan_forward
+from .seeds import derived_seed
+from .settings import TrainSettings
+from .tensors import trained_parameters
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def require_converted(
+    model: nn.Module,
+    latents: LatentDataset,
+    settings: TrainSettings,
+    config: SaladConfig | Mapping[str, Any] | None,
+    forward: Forward,
+) -> None:
+    """Convert the model if `config` is given, with the largest latent of the data as its example.
+
+    Raises:
+        NotConvertedError: it is not converted, and there is no `config`.
+        ConfigError: the conversion does not fit the settings. And what :func:`salad_compile.convert` raises.
+    """
+    known = branches(model)
+    if not known and config is None:
+        raise NotConvertedError(
+            f"{type(model).__name__} is not converted: call salad_compile.convert(model) first, or pass "
+            "train(..., config=SaladConfig())."
+        )
+    if config is not None:
+        wanted = config if isinstance(config, SaladConfig) else SaladConfig.from_dict(config)
+        _require_fitting(wanted, settings)
+        example = _example(model, latents, settings) if forward is wan_forward and not known else None
+        with torch.random.fork_rng():
+            torch.manual_seed(derived_seed(settings.seed, "branches"))
+            convert(model, wanted, example_inputs=example)
+    _require_fitting(next(iter(branches(model).values())).config, settings)
+
+
+def _require_fitting(config: SaladConfig, settings: TrainSettings) -> None:
+    if config.train_base:
+        raise ConfigError(
+            "train_base=True: this trainer trains branches alone, and its checkpoints hold nothing of the base. "
+            "Convert with train_base=False."
+        )
+    if settings.sparsity_warmup and config.lowest_sparsity is None:
+        raise ConfigError(
+            "sparsity_warmup needs a sparsity that may change: convert with SaladConfig(lowest_sparsity=...), the "
+            "value that the warm-up starts from."
+        )
+
+
+def _example(model: nn.Module, latents: LatentDataset, settings: TrainSettings) -> dict[str, Any]:
+    index = max(range(len(latents.shapes)), key=lambda i: torch.Size(latents.shapes[i]).numel())
+    parameter = next(model.parameters())
+    width = latents[index].text.shape[1]
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
+
+    return {
+        "hidden_states": zeros(1, *latents.shapes[index]),
+        "timestep": torch.full((1,), TIMESTEPS / 2, device=parameter.device),
+        "encoder_hidden_states": zeros(1, settings.text_tokens, width),
+    }
+
+
+def make_trainable(model: nn.Module, precision: str) -> None:
+    """Freeze the base and cast it to `precision`; make the branches trainable, in fp32.
+
+    Branches are cast where they meet activations, so their master weights may be finer than the base. Other libraries
+    freeze them (`load_lora_weights` of diffusers does): that is said, and undone.
+    """
+    trained = trained_parameters(model)
+    if not any(parameter.requires_grad for parameter in trained.values()):
+        logger.warning(
+            "all parameters of the branches were frozen, as diffusers' load_lora_weights and add_adapter leave them: "
+            "they are made trainable again."
+        )
+    ours = {id(parameter) for parameter in trained.values()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+    if others:
+        logger.warning("%d parameters outside the branches are frozen now, %s first", len(others), others[0])
+    for name, parameter in model.named_parameters():
+        is_ours = id(parameter) in ours
+        parameter.requires_grad_(is_ours)
+        if is_ours:
+            parameter.data = parameter.data.float()
+        elif parameter.is_floating_point() and parameter.itemsize > 1 and not _keeps_fp32(model, name):
+            parameter.data = parameter.data.to(DTYPES[precision])
+
+
+def _keeps_fp32(model: nn.Module, name: str) -> bool:
+    """Whether `from_pretrained` of diffusers would leave this parameter in fp32 whatever dtype is asked for.
+
+    `_keep_in_fp32_modules` is private to diffusers (0.42): tests/salad_compile/training/test_preparation.py fails when
+    it goes.
+    """
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return any(part in kept for part in name.split("."))
+
+
+def mean_sparsity(known: Mapping[str, SaladBranch]) -> float:
+    """The mean over the sites of the sparsity that is asked for just now."""
+    return sum(branch.target_sparsity for branch in known.values()) / len(known)

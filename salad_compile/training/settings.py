@@ -1,0 +1,195 @@
+"""How a model is fine-tuned: a frozen dataclass that reads and writes JSON and rejects what it does not know."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import check_choice, check_names
+from ..errors import ConfigError
+
+SCHEMA_VERSION = 1
+TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
+COMPILE_MODES = ("blocks", "model", "none")
+PRECISIONS = ("bf16", "fp32")
+NON_FINITE = ("raise", "skip")
+TRACKERS = ("tensorboard", "trackio")
+
+# What a run may change when it goes on: how long it runs and what it writes, not what a step computes.
+MAY_CHANGE = frozenset(
+    {
+        *("steps", "checkpoint_every", "keep_last", "validation_every", "micro_batch", "gradient_checkpointing"),
+        *("compile", "compile_options", "on_non_finite", "workers", "trackers"),
+    }
+)
+
+_COUNTS = ("sparsity_warmup", "distillation_steps", "validation_every", "warmup_steps", "workers", "seed")
+_POSITIVE_COUNTS = ("steps", "batch", "checkpoint_every", "keep_last", "text_tokens", "validation_points")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The recipe of a run. Steps and batch are those of arXiv 2601.16515; so is the sparsity, see `SaladConfig`.
+
+    The paper is silent about the rest. What is not its own choice of ours was read in the code of the trainer named.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        batch: samples of one step, over all processes: micro-batch x processes x accumulation.
+        micro_batch: samples of one forward in one process. batch must be a multiple of micro_batch x processes.
+        learning_rate: after the warm-up it is constant (DiffSynth-Studio's value).
+        warmup_steps: steps over which the learning rate grows in proportion (ours).
+        betas, weight_decay: of AdamW (finetrainers').
+        clip: the largest norm of the gradient; larger ones are scaled down (FastVideo's). 0: not clipped.
+        flow_shift: shifts the noise levels, s = shift u / (1 + (shift - 1) u) (FastVideo's, DiffSynth-Studio's).
+        timestep_sampling: how u is drawn: "uniform", or "logit-normal", a sigmoid of a normal number.
+        logit_mean, logit_std: of that normal number.
+        text_dropout: share of samples whose text is replaced by zeros, for classifier-free guidance (FastVideo's).
+        text_tokens: texts are padded with zeros to so many tokens, as the pipeline of Wan does.
+        sparsity_warmup: steps in which the sparsity grows from the conversion's `lowest_sparsity` to its own. 0: off.
+        distillation_steps: the first so many steps train each site on its own, against its dense output. 0: off.
+        ema_decay: of an exponential moving average of the trained parameters, saved beside them. 0: off.
+        precision: dtype of the frozen base and of what it is given, "bf16" or "fp32". Trained parameters are fp32.
+        gradient_checkpointing: through `model.enable_gradient_checkpointing()`, where there is one.
+        compile: "blocks": `model.compile_repeated_blocks(backend="salad")`, where there is one; "model" or "none".
+        compile_options: options of that backend.
+        seed: of everything random.
+        on_non_finite: what a loss or gradient that is not finite does: "raise" or "skip" (the step changes nothing).
+        checkpoint_every, keep_last: steps between checkpoints, and how many of them stay.
+        validation_every: steps between validations; 0: only at the end.
+        validation_points: noise levels for each validation item, spread evenly over u.
+        workers: processes that read ahead, for each training process; 0 reads between steps.
+        trackers: of accelerate's, beside the log that is always written: "tensorboard", "trackio".
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    steps: int = 1600
+    batch: int = 8
+    micro_batch: int = 1
+    learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    flow_shift: float = 5.0
+    timestep_sampling: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    text_dropout: float = 0.1
+    text_tokens: int = 512
+    sparsity_warmup: int = 0
+    distillation_steps: int = 0
+    ema_decay: float = 0.0
+    precision: str = "bf16"
+    gradient_checkpointing: bool = True
+    compile: str = "blocks"
+    compile_options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    on_non_finite: str = "raise"
+    checkpoint_every: int = 100
+    keep_last: int = 3
+    validation_every: int = 0
+    validation_points: int = 4
+    workers: int = 2
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("betas", "trackers"):  # JSON has lists
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        self._check_counts()
+        self._check_numbers()
+        check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("compile", self.compile, COMPILE_MODES)
+        check_choice("on_non_finite", self.on_non_finite, NON_FINITE)
+        check_choice("gradient_checkpointing", self.gradient_checkpointing, (False, True))
+        _require(isinstance(self.compile_options, dict), "compile_options", "a dictionary", self.compile_options)
+        _require(isinstance(self.trackers, tuple), "trackers", "a list of names", self.trackers)
+        for tracker in self.trackers:
+            check_choice("trackers", tracker, TRACKERS)
+
+    def _check_counts(self) -> None:
+        for name in (*_COUNTS, *_POSITIVE_COUNTS, "micro_batch"):
+            value, least = getattr(self, name), 0 if name in _COUNTS else 1
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(whole and value >= least, name, f"a whole number of at least {least}", value)
+        if self.batch % self.micro_batch:
+            raise ConfigError(f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch}).")
+
+    def _check_numbers(self) -> None:
+        def within(name: str, low: float, high: float, text: str) -> None:
+            value = getattr(self, name)
+            _require(_is_number(value) and low <= value < high, name, text, value)
+
+        within("learning_rate", 0.0, float("inf"), "a number of at least 0")
+        within("weight_decay", 0.0, float("inf"), "a number of at least 0")
+        within("clip", 0.0, float("inf"), "a number of at least 0")
+        within("flow_shift", 1e-9, float("inf"), "a number above 0")
+        within("logit_mean", float("-inf"), float("inf"), "a number")
+        within("logit_std", 0.0, float("inf"), "a number of at least 0")
+        within("text_dropout", 0.0, 1.0 + 1e-12, "a share in [0, 1]")
+        within("ema_decay", 0.0, 1.0, "a number in [0, 1)")
+        pair = isinstance(self.betas, tuple) and len(self.betas) == 2
+        good = pair and all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas)
+        _require(good, "betas", "two numbers in [0, 1)", self.betas)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return {"schema_version": SCHEMA_VERSION, **json.loads(json.dumps(dataclasses.asdict(self)))}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainSettings:
+        """Inverse of :meth:`to_dict`; what is not given has its default.
+
+        Raises:
+            ConfigError: an unknown name, another schema version, or a value that cannot be.
+        """
+        given = dict(values)
+        version = given.pop("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"settings of schema version {version!r}: this release of salad_compile reads {SCHEMA_VERSION}."
+            )
+        check_names(cls, given, "training setting")
+        return cls(**given)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> TrainSettings:
+        """Of a JSON file.
+
+        Raises:
+            ConfigError: no JSON object, or see :meth:`from_dict`. FileNotFoundError: no file.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is no JSON file: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds a {type(values).__name__}: settings are a JSON object, name to value.")
+        return cls.from_dict(values)
+
+    def with_changes(self, changes: Mapping[str, Any]) -> TrainSettings:
+        """A copy with other values.
+
+        Raises:
+            ConfigError: see :meth:`from_dict`.
+        """
+        return self.from_dict({**self.to_dict(), **changes})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require(condition: bool, name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {expected}, got {value!r}.")

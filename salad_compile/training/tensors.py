@@ -1,0 +1,56 @@
+"""The trained parameters of a model by name, whole where FSDP2 shards them, and back."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..branch import branches
+from ..model_tree import plain_key
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Plain name (`blocks.0.attn1.salad.gate_weight`) -> parameter, of all branches."""
+    return {
+        plain_key(f"{name}.{key}"): parameter
+        for name, branch in branches(model).items()
+        for key, parameter in branch.named_parameters()
+    }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU. Of an FSDP2 shard the whole tensor, for which every process must call it."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.cpu().contiguous().clone()
+
+
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """`value` on the device of `like`, and sharded as it is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    value = value.to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    return value
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """`exp_avg/blocks.0...` -> whole tensor, of everything that the optimizer remembers of each parameter."""
+    return {
+        f"{key}/{name}": whole(value)
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """Inverse of :func:`optimizer_tensors`. The number of steps stays on the CPU, where AdamW keeps it."""
+    for joined, value in tensors.items():
+        key, _, name = joined.partition("/")
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = value if key == "step" else shard_like(value, parameter)

@@ -1,0 +1,33 @@
+"""The flow-matching loss on held-out latents, with the same noise and noise levels every time."""
+
+from __future__ import annotations
+
+import torch
+
+from ..latents import LatentDataset
+from .engine import Engine
+from .flow_matching import Forward, losses, validation_sample
+from .preparation import DTYPES
+
+
+@torch.no_grad()
+def validation_loss(engine: Engine, latents: LatentDataset, forward: Forward) -> float:
+    """The mean over all items and noise levels; every process must call it, and each takes its share.
+
+    Sparsity is what it is at this moment. Processes make equally many forwards, as FSDP2 needs: those with less to do
+    repeat the last one, which counts once.
+    """
+    accelerator, settings = engine.accelerator, engine.settings
+    device, dtype = accelerator.device, DTYPES[settings.precision]
+    world, rank = accelerator.num_processes, accelerator.process_index
+    work = [(index, point) for index in range(len(latents)) for point in range(settings.validation_points)]
+    rounds = -(-len(work) // world)
+    own = []
+    engine.bare.eval()
+    for number in range(rounds):
+        index, point = work[min(rank * rounds + number, len(work) - 1)]
+        batch = validation_sample(latents[index], settings, index, point).to(device, dtype)
+        own.append(losses(forward(engine.wrapped, batch.latents, batch.timesteps, batch.texts), batch.target))
+    engine.bare.train()
+    everywhere = accelerator.gather(torch.cat(own)).cpu()[: len(work)]
+    return float(everywhere.double().mean())

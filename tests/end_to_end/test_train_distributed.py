@@ -1,0 +1,100 @@
+"""The trainer on two processes: DDP and FSDP2 through accelerate end where one process ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+from salad_compile.training import read_log, train
+from salad_compile.training.engine import Engine
+from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, latents
+from tests.support import relative_error
+
+from .train_life import forkserver
+
+WORLD = 2
+# Sums over the batch are taken in another order: fp32, 24 bits, over some steps of AdamW, which divides by the root of
+# squared gradients and so passes the error of small ones on whole.
+BOUND = 1e-4
+RUN = dataclasses.replace(SETTINGS, steps=4, batch=4, micro_batch=1, sparsity_warmup=3, checkpoint_every=3)
+RUNS = {
+    "ddp": dataclasses.replace(RUN, distillation_steps=2),
+    "fsdp2": dataclasses.replace(RUN, ema_decay=0.5),
+}
+
+
+def worker(rank: int, folder: str, kind: str, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    if kind == "fsdp2":
+        configure_fsdp2()
+    root = Path(folder)
+    run(root, kind, kind)
+
+
+def configure_fsdp2() -> None:
+    """What `accelerate launch --use_fsdp --fsdp_version 2` sets, cpu_ram_efficient_loading among it."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+    from accelerate import DistributedType, PartialState
+
+    # accelerate offers FSDP for accelerators alone; what follows does not ask again
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_XPU
+    prepare = Engine.prepare.__func__  # type: ignore[attr-defined]
+
+    def checked(cls: type[Engine], *args: object) -> Engine:
+        engine: Engine = prepare(cls, *args)
+        assert engine.accelerator.is_fsdp2
+        assert all(isinstance(parameter, DTensor) for parameter in engine.bare.parameters())
+        assert type(engine.bare.blocks[0]).__name__.startswith("FSDP")  # type: ignore[index]
+        return engine
+
+    Engine.prepare = classmethod(checked)  # type: ignore[assignment,method-assign]
+
+
+def run(root: Path, name: str, kind: str) -> None:
+    held_out = latents(root / "held-out", 3, prefix="held", seed=9)
+    train(base(), latents(root / "latents"), RUNS[kind], root / name, config=CONFIG, validation=held_out)
+
+
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return int(unused.getsockname()[1])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(tmp_path: Path, kind: str) -> None:
+    run(tmp_path, "alone", kind)
+    forkserver()
+    mp.start_processes(worker, args=(str(tmp_path), kind, free_port()), nprocs=WORLD, start_method="forkserver")
+    assert_same_runs(tmp_path / kind, tmp_path / "alone")
+    # one process goes on from the checkpoint of two
+    shutil.rmtree(tmp_path / kind / "checkpoints" / "step-00000004")
+    run(tmp_path, kind, kind)
+    assert_same_runs(tmp_path / kind, tmp_path / "alone")
+
+
+def assert_same_runs(actual: Path, wanted: Path) -> None:
+    ours, theirs = read_log(actual), read_log(wanted)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4, 4]
+    for line, expected in zip(ours, theirs, strict=True):
+        for name in {"loss", "gradient_norm", "validation_loss"} & expected.keys():
+            assert line[name] == pytest.approx(expected[name], rel=BOUND)
+    files = sorted(path.name for path in wanted.glob("*.safetensors"))
+    assert files
+    for file in files:
+        trained, expected = load_file(actual / file), load_file(wanted / file)
+        assert trained.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert relative_error(trained[name], tensor) < BOUND, name

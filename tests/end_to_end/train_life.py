@@ -1,0 +1,36 @@
+"""Processes of training runs for the tests, forked from one that has everything loaded: importing takes longest."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import diffusers.models.transformers.transformer_wan  # noqa: F401
+import torch
+import torch.distributed.launcher.api
+
+import salad_compile.checkpoint
+import salad_compile.training.loop  # noqa: F401
+from salad_compile.command_line import main, train
+
+
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Where the processes of a test come from; all tests of a pytest process share the one server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def live(arguments: list[str], folder: str) -> None:
+    """Run the command in a process group of its own; what it and its processes say goes into `folder`/said."""
+    os.setsid()
+    said = os.open(Path(folder) / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, sys.stdout.fileno())
+    os.dup2(said, sys.stderr.fileno())
+    tempfile.tempdir = folder  # what torch's process starter leaves behind when it is killed
+    torch.set_num_threads(1)
+    train.START_METHOD = "fork"  # the processes of this run need not import everything again
+    os._exit(main(arguments))

@@ -1,0 +1,82 @@
+"""The layer-wise warm-up: what it compares, its gradients, and that it brings the sites nearer to dense attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import salad_compile
+from salad_compile.branch import branches
+from salad_compile.training import read_log, train
+from salad_compile.training.distillation import SiteDistillation
+from tests.support import randomise_branches, relative_error
+
+from .tiny import CONFIG, SETTINGS, base, converted, latents
+
+INPUTS = {
+    "hidden_states": torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
+    "timestep": torch.tensor([300.0, 700.0]),
+    "encoder_hidden_states": torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(2)),
+}
+
+
+def two_blocks() -> Any:
+    """In the flat order, because a site that is called alone knows no grid."""
+    model = salad_compile.convert(base(), dataclasses.replace(CONFIG, token_order="flat"), example_inputs=INPUTS)
+    randomise_branches(model)
+    return model
+
+
+def attention_of(model: Any) -> list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]]:
+    """Arguments and answer of each self-attention in one forward."""
+    seen: list[Any] = []
+    handles = [
+        block.attn1.register_forward_hook(lambda module, *call: seen.append(call), with_kwargs=True)
+        for block in model.blocks
+    ]
+    with torch.no_grad():
+        model(**INPUTS)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_each_site_is_held_against_the_base_model_on_the_base_models_activations() -> None:
+    model = two_blocks()
+    distillation = SiteDistillation(model, scale=0.5)
+    with distillation.watching():
+        out = model(**INPUTS).sample
+    assert torch.equal(out, base()(**INPUTS).sample)  # dense answers went on, without LoRA
+    reference = two_blocks()
+    expected = []
+    for block, (args, kwargs, dense) in zip(reference.blocks, attention_of(base()), strict=True):
+        error = (block.attn1(*args, **kwargs) - dense).square().flatten(1).mean(1) / dense.square().flatten(1).mean(1)
+        (0.5 * error.mean() / 2).backward()
+        expected.append(error.detach())
+    torch.testing.assert_close(distillation.losses(), torch.stack(expected).mean(0))
+    for name, parameter in reference.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.norm() > 0, name
+            assert relative_error(model.get_parameter(name).grad, parameter.grad) < 1e-5, name  # fp32
+
+
+def test_afterwards_the_model_is_as_it_was() -> None:
+    model = two_blocks()
+    before = model(**INPUTS).sample
+    with SiteDistillation(model, 1.0).watching():
+        model(**INPUTS)
+    assert torch.equal(model(**INPUTS).sample, before)
+    assert not any(block.attn1._forward_hooks for block in model.blocks)
+    assert all(float(branch.lora_scale) == 1.0 for branch in branches(model).values())
+
+
+def test_a_run_begins_with_it(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, steps=18, distillation_steps=16, text_dropout=0.0, learning_rate=3e-2)
+    train(converted(), latents(tmp_path / "latents"), settings, tmp_path / "run")
+    log = read_log(tmp_path / "run")
+    assert [line["stage"] for line in log] == ["distillation"] * 16 + ["flow matching"] * 2
+    losses = [line["loss"] for line in log[:16]]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])

@@ -1,0 +1,100 @@
+"""Samples, noise and loss of flow matching, and that noise belongs to step and place alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from salad_compile.errors import ConfigError
+from salad_compile.latents import LatentItem
+from salad_compile.training.flow_matching import (
+    default_forward,
+    losses,
+    padded_text,
+    shifted,
+    stacked,
+    training_sample,
+    validation_sample,
+    wan_forward,
+)
+
+from .tiny import SETTINGS, base, items
+
+ITEM = next(iter(items(1)))
+
+
+def test_noised_latents_lie_between_clean_ones_and_noise() -> None:
+    sample = training_sample(ITEM, SETTINGS, 5, 2)
+    s = sample.timesteps / 1000
+    noise = sample.target + ITEM.latent
+    torch.testing.assert_close(sample.latents, (1 - s) * ITEM.latent + s * noise)
+    assert abs(float(noise.mean())) < 0.2  # 768 numbers: five standard errors
+    assert abs(float(noise.std()) - 1) < 0.15
+
+
+def test_noise_depends_on_seed_step_and_place() -> None:
+    def drawn(seed: int, step: int, place: int) -> torch.Tensor:
+        return training_sample(ITEM, dataclasses.replace(SETTINGS, seed=seed), step, place).target
+
+    assert torch.equal(drawn(0, 5, 2), drawn(0, 5, 2))
+    others = [drawn(0, 5, 2), drawn(1, 5, 2), drawn(0, 2, 5), drawn(0, 52, 2), drawn(0, 5, 22)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(others) for b in others[:i])
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
+def test_noise_levels_are_distributed_as_asked_for(sampling: str) -> None:
+    settings = dataclasses.replace(SETTINGS, timestep_sampling=sampling, logit_mean=-1.0, logit_std=0.5, flow_shift=3.0)
+    small = LatentItem("small", torch.zeros(1, 1, 1, 1), torch.zeros(1, 1))
+    levels = torch.stack([training_sample(small, settings, step, 0).timesteps[0] / 1000 for step in range(2000)])
+    u = levels / (3 - 2 * levels)  # the shift, undone
+    drawn = u if sampling == "uniform" else (torch.logit(u) + 1) / 0.5
+    mean, deviation = (0.5, 12**-0.5) if sampling == "uniform" else (0.0, 1.0)
+    assert abs(float(drawn.mean()) - mean) < 5 * deviation / 2000**0.5  # five standard errors
+    assert float(drawn.std()) == pytest.approx(deviation, rel=0.1)
+
+
+def test_shift_keeps_the_ends_and_raises_the_middle() -> None:
+    assert [shifted(u, 5.0) for u in (0.0, 0.5, 1.0)] == pytest.approx([0.0, 5 / 6, 1.0])
+
+
+def test_texts_are_padded_and_dropped() -> None:
+    padded = padded_text(ITEM, 8)
+    assert torch.equal(padded[:3], ITEM.text)
+    assert not padded[3:].any()
+    with pytest.raises(ConfigError, match="text of 'clip0' has 3 tokens"):
+        padded_text(ITEM, 2)
+    dropped = [not training_sample(ITEM, SETTINGS, step, 0).texts.any() for step in range(1000)]
+    assert 0.25 < sum(dropped) / 1000 < 0.35  # text_dropout is 0.3, the standard error 0.014
+
+
+def test_validation_samples_are_fixed_and_keep_their_text() -> None:
+    one, again = (validation_sample(ITEM, SETTINGS, 3, 1) for _ in range(2))
+    assert torch.equal(one.latents, again.latents)
+    assert one.texts.any()
+    levels = [validation_sample(ITEM, SETTINGS, 3, point).timesteps.item() for point in range(4)]
+    assert levels == pytest.approx([1000 * shifted(u, 5.0) for u in (0.125, 0.375, 0.625, 0.875)])
+
+
+def test_losses_are_those_of_each_sample_in_fp32() -> None:
+    batch = stacked([training_sample(ITEM, SETTINGS, 0, place) for place in range(3)])
+    prediction = (batch.target + torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1, 1)).bfloat16()
+    found = losses(prediction, batch.target)
+    assert found.dtype == torch.float32
+    expected = (prediction.double() - batch.target.double()).square().flatten(1).mean(1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)  # sums of 768 fp32 terms
+
+
+def test_models_that_are_not_called_as_wan_are_an_error() -> None:
+    assert default_forward(base(num_layers=1)) is wan_forward
+
+    class Other(nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(ConfigError, match=r"Other takes x, t, and not hidden_states.*forward=f"):
+        default_forward(Other())
+    with pytest.raises(ConfigError, match="predicted"):
+        losses(torch.zeros(1, 3, 2), torch.zeros(1, 4, 2))

@@ -1,0 +1,303 @@
+"""train(): resumed runs are bitwise those without a break, and what goes wrong leaves all as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import salad_compile
+from salad_compile.branch import branches
+from salad_compile.errors import ConfigError, NotConvertedError, ResumeError, TrainingError
+from salad_compile.latents import LatentDataset, LatentItem, ShapeBatches, open_latents, write_latents
+from salad_compile.training import TrainSettings, read_log, train
+from salad_compile.training import loop as loop_module
+
+from .tiny import CONFIG, SETTINGS, base, converted, items, latents
+
+RUN = dataclasses.replace(SETTINGS, sparsity_warmup=4, ema_decay=0.8, validation_every=2, validation_points=2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    latents(root / "latents")
+    latents(root / "held-out", 2, prefix="held", seed=9)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a break."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    run(data, directory)
+    return directory
+
+
+def run(data: Path, directory: Path, settings: TrainSettings = RUN, model: Any = None, **more: Any) -> Any:
+    held_out = open_latents(data / "held-out")
+    given = {"validation": held_out} | more
+    return train(model or converted(), open_latents(data / "latents"), settings, directory, **given)
+
+
+def curve(directory: Path) -> list[dict[str, Any]]:
+    return [
+        {k: v for k, v in line.items() if k not in ("steps_per_second", "peak_memory")} for line in read_log(directory)
+    ]
+
+
+def assert_same(directory: Path, expected: Path) -> None:
+    assert curve(directory) == curve(expected)
+    for name in ("salad.safetensors", "salad_ema.safetensors"):
+        ours, theirs = load_file(directory / name), load_file(expected / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_trains_and_leaves_its_files(whole: Path, data: Path) -> None:
+    log = read_log(whole)
+    assert [line["step"] for line in log] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    steps = [line for line in log if "loss" in line]
+    assert [line["learning_rate"] for line in steps] == pytest.approx([1e-2 / 3, 2e-2 / 3, *[1e-2] * 4])
+    assert [line["sparsity"] for line in steps] == pytest.approx([0.2, 0.325, 0.45, 0.575, 0.7, 0.7])
+    assert all(line["peak_memory"] > 2**20 and line["steps_per_second"] > 0 for line in steps)
+    validated = [line["validation_loss"] for line in log if "validation_loss" in line]
+    assert len(set(validated)) == 3
+    fresh, trained = converted(), load_file(whole / "salad.safetensors")
+    start = {name: p.clone() for name, p in fresh.named_parameters() if ".salad." in name}
+    assert all(not torch.equal(trained[name], value) for name, value in start.items())
+    summary = json.loads((whole / "training.json").read_text())
+    assert (summary["steps"], summary["items"], summary["validation_loss"]) == (6, 9, validated[-1])
+    assert TrainSettings.from_dict(summary["settings"]) == RUN
+    model = salad_compile.load(base(num_layers=1), whole / "salad.safetensors")
+    assert next(iter(branches(model).values())).config == CONFIG
+
+
+def test_the_moving_average_is_that_of_the_checkpoints(data: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(RUN, steps=3, checkpoint_every=1, keep_last=9)
+    model = converted()
+    names = [name for name, _ in model.named_parameters() if ".salad." in name]
+    average = {name: model.get_parameter(name).detach().clone() for name in names}
+    run(data, tmp_path, settings, model)
+    for step in (1, 2, 3):
+        at = load_file(tmp_path / "checkpoints" / f"step-{step:08d}" / "salad.safetensors")
+        average = {name: 0.8 * value + 0.2 * at[name] for name, value in average.items()}
+    found = load_file(tmp_path / "salad_ema.safetensors")
+    for name, value in average.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)  # three rounded fp32 steps
+
+
+@pytest.mark.parametrize("kept", [2, 4, 6])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(data: Path, whole: Path, tmp_path: Path, kept: int) -> None:
+    """As if killed between the checkpoint `kept` and the next, with lines of later steps in the log."""
+    directory = tmp_path / "run"
+    shutil.copytree(whole, directory)
+    for step in range(kept + 2, 7, 2):
+        shutil.rmtree(directory / "checkpoints" / f"step-{step:08d}")
+    for path in directory.glob("*.*"):
+        if path.name != "log.jsonl":
+            path.unlink()
+    with (directory / "log.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    (directory / "checkpoints" / ".step-00000008.partial").mkdir()
+    result = run(data, directory)
+    assert (result.finished, result.step) == (True, 6)
+    assert_same(directory, whole)
+    assert not list((directory / "checkpoints").glob(".*"))
+
+
+def test_a_run_without_a_checkpoint_begins_again(data: Path, whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
+    run(data, tmp_path)
+    assert_same(tmp_path, whole)
+
+
+def test_more_steps_go_on_from_a_finished_run(data: Path, whole: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    run(data, directory, dataclasses.replace(RUN, steps=4))
+    run(data, directory, RUN)
+    assert_same(directory, whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(data: Path, whole: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(whole, directory)
+    newest = directory / "checkpoints" / "step-00000006" / "training.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    run(data, directory)
+    assert_same(directory, whole)
+
+
+def test_only_the_last_checkpoints_stay(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path, dataclasses.replace(RUN, checkpoint_every=1, keep_last=2))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000005", "step-00000006"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_writes_a_checkpoint(
+    data: Path, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    calls = 0
+    before = signal.getsignal(number)
+
+    def forward(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # in the third step: two micro-batches each
+            os.kill(os.getpid(), number)
+        return loop_module.default_forward(converted())(*args)
+
+    settings = dataclasses.replace(RUN, checkpoint_every=100)
+    result = run(data, tmp_path, settings, forward=forward, validation=None)
+    assert (result.finished, result.step, result.file) == (False, 3, None)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000003"]
+    assert signal.getsignal(number) is before
+    assert not (tmp_path / "salad.safetensors").exists()
+    settings = dataclasses.replace(RUN, validation_every=0)
+    assert run(data, tmp_path, settings).finished
+    losses = [line["loss"] for line in read_log(tmp_path) if "loss" in line]
+    assert losses == [line["loss"] for line in read_log(whole) if "loss" in line]
+
+
+class Broken(LatentDataset):
+    """A dataset in which one item is NaN; `open_latents` would have told, so it comes from elsewhere."""
+
+    def __init__(self, latents: LatentDataset, index: int) -> None:
+        self.latents, self.index, self.names, self.shapes = latents, index, latents.names, latents.shapes
+
+    def __getitem__(self, number: int) -> LatentItem:
+        item = self.latents[number]
+        return dataclasses.replace(item, latent=item.latent * float("nan")) if number == self.index else item
+
+
+def broken_at_the_second_step(data: Path) -> Broken:
+    given = open_latents(data / "latents")
+    batches = ShapeBatches(given.shapes, RUN.batch, seed=RUN.seed)
+    return Broken(given, next(index for index in batches.at(1) if index not in batches.at(0)))
+
+
+def test_a_loss_that_is_not_finite_names_the_items_and_changes_nothing(data: Path, tmp_path: Path) -> None:
+    bad, model = broken_at_the_second_step(data), converted()
+    with pytest.raises(TrainingError, match=f"step 2: the loss of {bad.names[bad.index]} is not finite"):
+        train(model, bad, dataclasses.replace(RUN, checkpoint_every=1), tmp_path)
+    assert [line["step"] for line in read_log(tmp_path)] == [1]
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
+    saved = load_file(tmp_path / "checkpoints" / "step-00000001" / "salad.safetensors")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in trained.items())
+
+
+def test_steps_with_such_a_loss_can_be_left_out(data: Path, tmp_path: Path) -> None:
+    bad = broken_at_the_second_step(data)
+    train(converted(), bad, dataclasses.replace(RUN, on_non_finite="skip"), tmp_path)
+    skipped = [line["step"] for line in read_log(tmp_path) if line["loss"] is None]
+    assert skipped[0] == 2
+    assert len(skipped) < 4
+    final = load_file(tmp_path / "salad.safetensors")
+    assert all(tensor.isfinite().all() for tensor in final.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"settings": dataclasses.replace(RUN, learning_rate=1.0)}, r"learning_rate \(was 0.01, is 1.0\)"),
+        ({"settings": dataclasses.replace(RUN, seed=1, ema_decay=0.5)}, r"ema_decay.*seed"),
+        ({"settings": dataclasses.replace(RUN, steps=5)}, "further than steps=5"),
+        ({"resume": False}, "holds a run already"),
+        ({"items": 8}, "data: the latents"),
+        ({"weights": 1.01}, "base_weights"),
+        ({"config": dataclasses.replace(CONFIG, sparsity=0.6)}, r"sparsity \(was 0.7, is 0.6\)"),
+        ({"config": CONFIG, "layers": 2}, "base_digest"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another(
+    data: Path, whole: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    model = converted()
+    if "config" in change:
+        model = base(num_layers=change.get("layers", 1))
+    if "weights" in change:
+        model.blocks[0].ffn.net[2].weight.data *= change["weights"]
+    items_ = latents(tmp_path / "other", change["items"]) if "items" in change else open_latents(data / "latents")
+    settings = change.get("settings", RUN)
+    with pytest.raises(ResumeError, match=said):
+        train(model, items_, settings, whole, config=change.get("config"), resume=change.get("resume", True))
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_what_does_not_fit_is_told_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    with pytest.raises(NotConvertedError, match="config=SaladConfig"):
+        run(data, directory, model=base(num_layers=1))
+    for change, said in (({"lowest_sparsity": None}, "lowest_sparsity"), ({"train_base": True}, "train_base")):
+        with pytest.raises(ConfigError, match=said):
+            run(data, directory, model=base(num_layers=1), config=dataclasses.replace(CONFIG, **change))
+    with pytest.raises(ConfigError, match="text of 'clip"):
+        run(data, tmp_path / "text", dataclasses.replace(RUN, text_tokens=5))
+    assert not directory.exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import salad_compile.training.checkpointing as checkpointing
+
+    real = checkpointing._sync
+
+    def full(path: Path) -> None:
+        if path.parent.name.startswith(".step-00000004"):
+            raise OSError(28, "No space left on device")
+        real(path)
+
+    monkeypatch.setattr(checkpointing, "_sync", full)
+    with pytest.raises(TrainingError, match=r"step 4 could not be written.*No space left"):
+        run(data, tmp_path)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000002"]
+
+
+def test_reading_ahead_in_other_processes_changes_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
+    run(data, tmp_path, dataclasses.replace(RUN, workers=1))
+    assert_same(tmp_path, whole)
+
+
+def test_tensorboard_gets_what_the_log_says(data: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(data, tmp_path, dataclasses.replace(RUN, trackers=("tensorboard",), steps=2))
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out*") if path.parent.name == "trackers"}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    expected = [(line["step"], line["loss"]) for line in read_log(tmp_path) if "loss" in line]
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert [value for _, value in found] == pytest.approx([value for _, value in expected])
+
+
+def test_a_model_of_another_signature_trains_with_a_forward_of_its_own(data: Path, whole: Path, tmp_path: Path) -> None:
+    def forward(model: Any, noisy: torch.Tensor, timesteps: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = model(noisy, timesteps, texts).sample
+        return answer
+
+    run(data, tmp_path, forward=forward)
+    assert_same(tmp_path, whole)
+
+
+def test_latents_of_several_shapes(data: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(data / "latents", mixed)
+    write_latents(
+        (LatentItem(f"wide{i}", torch.randn(4, 2, 8, 12), item.text) for i, item in enumerate(items(4))),
+        mixed,
+    )
+    result = train(converted(), open_latents(mixed), RUN, tmp_path / "run")
+    assert result.finished

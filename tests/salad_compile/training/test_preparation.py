@@ -1,0 +1,102 @@
+"""What becomes of a model's parameters before training: frozen, trainable, and in which dtype."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import salad_compile
+from salad_compile.branch import branches
+from salad_compile.training.preparation import make_trainable, require_converted
+from salad_compile.training.tensors import trained_parameters
+from tests.support import randomise_branches
+
+from .tiny import CONFIG, SETTINGS, base, converted, items
+
+
+def test_branches_are_fp32_and_trainable_and_the_base_is_neither() -> None:
+    model = converted().to(torch.bfloat16)
+    make_trainable(model, "bf16")
+    trained = trained_parameters(model)
+    assert len(trained) == sum(len(list(branch.parameters())) for branch in branches(model).values()) > 0
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (name in trained), name
+        assert parameter.dtype == torch.float32 or name not in trained, name
+
+
+def test_the_base_is_cast_as_from_pretrained_would(tmp_path: object) -> None:
+    """Fails when diffusers renames `_keep_in_fp32_modules`, which is private to it."""
+    model = base(num_layers=1)
+    model.save_pretrained(tmp_path)
+    expected = {
+        name: p.dtype
+        for name, p in type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16).named_parameters()
+    }
+    assert set(expected.values()) == {torch.bfloat16, torch.float32}
+    given = converted()
+    make_trainable(given, "bf16")
+    trained = trained_parameters(given)
+    assert {name: p.dtype for name, p in given.named_parameters() if name not in trained} == expected
+    make_trainable(given, "fp32")
+    assert {p.dtype for p in given.parameters()} == {torch.float32}
+
+
+def test_a_bf16_base_trains_fp32_branches() -> None:
+    model = converted()
+    randomise_branches(model)
+    make_trainable(model, "bf16")
+    out = model(
+        torch.randn(1, 4, 3, 8, 8).bfloat16(),
+        torch.tensor([500.0]),
+        torch.randn(1, 8, 16).bfloat16(),
+        return_dict=False,
+    )[0]
+    assert out.dtype == torch.bfloat16
+    out.float().square().mean().backward()
+    for name, parameter in trained_parameters(model).items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.norm() > 0, name
+
+
+def test_branches_that_another_library_froze_are_trained_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = converted()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with caplog.at_level(logging.WARNING, "salad_compile"):
+        make_trainable(model, "fp32")
+    assert "load_lora_weights" in caplog.text
+    assert all(parameter.requires_grad for parameter in trained_parameters(model).values())
+
+
+def test_what_else_was_trainable_is_frozen_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = converted()
+    model.proj_out.weight.requires_grad_(True)
+    with caplog.at_level(logging.WARNING, "salad_compile"):
+        make_trainable(model, "fp32")
+    assert "proj_out.weight" in caplog.text
+    assert not model.proj_out.weight.requires_grad
+
+
+def test_conversion_takes_its_example_from_the_largest_latent() -> None:
+    class Two:
+        names = ("small", "large")
+        shapes = ((4, 1, 2, 2), (4, 3, 8, 8))
+
+        def __getitem__(self, index: int) -> object:
+            assert index == 1
+            return next(iter(items(1)))
+
+    from salad_compile.training.flow_matching import wan_forward
+
+    model = base(num_layers=1)
+    state = torch.random.get_rng_state()
+    require_converted(model, Two(), SETTINGS, CONFIG, wan_forward)  # type: ignore[arg-type]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert list(branches(model)) == ["blocks.0.attn1.salad"]
+    again = base(num_layers=1)
+    require_converted(again, Two(), SETTINGS, CONFIG, wan_forward)  # type: ignore[arg-type]
+    ours, theirs = (salad_compile.checkpoint.branch_state(each) for each in (model, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

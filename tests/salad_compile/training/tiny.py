@@ -1,0 +1,93 @@
+"""A tiny Wan, tiny latents and settings for the tests of the trainer: 48 tokens, two blocks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import salad_compile
+from salad_compile.latents import LatentDataset, LatentItem, open_latents, write_latents
+from salad_compile.training import TrainSettings
+from tests.models.zoo import from_diffusers, randomise
+from tests.support import seeded
+
+SHAPE = (4, 3, 8, 8)
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 48,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+# the placement that costs the uncompiled model least time
+CONFIG = salad_compile.SaladConfig(
+    sparsity=0.7,
+    lowest_sparsity=0.2,
+    query_block=16,
+    key_block=16,
+    lora_rank=2,
+    lora_alpha=2.0,
+    min_tokens=16,
+    rope_placement="rotate-then-map",
+)
+SETTINGS = TrainSettings(
+    steps=6,
+    batch=4,
+    micro_batch=2,
+    learning_rate=1e-2,
+    warmup_steps=3,
+    text_tokens=8,
+    text_dropout=0.3,
+    precision="fp32",
+    gradient_checkpointing=False,
+    compile="none",
+    checkpoint_every=2,
+    workers=0,
+)
+
+
+def base(**changes: Any) -> Any:
+    """Always the same weights."""
+    with seeded(3):
+        return randomise(from_diffusers("WanTransformer3DModel", WAN | changes), 3)
+
+
+@cache
+def _converted() -> Any:
+    model = base(num_layers=1)
+    example = {
+        "hidden_states": torch.zeros(1, *SHAPE),
+        "timestep": torch.zeros(1),
+        "encoder_hidden_states": torch.zeros(1, 8, 16),
+    }
+    with seeded(0):
+        return salad_compile.convert(model, CONFIG, example_inputs=example)
+
+
+def converted() -> Any:
+    """A new model of one block, converted, always the same."""
+    return copy.deepcopy(_converted())
+
+
+def items(count: int = 9, *, prefix: str = "clip", seed: int = 0) -> Iterable[LatentItem]:
+    """Latents of one shape and texts of several lengths."""
+    draw = torch.Generator().manual_seed(seed)
+    for number in range(count):
+        latent = torch.randn(SHAPE, generator=draw)
+        yield LatentItem(f"{prefix}{number}", latent, torch.randn(3 + number % 4, 16, generator=draw))
+
+
+def latents(directory: Path, count: int = 9, **changes: Any) -> LatentDataset:
+    """Written once, and opened."""
+    if not directory.exists():
+        write_latents(items(count, **changes), directory)
+    return open_latents(directory)
