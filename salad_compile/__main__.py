@@ -1,0 +1,8 @@
+"""`python -m salad_compile`: the command line."""
+
+import sys
+
+from .command_line import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""`python -m salad_compile.command_line`: the command line."""
+
+import sys
+
+from . import main
+
+if __name__ == "__main__":
+    sys.exit(main())

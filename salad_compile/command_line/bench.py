@@ -1,0 +1,160 @@
+"""`salad-compile bench MODEL`: one denoising step, dense and SALAD in turns."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from . import model_arguments
+from .output import progress, show
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn as nn
+
+HELP = """\
+Times one forward of a model, as a denoising step runs it, dense and as SALAD, in turns on the device at hand, and
+prints medians and spread. Both sides are compiled, block by block where the model knows its blocks. Weights may be
+random: speed does not depend on them. Without --salad the model is converted afresh. LoRA is merged, as one would for
+inference; dense runs on the same weights.
+
+example:
+    salad-compile bench Wan2.1-T2V-1.3B-Diffusers/transformer/config.json --random --dtype bfloat16
+    salad-compile bench config.json --random --latent 5x16x16 --min-tokens 256 --device cpu --rounds 3
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, sizes, settings, and how often."""
+    model_arguments.add_model(parser, weights=True)
+    model_arguments.add_inputs(parser)
+    model_arguments.add_settings(parser)
+    model_arguments.add_run(parser)
+    group = parser.add_argument_group("the timing")
+    group.add_argument(
+        "--steps", type=model_arguments.positive, default=1, metavar="N", help="forwards in one timing, 1"
+    )
+    group.add_argument("--rounds", type=model_arguments.positive, default=10, metavar="N", help="timings of each, 10")
+    group.add_argument(
+        "--compile",
+        choices=("auto", "blocks", "model", "none"),
+        default="auto",
+        help="block by block, the whole model, or not at all; auto: blocks where the model knows them, else the model",
+    )
+    group.add_argument("--keep-lora", action="store_true", help="leave the low-rank updates beside the weights")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Time and report."""
+    import salad_compile
+
+    from ..branch import branches
+    from ..inputs import normalise_inputs
+    from .benching import BenchReport, first_call, time_in_turns
+
+    device = model_arguments.device_of(arguments)
+    dense, salad, inputs = _both(arguments, device)
+    has_lora = any(branch.lora_roles for branch in branches(salad).values())
+    if has_lora and not arguments.keep_lora:
+        salad_compile.merge_lora(salad)
+    facts: dict[str, Any] = {"lora": "none" if not has_lora else "unmerged" if arguments.keep_lora else "merged"}
+    facts |= _facts(arguments, salad, device)
+    calls = {}
+    for name, model, backend in (("dense", dense, "inductor"), ("SALAD", salad, "salad")):
+        compiled, facts["compile"] = _compiled(model, arguments.compile, backend)
+        calls[name] = _forward(compiled, normalise_inputs(model, inputs))
+    first = {"dense": first_call(calls["dense"], device)}
+    first["SALAD"], facts["measured_sparsity"] = _measured(lambda: first_call(calls["SALAD"], device))
+    with progress("timing", 2 * arguments.rounds) as advance:
+        how = {"steps": arguments.steps, "rounds": arguments.rounds}
+        times = time_in_turns(calls, first, device, advance=advance, **how)
+    show(arguments, BenchReport(times["dense"], times["SALAD"], facts | how))
+    return 0
+
+
+def _both(arguments: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module, Any]:
+    """The dense model, its converted copy over the same weights, and the inputs of one forward."""
+    base = model_arguments.load(arguments).to(device).requires_grad_(False)
+    inputs = model_arguments.noisy_inputs(arguments, base, device)
+    tensors = [*base.parameters(), *base.buffers()]
+    twin = copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
+    salad = model_arguments.with_branches(arguments, twin, inputs)
+    if arguments.salad is None:
+        _fill(salad)
+    return base, salad, inputs
+
+
+def _fill(model: nn.Module) -> None:
+    """Noise in fresh branches: products with zeros draw less power, and so run faster, on a GPU."""
+    import torch
+
+    from ..branch import branches
+
+    with torch.no_grad():
+        for branch in branches(model).values():
+            for parameter in branch.parameters():
+                parameter.normal_(std=0.02)
+
+
+def _compiled(model: nn.Module, how: str, backend: str) -> tuple[Callable[..., Any], str]:
+    """The model compiled as asked, and how that is called."""
+    import torch
+
+    compile_blocks: Any = getattr(model, "compile_repeated_blocks", None)
+    if how in ("auto", "blocks") and compile_blocks is not None:
+        try:
+            compile_blocks(backend=backend)
+            return model, "compiled block by block"
+        except ValueError as error:  # diffusers: the class does not say what its blocks are
+            if how == "blocks":
+                raise ConfigError(f"{error} Compile the whole model: --compile model.") from error
+    if how == "blocks":
+        raise ConfigError(f"{type(model).__name__} does not know its blocks: --compile model compiles all of it.")
+    if how == "none":
+        return model, "not compiled"
+    return torch.compile(model, backend=backend), "compiled as a whole"
+
+
+def _forward(model: Callable[..., Any], inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Callable[[], object]:
+    import torch
+
+    positional, named = inputs
+
+    def call() -> object:
+        with torch.inference_mode():
+            return model(*positional, **named)
+
+    return call
+
+
+def _measured(call: Callable[[], float]) -> tuple[float, float | None]:
+    """What `call` answers, and the sparsity that was measured meanwhile; None where sparse attention never ran."""
+    from ..kernels.measure import measure_executions
+
+    with measure_executions() as executions:
+        answer = call()
+    total = sum(execution.total_pairs for execution in executions)
+    return answer, 1 - sum(e.computed_pairs for e in executions) / total if total else None
+
+
+def _facts(arguments: argparse.Namespace, model: nn.Module, device: torch.device) -> dict[str, Any]:
+    import torch
+
+    from ..branch import branches
+    from ..probe import placement
+    from .benching import device_name
+
+    known = list(branches(model).values())
+    return {
+        "model": type(model).__name__,
+        "weights": "random" if arguments.random else "stored",
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "dtype": str(placement(model)[1]).removeprefix("torch."),
+        "sites": len(known),
+        "tokens": max(branch.record.tokens for branch in known),
+        "sparsity": known[0].config.sparsity,
+    }

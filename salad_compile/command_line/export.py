@@ -1,0 +1,84 @@
+"""`salad-compile export --model BASE --salad FILE --output DIR`: a fine-tuned model in the formats of others."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from . import model_arguments
+from .model_source import read_json
+from .output import show
+
+HELP = """\
+Loads a base model and a SALAD file and writes them in the formats that other programs read, with a model card. LoRA
+and merged weights load without SALAD attention too, but are not the product then: gates and projections are in the
+SALAD file, the exact one. Without --formats it is all that the model can be written in.
+
+example:
+    salad-compile export --model Wan2.1-T2V-1.3B-Diffusers --salad run/ --output exported
+    salad-compile export --model wan --salad run/ --output exported --formats salad diffusers comfyui --json
+    salad-compile export --model Wan2.2-T2V-A14B-Diffusers --salad high/ --salad-2 low/ --output exported
+"""
+
+TRAINING = "training.json"  # what `train` leaves beside the SALAD file
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model and file, formats, and where to."""
+    model_arguments.add_model(parser, weights=True, option=True)
+    group = parser.add_argument_group("the fine-tuned branches")
+    group.add_argument("--salad", required=True, metavar="FILE", help="a file, a directory or a Hub repository")
+    group.add_argument("--salad-2", metavar="FILE", help="of the second expert, transformer_2 of the same pipeline")
+    group = parser.add_argument_group("the export")
+    group.add_argument("--output", required=True, metavar="DIR", help="an export that is there is replaced, as a whole")
+    group.add_argument("--formats", nargs="+", metavar="NAME", help="of salad, diffusers, comfyui, peft, merged")
+    group.add_argument("--base-model", metavar="NAME", help="for the card: Hub id or name of the base model")
+    group.add_argument(
+        "--training", metavar="FILE", help="for the card: JSON about the training; default: training.json beside FILE"
+    )
+    group.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of merged weights, 5GB")
+    group.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the export afterwards")
+    group.add_argument("--private", action="store_true", help="a repository that is made for it is private")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load, export, report."""
+    import salad_compile
+
+    training = _training(arguments)
+    report = salad_compile.export(
+        _model(arguments),
+        arguments.output,
+        arguments.formats,
+        base_model=arguments.base_model,
+        training=training,
+        max_shard_size=arguments.max_shard_size,
+    )
+    more = {}
+    if arguments.push_to_hub:
+        more["commit"] = salad_compile.push_to_hub(
+            arguments.output, arguments.push_to_hub, private=arguments.private or None
+        )
+    show(arguments, report, **more)
+    return 0
+
+
+def _model(arguments: argparse.Namespace) -> Any:
+    """The base with its branches, or both experts of a pipeline with theirs."""
+    import salad_compile
+
+    first = salad_compile.load(model_arguments.load(arguments), arguments.salad)
+    if arguments.salad_2 is None:
+        return first
+    second = model_arguments.load(arguments, component="transformer_2")
+    return SimpleNamespace(transformer=first, transformer_2=salad_compile.load(second, arguments.salad_2))
+
+
+def _training(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    if arguments.training is not None:
+        return read_json(Path(arguments.training))
+    beside = Path(arguments.salad)
+    file = (beside if beside.is_dir() else beside.parent) / TRAINING
+    return read_json(file) if file.is_file() else None

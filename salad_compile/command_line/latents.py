@@ -1,0 +1,170 @@
+"""`salad-compile latents`: look at precomputed latents, and convert them between formats."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..latents.dataset import StoredLatents
+    from ..latents.statistics import LatentStatistics
+
+HELP = """\
+Looks at a dataset of precomputed latents and texts, or converts it between the formats of trainers.
+
+example:
+    salad-compile latents inspect data --sample 100 --json
+    salad-compile latents convert musubi_cache data --to salad --skip
+"""
+
+# as in latents/opening.py and latents/converting.py, which import torch; a test compares them
+_LAYOUTS = ("auto", "salad", "fastvideo", "musubi", "finetrainers")
+_TARGETS = ("salad", "musubi", "fastvideo")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="action", required=True, metavar="{inspect,convert}")
+    inspect = commands.add_parser(
+        "inspect",
+        help="layout, shapes, statistics and damaged items of a dataset",
+        description="Reads a dataset and says what is in it. Exit code 1: items are damaged.",
+    )
+    inspect.add_argument("path", type=Path, help="directory, or Parquet file")
+    inspect.add_argument("--sample", type=int, metavar="N", help="read only N items, spread over the dataset")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    convert = commands.add_parser(
+        "convert",
+        help="write a dataset in another format",
+        description="Writes a dataset in another format. Interrupted, it goes on where it stopped when run again.",
+    )
+    convert.add_argument("source", type=Path, help="directory, or Parquet file")
+    convert.add_argument("destination", type=Path, help="new or empty directory, or one left by an interrupted run")
+    convert.add_argument("--to", choices=_TARGETS, default="salad", help="format to write (default: %(default)s)")
+    convert.add_argument("--skip", action="store_true", help="leave damaged items out (default: stop at the first)")
+    convert.add_argument("--json", action="store_true", help="print JSON")
+    for command in (inspect, convert):
+        command.add_argument("--layout", choices=_LAYOUTS, default="auto", help="format to read (default: %(default)s)")
+        command.add_argument(
+            "--normalized",
+            choices=("yes", "no"),
+            help="whether the stored latents are normalised (default: what the format says)",
+        )
+        command.add_argument(
+            "--statistics",
+            metavar="wan2.1|FILE",
+            help='mean and std of the VAE: JSON with "mean" and "std", or latents_mean and latents_std as in the '
+            "config.json of a VAE of diffusers (default: what the format implies)",
+        )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The exit code. Raises SaladError or OSError."""
+    return _inspect(arguments) if arguments.action == "inspect" else _convert(arguments)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from ..latents.checking import check, doubt, evenly_spaced
+    from ..latents.opening import open_latents
+
+    latents = open_latents(arguments.path, **_options(arguments), on_error="skip", sample=0)
+    indices = None if arguments.sample is None else evenly_spaced(arguments.sample, len(latents))
+    checked = check(latents, indices, progress=not arguments.json)
+    measured, question = checked.measured, None
+    if measured is not None:
+        question = doubt(measured, latents.statistics, stored_normalized=latents.normalized)
+    problems = [*latents.problems, *checked.problems]
+    found: dict[str, Any] = {
+        "path": str(arguments.path),
+        "layout": latents.layout,
+        "items": len(latents) + len(latents.problems),
+        "items_read": len(latents) if indices is None else len(indices),
+        "shapes": _histogram(latents),
+        "stored_normalized": latents.normalized,
+        "mean": None if measured is None else list(measured.mean),
+        "std": None if measured is None else list(measured.std),
+        "doubt": question,
+        "problems": {problem.name: problem.reason for problem in problems},
+    }
+    _print(json.dumps(found, indent=1) if arguments.json else _readable(found))
+    return 1 if problems else 0
+
+
+def _histogram(latents: StoredLatents) -> dict[str, int]:
+    counts = Counter("x".join(map(str, shape)) for shape in latents.shapes)
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def _readable(found: dict[str, Any]) -> str:
+    stored = "normalised" if found["stored_normalized"] else "not normalised; read as (x - mean) / std"
+    lines = [
+        f"{found['path']}: layout {found['layout']}, {found['items']} items, {found['items_read']} read",
+        f"stored latents: {stored}",
+        "shapes (channels x frames x height x width):",
+        *(f"  {shape}: {count}" for shape, count in found["shapes"].items()),
+    ]
+    if found["mean"] is not None:
+        lines.append("as they are read, per channel:")
+        lines += [f"  {what}: {' '.join(f'{value:.2f}' for value in found[what])}" for what in ("mean", "std")]
+        lines.append(f"normalisation: {found['doubt'] or 'as expected'}")
+    lines.append(f"damaged items: {len(found['problems']) or 'none'}")
+    lines += [f"  {name}: {reason}" for name, reason in found["problems"].items()]
+    return "\n".join(lines)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from ..latents.converting import convert_latents
+
+    report = convert_latents(
+        arguments.source,
+        arguments.destination,
+        **_options(arguments),
+        to=arguments.to,
+        on_error="skip" if arguments.skip else "raise",
+        progress=not arguments.json,
+    )
+    found: dict[str, Any] = {
+        "path": str(report.path),
+        "written": report.written,
+        "kept": report.kept,
+        "skipped": {problem.name: problem.reason for problem in report.skipped},
+    }
+    if arguments.json:
+        _print(json.dumps(found, indent=1))
+        return 0
+    earlier = f", {report.kept} were there from an earlier run" if report.kept else ""
+    _print(f"{report.path}: {report.written} items written{earlier}, {len(report.skipped)} left out")
+    _print("\n".join(f"  {name}: {reason}" for name, reason in found["skipped"].items()))
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "layout": arguments.layout,
+        "normalized": None if arguments.normalized is None else arguments.normalized == "yes",
+        "statistics": None if arguments.statistics is None else _statistics(arguments.statistics),
+    }
+
+
+def _statistics(source: str) -> LatentStatistics:
+    from ..errors import ConfigError
+    from ..latents.statistics import WAN_2_1, LatentStatistics
+
+    if source == "wan2.1":
+        return WAN_2_1
+    try:
+        values = json.loads(Path(source).read_text(encoding="utf-8"))
+        mean, std = (values.get(f"latents_{name}", values.get(name)) for name in ("mean", "std"))
+        return LatentStatistics.from_dict({"mean": mean, "std": std})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--statistics {source}: {error}. It is wan2.1, or a JSON file with mean and std per channel."
+        ) from error
+
+
+def _print(text: str) -> None:
+    if text:
+        sys.stdout.write(text + "\n")

@@ -1,0 +1,375 @@
+"""load_model(source): what a command line calls a model, as a module, with its weights, with random ones or with none.
+
+A source is one of
+
+    a directory of diffusers' save_pretrained     config.json with _class_name, beside the weights
+    a directory of a pipeline                     model_index.json; `component` says which of its models
+    a JSON file                                   a configuration alone; its _class_name or `class_name` says the class
+    module:Class or file.py:Class                 a class of one's own; `config` is a JSON file of its arguments
+    owner/name                                    a repository on the Hugging Face Hub, in one of the first two forms
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, HubError, MissingPackageError, ModelSourceError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn as nn
+
+CONFIG, PIPELINE_INDEX = "config.json", "model_index.json"
+WEIGHTS = ("*.safetensors", "*.bin")
+RANDOM_SEED = 0  # the same random model at every call, so that what was exported for one fits the next
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What was found under a source.
+
+    Attributes:
+        make_class: imports and returns the class. name: what messages call the model.
+        config: arguments of the class; for diffusers the content of config.json.
+        directory: where the weights lie, or None.
+    """
+
+    name: str
+    make_class: Callable[[], Any]
+    config: Mapping[str, Any]
+    directory: Path | None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a file of weights lies beside the configuration."""
+        return self.directory is not None and any(any(self.directory.glob(glob)) for glob in WEIGHTS)
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    random: bool = False,
+    meta: bool = False,
+    component: str = "transformer",
+    class_name: str | None = None,
+    config: str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | None = None,
+) -> nn.Module:
+    """The model that `source` says, on the CPU, in eval mode.
+
+    Args:
+        source: see the top of this file.
+        dtype: of the parameters. None: as the weights are stored, float32 without weights.
+        random: random weights, always the same, instead of stored ones.
+        meta: no weights at all: parameters are on the meta device, and nothing but JSON is read.
+        component: which model of a pipeline.
+        class_name: the class, where a configuration does not say it: a name of diffusers or `module:Class`.
+        config: a JSON file with the arguments of a class of one's own.
+        weights: a safetensors file with the state dict of a class of one's own.
+
+    Raises:
+        ModelSourceError: no such source, no class, arguments that do not fit, no weights. ConfigError: a JSON file
+        holds something else. FileNotFoundError: a file
+        that was named is not there. MissingPackageError: diffusers is needed. HubError: a download broke off.
+    """
+    found = find_model(source, component=component, class_name=class_name, config=config, with_weights=not meta)
+    cls = found.make_class()
+    if meta or random:
+        model = _built(cls, found, dtype, meta=meta)
+    elif weights is not None:
+        model = _filled(_built(cls, found, dtype), Path(weights))
+    elif hasattr(cls, "from_pretrained") and found.has_weights:
+        model = _from_pretrained(cls, found, dtype)
+    else:
+        raise ModelSourceError(
+            f"{found.name} has no weights"
+            + (f": no {' or '.join(WEIGHTS)} in {found.directory}. " if found.directory else ". ")
+            + "Ask for random ones (--random), or name a directory that holds weights"
+            + (" beside its config.json." if hasattr(cls, "from_pretrained") else " (--weights file.safetensors).")
+        )
+    return model.eval()
+
+
+def find_model(
+    source: str | os.PathLike[str],
+    *,
+    component: str = "transformer",
+    class_name: str | None = None,
+    config: str | os.PathLike[str] | None = None,
+    with_weights: bool = True,
+) -> ModelSource:
+    """Class, configuration and place of a model; nothing is built, and no weight is read.
+
+    Args:
+        with_weights: of a Hub repository, download weights too, not only JSON.
+
+    Raises:
+        ModelSourceError, ConfigError, FileNotFoundError: see :func:`load_model`.
+    """
+    text, path = os.fspath(source), Path(source)
+    if path.is_dir():
+        return _in_directory(path, component, class_name)
+    if path.is_file():
+        if path.suffix != ".json":
+            raise ModelSourceError(f"{path} is no configuration: name a .json file, or the directory of a checkpoint.")
+        return _of_config(read_json(path), str(path), class_name)
+    if ":" in text:
+        given = {} if config is None else read_json(Path(config))
+        return ModelSource(text, lambda: imported(text), given, None)
+    if _is_repository_id(text):
+        return _in_directory(_downloaded(text, component, with_weights), component, class_name)
+    raise ModelSourceError(
+        f"no model at {text!r}: there is no such file or directory. Name a diffusers checkpoint or pipeline directory, "
+        "a config.json, module:Class, or a Hub repository (owner/name)."
+    )
+
+
+def pipeline_components(source: str | os.PathLike[str]) -> list[str]:
+    """The models of a pipeline directory that can be converted, in order; [] for every other source."""
+    from ..model_tree import PIPELINE_COMPONENTS
+
+    index = Path(source) / PIPELINE_INDEX
+    if not index.is_file():
+        return []
+    return [name for name in PIPELINE_COMPONENTS if _has_component(read_json(index), name)]
+
+
+def imported(reference: str) -> Any:
+    """What `module:name` or `file.py:name` refers to; the working directory comes first in the search.
+
+    Raises:
+        ModelSourceError: the module cannot be imported, or has no such name.
+    """
+    place, _, name = reference.rpartition(":")
+    if not place or not name:
+        raise ModelSourceError(f"{reference!r} names nothing that can be imported: write module:Name or file.py:Name.")
+    try:
+        module = _module_of_file(Path(place)) if place.endswith(".py") else _module(place)
+    except (KeyboardInterrupt, FileNotFoundError):
+        raise
+    except Exception as error:  # a module of the user, which may raise anything
+        raise ModelSourceError(f"{place!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        raise ModelSourceError(f"{place!r} has no {name!r}.{did_you_mean(name, vars(module))}")
+    return getattr(module, name)
+
+
+def stored_dtype(directory: Path) -> torch.dtype | None:
+    """The dtype of most stored weights, from the header of the first safetensors file; None if there is none.
+
+    Raises:
+        ModelSourceError: the file is not complete.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as content:
+                slices = [content.get_slice(key) for key in content.keys()]  # noqa: SIM118 (it is no dictionary)
+        except SafetensorError as error:
+            raise ModelSourceError(f"{file} is no complete safetensors file: {error}") from error
+        counts: dict[str, int] = {}
+        for part in slices:
+            counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + _count(part.get_shape())
+        return _torch_dtype(max(counts, key=counts.__getitem__)) if counts else None
+    return None
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def _in_directory(path: Path, component: str, class_name: str | None) -> ModelSource:
+    if (path / PIPELINE_INDEX).is_file():
+        index = read_json(path / PIPELINE_INDEX)
+        if not _has_component(index, component):
+            there = ", ".join(pipeline_components(path)) or "no transformer"
+            raise ModelSourceError(f"the pipeline in {path} has no {component!r}; it has {there}.")
+        path = path / component
+    if not (path / CONFIG).is_file():
+        raise ModelSourceError(
+            f"{path} has no {CONFIG}: it is not what diffusers' save_pretrained writes. Name the directory that holds "
+            f"{CONFIG}, or that of a whole pipeline, which holds {PIPELINE_INDEX}."
+        )
+    found = _of_config(read_json(path / CONFIG), str(path), class_name)
+    return ModelSource(found.name, found.make_class, found.config, path)
+
+
+def _has_component(index: Mapping[str, Any], name: str) -> bool:
+    return bool(index.get(name)) and index[name][0] is not None  # Wan 2.1 lists its second expert as [null, null]
+
+
+def _of_config(values: Mapping[str, Any], name: str, class_name: str | None) -> ModelSource:
+    stated = class_name or values.get("_class_name")
+    if not isinstance(stated, str):
+        raise ModelSourceError(
+            f"{name} does not say which class it configures (no _class_name): name it, --class WanTransformer3DModel "
+            "or --class module:Class."
+        )
+    if ":" in stated:
+        own = {key: value for key, value in values.items() if not key.startswith("_")}
+        return ModelSource(name, lambda: imported(stated), own, None)
+    return ModelSource(name, lambda: _diffusers_class(stated), values, None)
+
+
+def _diffusers_class(name: str) -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{name} is a class of diffusers, which is not installed: pip install 'salad-compile[diffusers]'."
+        ) from error
+    cls = getattr(diffusers, name, None)
+    if cls is None or not hasattr(cls, "from_config"):
+        hint = did_you_mean(name, (known for known in dir(diffusers) if known.endswith("Model")))
+        raise ModelSourceError(f"diffusers {diffusers.__version__} has no model class {name!r}.{hint}")
+    return cls
+
+
+def _is_repository_id(text: str) -> bool:
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
+
+
+def _downloaded(name: str, component: str, with_weights: bool) -> Path:
+    """The part of a Hub repository that one model needs, in the Hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        index = Path(snapshot_download(name, allow_patterns=[PIPELINE_INDEX, CONFIG]))
+        folder = f"{component}/" if (index / PIPELINE_INDEX).is_file() else ""
+        kinds = ("*.json", "*.safetensors") if with_weights else ("*.json",)
+        return Path(snapshot_download(name, allow_patterns=[PIPELINE_INDEX, *(folder + kind for kind in kinds)]))
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelSourceError(
+            f"{name!r} is no file or directory here, and no repository of that name could be had from the Hub: {reason}"
+        ) from error
+    except Exception as error:  # the classes of the HTTP library, which changes between releases of huggingface_hub
+        raise HubError(f"the download of {name!r} broke off: {type(error).__name__}: {error}. Try again.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: it holds something else. OSError: it cannot be read.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold an object with names and values, and holds a {type(values).__name__}.")
+    return values
+
+
+def _module(name: str) -> Any:
+    with _importable_from(Path.cwd()):
+        return importlib.import_module(name)
+
+
+def _module_of_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look their module up
+    with _importable_from(path.parent.resolve()):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _importable_from(directory: Path) -> Iterator[None]:
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(directory))
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def _built(cls: Any, found: ModelSource, dtype: torch.dtype | None, *, meta: bool = False) -> nn.Module:
+    """The model with weights as its class initialises them, or with none."""
+    import torch
+    import torch.nn as nn
+
+    device = torch.device("meta") if meta else torch.device("cpu")
+    with torch.random.fork_rng(devices=[]), device:
+        torch.manual_seed(RANDOM_SEED)
+        try:
+            model = cls.from_config(dict(found.config)) if hasattr(cls, "from_config") else cls(**found.config)
+        except Exception as error:  # a constructor of others, which may raise anything
+            raise ModelSourceError(
+                f"{getattr(cls, '__name__', cls)} cannot be built from the configuration of {found.name}: "
+                f"{type(error).__name__}: {error}" + (" (without memory; does it work with --random?)" if meta else "")
+            ) from error
+    if not isinstance(model, nn.Module):
+        raise ModelSourceError(f"{found.name} makes a {type(model).__name__}, which is no torch.nn.Module.")
+    # not model.to: that of diffusers warns about modules that from_pretrained would have kept in float32
+    return nn.Module.to(model, dtype)
+
+
+def _from_pretrained(cls: Any, found: ModelSource, dtype: torch.dtype | None) -> nn.Module:
+    import torch
+    from safetensors import SafetensorError
+
+    _silence_progress()
+    assert found.directory is not None
+    dtype = dtype or stored_dtype(found.directory) or torch.float32
+    try:
+        model: nn.Module = cls.from_pretrained(str(found.directory), torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelSourceError(f"the weights of {found.name} cannot be read: {error}") from error
+    return model
+
+
+def _silence_progress() -> None:
+    """Bars of loading belong on terminals only."""
+    if not sys.stderr.isatty():
+        from diffusers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def _filled(model: nn.Module, file: Path) -> nn.Module:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise FileNotFoundError(f"no weights at {file}")
+    try:
+        model.load_state_dict(load_file(file))
+    except SafetensorError as error:
+        raise ModelSourceError(f"{file} is no complete safetensors file: {error}") from error
+    except RuntimeError as error:
+        raise ModelSourceError(f"{file} does not fit {type(model).__name__}: {error}") from error
+    return model
+
+
+def _count(shape: list[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _torch_dtype(stored: str) -> torch.dtype | None:
+    """A dtype by its name in safetensors; None for storage formats that no layer computes in."""
+    import torch
+
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(stored)

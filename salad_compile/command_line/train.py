@@ -1,0 +1,163 @@
+"""`salad-compile train`: convert a model, fine-tune it on precomputed latents, and go on where it was interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, SaladError
+from .output import tell
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+    from ..config import SaladConfig
+    from ..training import TrainResult, TrainSettings
+
+HELP = """\
+Fine-tunes a model on precomputed latents and texts: converts it, or takes the branches of --salad, and trains these
+alone. Writes log.jsonl, checkpoints/ and in the end salad.safetensors and training.json. Run again, the same command
+goes on from the newest checkpoint; SIGTERM and Ctrl-C finish the step and write one. Without --processes it is one
+process, or one of those that accelerate's launcher started (DDP, FSDP2).
+
+example:
+    salad-compile train --model Wan2.1-T2V-1.3B-Diffusers --latents data --output run
+    salad-compile train --model wan --latents data --output run --processes 8 --set micro_batch=1 --convert sparsity=0.8
+    accelerate launch -m salad_compile.command_line train --model wan --latents data --output run
+"""
+
+START_METHOD = "spawn"  # of the processes of --processes; CUDA cannot be used after a fork
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to train, on what, how, and where to."""
+    parser.add_argument("--model", required=True, metavar="MODEL", help="the base model, as `plan` takes it")
+    parser.add_argument("--component", default="transformer", metavar="NAME", help="of a pipeline: transformer")
+    parser.add_argument("--latents", required=True, metavar="PATH", help="precomputed data, in any known layout")
+    parser.add_argument("--validation", metavar="PATH", help="held-out data, for a validation loss")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory of the run")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="start so many on this machine (DDP)")
+    parser.add_argument("--no-resume", action="store_true", help="an error, rather than going on, if there is a run")
+    group = parser.add_argument_group("the training", "fields of TrainSettings; later ones win: file, --set, --steps")
+    group.add_argument("--settings", metavar="FILE", help="a JSON file of fields")
+    group.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="--set learning_rate=5e-5")
+    group.add_argument("--steps", type=int, metavar="N", help="optimizer steps, 1600")
+    group.add_argument("--forward", metavar="MODULE:FUNCTION", help="for models that are not called as Wan is")
+    group = parser.add_argument_group("the conversion", "fields of SaladConfig, unless --salad gives a converted model")
+    group.add_argument("--salad", metavar="PATH", help="branches to start from, of `convert` or of another run")
+    group.add_argument("--conversion", metavar="FILE", help="a JSON file of fields")
+    group.add_argument("--convert", action="append", default=[], metavar="FIELD=VALUE", help="--convert sparsity=0.8")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train. Returns 0 when the run is finished, and when a signal ended it after a checkpoint."""
+    if arguments.processes < 1:
+        raise ConfigError(f"--processes takes a number of at least 1, got {arguments.processes}.")
+    settings, config = settings_of(arguments), config_of(arguments)  # wrong ones are told before anything is loaded
+    if arguments.processes > 1:
+        from ..training.launching import run_processes
+
+        alone = argparse.Namespace(**{**vars(arguments), "processes": 1})
+        run_processes(_process, (alone,), arguments.processes, START_METHOD)
+        return 0
+    from ..latents import open_latents
+    from ..training import train
+    from .model_source import imported
+
+    result = train(
+        _model(arguments, settings),
+        open_latents(arguments.latents),
+        settings,
+        arguments.output,
+        validation=open_latents(arguments.validation) if arguments.validation else None,
+        resume=not arguments.no_resume,
+        config=config,
+        forward=imported(arguments.forward) if arguments.forward else None,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        _tell(result, settings, arguments)
+    return 0
+
+
+def settings_of(arguments: argparse.Namespace) -> TrainSettings:
+    """Of file, --set and --steps.
+
+    Raises:
+        ConfigError: an unknown field or a wrong value. OSError: the file cannot be read.
+    """
+    from ..training import TrainSettings
+
+    settings = TrainSettings.from_file(arguments.settings) if arguments.settings else TrainSettings()
+    changes = _assignments(arguments.set, "--set")
+    return settings.with_changes(changes if arguments.steps is None else {**changes, "steps": arguments.steps})
+
+
+def config_of(arguments: argparse.Namespace) -> SaladConfig | None:
+    """Of file and --convert; None with --salad.
+
+    Raises:
+        ConfigError: an unknown field or a wrong value, or fields beside --salad. OSError: the file cannot be read.
+    """
+    from ..config import SaladConfig
+
+    if arguments.salad:
+        if arguments.conversion or arguments.convert:
+            raise ConfigError(f"{arguments.salad} says how the model is converted: leave --conversion, --convert out.")
+        return None
+    values: Any = {}
+    if arguments.conversion:
+        try:
+            values = json.loads(Path(arguments.conversion).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{arguments.conversion} is no JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{arguments.conversion} must hold an object with fields of SaladConfig.")
+    return SaladConfig.from_dict({**values, **_assignments(arguments.convert, "--convert")})
+
+
+def _assignments(given: list[str], option: str) -> dict[str, Any]:
+    """`name=value`; the value is JSON, or else a string."""
+    values: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{option} takes FIELD=VALUE, got {text!r}.")
+        try:
+            values[name.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            values[name.replace("-", "_")] = value
+    return values
+
+
+def _model(arguments: argparse.Namespace, settings: TrainSettings) -> nn.Module:
+    from ..checkpoint import load
+    from ..training.preparation import DTYPES
+    from .model_source import load_model
+
+    model = load_model(arguments.model, dtype=DTYPES[settings.precision], component=arguments.component)
+    return load(model, arguments.salad) if arguments.salad else model
+
+
+def _tell(result: TrainResult, settings: TrainSettings, arguments: argparse.Namespace) -> None:
+    file = None if result.file is None else str(result.file)
+    sentence = f"wrote {file}: {result.step} steps, loss {result.loss}"
+    if not result.finished:
+        sentence = f"stopped after step {result.step} of {settings.steps}: the same command goes on"
+    tell(arguments, sentence, {**dataclasses.asdict(result), "file": file})
+
+
+def _process(arguments: argparse.Namespace) -> None:
+    """One of several. A mistake of the user is told in a line, by the first process that sees it."""
+    from .logging_setup import logs_on_stderr
+
+    with logs_on_stderr():
+        try:
+            run(arguments)
+        except (SaladError, OSError) as error:
+            print(f"salad-compile: error: {error}", file=sys.stderr)
+            sys.exit(2)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from salad_compile.command_line import NO, checkup
+from salad_compile.command_line.checkup import FAULT, FINE, MISSING, WARNING, Checkup, Finding
+
+from .conftest import Run
+
+
+def finding(findings: Any, subject: str) -> Any:
+    return next(f for f in findings if (f["subject"] if isinstance(f, dict) else f.subject) == subject)
+
+
+def test_this_machine_is_well(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in checkup.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    outcome = command("doctor", "--run", "--json")
+    found = outcome.json()
+    assert [f for f in found["findings"] if f["status"] == FAULT] == []
+    assert (outcome.code, found["healthy"]) == (0, True)
+    assert finding(found["findings"], "torch")["detail"] == torch.__version__
+    assert "engine torch" in finding(found["findings"], "cpu")["detail"]
+    assert finding(found["findings"], 'backend "salad"')["status"] == FINE
+    assert finding(found["findings"], "run on cpu")["status"] == FINE
+
+
+def test_a_fault_is_a_no(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkup, "examine", lambda run: Checkup((Finding("torch", FAULT, "too old", "a newer one"),)))
+    outcome = command("doctor")
+    assert outcome.code == NO
+    assert "too old" in outcome.out
+    assert "1 faults, 0 warnings" in outcome.out
+
+
+@pytest.mark.parametrize(("name", "expected"), [("TORCH_COMPILE_DISABLE", FAULT), ("TRITON_INTERPRET", WARNING)])
+def test_variables_that_change_what_runs(name: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in checkup.VARIABLES:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "0")
+    assert list(checkup._environment()) == []
+    monkeypatch.setenv(name, "1")
+    (found,) = checkup._environment()
+    assert (found.subject, found.status) == (name, expected)
+
+
+def test_packages_are_held_against_our_own_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+    wrong = {"safetensors": "0.1", "diffusers": "0.1"}
+
+    def version(name: str) -> str:
+        if name == "pyarrow":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return wrong.get(name) or real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    findings = list(checkup._packages())
+    states = {name: finding(findings, name).status for name in ("torch", "safetensors", "diffusers", "pyarrow")}
+    assert states == {"torch": FINE, "safetensors": FAULT, "diffusers": WARNING, "pyarrow": MISSING}
+    assert "salad-compile[train]" in finding(findings, "pyarrow").mend
+    assert "salad-compile[diffusers]" in finding(findings, "diffusers").mend
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    (found,) = checkup._compilers()
+    assert (found.status, "g++" in found.mend) == (FAULT, True)
+
+
+def test_an_old_gpu_is_a_fault_with_the_engine_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    from salad_compile.kernels import capability
+
+    class Turing:
+        name, total_memory, major, minor = "T4", 16 * 2**30, 7, 5
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Turing)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    monkeypatch.setattr(capability, "arch_of", lambda device: (7, 5))
+    found = checkup._gpu(torch.device("cuda", 0))
+    assert found.status == FAULT
+    assert "use_engine('torch')" in found.mend
+    monkeypatch.setattr(capability, "arch_of", lambda device: (9, 0))
+    assert checkup._gpu(torch.device("cuda", 0)).status == FINE
+
+
+def test_a_driver_without_a_cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert checkup._no_gpu(None).status == FAULT
+    assert "without CUDA" in checkup._no_gpu(None).detail
+
+
+def test_a_check_that_fails_is_a_finding() -> None:
+    def _broken() -> Any:
+        yield Finding("first", FINE, "")
+        raise RuntimeError("no driver")
+
+    first, second = checkup._kept(_broken)
+    assert first.subject == "first"
+    assert (second.subject, second.status) == ("broken", FAULT)
+    assert "RuntimeError: no driver" in second.detail
+
+
+def test_caches_with_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's place is asked for with a private function: it must follow the public variable."""
+    (tmp_path / "inductor").mkdir()
+    (tmp_path / "inductor" / "graph").write_bytes(bytes(3 * 2**20))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("SALAD_CACHE_DIR", str(tmp_path / "ours"))
+    findings = list(checkup._caches())
+    assert finding(findings, "Inductor's cache").detail.startswith(f"{tmp_path / 'inductor'}, 3.0 MiB")
+    assert finding(findings, "tuned kernels").detail.startswith(f"{tmp_path / 'ours'}, not there yet")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert checkup._cache("cache", tmp_path).status == WARNING

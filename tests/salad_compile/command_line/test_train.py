@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import salad_compile
+from salad_compile.command_line import WRONG
+from salad_compile.command_line import train as train_command
+from salad_compile.training import read_log
+from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, latents
+
+from .conftest import Run
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "finetune.py"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("given")
+    base(num_layers=1).save_pretrained(root / "model")
+    latents(root / "latents")
+    latents(root / "held-out", 2, prefix="held", seed=9)
+    (root / "settings.json").write_text(json.dumps(SETTINGS.to_dict()))
+    (root / "conversion.json").write_text(json.dumps(CONFIG.to_dict()))
+    salad_compile.save(converted(), root / "salad.safetensors")
+    return root
+
+
+def words(given: Path, output: Path, *more: object) -> list[object]:
+    named = ("--model", given / "model", "--latents", given / "latents", "--output", output)
+    return [*named, "--settings", given / "settings.json", *more]
+
+
+def test_a_run_and_its_continuation(command: Run, given: Path, tmp_path: Path) -> None:
+    conversion = ("--conversion", given / "conversion.json", "--validation", given / "held-out")
+    outcome = command("train", *words(given, tmp_path, *conversion, "--steps", 2))
+    assert outcome.code == 0
+    assert f"wrote {tmp_path}/salad.safetensors: 2 steps, loss " in outcome.out
+    found = command("train", *words(given, tmp_path, *conversion, "--set", "steps=3", "--json")).json()
+    assert (found["finished"], found["step"], found["file"]) == (True, 3, f"{tmp_path}/salad.safetensors")
+    assert found["validation_loss"] == read_log(tmp_path)[-1]["validation_loss"]
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 2, 3, 3]
+    model = salad_compile.load(base(num_layers=1), tmp_path)
+    assert salad_compile.summary(model).sites[0].target_sparsity == pytest.approx(0.7)
+
+
+def test_from_a_file_of_branches(command: Run, given: Path, tmp_path: Path) -> None:
+    salad = ("--salad", given / "salad.safetensors", "--steps", 1)
+    assert command("train", *words(given, tmp_path, *salad)).code == 0
+    assert load_file(tmp_path / "salad.safetensors").keys() == load_file(given / "salad.safetensors").keys()
+    outcome = command("train", *words(given, tmp_path, *salad, "--convert", "sparsity=0.5"))
+    assert outcome.code == WRONG
+    assert "leave --conversion, --convert out" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--set", "learning_rat=1"], "Did you mean 'learning_rate'"),
+        (["--set", "steps"], "--set takes FIELD=VALUE"),
+        (["--convert", "sparsit=0.5"], "Did you mean 'sparsity'"),
+        (["--processes", "0"], "--processes takes a number of at least 1"),
+        (["--settings", "missing.json"], "missing.json"),
+        (["--forward", "nowhere:f", "--convert", "min_tokens=16"], "'nowhere' cannot be imported"),
+    ],
+)
+def test_wrong_words(command: Run, given: Path, tmp_path: Path, more: list[str], said: str) -> None:
+    outcome = command("train", *words(given, tmp_path / "run", *more))
+    assert outcome.code == WRONG
+    assert said in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_fails_says_why_once(
+    given: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes find no latents. test_train_kill.py has the rest."""
+    monkeypatch.setattr(train_command, "START_METHOD", "fork")
+    given_words = words(given, tmp_path, "--processes", 2, "--latents", tmp_path / "nowhere")
+    code = salad_compile.command_line.main(["train", *map(str, given_words)])
+    said = capfd.readouterr().err
+    assert code == WRONG
+    assert "nowhere" in said
+    assert "terminated with exit code 2; its own message is above" in said
+    assert "Traceback" not in said
+
+
+def test_the_example_does_the_same(
+    command: Run, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conversion = ("--conversion", given / "conversion.json", "--steps", 2)
+    assert command("train", *words(given, tmp_path / "command", *conversion)).code == 0
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, words(given, tmp_path / "example", *conversion))])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert "lora/pytorch_lora_weights.safetensors" in capsys.readouterr().out
+    losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("command", "example")]
+    assert losses[0] == losses[1]
+    exported = tmp_path / "example" / "export" / "salad.safetensors"
+    assert load_file(exported).keys() == load_file(tmp_path / "command" / "salad.safetensors").keys()
