@@ -14,6 +14,7 @@ from ..conversion import convert
 from ..errors import ConfigError, NotConvertedError
 from ..latents import LatentDataset
 from ..logs import logger
+from ..probe import placement
 from .flow_matching import TIMESTEPS, Forward, wan_forward
 from .seeds import derived_seed
 from .settings import TrainSettings
@@ -66,15 +67,15 @@ def _require_fitting(config: SaladConfig, settings: TrainSettings) -> None:
 
 def _example(model: nn.Module, latents: LatentDataset, settings: TrainSettings) -> dict[str, Any]:
     index = max(range(len(latents.shapes)), key=lambda i: torch.Size(latents.shapes[i]).numel())
-    parameter = next(model.parameters())
+    device, dtype = placement(model)  # not that of the first parameter: diffusers keeps some in fp32
     width = latents[index].text.shape[1]
 
     def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
+        return torch.zeros(shape, device=device, dtype=dtype)
 
     return {
         "hidden_states": zeros(1, *latents.shapes[index]),
-        "timestep": torch.full((1,), TIMESTEPS / 2, device=parameter.device),
+        "timestep": torch.full((1,), TIMESTEPS / 2, device=device),
         "encoder_hidden_states": zeros(1, settings.text_tokens, width),
     }
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
 import salad_compile
 from salad_compile.branch import branches
+from salad_compile.training.flow_matching import wan_forward
 from salad_compile.training.preparation import make_trainable, require_converted
 from salad_compile.training.tensors import trained_parameters
 from tests.support import randomise_branches
 
-from .tiny import CONFIG, SETTINGS, base, converted, items
+from .tiny import CONFIG, SETTINGS, base, converted, items, latents
 
 
 def test_branches_are_fp32_and_trainable_and_the_base_is_neither() -> None:
@@ -100,3 +102,12 @@ def test_conversion_takes_its_example_from_the_largest_latent() -> None:
     require_converted(again, Two(), SETTINGS, CONFIG, wan_forward)  # type: ignore[arg-type]
     ours, theirs = (salad_compile.checkpoint.branch_state(each) for each in (model, again))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_base_as_from_pretrained_leaves_it_is_converted(tmp_path: Path) -> None:
+    """Its first parameter is fp32, and most are bf16: the example has to be in what convolutions are in."""
+    base(num_layers=1).save_pretrained(tmp_path / "model")
+    model = type(base(num_layers=1)).from_pretrained(tmp_path / "model", torch_dtype=torch.bfloat16)
+    assert next(model.parameters()).dtype == torch.float32
+    require_converted(model, latents(tmp_path / "latents", 2), SETTINGS, CONFIG, wan_forward)
+    assert len(branches(model)) == 1
