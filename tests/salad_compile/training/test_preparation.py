@@ -10,6 +10,7 @@ import torch
 
 import salad_compile
 from salad_compile.branch import branches
+from salad_compile.checkpoint import branch_state
 from salad_compile.training.flow_matching import wan_forward
 from salad_compile.training.preparation import make_trainable, require_converted
 from salad_compile.training.tensors import trained_parameters
@@ -100,7 +101,7 @@ def test_conversion_takes_its_example_from_the_largest_latent() -> None:
     assert list(branches(model)) == ["blocks.0.attn1.salad"]
     again = base(num_layers=1)
     require_converted(again, Two(), SETTINGS, CONFIG, wan_forward)  # type: ignore[arg-type]
-    ours, theirs = (salad_compile.checkpoint.branch_state(each) for each in (model, again))
+    ours, theirs = (branch_state(each) for each in (model, again))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
