@@ -24,7 +24,7 @@ from ..position_flow import Flow, TensorInfo
 from ..position_slice import Entry, PositionSlice, features, find_slice, told_of
 from ..tag import PROJECTED, SITES, TAGS
 from .find_attention import AttentionCall
-from .provenance import PROJECTIONS, example_value
+from .provenance import PROJECTIONS, example_value, projection_inputs
 
 
 def replay_position(call: AttentionCall, spec: AttentionSpec, proxy: Callable[[fx.Node], Proxy]) -> Mapped | None:
@@ -106,6 +106,8 @@ def _flow_before(call: AttentionCall, spec: AttentionSpec) -> Flow:
     while node is not call.node:
         if node.target in sources:
             flow.add_source(node)
+            for projected in projection_inputs(node.all_input_nodes[0]):
+                flow.add_input(projected)
         elif node.op in ("call_function", "call_method") and node.target not in SITES:
             flow.add(node)
         node = node.next

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels as _kernels  # registers torch.ops.salad.*
+from . import head_exchange as _head_exchange  # these two register torch.ops.salad.*
+from . import kernels as _kernels
 from .branch_tensors import BranchTensors
 from .config import AttentionSpec
+from .errors import SiteLostError
 from .token_layout import Reordering, Segments, reordering, reordering_in_place, segments
 
 __all__ = [
@@ -34,7 +36,8 @@ __all__ = [
 # Added to the normaliser of the linear branch, in fp32 (method.md section 5, our choice).
 LINEAR_EPS = 1e-6
 
-assert _kernels  # imported for its effect
+assert _kernels  # imported for their effect
+assert _head_exchange
 
 
 def sparse_attention(
@@ -128,6 +131,8 @@ def linear_attention(
         key_mask: bool (B, S), True where a key is valid, or None.
         mapped: for map-then-rotate; then query and key are not read.
 
+    With `spec.group` the tokens are those of this process, and the sums run over all processes.
+
     Returns:
         (B, H, S, value head_dim): phi(q) KV / (phi(q) z + eps), in the dtype of query.
     """
@@ -135,6 +140,8 @@ def linear_attention(
     if mapped is not None:
         query, key, rotated_query, rotated_key = mapped
     state = torch.ops.salad.linear_state.default(key, value, spec.feature_map, key_mask, rotated_key)
+    if spec.group:
+        state = [torch.ops.salad.sum_of_processes.default(state[i], spec.group) for i in range(2)]
     out: Tensor = torch.ops.salad.linear_output.default(
         query, state[0], state[1], spec.feature_map, LINEAR_EPS, rotated_query
     )
@@ -321,6 +328,8 @@ def _like_operands(mapped: Mapped, spec: AttentionSpec, dtype: torch.dtype, padd
 
 def salad_of(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
     """:func:`salad_attention` of its operands."""
+    if spec.group:
+        return _across_processes(given, spec, scale)
     out = (_windows if spec.pattern == "stswa" else _routed)(given, spec, scale)
     return out[:, :, given.key.shape[2] - given.video :] if spec.text == "prefix" else out
 
@@ -343,6 +352,27 @@ def _routed(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
         out = sparse_attention(query, key, value, where, spec, scale, key_mask, branch.permille)
     out = out if moved is None else torch.ops.salad.take_rows.default(out, moved.inverse, moved.order)
     return out if mapped is None else out + update_of(given, spec).to(out.dtype)
+
+
+def _across_processes(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
+    """The sum with routed blocks, of this process's tokens.
+
+    Sparse attention gets all tokens of a part of the heads. Gate and projection belong to tokens, and of the linear
+    branch the processes need to know only their sums over tokens: it stays where its tokens are.
+    """
+    if given.key_mask is not None:
+        raise SiteLostError("attention masks and tokens that are split over processes do not go together.")
+    tensors = (given.query, given.key, given.value)
+    query, key, value = (torch.ops.salad.gather_tokens.default(t, spec.group) for t in tensors)
+    tokens, moved = key.shape[2], None
+    if spec.token_order != "flat" and given.order is not None:
+        moved = reordering(given.order, "none", tokens)
+        query, key, value = (torch.ops.salad.take_rows.default(t, *moved) for t in (query, key, value))
+    where = segments("none", tokens, tokens)
+    out: Tensor = sparse_attention(query, key, value, where, spec, scale, None, given.branch.permille)
+    out = out if moved is None else torch.ops.salad.take_rows.default(out, moved.inverse, moved.order)
+    out = torch.ops.salad.gather_heads.default(out, spec.group)
+    return out + update_of(given, spec).to(out.dtype) if spec.linear_branch else out
 
 
 def _windows(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import frozen
 from .config import BackendOptions
 from .cpu_fusion import inner_compile, own_cache_keys
 from .errors import ConfigError
@@ -45,6 +46,7 @@ def salad(
         ConfigError, SiteLostError: inside torch's BackendCompilerFailed, as its `inner_exception`.
     """
     parsed = BackendOptions.from_options(options)
+    frozen.tell_of_inputs(example_inputs)
     report = run_passes(gm, parsed, example_inputs)
     for recorder in _recorders:
         recorder.append(report)

@@ -14,11 +14,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import split_frames
+from . import frozen, split_frames
 from .branch_tensors import BranchTensors
 from .config import AttentionSpec, SaladConfig, density_permille
 from .eager import SaladMode
-from .errors import NotConvertedError
+from .errors import ConfigError, NotConvertedError
 from .position_recording import PositionRecording
 from .tag import leave_dense
 from .video_grid import VideoGrid
@@ -145,6 +145,7 @@ class SaladBranch(nn.Module):
         super().__init__()
         self.record = record
         self.config = config
+        self.group = ""  # of the processes that share the tokens
         self.spec = self._spec_of_site().encode()
         self.roles = record.shared_roles()
         self.shares = dict(shares)
@@ -202,6 +203,7 @@ class SaladBranch(nn.Module):
             single=record.text in ("before", "after") and record.text_query is None,
             groups=record.groups,
             square_mask=record.square_mask,
+            group=self.group,
         )
 
     def reset_parameters(self) -> None:
@@ -246,6 +248,11 @@ class SaladBranch(nn.Module):
         spec = self._spec_of_site()
         self.spec, self.branch_names = spec.encode(), BranchTensors.names(spec)
         self.maps_before_position = spec.maps_before_position
+
+    def share_tokens(self, group: str) -> None:
+        """The tokens are split over these processes from now on (context_parallel.py)."""
+        self.group = group
+        self.spec = self._spec_of_site().encode()
 
     def linear_parameters(self) -> dict[str, nn.Parameter]:
         """What only the linear branch needs, by name; nothing where there is none."""
@@ -306,9 +313,9 @@ class SaladBranch(nn.Module):
             tagged: Tensor = torch.ops.salad.tag(out, args[0], tensors, self.order(out.device), self.spec)
             return tagged
         self.armed = args[0]
-        return self._projected(out)
+        return self._projected(args[0], out)
 
-    def _projected(self, out: Tensor) -> Tensor:
+    def _projected(self, x: Tensor, out: Tensor) -> Tensor:
         """Tell where a value comes from whose position is to be found."""
         if not self.maps_before_position or self.switch.dense:
             return out
@@ -316,7 +323,7 @@ class SaladBranch(nn.Module):
             marked: Tensor = torch.ops.salad.projected(out)
             return marked
         if self.recording is not None:
-            self.recording.add_source(out)
+            self.recording.add_projection(x, out)
         return out
 
     def order(self, device: torch.device) -> Tensor | None:
@@ -329,7 +336,7 @@ class SaladBranch(nn.Module):
 
     def on_key(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the key projection, unless it is the query's."""
-        return self._projected(self._update("key", args[0], out))
+        return self._projected(args[0], self._update("key", args[0], out))
 
     def on_value(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the value projection, unless it is the query's or the key's."""
@@ -341,11 +348,11 @@ class SaladBranch(nn.Module):
 
     def on_text_query(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the text stream's query (or fused) projection."""
-        return self._projected(self._update("text_query", args[0], out))
+        return self._projected(args[0], self._update("text_query", args[0], out))
 
     def on_text_key(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the text stream's key projection."""
-        return self._projected(self._update("text_key", args[0], out))
+        return self._projected(args[0], self._update("text_key", args[0], out))
 
     def on_text_value(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the text stream's value projection."""
@@ -357,6 +364,8 @@ class SaladBranch(nn.Module):
 
     def run_owner(self, *args: Any, **kwargs: Any) -> Any:
         """The owner's forward. Compiled: the original, announced to the passes. Uncompiled: under the eager twin."""
+        if not torch.compiler.is_compiling():
+            frozen.tell(self)
         if self.switch.dense:
             return self._run_original(*args, **kwargs)
         if torch.compiler.is_compiling() and not self.uncompiled:
@@ -441,9 +450,17 @@ class SaladBranch(nn.Module):
         return f"{config.pattern}, sparsity={config.sparsity}, {blocks}, {lora}{dropped}"
 
 
+def require_switchable(known: Iterable[SaladBranch], dense: bool) -> None:
+    """Raises ConfigError where dense attention would see the tokens of one process alone."""
+    if dense and any(branch.group for branch in known):
+        raise ConfigError("sites whose tokens are split over processes (parallelise) cannot be dense for a while.")
+
+
 @contextlib.contextmanager
 def held_dense(known: Iterable[SaladBranch], on: bool) -> Iterator[None]:
-    """The switches of some sites in one position; afterwards they are as they were."""
+    """The switches of some sites in one position; afterwards they are as they were. Raises ConfigError."""
+    known = list(known)
+    require_switchable(known, on)
     before = {branch.switch: branch.switch.dense for branch in known}
     for switch in before:
         switch.dense = on

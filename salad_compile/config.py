@@ -89,7 +89,8 @@ class AttentionSpec:
     them where `adjustable` says that a tensor tells how many. window: see :class:`SaladConfig`; 0 derives it from
     permille. text: where the text of a joint sequence lies, "none", "before" or "after" the video, or "prefix": before
     the video, among keys and values only. single: whether video and text come through one projection. groups: query
-    heads that share one key head. square_mask: whether a (B, 1, S, S) mask was seen to be key padding.
+    heads that share one key head. square_mask: whether a (B, 1, S, S) mask was seen to be key padding. group: the
+    processes that share the tokens (head_exchange.py), or nothing.
     """
 
     pattern: str
@@ -108,6 +109,7 @@ class AttentionSpec:
     single: bool = False
     groups: int = 1
     square_mask: bool = False
+    group: str = ""
 
     @property
     def maps_before_position(self) -> bool:

@@ -18,6 +18,7 @@ from .errors import (
     NoAttentionError,
     NoEligibleSiteError,
     UnknownProjectionError,
+    WrappedModelError,
 )
 from .geometry import GridSource
 from .logs import logger
@@ -104,7 +105,7 @@ def convert(
 
     Raises:
         ConfigError: a wrong configuration. AlreadyConvertedError: converted before with another one.
-        WrappedModelError: compiled or distributed before conversion.
+        WrappedModelError: compiled, distributed or sharded before conversion.
         NoAttentionError: the forward calls no attention. NoEligibleSiteError: none that can be converted.
         InputsError, ProbeError, GridMismatchError, SiteFilterError, PatternError: see :func:`plan`.
         PositionReplayError: rope_placement="map-then-rotate", and the position encoding of a site cannot be replayed.
@@ -120,6 +121,7 @@ def convert(
                 branch.requires_grad_(True)
             logger.info("%s is converted already: %d sites", name or type(module).__name__, len(known))
             continue
+        _require_whole(module)
         found = _discover(module, example_inputs, config, grid, sites)
         _require_eligible(module, found, config)
         _require_position(found, config)
@@ -142,7 +144,9 @@ def prepare(model: nn.Module, records: Iterable[SiteRecord], config: SaladConfig
 
     Raises:
         UnknownProjectionError: a module that a record names is missing or is no projection of the recorded widths.
+        WrappedModelError: the model is sharded.
     """
+    _require_whole(model)
     config = dataclasses.replace(config)  # one object for each model: by it the branches of one know each other
     return [build_branch(model, record, config) for record in records]
 
@@ -268,6 +272,16 @@ def _checked_config(config: SaladConfig | Mapping[str, Any] | None) -> SaladConf
     if not isinstance(config, SaladConfig):
         raise ConfigError(f"config must be a SaladConfig or a dictionary of its fields, got {type(config).__name__}.")
     return config
+
+
+def _require_whole(model: nn.Module) -> None:
+    """The parameters of a branch would be beside the shards and not among them, and FSDP2 would not know of them."""
+    sharded = next((name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    if sharded is not None:
+        raise WrappedModelError(
+            f"the model is sharded already: {sharded} is a DTensor (fully_shard, tensor parallelism). Convert or load "
+            "first, then shard."
+        )
 
 
 def _require_same_config(known: Mapping[str, SaladBranch], config: SaladConfig, name: str) -> None:

@@ -31,6 +31,7 @@ from .attention_call import (
 from .config import AttentionSpec
 from .errors import SiteLostError
 from .flex import real_flex_attention, seen_by_modes
+from .head_exchange import members
 from .kernels.measure import Execution, measure_executions
 from .manual_attention import of_tensors
 from .position_recording import PositionRecording, Recorded
@@ -156,7 +157,8 @@ class SaladMode(Recorded, TorchFunctionMode):
                 f"the converted site {site.owner!r} ran without SALAD: of the {self.calls} attention calls of its "
                 f"forward, none was call number {site.call_index} with the queries of {site.query!r}. Its attention "
                 "processor or a projection was replaced after conversion (attention_backend(...), "
-                "fuse_qkv_projections(), set_attn_processor(...)?). Convert the model after such changes."
+                "fuse_qkv_projections(), set_attn_processor(...)?). Convert the model after such changes; after "
+                "enable_parallelism(...) call salad_compile.parallelise(model)."
             )
 
 
@@ -171,7 +173,7 @@ def _misfit(
         return "neither the token grid nor an argument tells how much of it is text (call the whole model)"
     if order is None:
         return ""
-    rows = gate_input.shape[:-1].numel() // query.shape[0]
+    rows = gate_input.shape[:-1].numel() // query.shape[0] * members(spec.group)
     if order.shape[1] > rows or (not spec.single and order.shape[1] != rows):
         return f"the token grid has {order.shape[1]} tokens and the site {rows}"
     return ""

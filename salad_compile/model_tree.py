@@ -22,24 +22,24 @@ def components(model: Any) -> dict[str, nn.Module]:
         WrappedModelError: the model is wrapped; conversion comes before wrapping.
         ConfigError: neither a module nor a pipeline with a transformer.
     """
+    return {name: _bare(module) for name, module in _modules(model).items()}
+
+
+def bare_components(model: Any) -> dict[str, nn.Module]:
+    """:func:`components`, of a model, or of a pipeline's models, that may be wrapped by now. Raises ConfigError."""
+    return {name: unwrap(module) for name, module in _modules(model).items()}
+
+
+def _modules(model: Any) -> dict[str, nn.Module]:
     if isinstance(model, nn.Module):
-        return {"": _bare(model)}
+        return {"": model}
     found = {name: getattr(model, name, None) for name in PIPELINE_COMPONENTS}
-    modules = {name: _bare(module) for name, module in found.items() if isinstance(module, nn.Module)}
+    modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
     if not modules:
         raise ConfigError(
             f"expected a torch.nn.Module or a diffusers pipeline with a `transformer`, got {type(model).__name__}."
         )
     return modules
-
-
-def bare_components(model: Any) -> dict[str, nn.Module]:
-    """:func:`components`, of a model that may be wrapped by now.
-
-    Raises:
-        WrappedModelError: a component of a pipeline is wrapped. ConfigError: see :func:`components`.
-    """
-    return {"": unwrap(model)} if isinstance(model, nn.Module) else components(model)
 
 
 def single_model(model: Any, verb: str) -> nn.Module:

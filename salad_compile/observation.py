@@ -20,7 +20,7 @@ from torch import Tensor
 from .attention import Operands, salad_of, update_of
 from .branch_tensors import BranchTensors
 from .config import AttentionSpec, density_permille
-from .errors import GridMismatchError, InputsError, NotConvertedError, PatternError
+from .errors import ConfigError, GridMismatchError, InputsError, NotConvertedError, PatternError
 from .geometry import cached_order, temporal_order, tile_order
 from .inputs import normalise_inputs
 from .kernels.layout import ALL_BLOCKS, block_count
@@ -315,12 +315,15 @@ def _prepared(model: nn.Module) -> Iterator[None]:
     """Eval mode, SALAD switched on at all sites, and nothing compiled."""
     from .branch import branches, held_dense
 
+    known = branches(model).values()
+    if any(branch.group for branch in known):
+        raise ConfigError("look at a model before its tokens are split over processes (parallelise), not afterwards.")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         # before Dynamo was loaded nothing can be compiled, and loading it takes seconds
         eager = _forced_eager() if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-        with held_dense(branches(model).values(), False), eager:
+        with held_dense(known, False), eager:
             yield
     finally:
         for module in training:

@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
-from .operations import BLANKS, PLACING, PROJECTIONS, data_arguments, is_opaque, operation
+from .operations import BLANKS, MOVES, PLACING, PROJECTIONS, data_arguments, is_opaque, operation
 
 
 class Cell(NamedTuple):
@@ -99,6 +99,11 @@ class Flow:
         self._writes: dict[int, list[tuple[_Region, fx.Node]]] = {}
         self._born: dict[fx.Node, int] = {}  # how many writes its memory had seen
         self._parametric: dict[fx.Node, bool] = {}
+        self._inputs: set[fx.Node] = set()  # of the projections
+
+    def add_input(self, node: fx.Node) -> None:
+        """The input of a projection: what other projections make of it is no position, but an adapter's update."""
+        self._inputs.add(node)
 
     def add_source(self, node: fx.Node) -> None:
         """The output of a projection, (..., tokens, channels)."""
@@ -121,6 +126,12 @@ class Flow:
                 self._blank_storages.add(self._regions[node].storage)
             return
         derived, others = self._arguments(node, name)
+        if not derived and any(other in self._inputs for other in others):
+            if name in PROJECTIONS:
+                self.add_source(node)
+                return
+            if name in MOVES or name == "dropout":
+                self._inputs.add(node)
         if not derived or self.is_barrier(node):
             self._note_other_write(node, targets)
             self._place(node)

@@ -161,6 +161,11 @@ class PositionRecording(OperationRecording):
         self._unseen = False  # a write
         self._writes_seen: dict[int, int] = {}  # a memory -> what torch's count of its writes was
 
+    def add_projection(self, x: Tensor, out: Tensor) -> None:
+        """A projection answered `out` to `x`."""
+        self.flow.add_input(self.node(x))
+        self.add_source(out)
+
     def add_source(self, out: Tensor) -> fx.Node:
         node = super().add_source(out)
         self.flow.add_source(node)

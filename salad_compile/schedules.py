@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .branch import SaladBranch, branches_in, held_dense
+from .branch import SaladBranch, branches_in, held_dense, require_switchable
 from .config import density_permille
 from .errors import ConfigError, did_you_mean
 from .model_tree import bare_components
@@ -73,8 +73,13 @@ def set_dense(model: Any, on: bool) -> None:
     """Let every converted site compute dense softmax attention, as the base model does, or SALAD again.
 
     Low-rank updates of the projections stay: after :func:`salad_compile.merge_lora` nothing could take them away.
+
+    Raises:
+        NotConvertedError: nothing is converted. ConfigError: the tokens are split over processes (`parallelise`).
     """
-    for branch in _branches(model):
+    known = _branches(model)
+    require_switchable(known, on)
+    for branch in known:
         branch.switch.dense = on
 
 

@@ -23,6 +23,11 @@ def remember(branch: SaladBranch) -> None:
     _branches.add(branch)
 
 
+def attached() -> list[SaladBranch]:
+    """Every branch that is in use in this process."""
+    return list(_branches)
+
+
 def any_converted() -> bool:
     """Whether a converted model is in use in this process."""
     return bool(_branches)

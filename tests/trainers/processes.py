@@ -1,0 +1,36 @@
+"""Run a function in two processes on the CPU that know each other through gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 2
+
+
+def in_two_processes(function: Callable[[int, Path], None], folder: Path) -> None:
+    """`function(rank, folder)` in each; what it raises is raised here. The environment is what torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_run, args=(function, folder, port), nprocs=WORLD)
+
+
+def _run(rank: int, function: Callable[[int, Path], None], folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    try:
+        function(rank, folder)
+    finally:
+        dist.destroy_process_group()

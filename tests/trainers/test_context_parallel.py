@@ -1,0 +1,113 @@
+"""Recipe: one video over two processes, by diffusers' context parallelism. Same output and gradients as one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import salad_compile
+from salad_compile.branch import branches
+from salad_compile.errors import ConfigError, NotConvertedError, SiteLostError
+
+from ..support import randomise_branches, relative_error, run
+from .processes import WORLD, in_two_processes
+from .tiny import CONFIG, INPUTS, base, converted, output
+
+CALL = {**INPUTS, "return_dict": False}  # diffusers' hook at the root takes a tensor or a tuple of them
+AOT: dict[str, Any] = {"backend": "salad", "options": {"lowering": "aot_eager"}}
+
+
+def first(outputs: tuple[Tensor]) -> Tensor:
+    return outputs[0]
+
+
+def split(model: Any, **settings: Any) -> Any:
+    """diffusers' part. It counts accelerators, and there are none here (torch 2.13, diffusers 0.42.1)."""
+    from diffusers import ContextParallelConfig
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.accelerator, "device_count", lambda: 1)
+        model.enable_parallelism(config=ContextParallelConfig(**(settings or {"ulysses_degree": WORLD})))
+    return model
+
+
+def variants() -> dict[str, Any]:
+    """Position encoding replayed, and not; the latter with a dense layer, which stays diffusers' business."""
+    config = dataclasses.replace(CONFIG, rope_placement="rotate-then-map", dense_layers=1)
+    other = salad_compile.convert(base(), config, example_inputs=dict(INPUTS))
+    randomise_branches(other)
+    return {"auto": converted(), "a dense layer": other}
+
+
+def summed(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    for gradient in gradients.values():
+        dist.all_reduce(gradient)
+    return {name: gradient for name, gradient in gradients.items() if ".salad." in name}
+
+
+def equals_one_process(rank: int, folder: Path) -> None:
+    for name, model in variants().items():
+        expected = run(model, CALL, first)
+        split(model)
+        with pytest.raises(SiteLostError, match="parallelise"):  # never silently wrong
+            output(model)
+        salad_compile.parallelise(model)
+        actual = run(model, CALL, first)
+        # one process sums over its tokens, two add their sums: fp32 in another order
+        assert relative_error(actual.output, expected.output) < 1e-5, name
+        gradients = summed(actual.gradients)
+        assert gradients
+        assert all(relative_error(gradients[key], expected.gradients[key]) < 1e-4 for key in gradients), name
+        if name == "auto":
+            model.compile_repeated_blocks(**AOT)
+            assert relative_error(output(model), expected.output) < 1e-5
+            with pytest.raises(ConfigError, match="processes"):
+                salad_compile.set_dense(model, True)
+            with pytest.raises(ConfigError, match="processes"):
+                salad_compile.diagnose(model, dict(INPUTS))
+
+
+def refuses(rank: int, folder: Path) -> None:
+    with pytest.raises(NotConvertedError):
+        salad_compile.parallelise(split(base()))
+    with pytest.raises(ConfigError, match="enable_parallelism"):
+        salad_compile.parallelise(converted())
+    with pytest.raises(ConfigError, match="ring"):
+        salad_compile.parallelise(split(converted(), ring_degree=WORLD))
+    dense = split(converted())
+    salad_compile.set_dense(dense, True)
+    with pytest.raises(ConfigError, match="dense"):
+        salad_compile.parallelise(dense)
+    changes = [
+        ({"heads": 3}, {}, "3 heads"),
+        ({"text": "after"}, {}, "text and video"),
+        ({}, {"pattern": "stswa"}, "stswa"),
+    ]
+    for record, config, complaint in changes:
+        model = split(converted())
+        branch = next(iter(branches(model).values()))
+        branch.record = dataclasses.replace(branch.record, **record)
+        branch.config = dataclasses.replace(branch.config, **config)
+        branch.spec = branch._spec_of_site().encode()
+        with pytest.raises(ConfigError, match=complaint):
+            salad_compile.parallelise(model)
+        assert not branch.group
+    shared = split(converted())
+    shared.blocks[1].attn2.set_processor(shared.blocks[0].attn1.processor)
+    with pytest.raises(ConfigError, match="shares"):
+        salad_compile.parallelise(shared)
+
+
+def both(rank: int, folder: Path) -> None:
+    equals_one_process(rank, folder)
+    refuses(rank, folder)
+
+
+def test_two_processes_equal_one_and_say_what_they_cannot_do(tmp_path: Path) -> None:
+    in_two_processes(both, tmp_path)
