@@ -48,9 +48,10 @@ def test_densities_are_integers() -> None:
 
 def test_specs_travel_as_text() -> None:
     spec = SaladConfig(sparsity=0.9, query_block=64, key_block=128, feature_map="softmax").spec
-    assert AttentionSpec.decode(spec.encode()) == spec == AttentionSpec("topk", 100, 64, 128, "softmax", "tiles")
-    given = {"linear_branch": False, "rope_placement": "map-then-rotate", "gate": "head", "scaling": "v2"}
-    found = {"text": "before", "single": True, "groups": 4, "square_mask": True}
+    made = AttentionSpec("topk", 100, 64, 128, "softmax", "tiles", rope_placement="map-then-rotate")
+    assert AttentionSpec.decode(spec.encode()) == spec == made
+    given = {"linear_branch": False, "rope_placement": "rotate-then-map", "gate": "head", "scaling": "v2"}
+    found = {"text": "before", "single": True, "groups": 4, "square_mask": True, "group": "0+1"}
     site = dataclasses.replace(spec, token_order="flat", adjustable=True, window=300, **given, **found)
     assert AttentionSpec.decode(site.encode()) == site
     assert all(getattr(site, f.name) != getattr(spec, f.name) for f in dataclasses.fields(spec)[5:])
