@@ -22,7 +22,10 @@ def written_at_once(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with failures_named(target):
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            temporary.chmod(mode)  # safetensors 0.8 makes files that nobody else can read
             temporary.replace(target)
         finally:
             with contextlib.suppress(NotADirectoryError):  # a file stands where the directory should be
@@ -42,10 +45,12 @@ def directory_written_at_once(target: Path) -> Iterator[Path]:
     temporary, aside = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("partial", "before"))
     with failures_named(target):
         temporary.mkdir(parents=True)
+        mode = temporary.stat().st_mode & 0o666
         try:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
+                    file.chmod(mode)
                     flush_to_disk(file)
             if not target.exists():
                 temporary.rename(target)

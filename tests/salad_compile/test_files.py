@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,19 @@ def test_the_file_takes_its_place_in_the_end(tmp_path: Path) -> None:
         assert target.read_text() == "before"
     assert target.read_text() == "after"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with written_at_once(tmp_path / "a.safetensors") as temporary:
+            save_file({"a": torch.zeros(1)}, temporary)
+        with directory_written_at_once(tmp_path / "folder") as directory:
+            save_file({"a": torch.zeros(1)}, directory / "a.safetensors")
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "a.safetensors", tmp_path / "folder" / "a.safetensors"):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o640
 
 
 def test_an_error_leaves_everything_as_it_was(tmp_path: Path) -> None:
@@ -54,8 +69,8 @@ def test_what_the_system_refuses_is_a_write_error_with_its_number(cause: Excepti
 
 def test_safetensors_says_why_it_could_not_write_in_a_form_that_is_read(tmp_path: Path) -> None:
     """The text of its errors is no API: seen in safetensors 0.8."""
-    with pytest.raises(WriteError) as caught, written_at_once(tmp_path / "missing" / "a") as temporary:
-        save_file({"a": torch.zeros(1)}, temporary)
+    with pytest.raises(WriteError) as caught, written_at_once(tmp_path / "a"):
+        save_file({"a": torch.zeros(1)}, tmp_path / "missing" / "a")
     assert caught.value.errno == errno.ENOENT
 
 
