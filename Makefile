@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-kernels gate env lint bench bench-gpu clean
+.PHONY: demo test test-kernels gate env lint docs bench bench-gpu clean
 
 demo: env
 	@echo "== demo: examples/quickstart.py"
@@ -43,6 +43,11 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	bash tools/typecheck.sh $(BIN)/mypy
+	@$(MAKE) --no-print-directory docs
+
+# the site, in build/site; a broken link, a missing page or an unknown name in the reference is an error (with --quiet not)
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: env
 	$(BIN)/python benchmarks/attention_cpu.py

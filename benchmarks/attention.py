@@ -432,7 +432,13 @@ class Comparison:
                 rows += [self.operator_with_projection(sparsity)]
             return rows
         rows += [self.sparse(FORWARD, main), self.operator(FORWARD, main), self.operator_with_projection(main)]
-        rows += [self.operator_on_features(main), self.beside(main), self.routing(main), self.linear(), self.sparse(FORWARD, main, (64, 64))]
+        rows += [
+            self.operator_on_features(main),
+            self.beside(main),
+            self.routing(main),
+            self.linear(),
+            self.sparse(FORWARD, main, (64, 64)),
+        ]
         rows += [*self.dense(BOTH), self.sparse(BOTH, main), self.operator(BOTH, main)]
         if self.case.rows == "all":
             rows += [*self.dense(BACKWARD), self.sparse(BACKWARD, main), self.sparse(FORWARD, 0.0), *self.others(main)]

@@ -7,6 +7,7 @@ So one compiled block serves all resolutions, and a site of a joint sequence kno
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,11 @@ class RootForward:
         if not self.bound:
             return signature
         return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def __code__(self) -> types.CodeType:
+        """torch.export asks `forward` for it, unless strict=True, to say where a program is from (torch 2.13)."""
+        return type(self).__call__.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # by hand, because Dynamo does not trace Signature.bind

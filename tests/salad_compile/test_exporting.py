@@ -14,7 +14,8 @@ import salad_compile
 from salad_compile.errors import NotConvertedError
 from salad_compile.exporting import package_exported, rewrite_exported
 
-from .. import toys
+from .. import support, toys
+from ..models.zoo import CASES
 from ..support import count_ops, randomise_branches, relative_error
 
 CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
@@ -42,6 +43,16 @@ def test_a_rewritten_program_is_the_eager_twin(strict: bool, lengths: object) ->
     for count in (70,) if lengths is None else (70, 133):
         x = toys.tokens(count)
         assert relative_error(rewritten.module()(x), model(x)) < 1e-6
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_model_on_a_grid_is_exported(strict: bool) -> None:
+    """The forward of its root is ours, and torch.export asks it for what functions have."""
+    case = CASES["Wan"]
+    model, inputs = support.converted(case).eval(), dict(case.inputs(0))
+    program = torch.export.export(model, (), kwargs=inputs, strict=strict)
+    rewritten = rewrite_exported(program).module()
+    assert relative_error(case.output(rewritten(**inputs)), case.output(model(**inputs))) < 1e-5
 
 
 def test_what_is_not_converted_or_rewritten_already_is_an_error() -> None:

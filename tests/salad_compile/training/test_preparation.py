@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import salad_compile
 from salad_compile.branch import branches
 from salad_compile.checkpoint import branch_state
 from salad_compile.training.flow_matching import wan_forward

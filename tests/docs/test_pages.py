@@ -1,0 +1,118 @@
+"""What the documents say of names, defaults and files is so."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import importlib
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+import salad_compile
+from salad_compile import errors, kernels, latents, training
+from salad_compile.latents.converting import TARGETS
+from salad_compile.latents.opening import SOURCES
+from salad_compile.training import TrainSettings
+from tools.docs_hooks import in_repository, mended, readme_section
+
+from .test_snippets import PAGES, ROOT
+
+DOCS = ROOT / "docs"
+OURS = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, errors.SaladError)}
+REFERENCE = (DOCS / "reference.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [*PAGES, DOCS / "limitations.md"], ids=lambda page: page.stem)
+def test_errors_and_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    known = {*OURS, *vars(kernels), *vars(builtins)}
+    for name in set(re.findall(r"`(?:\w+\.)*([A-Z]\w*Error)\b", text)):
+        assert name in known, f"{page.name} names {name}"
+    for name in set(re.findall(r"\bsalad_compile\.(\w+)", text)) - {"safetensors"}:
+        assert hasattr(salad_compile, name) or importlib.util.find_spec(f"salad_compile.{name}"), f"{page.name}: {name}"
+
+
+def test_troubleshooting_has_every_error() -> None:
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    assert [name for name in OURS if f"`{name}`" not in text and f"salad_compile.{name}" not in text] == []
+
+
+def test_reference_has_every_public_name() -> None:
+    for module in (salad_compile, latents, training, kernels):
+        names = {f"{module.__name__}.{name}" for name in module.__all__}
+        assert names - set(re.findall(r"^::: (\S+)$", REFERENCE, re.MULTILINE)) <= {"salad_compile.latents.WAN_2_1"}
+
+
+def test_reference_names_exist() -> None:
+    """mkdocstrings fails too; this is quicker, and says so where there is no mkdocs."""
+    for name in re.findall(r"^::: (\S+)$", REFERENCE, re.MULTILINE):
+        module, _, attribute = name.rpartition(".")
+        if name != "salad_compile.errors":
+            assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_settings_of_the_training_are_all_there() -> None:
+    text = (DOCS / "fine_tuning.md").read_text(encoding="utf-8").partition("### Settings")[2].partition("###")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", text, re.MULTILINE))
+    assert list(rows) == [field.name for field in dataclasses.fields(TrainSettings)]
+    for name, default in rows.items():
+        assert eval(default) == getattr(TrainSettings(), name), name
+
+
+def test_layouts_of_latents_are_all_there() -> None:
+    text = (DOCS / "formats.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (yes|no) \| (yes|no) \| .+? \| (yes|no) \|", text, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(SOURCES)
+    assert [name for name, _, written, _ in rows if written == "yes"] == [name for name in SOURCES if name in TARGETS]
+    for name, _, _, normalized in rows:
+        assert (normalized == "yes") == SOURCES[name].normalized
+
+
+def test_the_picture_needs_nothing_from_elsewhere() -> None:
+    text = (DOCS / "pictures" / "way_through.svg").read_text(encoding="utf-8")
+    ElementTree.fromstring(text)
+    assert set(re.findall(r"https?://[^\"]+", text)) == {"http://www.w3.org/2000/svg"}
+
+
+# --- the hooks of mkdocs ----------------------------------------------------------------------------------------------
+
+
+def test_links_that_leave_the_documents() -> None:
+    assert in_repository("method.md#x", "index.md") is None
+    assert in_repository("../README.md", "index.md") == "README.md"
+    assert mended("see [kernels](kernels.md#floors)", "index.md") == "see [kernels](kernels.md#floors)"
+    assert mended("[README.md](../README.md)", "index.md") == "`README.md`"
+    assert mended("[the script](../tools/measured.py)", "index.md") == "the script"
+    picture = "../benchmarks/results/attention_h100_length.png"
+    assert mended(f"![x]({picture})", "kernels.md") == f"![x](repository/{picture.removeprefix('../')})"
+    assert mended("[web](https://example.org/a.md)", "index.md") == "[web](https://example.org/a.md)"
+
+
+def test_a_link_to_a_file_that_is_gone_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Which `mkdocs build --strict` counts."""
+    mended("[gone](../gone.py)", "index.md")
+    assert "gone.py, which is not in the repository" in caplog.text
+
+
+def test_sections_of_the_readme_are_taken_over() -> None:
+    text = readme_section("Limitations")
+    assert text.startswith("- ")
+    assert "](docs/" not in text
+    assert "](kernels.md)" in text
+    assert "<!-- README: Limitations -->" in (DOCS / "limitations.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="no heading"):
+        readme_section("No such heading")
+
+
+def test_docstrings_as_mkdocstrings_reads_them() -> None:
+    plain = pytest.importorskip("tools.docs_docstrings", reason="griffe comes with the extra docs").plain
+    before = (
+        "See :func:`load`.\n\nRaises:\n    AError: a. BError, CError: b\n        and c.\n    Whatever is raised, x."
+    )
+    after = "See `load`.\n\nRaises:\n    AError: a.\n    BError, CError: b and c.\n\nWhatever is raised, x.\n"
+    assert plain(before) == after
+    assert plain(":class:`salad_compile.config.BackendOptions`") == "`config.BackendOptions`"
+    assert plain("Nothing of this kind.\n\nReturns:\n    x.") == "Nothing of this kind.\n\nReturns:\n    x."

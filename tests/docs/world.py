@@ -1,0 +1,298 @@
+"""The world in which the snippets of the documents run: what they call by name, tiny, and small defaults.
+
+Snippets say what a user says. They name checkpoints, data and models that are here, in a directory of their own, a
+thousand times smaller; and they leave out what has a default. Those defaults are the one thing that is changed
+(:func:`small_defaults`), and what would take minutes for nothing: graphs are rewritten and run, and not compiled by
+Inductor (`tests/salad_compile/test_exporting.py` and `tests/models` do that).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import salad_compile
+from salad_compile.config import BackendOptions
+from salad_compile.latents import WAN_2_1, LatentItem, convert_latents, write_latents
+from salad_compile.training import TrainSettings
+
+from ..models.zoo import CASES, from_diffusers, randomise
+from ..support import TINY, randomise_branches, seeded
+
+LATENT = (16, 2, 14, 22)  # 154 tokens
+TEXT_TOKENS, TEXT_WIDTH = 17, 16
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": TEXT_WIDTH,
+    "freq_dim": 32,
+    "ffn_dim": 48,
+    "num_layers": 1,
+    "rope_max_seq_len": 64,  # 480p has 60 x 104 latents
+}
+CALL = {
+    "height": 8 * LATENT[2],
+    "width": 8 * LATENT[3],
+    "num_frames": 1 + 4 * (LATENT[1] - 1),
+    "num_inference_steps": 3,
+    "guidance_scale": 1.0,
+    "output_type": "latent",
+}
+
+# What is smaller here than users have it, where a snippet does not say it.
+CONVERSION = {"query_block": 32, "key_block": 16, "lora_rank": 3, "min_tokens": 90}
+BACKEND = {"query_block": 32, "key_block": 16, "min_tokens": 90, "lowering": "eager"}
+TRAINING = {
+    "steps": 2,
+    "batch": 2,
+    "warmup_steps": 1,
+    "text_tokens": TEXT_TOKENS,
+    "precision": "fp32",
+    "compile": "none",
+    "gradient_checkpointing": False,
+    "checkpoint_every": 1,
+    "validation_points": 1,
+    "workers": 0,
+}
+
+
+def base(seed: int = 0, **changes: Any) -> Any:
+    """A Wan of one block, always with the same weights."""
+    return copy.deepcopy(_base(seed)) if not changes else _built(seed, changes)
+
+
+@functools.cache
+def _base(seed: int) -> Any:
+    return _built(seed, {})
+
+
+def _built(seed: int, changes: dict[str, Any]) -> Any:
+    with seeded(seed):
+        return randomise(from_diffusers("WanTransformer3DModel", WAN | changes), seed).eval()
+
+
+def inputs() -> dict[str, Tensor]:
+    """Of one forward."""
+    draw = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(1, *LATENT, generator=draw),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, TEXT_WIDTH, generator=draw),
+    }
+
+
+def converted(**changes: Any) -> Any:
+    """A converted model, as after fine-tuning: every part of its branches contributes."""
+    return fine_tuned(base(), **changes)
+
+
+def fine_tuned(model: Any, **changes: Any) -> Any:
+    """A model, converted, with branches that contribute."""
+    model = salad_compile.convert(model, dataclasses.replace(TINY, **changes), example_inputs=inputs())
+    randomise_branches(model)
+    return model
+
+
+def pipeline(transformer: Any, transformer_2: Any = None) -> Any:
+    """A pipeline without text encoder and VAE; :func:`small_defaults` lets it take a prompt."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=transformer,
+        transformer_2=transformer_2,
+        boundary_ratio=None if transformer_2 is None else 0.5,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def build(directory: Path) -> None:
+    """What snippets find in their working directory."""
+    pipeline(base()).save_pretrained(directory / "Wan2.1-T2V-1.3B-Diffusers")
+    pipeline(base(), base(1)).save_pretrained(directory / "Wan2.2-T2V-A14B-Diffusers")
+    write_latents(_clips(8, "clip"), directory / "data", statistics=WAN_2_1)
+    write_latents(_clips(2, "held-out"), directory / "held_out", statistics=WAN_2_1)
+    for name in ("musubi", "fastvideo"):
+        convert_latents(directory / "data", directory / f"{name}_data", to=name, progress=False)
+    _damaged(directory / "damaged_data")
+    _style(directory / "style")
+    salad_compile.save(converted(), directory / "run" / "salad.safetensors")
+    (directory / "step.py").write_text("from tests.docs.world import inputs\n")
+
+
+def _clips(count: int, name: str) -> list[LatentItem]:
+    draw = torch.Generator().manual_seed(count)
+    return [
+        LatentItem(
+            f"{name}-{number}",
+            torch.randn(LATENT, generator=draw),
+            torch.randn(5 + number % 4, TEXT_WIDTH, generator=draw),
+            "a caption",
+            16.0,
+        )
+        for number in range(count)
+    ]
+
+
+def _damaged(directory: Path) -> None:
+    """One item of two is cut short."""
+    write_latents(_clips(2, "clip"), directory)
+    file = directory / "items" / "clip-0.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _style(directory: Path) -> None:
+    """A LoRA of somebody else's, as diffusers writes it."""
+    from diffusers import WanPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    model = base()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    WanPipeline.save_lora_weights(directory, transformer_lora_layers=get_peft_model_state_dict(model))
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def names() -> dict[str, Any]:
+    """What the python blocks of a page may use without making it; blocks of one page share these and what they make.
+
+    `model`, `base_model`: a Wan that was never converted. `pipe`: a pipeline with a fine-tuned transformer. `inputs`:
+    of one forward. `latents`, `timestep`, `text`: the same one by one.
+    """
+    given = inputs()
+    return {
+        "__name__": "snippets",
+        "torch": torch,
+        "model": base(),
+        "base_model": base(),
+        "pipe": pipeline(converted()),
+        "prompt": "a cat walks on grass",
+        "inputs": given,
+        "latents": given["hidden_states"],
+        "timestep": given["timestep"],
+        "text": given["encoder_hidden_states"],
+        "step": 100,
+    }
+
+
+# In the README alternatives stand one after the other. A fragment of a block -> names that it finds made anew.
+ANEW: dict[str, Callable[[], dict[str, Any]]] = {
+    "salad_compile.plan(model)": lambda: {"model": base()},
+    "salad_compile.set_sparsity(model, 0.8)": lambda: {"model": converted(sparsity=0.9, lowest_sparsity=0.5)},
+    '"x": latents': lambda: handwritten(),
+    "attention_adapter(torch.ops.my_ops": lambda: my_operators(),
+    "salad_compile.diagnose(model, inputs)": lambda: {
+        "model": fine_tuned(base(num_layers=2), overrides={"blocks.1.*": {"pattern": "stswa"}}),
+        "inputs": inputs(),
+    },
+    'salad_compile.save(model, "salad.safetensors")': lambda: {"model": converted()},
+    "compile_pipeline(salad_compile.convert(pipe))": lambda: another_file(),
+    "torch.export.export(model": lambda: {"model": converted(), "inputs": inputs()},
+}
+
+
+def another_file() -> dict[str, Any]:
+    """A pipeline that was never converted, and a file for it."""
+    salad_compile.save(salad_compile.convert(base()), "other.safetensors")
+    return {"pipe": pipeline(base())}
+
+
+def handwritten() -> dict[str, Any]:
+    """A model of one's own, of the forward x, t, text."""
+    case = CASES["handwritten_inline"]
+    given = case.inputs(0)
+    return {"model": case.build(), "latents": given["x"], "timestep": given["t"], "text": given["text"]}
+
+
+def my_operators() -> dict[str, Any]:
+    """torch.ops.my_ops.varlen_attention, the operator that the README adapts."""
+    if hasattr(torch.ops.my_ops, "varlen_attention"):
+        return {}
+
+    @torch.library.custom_op("my_ops::varlen_attention", mutates_args=())
+    def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*(tensor.transpose(0, 1) for tensor in (q, k, v))).transpose(0, 1).clone()
+
+    return {}
+
+
+class Hub:
+    """In the place of the Hugging Face Hub."""
+
+    def __init__(self, token: str | None = None) -> None:
+        self.repositories: set[str] = set()
+
+    def create_repo(self, repo_id: str, **options: Any) -> None:
+        self.repositories.add(repo_id)
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> Any:
+        assert repo_id in self.repositories
+        assert (Path(folder_path) / "salad.safetensors").is_file()
+        return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}/commit/1")
+
+
+# --- defaults ---------------------------------------------------------------------------------------------------------
+
+
+def small_defaults(patch: pytest.MonkeyPatch) -> None:
+    """The only place in which something differs from what a user of the snippets has."""
+    for cls, changes in ((salad_compile.SaladConfig, CONVERSION), (BackendOptions, BACKEND), (TrainSettings, TRAINING)):
+        fields = [field.name for field in dataclasses.fields(cls) if field.init]
+        patched = dict(zip(fields, cls.__init__.__defaults__, strict=True)) | changes
+        assert patched.keys() == set(fields), "a default that is to be changed has another name now"
+        patch.setattr(cls.__init__, "__defaults__", tuple(patched.values()))
+    _small_pipelines(patch)
+    _without_inductor(patch)
+    patch.setattr("huggingface_hub.HfApi", Hub)
+
+
+def _small_pipelines(patch: pytest.MonkeyPatch) -> None:
+    """A text encoder and a size of video that take no time."""
+    from diffusers import WanPipeline
+
+    call, from_pretrained = WanPipeline.__call__, WanPipeline.from_pretrained
+
+    def small_from_pretrained(*given: Any, **named: Any) -> Any:
+        return from_pretrained(*given, **named, vae=None, text_encoder=None, tokenizer=None)
+
+    def small_call(pipe: Any, prompt: Any = None, **given: Any) -> Any:
+        return call(pipe, prompt=prompt, **{**given, **CALL})
+
+    def encode_prompt(pipe: Any, **given: Any) -> tuple[Tensor, None]:
+        return inputs()["encoder_hidden_states"].to(pipe.transformer.dtype), None
+
+    patch.setattr(WanPipeline, "from_pretrained", small_from_pretrained)
+    patch.setattr(WanPipeline, "__call__", small_call)
+    patch.setattr(WanPipeline, "encode_prompt", encode_prompt)
+
+
+def _without_inductor(patch: pytest.MonkeyPatch) -> None:
+    """Packages of AOTInductor hold the program itself."""
+
+    def package(program: Any, *, package_path: str, inductor_configs: Any = None) -> str:
+        torch.export.save(program, package_path)
+        return package_path
+
+    patch.setattr(torch._inductor, "aoti_compile_and_package", package)
+    patch.setattr(torch._inductor, "aoti_load_package", lambda path: torch.export.load(path).module())

@@ -1,0 +1,100 @@
+"""Hooks of mkdocs: what the pages of docs/ take from elsewhere in the repository.
+
+Pages are read on the site and in the repository. A link that leaves docs/ leads to a file in the repository, and to
+nothing on the site, where its text is left; a picture from there is taken along. A file that does not exist is an
+error in either case, as any broken link is (`mkdocs build --strict`).
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "build" / "docs_package"
+# <!-- README: Limitations --> becomes what stands under that heading
+INCLUDE = re.compile(r"<!-- README: (?P<heading>.+?) -->")
+LINK = re.compile(r"(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?P<target>(?!\w+:|#)[^)\s]+)\)")
+
+logger = logging.getLogger("mkdocs.hooks.salad_compile")
+
+
+def on_startup(command: str, dirty: bool) -> None:
+    """Lay the package out as setuptools does, for mkdocstrings, which reads files and imports nothing.
+
+    On start-up, because its own on_config passes over a path that is not there. Copies, because griffe (2.4) follows a
+    symbolic link to the folder that it leads to, which has no kernels/ and passes/.
+    """
+    shutil.rmtree(PACKAGE, ignore_errors=True)
+    package = PACKAGE / "salad_compile"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for source, target in (
+        ("salad_compile", package),
+        ("passes", package / "passes"),
+        ("kernels", package / "kernels"),
+    ):
+        shutil.copytree(ROOT / source, target, ignore=ignored)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Take along the pictures that pages show and that lie outside docs/."""
+    from mkdocs.structure.files import File
+
+    for page in files.documentation_pages():
+        for match in LINK.finditer(page.content_string):
+            target = in_repository(match["target"], page.src_uri)
+            if match["picture"] and target is not None and (ROOT / target).is_file():
+                where = File.generated(config, f"repository/{target}", abs_src_path=str(ROOT / target))
+                if where.src_uri not in files.src_uris:
+                    files.append(where)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Fill in sections of the README, and mend links that leave docs/."""
+    source = page.file.src_uri
+    return INCLUDE.sub(lambda match: readme_section(match["heading"]), mended(markdown, source))
+
+
+def readme_section(heading: str) -> str:
+    """What stands in README.md under a heading, with links as seen from docs/.
+
+    Raises:
+        ValueError: no such heading.
+    """
+    sections = re.split(r"^## ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for section in sections[1:]:
+        title, _, text = section.partition("\n")
+        if title.strip() == heading:
+            return mended(text.strip(), "../README.md")
+    raise ValueError(f"README.md has no heading {heading!r}")
+
+
+def mended(markdown: str, source: str) -> str:
+    """Links of a page `source`, seen from docs/, as the site has them."""
+
+    def replace(match: re.Match[str]) -> str:
+        path, _, anchor = match["target"].partition("#")
+        target = in_repository(path, source)
+        if target is None:  # within docs/: mkdocs looks after it
+            if not source.startswith("../"):
+                return match[0]
+            inside = posixpath.relpath(posixpath.join("docs", posixpath.dirname(source), path), "docs")
+            return f"{match['picture']}[{match['text']}]({inside}{'#' + anchor if anchor else ''})"
+        if not (ROOT / target).exists():
+            logger.warning("%s links to %s, which is not in the repository", source, target)
+        if match["picture"]:
+            return f"![{match['text']}](repository/{target})"
+        return match["text"] if match["text"] != posixpath.basename(target) else f"`{match['text']}`"
+
+    return LINK.sub(replace, markdown)
+
+
+def in_repository(target: str, source: str) -> str | None:
+    """The path in the repository of what a page links to, or None if it is in docs/."""
+    path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(source), target.partition("#")[0]))
+    return None if path == "docs" or path.startswith("docs/") else path
