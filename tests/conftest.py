@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tools.support_table import DenseModel, Model, UnusableError, cell_of, write
 
@@ -57,14 +58,16 @@ ROTATIONS = frozenset(
     }
 )
 # Inductor takes up to a minute for a case; GPU runs and the compile matrix go through it as well.
-INDUCTOR = frozenset({"Wan", "handwritten_inline", "CogVideoX"})
+PER_BLOCK_INDUCTOR = frozenset({"Wan", "handwritten_inline", "CogVideoX"})
+# Ten seconds each: a plain model, text in one stream, a key prefix, a call for each sample, no attention module.
+RESOLUTIONS = frozenset({"Wan", "CogVideoX", "Cosmos3Omni", "Mochi", "handwritten_inline"})
+VARIANT_PAIRS = frozenset({"CogVideoX-windows", "Cosmos3Omni-v2", "EasyAnimate-adjustable_windows"})
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes long runs on fewer models, unless the table is written or every case is asked for.
 
-    Second cases of one model class compile nothing, and checkpointing and second resolutions have one case for each
-    kind of model.
+    Second cases of one model class compile nothing, and the rest of what compiles has one case for each kind of model.
     """
     if config.getoption("--support-table") or config.getoption("--all-cases"):
         return
@@ -74,10 +77,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         case = _case_of(item)
         if "models/test_position.py" in item.nodeid:
             return _compiles(item) and case not in ROTATIONS
-        if "through_inductor" in item.nodeid:
-            return case not in INDUCTOR
-        if "equals_compiled[" in item.nodeid:  # per block every class is compiled
+        if "test_variants.py::test_compiled" in item.nodeid:
+            return not case.startswith("Wan-") and case not in VARIANT_PAIRS
+        if "per_block_through_inductor" in item.nodeid:
+            return case not in PER_BLOCK_INDUCTOR
+        if "whole_model_through_inductor" in item.nodeid:
+            return case != "Wan"
+        if "equals_compiled[" in item.nodeid:
+            return case not in ROTATIONS
+        if "equals_compiled_per_block[" in item.nodeid:
             return case not in KINDS | ROTATIONS
+        if "second_resolution" in item.nodeid:
+            return case not in RESOLUTIONS
         if "test_zoo.py" not in item.nodeid:
             return False
         return (_compiles(item) and case in VARIANTS) or (_is_slow(item) and case not in KINDS)
@@ -93,7 +104,7 @@ def _compiles(item: pytest.Item) -> bool:
 
 
 def _is_slow(item: pytest.Item) -> bool:
-    return any(part in item.nodeid for part in ("checkpointing", "second_resolution"))
+    return "checkpointing" in item.nodeid
 
 
 def _case_of(item: pytest.Item) -> str:
@@ -101,6 +112,8 @@ def _case_of(item: pytest.Item) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile("default", max_examples=10 if config.getoption("--all-cases") else 5)
+    settings.load_profile("default")
     # under pytest-xdist the controller sees the reports of all workers
     if config.getoption("--support-table") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_SupportTable())

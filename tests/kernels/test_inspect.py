@@ -220,7 +220,7 @@ def test_every_operator_with_kernels_is_inspected() -> None:
 
 
 def test_every_kernel_is_inspected() -> None:
-    seen = {job.source.kernel for job in inspect.record_jobs(inspect.ARCHS)}
+    seen = {job.source.kernel for job in inspect.record_jobs((90,))}
     for operator, files in modules("triton_").items():
         for file in files:
             for name, kernel in vars(file).items():

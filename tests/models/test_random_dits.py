@@ -290,7 +290,7 @@ def check_compiled(style: Style, model: RandomDiT) -> None:
     assert recorder.after["salad.tag"] == recorder.after["salad.site"] == 0
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(style=STYLES)
 def test_invariants(style: Style) -> None:
     streams = "no text" if style.text == "none" else f"text {style.text}, {'dual' if style.dual else 'single'} stream"

@@ -112,7 +112,7 @@ def test_rows_are_the_video_s_without_what_a_mask_hides() -> None:
 
 @pytest.mark.parametrize(("gate", "scaling"), [("token", "v1"), ("head", "v2")])
 def test_the_update_is_the_linear_branch_by_hand(gate: str, scaling: str) -> None:
-    model = converted(gate=gate, scaling=scaling)
+    model = converted(gate=gate, scaling=scaling, rope_placement="rotate-then-map")
     call = calls_of(model, inputs_of())[0]
     query, key, value = (t.double().relu() if i < 2 else t.double() for i, t in enumerate(call.given[:3]))
     state, total = key.transpose(2, 3) @ value, key.sum(dim=2, keepdim=True)
