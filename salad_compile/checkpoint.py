@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .branch import BRANCH_NAME, SaladBranch, SiteRecord, branches
+from .branch import BRANCH_NAME, SaladBranch, branches
 from .config import SaladConfig
 from .conversion import attach, dense_projections, prepare
 from .errors import (
@@ -44,6 +44,7 @@ from .location import file_at
 from .logs import logger
 from .model_tree import plain_key, single_model
 from .multihead import projection
+from .site_record import SiteRecord
 
 FORMAT_VERSION = 4
 READABLE_VERSIONS = (2, 3, 4)  # 2 knew no dropped branches, 3 no rotated_first: SiteRecord's defaults say so

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn as nn
 
-from .branch import BRANCH_NAME, DenseSwitch, SaladBranch, SiteRecord, branches
+from .branch import BRANCH_NAME, DenseSwitch, SaladBranch, branches
 from .config import SaladConfig
 from .discovery import AttentionSite, Discovery, discover
 from .errors import (
@@ -28,6 +28,7 @@ from .position_slice import position_error
 from .probe import is_linear
 from .report import Plan
 from .site_filter import filtered
+from .site_record import SiteRecord
 from .site_settings import apply_settings
 from .tag import leave_dense
 from .video_grid import RootForward, VideoGrid

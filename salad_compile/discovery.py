@@ -18,10 +18,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from .attention_call import dense_reason, is_padding, mask_kind
-from .branch import SiteRecord
 from .geometry import GridRule, GridSource, find_grid_rule, read_grid
 from .probe import Call, Probe, Projection, run_probe
 from .segments import Layout, layout_of, video_inputs
+from .site_record import SiteRecord
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..branch import BRANCH_NAME, SiteRecord
+from ..branch import BRANCH_NAME
 from ..checkpoint import HEADER_KEY, Header, opened
 from ..config import SaladConfig
 from ..report import Report, Row
+from ..site_record import SiteRecord
 
 
 @dataclass(frozen=True)
