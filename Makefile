@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-kernels gate env lint docs bench bench-gpu clean
+.PHONY: demo test test-kernels gate quick-gate env lint docs bench bench-gpu clean
 
 demo: env
 	@echo "== demo: examples/quickstart.py"
@@ -18,7 +18,7 @@ test: env
 	@echo "== tests, $(WORKERS) at a time"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 ifeq ($(strip $(PYTEST_ARGS)),)
-	@$(MAKE) --no-print-directory gate test-kernels
+	@$(MAKE) --no-print-directory quick-gate test-kernels
 endif
 
 # With a GPU the tests above have run the Triton kernels on it. Without one they are interpreted, in a process of their
@@ -28,6 +28,12 @@ test-kernels: env
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then echo "there is a GPU: they have run on it"; \
 	else TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/gpu; fi
+
+# what `make test` has time for: all kernels for Hopper, and for Ampere and Blackwell those of bf16 and head_dim 128
+quick-gate: env
+	@echo "== compiling every Triton kernel that ships for sm_90, and for sm_80 and sm_100 those of bf16 and head_dim 128"
+	$(BIN)/python -m salad_compile.kernels.inspect --arch 90
+	$(BIN)/python -m salad_compile.kernels.inspect --arch 80 100 --filter "bfloat16 d128"
 
 gate: env
 	@echo "== compiling every Triton kernel that ships for sm_80, sm_90 and sm_100"
