@@ -28,6 +28,7 @@ from salad_compile.training import TrainSettings
 
 from ..models.zoo import CASES, from_diffusers, randomise
 from ..support import TINY, randomise_branches, seeded
+from ..trainers import tiny
 
 LATENT = (16, 2, 14, 22)  # 154 tokens
 TEXT_TOKENS, TEXT_WIDTH = 17, 16
@@ -107,19 +108,7 @@ def fine_tuned(model: Any, **changes: Any) -> Any:
 
 def pipeline(transformer: Any, transformer_2: Any = None) -> Any:
     """A pipeline without text encoder and VAE; :func:`small_defaults` lets it take a prompt."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-
-    pipe = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        transformer=transformer,
-        transformer_2=transformer_2,
-        boundary_ratio=None if transformer_2 is None else 0.5,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny.pipeline(transformer, transformer_2, boundary_ratio=None if transformer_2 is None else 0.5)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

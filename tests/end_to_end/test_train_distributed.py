@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from salad_compile.training import read_log, train
 from salad_compile.training.engine import Engine
 from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, latents
 from tests.support import relative_error
+from tests.trainers.processes import free_port
 
 from .train_life import forkserver
 
@@ -65,12 +65,6 @@ def configure_fsdp2() -> None:
 def run(root: Path, name: str, kind: str) -> None:
     held_out = latents(root / "held-out", 3, prefix="held", seed=9)
     train(base(), latents(root / "latents"), RUNS[kind], root / name, config=CONFIG, validation=held_out)
-
-
-def free_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return int(unused.getsockname()[1])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

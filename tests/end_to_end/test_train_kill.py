@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from salad_compile.training import read_log
-from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, latents
+from tests.salad_compile.training.tiny import SETTINGS, write_run
 
 from .train_life import forkserver, live
 
@@ -123,11 +123,7 @@ def live_and_die(context: Any, root: Path, output: Path, chance: random.Random) 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("given")
-    base(num_layers=1).save_pretrained(root / "model")
-    latents(root / "latents")
-    latents(root / "held-out", 2, prefix="held", seed=9)
-    (root / "settings.json").write_text(json.dumps(RUN.to_dict()))
-    (root / "conversion.json").write_text(json.dumps(CONFIG.to_dict()))
+    write_run(root, RUN)
     return root
 
 

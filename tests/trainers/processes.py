@@ -15,12 +15,16 @@ import torch.multiprocessing as mp
 WORLD = 2
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return int(unused.getsockname()[1])
+
+
 def in_two_processes(function: Callable[[int, Path], None], folder: Path) -> None:
     """`function(rank, folder)` in each; what it raises is raised here. The environment is what torchrun sets."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_run, args=(function, folder, port), nprocs=WORLD)
+    mp.spawn(_run, args=(function, folder, free_port()), nprocs=WORLD)
 
 
 def _run(rank: int, function: Callable[[int, Path], None], folder: Path, port: int) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import salad_compile
 from salad_compile.command_line import WRONG
 from salad_compile.command_line import train as train_command
 from salad_compile.training import read_log
-from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, latents
+from tests.salad_compile.training.tiny import SETTINGS, base, converted, write_run
 
 from .conftest import Run
 
@@ -22,11 +21,7 @@ EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "finetune.py"
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("given")
-    base(num_layers=1).save_pretrained(root / "model")
-    latents(root / "latents")
-    latents(root / "held-out", 2, prefix="held", seed=9)
-    (root / "settings.json").write_text(json.dumps(SETTINGS.to_dict()))
-    (root / "conversion.json").write_text(json.dumps(CONFIG.to_dict()))
+    write_run(root, SETTINGS)
     salad_compile.save(converted(), root / "salad.safetensors")
     return root
 

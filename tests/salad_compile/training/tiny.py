@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -13,21 +14,10 @@ import torch
 import salad_compile
 from salad_compile.latents import LatentDataset, LatentItem, open_latents, write_latents
 from salad_compile.training import TrainSettings
-from tests.models.zoo import from_diffusers, randomise
+from tests.models.zoo import WAN, from_diffusers, randomise
 from tests.support import seeded
 
 SHAPE = (4, 3, 8, 8)
-WAN = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 16,
-    "freq_dim": 32,
-    "ffn_dim": 48,
-    "num_layers": 2,
-    "rope_max_seq_len": 32,
-}
 # the placement that costs the uncompiled model least time
 CONFIG = salad_compile.SaladConfig(
     sparsity=0.7,
@@ -76,6 +66,15 @@ def _converted() -> Any:
 def converted() -> Any:
     """A new model of one block, converted, always the same."""
     return copy.deepcopy(_converted())
+
+
+def write_run(root: Path, settings: TrainSettings) -> None:
+    """What a command that trains is given: a base model, latents, held-out ones, and both files of settings."""
+    base(num_layers=1).save_pretrained(root / "model")
+    latents(root / "latents")
+    latents(root / "held-out", 2, prefix="held", seed=9)
+    (root / "settings.json").write_text(json.dumps(settings.to_dict()))
+    (root / "conversion.json").write_text(json.dumps(CONFIG.to_dict()))
 
 
 def items(count: int = 9, *, prefix: str = "clip", seed: int = 0) -> Iterable[LatentItem]:
