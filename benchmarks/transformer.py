@@ -40,6 +40,7 @@ from common import (
 )
 from diffusers import WanTransformer3DModel
 from salad_compile.kernels import measure_executions
+from salad_compile.kernels.measure import overall_sparsity
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -279,8 +280,7 @@ class Stage:
         converted.compile_repeated_blocks(backend="salad", options={"lowering": self.options.compiler})
         with measure_executions() as executions:
             run = self._first(converted, facts)
-        computed, everything = (sum(getattr(e, name) for e in executions) for name in ("computed_pairs", "total_pairs"))
-        facts["measured_sparsity"] = 1 - computed / everything
+        facts["measured_sparsity"] = overall_sparsity(executions)
         return run
 
     def _first(self, model: Wan, facts: Facts) -> Run:

@@ -1,6 +1,6 @@
 """Counting what block-sparse attention really computed (method.md section 4.5)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +24,12 @@ class Execution:
     def sparsity(self) -> float:
         """Share of token pairs that were left out."""
         return 1 - self.computed_pairs / self.total_pairs
+
+
+def overall_sparsity(executions: Sequence[Execution]) -> float | None:
+    """Share of token pairs that all of them together left out; None if nothing ran."""
+    total = sum(execution.total_pairs for execution in executions)
+    return 1 - sum(execution.computed_pairs for execution in executions) / total if total else None
 
 
 _active: list[list[Execution]] = []

@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .lazy import lazy_names
+
 if TYPE_CHECKING:
     from .attention_call import AttentionArguments as AttentionArguments
     from .attention_call import attention_adapter as attention_adapter
@@ -106,15 +108,12 @@ __all__ = [
 ]
 
 
+_get, __dir__ = lazy_names(__name__, _HOMES)
+
+
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     if name.endswith("Error"):
         errors = importlib.import_module(".errors", __name__)
         if hasattr(errors, name):
             return getattr(errors, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return _get(name)

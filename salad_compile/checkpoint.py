@@ -44,6 +44,7 @@ from .location import file_at
 from .logs import logger
 from .model_tree import plain_key, single_model
 from .multihead import projection
+from .sharding import is_first_rank, shard_like, whole, whole_state
 from .site_record import SiteRecord
 
 FORMAT_VERSION = 4
@@ -144,12 +145,6 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the one that writes."""
-    distributed = torch.distributed
-    return not distributed.is_available() or not distributed.is_initialized() or not distributed.get_rank()
-
-
 def describe(model: nn.Module) -> Header:
     """The header for a converted model.
 
@@ -222,19 +217,6 @@ def weight_sum(weights: Iterable[Tensor]) -> float:
     return sum(float(weight.abs().sum(dtype=torch.float64)) for weight in weights)
 
 
-def whole_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """:func:`whole` of every tensor."""
-    return {name: whole(tensor) for name, tensor in state.items()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, contiguous and detached; of a sharded one all shards, so every rank must call it."""
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):  # a DTensor of FSDP2
-        tensor = tensor.full_tensor()
-    return tensor.cpu().contiguous()
-
-
 def write(state: Mapping[str, Tensor], header: Header, target: Path) -> None:
     """Write a SALAD file at once, in a directory that is made if need be. Raises WriteError."""
     from safetensors.torch import save_file
@@ -284,19 +266,9 @@ def load(model: Model, path: str | os.PathLike[str], *, grid: GridSource | None 
         attach(bare, prepared, header.config, header.dense_projections, rule)
     with torch.no_grad():
         for name, parameter in branch_state(bare).items():
-            _assign(parameter, tensors[name])
+            parameter.copy_(shard_like(tensors[name], parameter))
     logger.info("loaded %d tensors of %d sites from %s", len(tensors), len(header.sites), file)
     return model
-
-
-def _assign(parameter: Tensor, value: Tensor) -> None:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(parameter, DTensor):  # FSDP2: every rank keeps its share
-        whole = value.to(parameter.device, parameter.dtype)
-        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
-    else:
-        parameter.copy_(value)
 
 
 @contextlib.contextmanager

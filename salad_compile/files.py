@@ -1,15 +1,17 @@
-"""Writing files and directories so that nobody ever sees half of one."""
+"""Writing files and directories so that nobody ever sees half of one, and reading JSON that people wrote."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from .errors import SaladError, WriteError
+from .errors import ConfigError, SaladError, WriteError
 
 
 @contextlib.contextmanager
@@ -66,10 +68,28 @@ def directory_written_at_once(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def flush_to_disk(file: Path) -> None:
-    """Wait until the file is on the disk; some file systems say only now that there is no room."""
-    with file.open("rb") as written:
-        os.fsync(written.fileno())
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file or a directory is on the disk; some file systems say only now that there is no room."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: it holds something else. OSError: it cannot be read.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold an object with names and values, and holds a {type(values).__name__}.")
+    return values
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def explain(model: nn.Module, *inputs: Any, **keyword_inputs: Any) -> Explanatio
         Whatever the model's forward raises.
     """
     from .backend import record_graphs, salad
-    from .kernels.measure import measure_executions
+    from .kernels.measure import measure_executions, overall_sparsity
 
     bare = single_model(model, "explain")
 
@@ -75,12 +75,11 @@ def explain(model: nn.Module, *inputs: Any, **keyword_inputs: Any) -> Explanatio
     if len(executions) == len(known):
         for branch, execution in zip(known, executions, strict=True):
             branch.measured_sparsity = execution.sparsity
-    total = sum(execution.total_pairs for execution in executions)
     return Explanation(
         graphs=graphs,
         converted_sites=len(known),
         executions=len(executions),
-        measured_sparsity=1 - sum(e.computed_pairs for e in executions) / total if total else None,
+        measured_sparsity=overall_sparsity(executions),
     )
 
 

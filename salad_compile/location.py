@@ -22,9 +22,14 @@ def file_at(path: str | os.PathLike[str]) -> Path:
     if local.exists():
         return local
     name = os.fspath(path)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".safetensors"):
+    if not is_repository_id(name):
         raise FileNotFoundError(f"no SALAD file at {local}")
     return _downloaded(name)
+
+
+def is_repository_id(text: str) -> bool:
+    """Whether `owner/name` of the Hub could be meant; whether there is such a repository is not asked."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith(("/", ".safetensors"))
 
 
 def _inside(directory: Path) -> Path:

@@ -57,7 +57,9 @@ def compile_pipeline(
         if _compiled.get(module) == how:
             logger.info("%s is compiled in this way already", label)
             continue
-        blockwise = _compile(module, how)
+        blockwise = compile_blocks(module, how)
+        if not blockwise:
+            module.compile(backend="salad", **how)
         _compiled[module] = how
         logger.info(
             "%s: %d sites, compiled %s", label, len(branches(module)), "block by block" if blockwise else "whole"
@@ -65,15 +67,18 @@ def compile_pipeline(
     return pipe
 
 
-def _compile(module: nn.Module, how: Mapping[str, Any]) -> bool:
-    """Whether it was block by block."""
+def compile_blocks(module: nn.Module, how: Mapping[str, Any], backend: str = "salad") -> bool:
+    """Compile each repeated block of a model of diffusers; False, and nothing done, where it names no blocks.
+
+    Args:
+        how: of `torch.compile`.
+    """
     per_block = getattr(module, "compile_repeated_blocks", None)
-    if per_block is not None:
-        try:
-            per_block(backend="salad", **how)
-        except ValueError as error:  # of diffusers: the class names no blocks, or has none of that name
-            logger.info("%s", error)
-        else:
-            return True
-    module.compile(backend="salad", **how)
-    return False
+    if per_block is None:
+        return False
+    try:
+        per_block(backend=backend, **how)
+    except ValueError as error:  # of diffusers: the class names no blocks, or has none of that name
+        logger.info("%s", error)
+        return False
+    return True

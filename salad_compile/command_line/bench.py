@@ -103,14 +103,10 @@ def _compiled(model: nn.Module, how: str, backend: str) -> tuple[Callable[..., A
     """The model compiled as asked, and how that is called."""
     import torch
 
-    compile_blocks: Any = getattr(model, "compile_repeated_blocks", None)
-    if how in ("auto", "blocks") and compile_blocks is not None:
-        try:
-            compile_blocks(backend=backend)
-            return model, "compiled block by block"
-        except ValueError as error:  # diffusers: the class does not say what its blocks are
-            if how == "blocks":
-                raise ConfigError(f"{error} Compile the whole model: --compile model.") from error
+    from ..pipelines import compile_blocks
+
+    if how in ("auto", "blocks") and compile_blocks(model, {}, backend):
+        return model, "compiled block by block"
     if how == "blocks":
         raise ConfigError(f"{type(model).__name__} does not know its blocks: --compile model compiles all of it.")
     if how == "none":
@@ -132,12 +128,11 @@ def _forward(model: Callable[..., Any], inputs: tuple[tuple[Any, ...], dict[str,
 
 def _measured(call: Callable[[], float]) -> tuple[float, float | None]:
     """What `call` answers, and the sparsity that was measured meanwhile; None where sparse attention never ran."""
-    from ..kernels.measure import measure_executions
+    from ..kernels.measure import measure_executions, overall_sparsity
 
     with measure_executions() as executions:
         answer = call()
-    total = sum(execution.total_pairs for execution in executions)
-    return answer, 1 - sum(e.computed_pairs for e in executions) / total if total else None
+    return answer, overall_sparsity(executions)
 
 
 def _facts(arguments: argparse.Namespace, model: nn.Module, device: torch.device) -> dict[str, Any]:

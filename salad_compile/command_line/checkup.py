@@ -231,7 +231,7 @@ def _backend() -> Iterator[Finding]:
 
 
 def _caches() -> Iterator[Finding]:
-    # private (torch 2.11 and 2.13; test_checkup.py): where Inductor keeps what it compiled
+    # private (torch 2.11 and 2.13; test_doctor.py): where Inductor keeps what it compiled
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     from ..kernels.tuning import cache_file

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ..files import read_json
 from . import model_arguments
-from .model_source import read_json
 from .output import show
 
 HELP = """\

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .output import tell
 
 if TYPE_CHECKING:
     from ..latents.dataset import StoredLatents
@@ -89,7 +90,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         "doubt": question,
         "problems": {problem.name: problem.reason for problem in problems},
     }
-    _print(json.dumps(found, indent=1) if arguments.json else _readable(found))
+    tell(arguments, _readable(found), found)
     return 1 if problems else 0
 
 
@@ -111,8 +112,11 @@ def _readable(found: dict[str, Any]) -> str:
         lines += [f"  {what}: {' '.join(f'{value:.2f}' for value in found[what])}" for what in ("mean", "std")]
         lines.append(f"normalisation: {found['doubt'] or 'as expected'}")
     lines.append(f"damaged items: {len(found['problems']) or 'none'}")
-    lines += [f"  {name}: {reason}" for name, reason in found["problems"].items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_named(found["problems"])])
+
+
+def _named(problems: dict[str, str]) -> list[str]:
+    return [f"  {name}: {reason}" for name, reason in problems.items()]
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -132,12 +136,9 @@ def _convert(arguments: argparse.Namespace) -> int:
         "kept": report.kept,
         "skipped": {problem.name: problem.reason for problem in report.skipped},
     }
-    if arguments.json:
-        _print(json.dumps(found, indent=1))
-        return 0
     earlier = f", {report.kept} were there from an earlier run" if report.kept else ""
-    _print(f"{report.path}: {report.written} items written{earlier}, {len(report.skipped)} left out")
-    _print("\n".join(f"  {name}: {reason}" for name, reason in found["skipped"].items()))
+    lines = [f"{report.path}: {report.written} items written{earlier}, {len(report.skipped)} left out"]
+    tell(arguments, "\n".join([*lines, *_named(found["skipped"])]), found)
     return 0
 
 
@@ -163,8 +164,3 @@ def _statistics(source: str) -> LatentStatistics:
         raise ConfigError(
             f"--statistics {source}: {error}. It is wan2.1, or a JSON file with mean and std per channel."
         ) from error
-
-
-def _print(text: str) -> None:
-    if text:
-        sys.stdout.write(text + "\n")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import PATTERNS, ROPE_PLACEMENTS, SaladConfig
 from ..errors import ConfigError, InputsError, ProbeError
-from .model_source import find_model, imported, load_model, read_json, stored_dtype
+from ..files import read_json
+from .model_source import find_model, imported, load_model, stored_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -232,11 +233,7 @@ def settings_of(arguments: argparse.Namespace) -> SaladConfig:
     values: dict[str, Any] = {}
     if arguments.settings is not None:
         values.update(read_json(Path(arguments.settings)))
-    for item in arguments.set:
-        name, equals, text = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes FIELD=VALUE, got {item!r}.")
-        values[name.replace("-", "_")] = _value(text)
+    values.update(assignments(arguments.set, "--set"))
     given = {name: getattr(arguments, name) for name in FLAGS}
     return SaladConfig.from_dict({**values, **{name: value for name, value in given.items() if value is not None}})
 
@@ -288,6 +285,21 @@ def device_of(arguments: argparse.Namespace) -> torch.device:
             f"no device {name!r} here: {str(error).splitlines()[0]} `salad-compile doctor` lists them."
         ) from error
     return device
+
+
+def assignments(given: list[str], option: str) -> dict[str, Any]:
+    """What an option of the form FIELD=VALUE says, given several times.
+
+    Raises:
+        ConfigError: no FIELD=VALUE.
+    """
+    values: dict[str, Any] = {}
+    for item in given:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"{option} takes FIELD=VALUE, got {item!r}.")
+        values[name.replace("-", "_")] = _value(text)
+    return values
 
 
 def _value(text: str) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, HubError, MissingPackageError, ModelSourceError, did_you_mean
+from ..errors import HubError, MissingPackageError, ModelSourceError, did_you_mean
+from ..files import read_json
+from ..location import is_repository_id
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +128,7 @@ def find_model(
     if ":" in text:
         given = {} if config is None else read_json(Path(config))
         return ModelSource(text, lambda: imported(text), given, None)
-    if _is_repository_id(text):
+    if is_repository_id(text):
         return _in_directory(_downloaded(text, component, with_weights), component, class_name)
     raise ModelSourceError(
         f"no model at {text!r}: there is no such file or directory. Name a diffusers checkpoint or pipeline directory, "
@@ -180,7 +182,7 @@ def stored_dtype(directory: Path) -> torch.dtype | None:
             raise ModelSourceError(f"{file} is no complete safetensors file: {error}") from error
         counts: dict[str, int] = {}
         for part in slices:
-            counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + _count(part.get_shape())
+            counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + math.prod(part.get_shape())
         return _torch_dtype(max(counts, key=counts.__getitem__)) if counts else None
     return None
 
@@ -235,10 +237,6 @@ def _diffusers_class(name: str) -> Any:
     return cls
 
 
-def _is_repository_id(text: str) -> bool:
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
-
-
 def _downloaded(name: str, component: str, with_weights: bool) -> Path:
     """The part of a Hub repository that one model needs, in the Hub's cache."""
     from huggingface_hub import snapshot_download
@@ -256,21 +254,6 @@ def _downloaded(name: str, component: str, with_weights: bool) -> Path:
         ) from error
     except Exception as error:  # the classes of the HTTP library, which changes between releases of huggingface_hub
         raise HubError(f"the download of {name!r} broke off: {type(error).__name__}: {error}. Try again.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ConfigError: it holds something else. OSError: it cannot be read.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON file: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold an object with names and values, and holds a {type(values).__name__}.")
-    return values
 
 
 def _module(name: str) -> Any:
@@ -359,13 +342,6 @@ def _filled(model: nn.Module, file: Path) -> nn.Module:
     except RuntimeError as error:
         raise ModelSourceError(f"{file} does not fit {type(model).__name__}: {error}") from error
     return model
-
-
-def _count(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _torch_dtype(stored: str) -> torch.dtype | None:

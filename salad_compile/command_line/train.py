@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, SaladError
+from ..files import read_json
+from .model_arguments import assignments
 from .output import tell
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def settings_of(arguments: argparse.Namespace) -> TrainSettings:
     from ..training import TrainSettings
 
     settings = TrainSettings.from_file(arguments.settings) if arguments.settings else TrainSettings()
-    changes = _assignments(arguments.set, "--set")
+    changes = assignments(arguments.set, "--set")
     return settings.with_changes(changes if arguments.steps is None else {**changes, "steps": arguments.steps})
 
 
@@ -109,29 +110,8 @@ def config_of(arguments: argparse.Namespace) -> SaladConfig | None:
         if arguments.conversion or arguments.convert:
             raise ConfigError(f"{arguments.salad} says how the model is converted: leave --conversion, --convert out.")
         return None
-    values: Any = {}
-    if arguments.conversion:
-        try:
-            values = json.loads(Path(arguments.conversion).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{arguments.conversion} is no JSON file: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{arguments.conversion} must hold an object with fields of SaladConfig.")
-    return SaladConfig.from_dict({**values, **_assignments(arguments.convert, "--convert")})
-
-
-def _assignments(given: list[str], option: str) -> dict[str, Any]:
-    """`name=value`; the value is JSON, or else a string."""
-    values: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"{option} takes FIELD=VALUE, got {text!r}.")
-        try:
-            values[name.replace("-", "_")] = json.loads(value)
-        except ValueError:
-            values[name.replace("-", "_")] = value
-    return values
+    values = read_json(Path(arguments.conversion)) if arguments.conversion else {}
+    return SaladConfig.from_dict({**values, **assignments(arguments.convert, "--convert")})
 
 
 def _model(arguments: argparse.Namespace, settings: TrainSettings) -> nn.Module:

@@ -15,16 +15,17 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..branch import branches
-from ..checkpoint import Header, base_class, branch_state, describe, is_first_rank, whole_state, write
+from ..checkpoint import Header, base_class, branch_state, describe, write
 from ..errors import ConfigError, ExportError, MergeError, SaladError, WriteError, did_you_mean
 from ..files import directory_written_at_once
 from ..inspection import summary
-from ..location import FILE_NAME
+from ..location import FILE_NAME, is_repository_id
 from ..logs import logger
 from ..merge import MergedProjection
-from ..model_tree import PIPELINE_COMPONENTS, components, unwrap
+from ..model_tree import PIPELINE_COMPONENTS, bare_components
 from ..multihead import in_projection_owner
 from ..report import Summary
+from ..sharding import is_first_rank, whole_state
 from . import lora_files, merged
 from .export_report import ExportedFormat, ExportReport, SiteCastError
 from .low_rank import low_rank_updates, taken_apart
@@ -94,7 +95,7 @@ def export(
         model and what was at `directory` are as they were.
     """
     asked = _checked_formats(formats)
-    modules = _modules(model)
+    modules = bare_components(model)
     target = Path(directory).resolve()
     _on_first_rank(lambda: _require_replaceable(target))
     sets = [_prepared(name, module, asked) for name, module in modules.items() if branches(module)]
@@ -129,14 +130,6 @@ def _checked_formats(formats: str | Iterable[str] | None) -> tuple[str, ...]:
     if not given:
         raise ConfigError(f"no format to export: choose from {', '.join(FORMATS)}.")
     return tuple(name for name in FORMATS if name in given)
-
-
-def _modules(model: Any) -> dict[str, nn.Module]:
-    """As :func:`components`, through wrappers: what is exported was compiled and distributed before."""
-    if isinstance(model, nn.Module):
-        return {"": unwrap(model)}
-    found = {name: getattr(model, name, None) for name in PIPELINE_COMPONENTS}
-    return {n: unwrap(m) for n, m in found.items() if isinstance(m, nn.Module)} or components(model)
 
 
 def _require_replaceable(target: Path) -> None:
@@ -212,7 +205,7 @@ def _known_base(modules: Mapping[str, nn.Module]) -> str | None:
     """The Hub id that diffusers noted, if it is one and no local path."""
     config = getattr(next(iter(modules.values())), "config", None)
     name = getattr(config, "_name_or_path", None)
-    return name if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")) else None
+    return name if isinstance(name, str) and is_repository_id(name) else None
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

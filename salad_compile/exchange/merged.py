@@ -12,11 +12,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..branch import BRANCH_NAME, branches
-from ..checkpoint import FORMAT_VERSION, Header, weight_sum, whole, write
+from ..checkpoint import FORMAT_VERSION, Header, weight_sum, write
 from ..errors import ExportError, MergeError
 from ..location import FILE_NAME
 from ..merge import MergedProjection, mergeable, merged_weight
 from ..model_tree import plain_key
+from ..sharding import whole
 from .low_rank import LowRank, is_fused_by_diffusers
 
 # short: diffusers prints all of it when it loads the configuration

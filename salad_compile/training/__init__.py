@@ -6,8 +6,9 @@ result = train(model, open_latents("data"), settings, "run")     # the same call
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .loop import TrainResult as TrainResult
@@ -19,12 +20,4 @@ _HOMES = {"TrainResult": "loop", "TrainSettings": "settings", "read_log": "recor
 
 __all__ = ["TrainResult", "TrainSettings", "read_log", "train"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ..checkpoint import FILE_NAME, describe, load, save
 from ..errors import ResumeError, SaladError, TrainingError
+from ..files import failures_named, flush_to_disk
 from ..latents import LatentDataset
 from ..logs import logger
 from .ema import MovingAverage
@@ -174,7 +174,7 @@ class CheckpointWriter:
                 self._write_rest(temporary, step, tensors)
                 _remove(target)  # a damaged one, which was passed over
                 temporary.replace(target)
-                _sync(target.parent)
+                flush_to_disk(target.parent)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise TrainingError(
@@ -192,14 +192,11 @@ class CheckpointWriter:
         return tensors
 
     def _write_rest(self, folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        try:
+        with failures_named(folder / TENSORS_FILE):
             save_file(tensors, folder / TENSORS_FILE)
-        except SafetensorError as error:  # how it tells of a full disk
-            raise OSError(str(error)) from error
-        _sync(folder / TENSORS_FILE)
+        flush_to_disk(folder / TENSORS_FILE)
         state = {
             "version": STATE_VERSION,
             "step": step,
@@ -209,8 +206,8 @@ class CheckpointWriter:
         }
         with (folder / STATE_FILE).open("w") as file:
             json.dump(state, file, indent=1)
-        _sync(folder / STATE_FILE)
-        _sync(folder)
+        flush_to_disk(folder / STATE_FILE)
+        flush_to_disk(folder)
 
     def _remove_old(self) -> None:
         for path in sorted(self.folder.glob("step-*"))[: -self.settings.keep_last]:
@@ -250,12 +247,3 @@ def _remove(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.replace(leaving)
     shutil.rmtree(leaving, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or a directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,7 @@ import torch.nn as nn
 
 from ..errors import ConfigError, MissingPackageError
 from ..logs import logger
+from ..pipelines import compile_blocks
 from .settings import TrainSettings
 from .tensors import trained_parameters
 
@@ -113,9 +114,7 @@ class Engine:
         options = {"options": settings.compile_options} if settings.compile_options else {}
         if settings.compile == "model":
             model.compile(backend="salad", **options)
-        elif hasattr(model, "compile_repeated_blocks"):
-            model.compile_repeated_blocks(backend="salad", **options)
-        else:
+        elif not compile_blocks(model, options):
             logger.warning('%s has no compile_repeated_blocks(): trains uncompiled; compile="model" compiles it', name)
         self.compiled = True
 

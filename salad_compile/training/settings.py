@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import check_choice, check_names
 from ..errors import ConfigError
+from ..files import read_json
 
 SCHEMA_VERSION = 1
 TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
@@ -169,13 +170,7 @@ class TrainSettings:
         Raises:
             ConfigError: no JSON object, or see :meth:`from_dict`. FileNotFoundError: no file.
         """
-        try:
-            values = json.loads(Path(path).read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path} is no JSON file: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds a {type(values).__name__}: settings are a JSON object, name to value.")
-        return cls.from_dict(values)
+        return cls.from_dict(read_json(Path(path)))
 
     def with_changes(self, changes: Mapping[str, Any]) -> TrainSettings:
         """A copy with other values.

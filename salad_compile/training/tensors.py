@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..branch import branches
 from ..model_tree import plain_key
+from ..sharding import shard_like, whole
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -17,24 +18,6 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, branch in branches(model).items()
         for key, parameter in branch.named_parameters()
     }
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU. Of an FSDP2 shard the whole tensor, for which every process must call it."""
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.cpu().contiguous().clone()
-
-
-def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """`value` on the device of `like`, and sharded as it is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    value = value.to(like.device)
-    if isinstance(like, DTensor):
-        return distribute_tensor(value, like.device_mesh, like.placements)
-    return value
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

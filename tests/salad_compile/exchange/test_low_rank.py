@@ -11,8 +11,9 @@ from torch import Tensor
 
 import salad_compile
 from salad_compile.branch import branches
-from salad_compile.checkpoint import branch_state, whole_state
+from salad_compile.checkpoint import branch_state
 from salad_compile.exchange.low_rank import LowRank, low_rank_updates, taken_apart
+from salad_compile.sharding import whole_state
 
 from ...models.zoo import CASES
 from ...support import TINY, converted, randomise_branches

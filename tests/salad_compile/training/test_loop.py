@@ -252,14 +252,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
 ) -> None:
     import salad_compile.training.checkpointing as checkpointing
 
-    real = checkpointing._sync
+    real = checkpointing.flush_to_disk
 
     def full(path: Path) -> None:
         if path.parent.name.startswith(".step-00000004"):
             raise OSError(28, "No space left on device")
         real(path)
 
-    monkeypatch.setattr(checkpointing, "_sync", full)
+    monkeypatch.setattr(checkpointing, "flush_to_disk", full)
     with pytest.raises(TrainingError, match=r"step 4 could not be written.*No space left"):
         run(data, tmp_path)
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000002"]
