@@ -48,7 +48,8 @@ $(STAMP): pyproject.toml tools/setup_env.sh
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	bash tools/typecheck.sh $(BIN)/mypy
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 	@$(MAKE) --no-print-directory docs
 
 # the site, in build/site; a broken link, a missing page or an unknown name in the reference is an error (with --quiet not)

@@ -35,17 +35,11 @@ from common import (
     take_turns,
     warm_up,
 )
-from salad_compile.kernels import (
-    block_sparse_attention,
-    measure_executions,
-    pool_and_read,
-    pool_and_summarise,
-    select_blocks,
-)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from salad_compile.attention import (
+from salad_compile.config import AttentionSpec, density_permille
+from salad_compile.definition.attention import (
     LINEAR_EPS,
     BranchTensors,
     Mapped,
@@ -54,8 +48,14 @@ from salad_compile.attention import (
     sparse_and_linear_attention,
     sparse_attention,
 )
-from salad_compile.config import AttentionSpec, density_permille
-from salad_compile.token_layout import segments
+from salad_compile.definition.token_layout import segments
+from salad_compile.kernels import (
+    block_sparse_attention,
+    measure_executions,
+    pool_and_read,
+    pool_and_summarise,
+    select_blocks,
+)
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 # How many times the forward's matrix products each pass needs; the backward needs five for the forward's two.

@@ -22,6 +22,7 @@ from pathlib import Path
 import common
 import torch
 import torch.nn.functional as F
+
 from salad_compile.kernels import (
     block_sparse_attention,
     linear_output,

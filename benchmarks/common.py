@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from salad_compile.kernels import pool_blocks, select_blocks
 from torch import Tensor
+
+from salad_compile.kernels import pool_blocks, select_blocks
 
 BENCHMARKS = Path(__file__).resolve().parent
 RESULTS = BENCHMARKS / "results"

@@ -21,9 +21,10 @@ import torch
 import triton
 import triton.language as tl
 from common import Facts, Results, Row, Run, describe, select
-from salad_compile.kernels.block_sparse import cuda
 from tiles import time_and_keep
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from salad_compile.kernels.block_sparse import cuda
 
 TOKENS, HEADS, HEAD_DIM, QUERY_BLOCK, KEY_BLOCK = 32_768, 12, 128, 128, 64
 

@@ -18,11 +18,12 @@ from unittest import mock
 
 import torch
 from common import Results, Row, describe
+from tiles import time_and_keep
+
 from salad_compile.kernels import linear_output, linear_state, pool_blocks
 from salad_compile.kernels.linear.tiles import Tiling
 from salad_compile.kernels.one_pass import cuda, plain
 from salad_compile.kernels.one_pass.tiles import PLAIN
-from tiles import time_and_keep
 
 KEY_BLOCK, QUERY_BLOCK, EPS = 64, 128, 1e-6
 Settings = list[tuple[int, int, int, int]]  # tokens per tile, warps, stages, programs per multiprocessor

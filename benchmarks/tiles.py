@@ -18,9 +18,10 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from common import Budget, Facts, Results, Row, clock_for, describe, select, take_turns, warm_up
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from salad_compile.kernels.block_sparse import cuda
 from salad_compile.kernels.block_sparse.tiles import Tiling
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SWEEPS: dict[str, list[Tiling]] = {
     "forward": [

@@ -39,13 +39,13 @@ from common import (
     warm_up,
 )
 from diffusers import WanTransformer3DModel
-from salad_compile.kernels import measure_executions
-from salad_compile.kernels.measure import overall_sparsity
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import salad_compile
-from salad_compile.branch import branches
+from salad_compile.kernels import measure_executions
+from salad_compile.kernels.measure import overall_sparsity
+from salad_compile.sites.branch import branches
 
 FORWARD, TRAINING = "denoising step", "training step"
 SDPA = {

@@ -17,14 +17,14 @@ from typing import Any
 
 from torch import fx
 
-from ..config import AttentionSpec, BackendOptions, SaladConfig
-from ..errors import ConfigError, SiteLostError
-from ..logs import logger
-from ..split_frames import leave_uncompiled
-from .erase_tags import erase_tags
-from .find_attention import CONVERTED, LEFT_DENSE, AttentionCall, find_attention, has_converted_tags
-from .provenance import mark_of
-from .rewrite import rewrite
+from salad_compile.common.logs import logger
+from salad_compile.config import AttentionSpec, BackendOptions, SaladConfig
+from salad_compile.errors import ConfigError, SiteLostError
+from salad_compile.passes.erase_tags import erase_tags
+from salad_compile.passes.find_attention import CONVERTED, LEFT_DENSE, AttentionCall, find_attention, has_converted_tags
+from salad_compile.passes.provenance import mark_of
+from salad_compile.passes.rewrite import rewrite
+from salad_compile.sites.graph_breaks import leave_uncompiled
 
 _NOT_CONVERTED = "not a converted site of this converted model"
 

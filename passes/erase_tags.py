@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import fx
 
-from ..tag import DENSE, PROJECTED, SITES, TAGS
-from .provenance import mark_of, module_path
+from salad_compile.passes.provenance import mark_of, module_path
+from salad_compile.sites.markers import DENSE, PROJECTED, SITES, TAGS
 
 
 def erase_tags(graph: fx.Graph, used: set[fx.Node], leave_uncompiled: Callable[[fx.Node], bool]) -> list[str]:

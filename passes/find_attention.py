@@ -11,12 +11,21 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .. import flex, multihead  # register their nodes
-from ..attention_call import AttentionArguments, bind, default_scale, dense_reason, is_attention, mask_kind
-from ..config import AttentionSpec, BackendOptions
-from ..manual_attention import ManualAttention
-from ..tag import DENSE, SITES, TAGS
-from .provenance import erase_dead, example_value, find_tag, is_dead, mark_of, module_path, projection_inputs
+from salad_compile.calls import flex_attention as flex  # register their nodes
+from salad_compile.calls import multihead  # register their nodes
+from salad_compile.calls.adapters import AttentionArguments, bind, default_scale, dense_reason, is_attention, mask_kind
+from salad_compile.calls.softmax_products import ManualAttention
+from salad_compile.config import AttentionSpec, BackendOptions
+from salad_compile.passes.provenance import (
+    erase_dead,
+    example_value,
+    find_tag,
+    is_dead,
+    mark_of,
+    module_path,
+    projection_inputs,
+)
+from salad_compile.sites.markers import DENSE, SITES, TAGS
 
 _REGISTERED = (flex, multihead)
 
@@ -69,7 +78,7 @@ class AttentionCall:
 
     @property
     def mask_kind(self) -> str:
-        """What :func:`salad_compile.attention_call.mask_kind` says of its mask."""
+        """What :func:`salad_compile.calls.adapters.mask_kind` says of its mask."""
         return _mask_kind(self.arguments)
 
     @property

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..attention_call import is_attention
-from ..tag import TAGS
+from salad_compile.calls.adapters import is_attention
+from salad_compile.sites.markers import TAGS
 
 PROJECTIONS = frozenset({F.linear, torch.ops.aten.linear.default})
 # Methods whose further tensor arguments lend a shape or a dtype, and no data.

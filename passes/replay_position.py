@@ -17,14 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.proxy import Proxy
 from torch.utils._pytree import tree_map
 
-from ..attention import Mapped
-from ..attention_call import is_attention
-from ..config import AttentionSpec
-from ..position_flow import Flow, TensorInfo
-from ..position_slice import Entry, PositionSlice, features, find_slice, told_of
-from ..tag import PROJECTED, SITES, TAGS
-from .find_attention import AttentionCall
-from .provenance import PROJECTIONS, example_value, projection_inputs
+from salad_compile.calls.adapters import is_attention
+from salad_compile.config import AttentionSpec
+from salad_compile.definition.attention import Mapped
+from salad_compile.passes.find_attention import AttentionCall
+from salad_compile.passes.provenance import PROJECTIONS, example_value, projection_inputs
+from salad_compile.position.flow import Flow, TensorInfo
+from salad_compile.position.slice import Entry, PositionSlice, features, find_slice, told_of
+from salad_compile.sites.markers import PROJECTED, SITES, TAGS
 
 
 def replay_position(call: AttentionCall, spec: AttentionSpec, proxy: Callable[[fx.Node], Proxy]) -> Mapped | None:

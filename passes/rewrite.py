@@ -7,14 +7,14 @@ from typing import Any
 
 from torch.fx.proxy import Proxy
 
-from ..attention import Mapped, salad_attention, sparse_attention, with_all_heads
-from ..attention_call import AttentionArguments, key_padding, warn_of_dropout
-from ..branch_tensors import BranchTensors
-from ..config import AttentionSpec, BackendOptions
-from ..token_layout import segments
-from .find_attention import CONVERTED, TRAINING_FREE, AttentionCall
-from .replay_position import replay_position
-from .splicing import SplicingTracer
+from salad_compile.calls.adapters import AttentionArguments, key_padding, warn_of_dropout
+from salad_compile.config import AttentionSpec, BackendOptions
+from salad_compile.definition.attention import Mapped, salad_attention, sparse_attention, with_all_heads
+from salad_compile.definition.branch_tensors import BranchTensors
+from salad_compile.definition.token_layout import segments
+from salad_compile.passes.find_attention import CONVERTED, TRAINING_FREE, AttentionCall
+from salad_compile.passes.replay_position import replay_position
+from salad_compile.passes.splicing import SplicingTracer
 
 
 def rewrite(call: AttentionCall, options: BackendOptions) -> None:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._pytree import tree_leaves
 
-from .provenance import example_value
+from salad_compile.passes.provenance import example_value
 
 # What a spliced node inherits from the attention node: where it came from. Its value is its own.
 _INHERITED_META = ("stack_trace", "nn_module_stack", "source_fn_stack")

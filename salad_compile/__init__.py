@@ -13,68 +13,67 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .lazy import lazy_names
+from salad_compile.common.lazy import lazy_names
+from salad_compile.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .attention_call import AttentionArguments as AttentionArguments
-    from .attention_call import attention_adapter as attention_adapter
-    from .calibration import calibrate as calibrate
-    from .calibration import calibrate_heads as calibrate_heads
-    from .checkpoint import load as load
-    from .checkpoint import save as save
-    from .config import SaladConfig as SaladConfig
-    from .context_parallel import parallelise as parallelise
-    from .conversion import convert as convert
-    from .conversion import plan as plan
-    from .diagnosis import diagnose as diagnose
-    from .dropping import drop_branches as drop_branches
-    from .errors import *  # noqa: F403
-    from .exchange.exporting import export as export
-    from .exchange.hub import push_to_hub as push_to_hub
-    from .exporting import package_exported as package_exported
-    from .exporting import rewrite_exported as rewrite_exported
-    from .inspection import explain as explain
-    from .inspection import summary as summary
-    from .merge import merge_lora as merge_lora
-    from .pictures import save_pictures as save_pictures
-    from .pipelines import compile_pipeline as compile_pipeline
-    from .schedules import DenseSteps as DenseSteps
-    from .schedules import dense as dense
-    from .schedules import ramp_sparsity as ramp_sparsity
-    from .schedules import set_dense as set_dense
-    from .schedules import set_sparsity as set_sparsity
-    from .trainability import set_trainable as set_trainable
-
-__version__ = "0.1.0"
+    from salad_compile.analysis.calibration import calibrate as calibrate
+    from salad_compile.analysis.calibration import calibrate_heads as calibrate_heads
+    from salad_compile.analysis.diagnosis import diagnose as diagnose
+    from salad_compile.analysis.dropping import drop_branches as drop_branches
+    from salad_compile.analysis.inspection import explain as explain
+    from salad_compile.analysis.inspection import summary as summary
+    from salad_compile.analysis.pictures import save_pictures as save_pictures
+    from salad_compile.backend.exported_programs import package_exported as package_exported
+    from salad_compile.backend.exported_programs import rewrite_exported as rewrite_exported
+    from salad_compile.backend.pipelines import compile_pipeline as compile_pipeline
+    from salad_compile.calls.adapters import AttentionArguments as AttentionArguments
+    from salad_compile.calls.adapters import attention_adapter as attention_adapter
+    from salad_compile.checkpoints.salad_file import load as load
+    from salad_compile.checkpoints.salad_file import save as save
+    from salad_compile.config import SaladConfig as SaladConfig
+    from salad_compile.conversion.context_parallel import parallelise as parallelise
+    from salad_compile.conversion.convert import convert as convert
+    from salad_compile.conversion.convert import plan as plan
+    from salad_compile.conversion.merge import merge_lora as merge_lora
+    from salad_compile.conversion.schedules import DenseSteps as DenseSteps
+    from salad_compile.conversion.schedules import dense as dense
+    from salad_compile.conversion.schedules import ramp_sparsity as ramp_sparsity
+    from salad_compile.conversion.schedules import set_dense as set_dense
+    from salad_compile.conversion.schedules import set_sparsity as set_sparsity
+    from salad_compile.conversion.trainability import set_trainable as set_trainable
+    from salad_compile.errors import *  # noqa: F403
+    from salad_compile.exchange.exporting import export as export
+    from salad_compile.exchange.hub import push_to_hub as push_to_hub
 
 _HOMES = {
-    "AttentionArguments": "attention_call",
-    "DenseSteps": "schedules",
-    "attention_adapter": "attention_call",
+    "AttentionArguments": "calls.adapters",
+    "DenseSteps": "conversion.schedules",
+    "attention_adapter": "calls.adapters",
     "SaladConfig": "config",
-    "calibrate": "calibration",
-    "calibrate_heads": "calibration",
-    "compile_pipeline": "pipelines",
-    "convert": "conversion",
-    "dense": "schedules",
-    "diagnose": "diagnosis",
-    "drop_branches": "dropping",
-    "explain": "inspection",
+    "calibrate": "analysis.calibration",
+    "calibrate_heads": "analysis.calibration",
+    "compile_pipeline": "backend.pipelines",
+    "convert": "conversion.convert",
+    "dense": "conversion.schedules",
+    "diagnose": "analysis.diagnosis",
+    "drop_branches": "analysis.dropping",
+    "explain": "analysis.inspection",
     "export": "exchange.exporting",
-    "load": "checkpoint",
-    "merge_lora": "merge",
-    "package_exported": "exporting",
-    "parallelise": "context_parallel",
-    "plan": "conversion",
+    "load": "checkpoints.salad_file",
+    "merge_lora": "conversion.merge",
+    "package_exported": "backend.exported_programs",
+    "parallelise": "conversion.context_parallel",
+    "plan": "conversion.convert",
     "push_to_hub": "exchange.hub",
-    "ramp_sparsity": "schedules",
-    "rewrite_exported": "exporting",
-    "save": "checkpoint",
-    "save_pictures": "pictures",
-    "set_dense": "schedules",
-    "set_sparsity": "schedules",
-    "set_trainable": "trainability",
-    "summary": "inspection",
+    "ramp_sparsity": "conversion.schedules",
+    "rewrite_exported": "backend.exported_programs",
+    "save": "checkpoints.salad_file",
+    "save_pictures": "analysis.pictures",
+    "set_dense": "conversion.schedules",
+    "set_sparsity": "conversion.schedules",
+    "set_trainable": "conversion.trainability",
+    "summary": "analysis.inspection",
 }
 
 __all__ = [

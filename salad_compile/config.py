@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
-from .errors import ConfigError, did_you_mean
+from salad_compile.errors import ConfigError, did_you_mean
 
 PATTERNS = ("topk", "stswa")
 ROPE_PLACEMENTS = ("auto", "map-then-rotate", "rotate-then-map")

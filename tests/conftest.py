@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     if config.getoption("--support-table") or config.getoption("--all-cases"):
         return
-    from .models.expectations import VARIANTS
+    from tests.models.expectations import VARIANTS
 
     def left(item: pytest.Item) -> bool:
         case = _case_of(item)
@@ -157,15 +157,15 @@ def _outcome(report: pytest.TestReport) -> str:
 
 
 def _models() -> list[Model]:
-    from .models.expectations import converted_sites
-    from .models.test_zoo import CONVERTED
+    from tests.models.expectations import converted_sites
+    from tests.models.test_zoo import CONVERTED
 
     return [Model(case.name, _class_of(case), converted_sites(case), case.note) for case in CONVERTED.values()]
 
 
 def _dense() -> list[DenseModel]:
-    from .models.expectations import DENSE
-    from .models.registry import ALL_CASES, WITHOUT_CASE
+    from tests.models.expectations import DENSE
+    from tests.models.registry import ALL_CASES, WITHOUT_CASE
 
     cases = [DenseModel(name, _class_of(ALL_CASES[name]), dense.reason, True) for name, dense in DENSE.items()]
     return cases + [DenseModel("-", f"`{name}` (diffusers)", reason, False) for name, reason in WITHOUT_CASE.items()]

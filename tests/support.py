@@ -15,11 +15,11 @@ import torch.nn as nn
 from torch import Tensor, fx
 
 import salad_compile
-from salad_compile.backend import salad
-from salad_compile.branch import branches
+from salad_compile.backend.dynamo import salad
+from salad_compile.sites.branch import branches
 
 if TYPE_CHECKING:
-    from .models.zoo import Case
+    from tests.models.zoo import Case
 
 # Small blocks, so that a few hundred tokens are several ragged blocks; everything else as users have it.
 TINY = salad_compile.SaladConfig(sparsity=0.7, query_block=32, key_block=16, lora_rank=3, lora_alpha=6.0, min_tokens=90)

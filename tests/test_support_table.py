@@ -7,13 +7,12 @@ import re
 
 import pytest
 
+from tests.models import test_zoo
+from tests.models.expectations import DENSE, converted_sites
+from tests.models.registry import WITHOUT_CASE
+from tests.models.test_zoo import CONVERTED as CASES
 from tools import support_table
 from tools.support_table import COLUMNS, COMMAND, TABLE, cell_of, read_readme_block, read_rows
-
-from .models import test_zoo
-from .models.expectations import DENSE, converted_sites
-from .models.registry import WITHOUT_CASE
-from .models.test_zoo import CONVERTED as CASES
 
 HEADINGS = [heading for heading, _ in COLUMNS.values()]
 STALE = f"run: {COMMAND}"

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from train import Training, train
 
 import salad_compile
-from salad_compile.files import written_at_once
+from salad_compile.common.files import written_at_once
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 

@@ -19,7 +19,7 @@ from flow import Model, flow_losses
 from torch import Tensor
 from videos import ClipSize, draw
 
-from salad_compile.files import written_at_once
+from salad_compile.common.files import written_at_once
 
 FRESH_SEED, FIXED_SEED = 1_000_003, 3_000_017
 SECONDS_BETWEEN_LINES = 10.0

@@ -21,9 +21,9 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
-from .. import __version__
-from ..errors import MissingPackageError, SaladError
-from .logging_setup import logs_on_stderr
+from salad_compile.command_line.logging_setup import logs_on_stderr
+from salad_compile.common.version import __version__
+from salad_compile.errors import MissingPackageError, SaladError
 
 OK, NO, WRONG, FAILED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
 

@@ -7,9 +7,9 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
-from . import model_arguments
-from .output import progress, show
+from salad_compile.command_line import model_arguments
+from salad_compile.command_line.output import progress, show
+from salad_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -50,10 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Time and report."""
     import salad_compile
-
-    from ..branch import branches
-    from ..inputs import normalise_inputs
-    from .benching import BenchReport, first_call, time_in_turns
+    from salad_compile.command_line.benching import BenchReport, first_call, time_in_turns
+    from salad_compile.discovery.inputs import normalise_inputs
+    from salad_compile.sites.branch import branches
 
     device = model_arguments.device_of(arguments)
     dense, salad, inputs = _both(arguments, device)
@@ -91,7 +90,7 @@ def _fill(model: nn.Module) -> None:
     """Noise in fresh branches: products with zeros draw less power, and so run faster, on a GPU."""
     import torch
 
-    from ..branch import branches
+    from salad_compile.sites.branch import branches
 
     with torch.no_grad():
         for branch in branches(model).values():
@@ -103,7 +102,7 @@ def _compiled(model: nn.Module, how: str, backend: str) -> tuple[Callable[..., A
     """The model compiled as asked, and how that is called."""
     import torch
 
-    from ..pipelines import compile_blocks
+    from salad_compile.backend.pipelines import compile_blocks
 
     if how in ("auto", "blocks") and compile_blocks(model, {}, backend):
         return model, "compiled block by block"
@@ -128,7 +127,7 @@ def _forward(model: Callable[..., Any], inputs: tuple[tuple[Any, ...], dict[str,
 
 def _measured(call: Callable[[], float]) -> tuple[float, float | None]:
     """What `call` answers, and the sparsity that was measured meanwhile; None where sparse attention never ran."""
-    from ..kernels.measure import measure_executions, overall_sparsity
+    from salad_compile.kernels.measure import measure_executions, overall_sparsity
 
     with measure_executions() as executions:
         answer = call()
@@ -138,9 +137,9 @@ def _measured(call: Callable[[], float]) -> tuple[float, float | None]:
 def _facts(arguments: argparse.Namespace, model: nn.Module, device: torch.device) -> dict[str, Any]:
     import torch
 
-    from ..branch import branches
-    from ..probe import placement
-    from .benching import device_name
+    from salad_compile.command_line.benching import device_name
+    from salad_compile.discovery.probe import placement
+    from salad_compile.sites.branch import branches
 
     known = list(branches(model).values())
     return {

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..report import Report, Row
+from salad_compile.common.reports import Report, Row
 
 Call = Callable[[], object]
 

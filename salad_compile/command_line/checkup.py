@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..report import Report, Row
+from salad_compile.common.reports import Report, Row
 
 FINE, WARNING, FAULT, MISSING = "ok", "warning", "FAULT", "-"
 DISTRIBUTION = "salad-compile"
@@ -97,7 +97,7 @@ def _packages() -> Iterator[Finding]:
     """Ours, and what its own metadata asks for."""
     from packaging.requirements import Requirement
 
-    from .. import __version__
+    from salad_compile.common.version import __version__
 
     here = Path(__file__).resolve().parents[1]
     try:
@@ -176,7 +176,7 @@ def _devices() -> Iterator[Finding]:
     """Each device with the engine that computes our operators there."""
     import torch
 
-    from ..kernels.dispatch import engine_name
+    from salad_compile.kernels.dispatch import engine_name
 
     yield Finding("cpu", FINE, f"engine {engine_name(torch.device('cpu'))}, {torch.get_num_threads()} threads")
     if not torch.cuda.is_available():
@@ -198,9 +198,9 @@ def _no_gpu(cuda: str | None) -> Finding:
 def _gpu(device: Any) -> Finding:
     import torch
 
-    from ..kernels.capability import require_supported
-    from ..kernels.dispatch import engine_name
-    from ..kernels.errors import UnsupportedKernelError
+    from salad_compile.kernels.capability import require_supported
+    from salad_compile.kernels.dispatch import engine_name
+    from salad_compile.kernels.errors import UnsupportedKernelError
 
     properties = torch.cuda.get_device_properties(device)
     detail = (
@@ -234,7 +234,7 @@ def _caches() -> Iterator[Finding]:
     # private (torch 2.11 and 2.13; test_doctor.py): where Inductor keeps what it compiled
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    from ..kernels.tuning import cache_file
+    from salad_compile.kernels.tuning import cache_file
 
     triton = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     places = {"tuned kernels": cache_file().parent, "Inductor's cache": Path(cache_dir()), "Triton's cache": triton}
@@ -305,8 +305,8 @@ def _attempt(device: Any) -> Finding:
     """All blocks are kept, so the result is dense attention's; the bound is the rounding of the dtype."""
     import torch
 
-    from ..kernels import block_sparse_attention
-    from ..kernels.layout import ALL_BLOCKS
+    from salad_compile.kernels import block_sparse_attention
+    from salad_compile.kernels.layout import ALL_BLOCKS
 
     dtype, bound = (torch.bfloat16, 2e-2) if device.type == "cuda" else (torch.float32, 1e-5)
     query, key, value = torch.randn(3, 1, 2, 300, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype)

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..location import FILE_NAME
-from . import model_arguments
-from .output import plural, tell
+from salad_compile.checkpoints.location import FILE_NAME
+from salad_compile.command_line import model_arguments
+from salad_compile.command_line.output import plural, tell
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ def _target(arguments: argparse.Namespace) -> Path:
 
 def _materialise(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Give branches of a model without memory their initial values; their dtype is that of the stored weights."""
-    from ..branch import branches
+    from salad_compile.sites.branch import branches
 
     for branch in branches(model).values():
         if branch.lora_scale.device.type == "meta":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .output import show
+from salad_compile.command_line.output import show
 
 HELP = """\
 Checks this machine: versions, compilers, devices and their kernels, the backend's entry point, caches, and environment
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print all findings; 1 if one is a fault."""
-    from .checkup import examine
+    from salad_compile.command_line.checkup import examine
 
     found = examine(run=arguments.run)
     show(arguments, found)

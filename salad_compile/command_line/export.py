@@ -7,9 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..files import read_json
-from . import model_arguments
-from .output import show
+from salad_compile.command_line import model_arguments
+from salad_compile.command_line.output import show
+from salad_compile.common.files import read_json
 
 HELP = """\
 Loads a base model and a SALAD file and writes them in the formats that other programs read, with a model card. LoRA

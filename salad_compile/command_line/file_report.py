@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..branch import BRANCH_NAME
-from ..checkpoint import HEADER_KEY, Header, opened
-from ..config import SaladConfig
-from ..report import Report, Row
-from ..site_record import SiteRecord
+from salad_compile.checkpoints.salad_file import HEADER_KEY, Header, opened
+from salad_compile.common.reports import Report, Row
+from salad_compile.config import SaladConfig
+from salad_compile.sites.branch import BRANCH_NAME
+from salad_compile.sites.record import SiteRecord
 
 
 @dataclass(frozen=True)

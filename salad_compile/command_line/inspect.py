@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .output import show
+from salad_compile.command_line.output import show
 
 HELP = """\
 Shows what a file of salad_compile.save holds: the base it belongs to, its settings, its sites, sizes and versions.
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the header."""
-    from .file_report import read_file_report
+    from salad_compile.command_line.file_report import read_file_report
 
     show(arguments, read_file_report(arguments.file))
     return 0

@@ -8,11 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .output import tell
+from salad_compile.command_line.output import tell
 
 if TYPE_CHECKING:
-    from ..latents.dataset import StoredLatents
-    from ..latents.statistics import LatentStatistics
+    from salad_compile.latents.dataset import StoredLatents
+    from salad_compile.latents.statistics import LatentStatistics
 
 HELP = """\
 Looks at a dataset of precomputed latents and texts, or converts it between the formats of trainers.
@@ -68,8 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from ..latents.checking import check, doubt, evenly_spaced
-    from ..latents.opening import open_latents
+    from salad_compile.latents.checking import check, doubt, evenly_spaced
+    from salad_compile.latents.opening import open_latents
 
     latents = open_latents(arguments.path, **_options(arguments), on_error="skip", sample=0)
     indices = None if arguments.sample is None else evenly_spaced(arguments.sample, len(latents))
@@ -120,7 +120,7 @@ def _named(problems: dict[str, str]) -> list[str]:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from ..latents.converting import convert_latents
+    from salad_compile.latents.converting import convert_latents
 
     report = convert_latents(
         arguments.source,
@@ -151,8 +151,8 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _statistics(source: str) -> LatentStatistics:
-    from ..errors import ConfigError
-    from ..latents.statistics import WAN_2_1, LatentStatistics
+    from salad_compile.errors import ConfigError
+    from salad_compile.latents.statistics import WAN_2_1, LatentStatistics
 
     if source == "wan2.1":
         return WAN_2_1

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 
-from ..logs import logger
+from salad_compile.common.logs import logger
 
 
 @contextlib.contextmanager

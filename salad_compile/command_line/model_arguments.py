@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..config import PATTERNS, ROPE_PLACEMENTS, SaladConfig
-from ..errors import ConfigError, InputsError, ProbeError
-from ..files import read_json
-from .model_source import find_model, imported, load_model, stored_dtype
+from salad_compile.command_line.model_source import find_model, imported, load_model, stored_dtype
+from salad_compile.common.files import read_json
+from salad_compile.config import PATTERNS, ROPE_PLACEMENTS, SaladConfig
+from salad_compile.errors import ConfigError, InputsError, ProbeError
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 FLAGS = ("sparsity", "pattern", "lora_rank", "rope_placement", "min_tokens")  # settings with an option of their own
-# what salad_compile.inputs makes up: (T, H, W) of the latents, text tokens; and the same in pixels
+# what salad_compile.discovery.inputs makes up: (T, H, W) of the latents, text tokens; and the same in pixels
 DEFAULT_LATENT, DEFAULT_TEXT = (21, 60, 104), 512
 DEFAULT_PIXELS, VAE_STRIDE = (81, 480, 832), (4, 8, 8)
 RANDOM_HINT = "On the command line: --random, which takes the model's memory; is the size one that the model takes?"
@@ -162,8 +162,8 @@ def example_inputs(arguments: argparse.Namespace, model: nn.Module) -> Any:
     from torch import Tensor
     from torch.utils._pytree import tree_map_only
 
-    from ..inputs import synthesise_inputs
-    from ..probe import placement
+    from salad_compile.discovery.inputs import synthesise_inputs
+    from salad_compile.discovery.probe import placement
 
     device, dtype = placement(model)
     if arguments.inputs is not None:

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import HubError, MissingPackageError, ModelSourceError, did_you_mean
-from ..files import read_json
-from ..location import is_repository_id
+from salad_compile.checkpoints.location import is_repository_id
+from salad_compile.common.files import read_json
+from salad_compile.errors import HubError, MissingPackageError, ModelSourceError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +138,7 @@ def find_model(
 
 def pipeline_components(source: str | os.PathLike[str]) -> list[str]:
     """The models of a pipeline directory that can be converted, in order; [] for every other source."""
-    from ..model_tree import PIPELINE_COMPONENTS
+    from salad_compile.common.wrappers import PIPELINE_COMPONENTS
 
     index = Path(source) / PIPELINE_INDEX
     if not index.is_file():

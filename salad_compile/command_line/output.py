@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..report import Report
+    from salad_compile.common.reports import Report
 
 
 def show(arguments: argparse.Namespace, report: Report, **more: Any) -> None:

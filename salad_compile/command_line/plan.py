@@ -6,14 +6,14 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from . import model_arguments
-from .model_source import pipeline_components
-from .output import show
+from salad_compile.command_line import model_arguments
+from salad_compile.command_line.model_source import pipeline_components
+from salad_compile.command_line.output import show
 
 if TYPE_CHECKING:
     import torch.nn as nn
 
-    from ..report import Plan
+    from salad_compile.discovery.plan import Plan
 
 HELP = """\
 Runs one forward of a model without memory and lists its attention calls: which can be converted, and why not the

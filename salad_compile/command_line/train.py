@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError, SaladError
-from ..files import read_json
-from .model_arguments import assignments
-from .output import tell
+from salad_compile.command_line.model_arguments import assignments
+from salad_compile.command_line.output import tell
+from salad_compile.common.files import read_json
+from salad_compile.errors import ConfigError, SaladError
 
 if TYPE_CHECKING:
     import torch.nn as nn
 
-    from ..config import SaladConfig
-    from ..training import TrainResult, TrainSettings
+    from salad_compile.config import SaladConfig
+    from salad_compile.training import TrainResult, TrainSettings
 
 HELP = """\
 Fine-tunes a model on precomputed latents and texts: converts it, or takes the branches of --salad, and trains these
@@ -61,14 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--processes takes a number of at least 1, got {arguments.processes}.")
     settings, config = settings_of(arguments), config_of(arguments)  # wrong ones are told before anything is loaded
     if arguments.processes > 1:
-        from ..training.launching import run_processes
+        from salad_compile.training.launching import run_processes
 
         alone = argparse.Namespace(**{**vars(arguments), "processes": 1})
         run_processes(_process, (alone,), arguments.processes, START_METHOD)
         return 0
-    from ..latents import open_latents
-    from ..training import train
-    from .model_source import imported
+    from salad_compile.command_line.model_source import imported
+    from salad_compile.latents import open_latents
+    from salad_compile.training import train
 
     result = train(
         _model(arguments, settings),
@@ -91,7 +91,7 @@ def settings_of(arguments: argparse.Namespace) -> TrainSettings:
     Raises:
         ConfigError: an unknown field or a wrong value. OSError: the file cannot be read.
     """
-    from ..training import TrainSettings
+    from salad_compile.training import TrainSettings
 
     settings = TrainSettings.from_file(arguments.settings) if arguments.settings else TrainSettings()
     changes = assignments(arguments.set, "--set")
@@ -104,7 +104,7 @@ def config_of(arguments: argparse.Namespace) -> SaladConfig | None:
     Raises:
         ConfigError: an unknown field or a wrong value, or fields beside --salad. OSError: the file cannot be read.
     """
-    from ..config import SaladConfig
+    from salad_compile.config import SaladConfig
 
     if arguments.salad:
         if arguments.conversion or arguments.convert:
@@ -115,9 +115,9 @@ def config_of(arguments: argparse.Namespace) -> SaladConfig | None:
 
 
 def _model(arguments: argparse.Namespace, settings: TrainSettings) -> nn.Module:
-    from ..checkpoint import load
-    from ..training.preparation import DTYPES
-    from .model_source import load_model
+    from salad_compile.checkpoints.salad_file import load
+    from salad_compile.command_line.model_source import load_model
+    from salad_compile.training.preparation import DTYPES
 
     model = load_model(arguments.model, dtype=DTYPES[settings.precision], component=arguments.component)
     return load(model, arguments.salad) if arguments.salad else model
@@ -133,7 +133,7 @@ def _tell(result: TrainResult, settings: TrainSettings, arguments: argparse.Name
 
 def _process(arguments: argparse.Namespace) -> None:
     """One of several. A mistake of the user is told in a line, by the first process that sees it."""
-    from .logging_setup import logs_on_stderr
+    from salad_compile.command_line.logging_setup import logs_on_stderr
 
     with logs_on_stderr():
         try:

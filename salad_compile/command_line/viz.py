@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from . import model_arguments
-from .output import tell
+from salad_compile.command_line import model_arguments
+from salad_compile.command_line.output import tell
 
 HELP = """\
 Runs one forward of a converted model and writes pictures: the blocks that each head computes, the share of the softmax

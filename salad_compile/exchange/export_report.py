@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..merge import MergedProjection
-from ..report import Report, Row
+from salad_compile.common.reports import Report, Row
+from salad_compile.conversion.merge import MergedProjection
 
 
 @dataclass(frozen=True)

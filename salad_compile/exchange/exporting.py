@@ -14,23 +14,23 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..branch import branches
-from ..checkpoint import Header, base_class, branch_state, describe, write
-from ..errors import ConfigError, ExportError, MergeError, SaladError, WriteError, did_you_mean
-from ..files import directory_written_at_once
-from ..inspection import summary
-from ..location import FILE_NAME, is_repository_id
-from ..logs import logger
-from ..merge import MergedProjection
-from ..model_tree import PIPELINE_COMPONENTS, bare_components
-from ..multihead import in_projection_owner
-from ..report import Summary
-from ..sharding import is_first_rank, whole_state
-from . import lora_files, merged
-from .export_report import ExportedFormat, ExportReport, SiteCastError
-from .low_rank import low_rank_updates, taken_apart
-from .model_card import model_card
-from .naming import WAN_CLASSES
+from salad_compile.analysis.inspection import summary
+from salad_compile.analysis.summary import Summary
+from salad_compile.calls.multihead import in_projection_owner
+from salad_compile.checkpoints.location import FILE_NAME, is_repository_id
+from salad_compile.checkpoints.salad_file import Header, base_class, branch_state, describe, write
+from salad_compile.common.files import directory_written_at_once
+from salad_compile.common.logs import logger
+from salad_compile.common.sharding import is_first_rank, whole_state
+from salad_compile.common.wrappers import PIPELINE_COMPONENTS, bare_components
+from salad_compile.conversion.merge import MergedProjection
+from salad_compile.errors import ConfigError, ExportError, MergeError, SaladError, WriteError, did_you_mean
+from salad_compile.exchange import lora_files, merged
+from salad_compile.exchange.export_report import ExportedFormat, ExportReport, SiteCastError
+from salad_compile.exchange.low_rank import low_rank_updates, taken_apart
+from salad_compile.exchange.model_card import model_card
+from salad_compile.exchange.naming import WAN_CLASSES
+from salad_compile.sites.branch import branches
 
 Result = TypeVar("Result")
 

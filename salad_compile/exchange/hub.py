@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..errors import ConfigError, HubError
-from .exporting import HEADER_COPY
+from salad_compile.errors import ConfigError, HubError
+from salad_compile.exchange.exporting import HEADER_COPY
 
 
 def push_to_hub(

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .low_rank import LowRank
-from .naming import original_name
+from salad_compile.exchange.low_rank import LowRank
+from salad_compile.exchange.naming import original_name
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks in a directory
 COMFYUI_FILE = "comfyui_lora.safetensors"

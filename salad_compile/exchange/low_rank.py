@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..branch import BRANCH_NAME, SaladBranch, branches
-from ..model_tree import plain_key
+from salad_compile.common.wrappers import plain_key
+from salad_compile.sites.branch import BRANCH_NAME, SaladBranch, branches
 
 # What diffusers' `fuse_qkv_projections` puts beside projections that it keeps, and which rows are whose.
 FUSED_BY_DIFFUSERS = {

@@ -11,14 +11,14 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from ..branch import BRANCH_NAME, branches
-from ..checkpoint import FORMAT_VERSION, Header, weight_sum, write
-from ..errors import ExportError, MergeError
-from ..location import FILE_NAME
-from ..merge import MergedProjection, mergeable, merged_weight
-from ..model_tree import plain_key
-from ..sharding import whole
-from .low_rank import LowRank, is_fused_by_diffusers
+from salad_compile.checkpoints.location import FILE_NAME
+from salad_compile.checkpoints.salad_file import FORMAT_VERSION, Header, weight_sum, write
+from salad_compile.common.sharding import whole
+from salad_compile.common.wrappers import plain_key
+from salad_compile.conversion.merge import MergedProjection, mergeable, merged_weight
+from salad_compile.errors import ExportError, MergeError
+from salad_compile.exchange.low_rank import LowRank, is_fused_by_diffusers
+from salad_compile.sites.branch import BRANCH_NAME, branches
 
 # short: diffusers prints all of it when it loads the configuration
 NOTE = "LoRA is merged; without salad_compile.load(model, directory) attention is dense, and this is another model"

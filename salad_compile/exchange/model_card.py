@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..config import SaladConfig
-from ..report import Summary
+from salad_compile.analysis.summary import Summary
+from salad_compile.config import SaladConfig
 
 if TYPE_CHECKING:
-    from .export_report import ExportedFormat
+    from salad_compile.exchange.export_report import ExportedFormat
 
 LOADING = {
     "salad": 'model = salad_compile.load(base_model, "{set}")  # gates, projections and LoRA: the fine-tuned model',

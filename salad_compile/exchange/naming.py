@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
-from ..errors import ConfigError
+from salad_compile.errors import ConfigError
 
 Value = TypeVar("Value")
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..lazy import lazy_names
+from salad_compile.common.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .batching import LatentBatch as LatentBatch
-    from .batching import ShapeBatches as ShapeBatches
-    from .batching import collate as collate
-    from .converting import convert_latents as convert_latents
-    from .item import LatentDataset as LatentDataset
-    from .item import LatentItem as LatentItem
-    from .native import write_latents as write_latents
-    from .opening import open_latents as open_latents
-    from .statistics import WAN_2_1 as WAN_2_1
-    from .statistics import LatentStatistics as LatentStatistics
+    from salad_compile.latents.batching import LatentBatch as LatentBatch
+    from salad_compile.latents.batching import ShapeBatches as ShapeBatches
+    from salad_compile.latents.batching import collate as collate
+    from salad_compile.latents.converting import convert_latents as convert_latents
+    from salad_compile.latents.item import LatentDataset as LatentDataset
+    from salad_compile.latents.item import LatentItem as LatentItem
+    from salad_compile.latents.native import write_latents as write_latents
+    from salad_compile.latents.opening import open_latents as open_latents
+    from salad_compile.latents.statistics import WAN_2_1 as WAN_2_1
+    from salad_compile.latents.statistics import LatentStatistics as LatentStatistics
 
 _HOMES = {
     "LatentBatch": "batching",

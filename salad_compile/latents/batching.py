@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, LatentItemError
-from ..logs import logger
-from .item import LatentItem, Shape
+from salad_compile.common.logs import logger
+from salad_compile.errors import ConfigError, LatentItemError
+from salad_compile.latents.item import LatentItem, Shape
 
 WAN_TEXT_LENGTH = 512  # Wan's pipelines pad every text with zeros to this length
 

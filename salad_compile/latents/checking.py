@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import LatentItemError
-from .dataset import StoredLatents
-from .source import Problem
-from .statistics import WAN_2_1, LatentStatistics
+from salad_compile.errors import LatentItemError
+from salad_compile.latents.dataset import StoredLatents
+from salad_compile.latents.source import Problem
+from salad_compile.latents.statistics import WAN_2_1, LatentStatistics
 
 # How far per-channel statistics may be from mean 0 and std 1, in the root mean square over channels of (mean, log std):
 # log 2 is a standard deviation that is off by a factor of 2 in every channel. With the statistics of the Wan 2.1 VAE,

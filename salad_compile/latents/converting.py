@@ -9,17 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ConfigError, LatentItemError, did_you_mean
-from ..files import failures_named
-from .dataset import StoredLatents, summary_of
-from .fastvideo_writing import FastVideoWriter
-from .item import LatentItem
-from .musubi import MusubiWriter
-from .native import NativeWriter
-from .opening import open_latents
-from .source import Problem
-from .statistics import LatentStatistics
-from .storing import save_text
+from salad_compile.common.files import failures_named
+from salad_compile.errors import ConfigError, LatentItemError, did_you_mean
+from salad_compile.latents.dataset import StoredLatents, summary_of
+from salad_compile.latents.fastvideo_writing import FastVideoWriter
+from salad_compile.latents.item import LatentItem
+from salad_compile.latents.musubi import MusubiWriter
+from salad_compile.latents.native import NativeWriter
+from salad_compile.latents.opening import open_latents
+from salad_compile.latents.source import Problem
+from salad_compile.latents.statistics import LatentStatistics
+from salad_compile.latents.storing import save_text
 
 TARGETS = ("salad", "musubi", "fastvideo")
 PLAN = "salad_conversion.json"

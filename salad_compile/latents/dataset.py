@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from ..errors import ConfigError, LatentItemError
-from ..logs import logger
-from .item import LatentDataset, LatentItem
-from .source import LatentSource, Problem, checked_item
-from .statistics import LatentStatistics
+from salad_compile.common.logs import logger
+from salad_compile.errors import ConfigError, LatentItemError
+from salad_compile.latents.item import LatentDataset, LatentItem
+from salad_compile.latents.source import LatentSource, Problem, checked_item
+from salad_compile.latents.statistics import LatentStatistics
 
 _SHOWN = 5  # names in a message
 

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LatentLayoutError, MissingPackageError
-from .item import LatentItem
-from .source import Entry, LatentSource, as_latent_shape, damaged, unique_names, without_padding
-from .statistics import WAN_2_1
+from salad_compile.errors import LatentLayoutError, MissingPackageError
+from salad_compile.latents.item import LatentItem
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, damaged, unique_names, without_padding
+from salad_compile.latents.statistics import WAN_2_1
 
 NEEDED = (
     *("vae_latent_bytes", "vae_latent_shape", "vae_latent_dtype"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files import failures_named, flush_to_disk, written_at_once
-from .fastvideo import require_pyarrow
-from .item import LatentItem
-from .statistics import LatentStatistics
+from salad_compile.common.files import failures_named, flush_to_disk, written_at_once
+from salad_compile.latents.fastvideo import require_pyarrow
+from salad_compile.latents.item import LatentItem
+from salad_compile.latents.statistics import LatentStatistics
 
 _PIXELS = 8  # per latent of Wan's VAE, in height and width
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .item import LatentItem, Shape
-from .source import Entry, LatentSource, as_latent_shape, damaged, without_padding
-from .statistics import WAN_2_1
+from salad_compile.latents.item import LatentItem, Shape
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, damaged, without_padding
+from salad_compile.latents.statistics import WAN_2_1
 
 _FILE = re.compile(r"latent-(\d+)-(\d+)\.pt")
 

@@ -15,11 +15,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..files import failures_named
-from .item import LatentItem, Shape
-from .source import Entry, LatentSource, as_latent_shape, damaged, unique_names
-from .statistics import WAN_2_1
-from .storing import file_stem, opened_tensors, save_tensors
+from salad_compile.common.files import failures_named
+from salad_compile.latents.item import LatentItem, Shape
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, damaged, unique_names
+from salad_compile.latents.statistics import WAN_2_1
+from salad_compile.latents.storing import file_stem, opened_tensors, save_tensors
 
 _FILE = re.compile(r"(?P<name>.+)_\d{4,}x\d{4,}_wan\.safetensors")
 _CLIP = re.compile(r"(?P<video>.+)_\d+-\d+(-\d+)?")

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from ..errors import LatentItemError, LatentLayoutError
-from ..files import failures_named
-from .item import LatentItem
-from .source import Entry, LatentSource, as_latent_shape, checked_item, damaged
-from .statistics import LatentStatistics
-from .storing import file_stem, opened_tensors, save_tensors, save_text
+from salad_compile.common.files import failures_named
+from salad_compile.errors import LatentItemError, LatentLayoutError
+from salad_compile.latents.item import LatentItem
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, checked_item, damaged
+from salad_compile.latents.statistics import LatentStatistics
+from salad_compile.latents.storing import file_stem, opened_tensors, save_tensors, save_text
 
 FORMAT = "salad-latents"
 FORMAT_VERSION = 1

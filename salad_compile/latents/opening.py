@@ -6,16 +6,16 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from ..errors import ConfigError, LatentItemError, LatentLayoutError, did_you_mean
-from ..logs import logger
-from .checking import check, doubt, evenly_spaced
-from .dataset import StoredLatents, summary_of
-from .fastvideo import FastVideoSource
-from .finetrainers import FinetrainersSource
-from .musubi import MusubiSource
-from .native import NativeSource
-from .source import LatentSource
-from .statistics import LatentStatistics
+from salad_compile.common.logs import logger
+from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError, did_you_mean
+from salad_compile.latents.checking import check, doubt, evenly_spaced
+from salad_compile.latents.dataset import StoredLatents, summary_of
+from salad_compile.latents.fastvideo import FastVideoSource
+from salad_compile.latents.finetrainers import FinetrainersSource
+from salad_compile.latents.musubi import MusubiSource
+from salad_compile.latents.native import NativeSource
+from salad_compile.latents.source import LatentSource
+from salad_compile.latents.statistics import LatentStatistics
 
 SOURCES: dict[str, type[NativeSource | FastVideoSource | MusubiSource | FinetrainersSource]] = {
     source.layout: source for source in (NativeSource, FastVideoSource, MusubiSource, FinetrainersSource)

@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import LatentItemError
-from .item import LatentItem, Shape
-from .statistics import LatentStatistics
+from salad_compile.errors import LatentItemError
+from salad_compile.latents.item import LatentItem, Shape
+from salad_compile.latents.statistics import LatentStatistics
 
 
 @dataclass(frozen=True)

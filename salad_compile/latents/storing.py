@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import flush_to_disk, written_at_once
+from salad_compile.common.files import flush_to_disk, written_at_once
 
 _LONGEST_STEM = 120  # most file systems take names of 255 bytes; formats append to the stem
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..lazy import lazy_names
+from salad_compile.common.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .loop import TrainResult as TrainResult
-    from .loop import train as train
-    from .records import read_log as read_log
-    from .settings import TrainSettings as TrainSettings
+    from salad_compile.training.loop import TrainResult as TrainResult
+    from salad_compile.training.loop import train as train
+    from salad_compile.training.records import read_log as read_log
+    from salad_compile.training.settings import TrainSettings as TrainSettings
 
 _HOMES = {"TrainResult": "loop", "TrainSettings": "settings", "read_log": "records", "train": "loop"}
 

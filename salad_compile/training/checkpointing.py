@@ -22,14 +22,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..checkpoint import FILE_NAME, describe, load, save
-from ..errors import ResumeError, SaladError, TrainingError
-from ..files import failures_named, flush_to_disk
-from ..latents import LatentDataset
-from ..logs import logger
-from .ema import MovingAverage
-from .settings import MAY_CHANGE, TrainSettings
-from .tensors import optimizer_tensors, restore_optimizer, trained_parameters
+from salad_compile.checkpoints.salad_file import FILE_NAME, describe, load, save
+from salad_compile.common.files import failures_named, flush_to_disk
+from salad_compile.common.logs import logger
+from salad_compile.errors import ResumeError, SaladError, TrainingError
+from salad_compile.latents import LatentDataset
+from salad_compile.training.ema import MovingAverage
+from salad_compile.training.settings import MAY_CHANGE, TrainSettings
+from salad_compile.training.tensors import optimizer_tensors, restore_optimizer, trained_parameters
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"

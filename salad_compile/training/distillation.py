@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..branch import SaladBranch, branches, held_dense
+from salad_compile.sites.branch import SaladBranch, branches, held_dense
 
 
 class SiteDistillation:

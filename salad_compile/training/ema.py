@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..sharding import shard_like, whole
+from salad_compile.common.sharding import shard_like, whole
 
 
 class MovingAverage:

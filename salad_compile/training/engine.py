@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..errors import ConfigError, MissingPackageError
-from ..logs import logger
-from ..pipelines import compile_blocks
-from .settings import TrainSettings
-from .tensors import trained_parameters
+from salad_compile.backend.pipelines import compile_blocks
+from salad_compile.common.logs import logger
+from salad_compile.errors import ConfigError, MissingPackageError
+from salad_compile.training.settings import TrainSettings
+from salad_compile.training.tensors import trained_parameters
 
 
 def make_accelerator(settings: TrainSettings, directory: Path) -> Any:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ..errors import ConfigError
-from ..latents import LatentDataset, LatentItem, ShapeBatches
-from .settings import TrainSettings
+from salad_compile.errors import ConfigError
+from salad_compile.latents import LatentDataset, LatentItem, ShapeBatches
+from salad_compile.training.settings import TrainSettings
 
 Placed = tuple[int, LatentItem]  # place in the global batch, item
 

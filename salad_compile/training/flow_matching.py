@@ -14,10 +14,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..latents import LatentItem
-from .seeds import generator
-from .settings import TrainSettings
+from salad_compile.errors import ConfigError
+from salad_compile.latents import LatentItem
+from salad_compile.training.seeds import generator
+from salad_compile.training.settings import TrainSettings
 
 TIMESTEPS = 1000.0  # of diffusers' schedulers: s = 1 is timestep 1000
 

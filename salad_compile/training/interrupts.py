@@ -9,7 +9,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from ..logs import logger
+from salad_compile.common.logs import logger
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

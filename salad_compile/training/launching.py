@@ -13,8 +13,8 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..errors import TrainingError
-from .interrupts import SIGNALS
+from salad_compile.errors import TrainingError
+from salad_compile.training.interrupts import SIGNALS
 
 GRACE_SECONDS = 5.0  # for the others, when one has failed
 

@@ -14,27 +14,33 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..branch import branches
-from ..checkpoint import FILE_NAME, save
-from ..config import SaladConfig
-from ..errors import ResumeError, TrainingError
-from ..files import written_at_once
-from ..latents import LatentDataset
-from ..logs import logger
-from ..model_tree import single_model
-from ..schedules import ramp_sparsity
-from .checkpointing import Checkpoint, CheckpointWriter, Fingerprint, complete_checkpoints, require_same
-from .distillation import SiteDistillation
-from .ema import MovingAverage
-from .engine import Engine, make_accelerator
-from .feeding import Feed, Placed
-from .flow_matching import Forward, Noised, default_forward, losses, stacked, training_sample
-from .interrupts import StopRequest
-from .preparation import DTYPES, make_trainable, mean_sparsity, require_converted
-from .records import Records, read_log, require_trackers
-from .seeds import derived_seed
-from .settings import TrainSettings
-from .validation import validation_loss
+from salad_compile.checkpoints.salad_file import FILE_NAME, save
+from salad_compile.common.files import written_at_once
+from salad_compile.common.logs import logger
+from salad_compile.common.wrappers import single_model
+from salad_compile.config import SaladConfig
+from salad_compile.conversion.schedules import ramp_sparsity
+from salad_compile.errors import ResumeError, TrainingError
+from salad_compile.latents import LatentDataset
+from salad_compile.sites.branch import branches
+from salad_compile.training.checkpointing import (
+    Checkpoint,
+    CheckpointWriter,
+    Fingerprint,
+    complete_checkpoints,
+    require_same,
+)
+from salad_compile.training.distillation import SiteDistillation
+from salad_compile.training.ema import MovingAverage
+from salad_compile.training.engine import Engine, make_accelerator
+from salad_compile.training.feeding import Feed, Placed
+from salad_compile.training.flow_matching import Forward, Noised, default_forward, losses, stacked, training_sample
+from salad_compile.training.interrupts import StopRequest
+from salad_compile.training.preparation import DTYPES, make_trainable, mean_sparsity, require_converted
+from salad_compile.training.records import Records, read_log, require_trackers
+from salad_compile.training.seeds import derived_seed
+from salad_compile.training.settings import TrainSettings
+from salad_compile.training.validation import validation_loss
 
 EMA_FILE_NAME = "salad_ema.safetensors"
 SUMMARY_FILE = "training.json"

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..branch import SaladBranch, branches
-from ..config import SaladConfig
-from ..conversion import convert
-from ..errors import ConfigError, NotConvertedError
-from ..latents import LatentDataset
-from ..logs import logger
-from ..probe import placement
-from .flow_matching import TIMESTEPS, Forward, wan_forward
-from .seeds import derived_seed
-from .settings import TrainSettings
-from .tensors import trained_parameters
+from salad_compile.common.logs import logger
+from salad_compile.config import SaladConfig
+from salad_compile.conversion.convert import convert
+from salad_compile.discovery.probe import placement
+from salad_compile.errors import ConfigError, NotConvertedError
+from salad_compile.latents import LatentDataset
+from salad_compile.sites.branch import SaladBranch, branches
+from salad_compile.training.flow_matching import TIMESTEPS, Forward, wan_forward
+from salad_compile.training.seeds import derived_seed
+from salad_compile.training.settings import TrainSettings
+from salad_compile.training.tensors import trained_parameters
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..errors import MissingPackageError
-from ..files import written_at_once
+from salad_compile.common.files import written_at_once
+from salad_compile.errors import MissingPackageError
 
 LOG_FILE = "log.jsonl"
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import check_choice, check_names
-from ..errors import ConfigError
-from ..files import read_json
+from salad_compile.common.files import read_json
+from salad_compile.config import check_choice, check_names
+from salad_compile.errors import ConfigError
 
 SCHEMA_VERSION = 1
 TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")

@@ -6,9 +6,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..branch import branches
-from ..model_tree import plain_key
-from ..sharding import shard_like, whole
+from salad_compile.common.sharding import shard_like, whole
+from salad_compile.common.wrappers import plain_key
+from salad_compile.sites.branch import branches
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

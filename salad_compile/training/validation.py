@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..latents import LatentDataset
-from .engine import Engine
-from .flow_matching import Forward, losses, validation_sample
-from .preparation import DTYPES
+from salad_compile.latents import LatentDataset
+from salad_compile.training.engine import Engine
+from salad_compile.training.flow_matching import Forward, losses, validation_sample
+from salad_compile.training.preparation import DTYPES
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import BENCHMARKS
+from tests.benchmarks.conftest import BENCHMARKS
 
 pytest.importorskip("matplotlib")
 

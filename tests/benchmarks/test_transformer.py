@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .conftest import BENCHMARKS
+from tests.benchmarks.conftest import BENCHMARKS
 
 
 def run_script(output: Path, *arguments: str) -> list[dict[str, object]]:

@@ -16,9 +16,8 @@ from salad_compile import errors, kernels, latents, training
 from salad_compile.latents.converting import TARGETS
 from salad_compile.latents.opening import SOURCES
 from salad_compile.training import TrainSettings
+from tests.docs.test_snippets import PAGES, ROOT
 from tools.docs_hooks import in_repository, mended, readme_section
-
-from .test_snippets import PAGES, ROOT
 
 DOCS = ROOT / "docs"
 OURS = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, errors.SaladError)}

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from salad_compile.attention_call import _ADAPTERS
+from salad_compile.calls.adapters import _ADAPTERS
 from salad_compile.command_line import build_parser, main
-
-from . import world
-from .blocks import Block, Command, blocks_of, commands_of
+from tests.docs import world
+from tests.docs.blocks import Block, Command, blocks_of, commands_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # docs/command_line.md is written from the parsers; the other pages have no snippets that were written for readers

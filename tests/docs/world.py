@@ -3,7 +3,7 @@
 Snippets say what a user says. They name checkpoints, data and models that are here, in a directory of their own, a
 thousand times smaller; and they leave out what has a default. Those defaults are the one thing that is changed
 (:func:`small_defaults`), and what would take minutes for nothing: graphs are rewritten and run, and not compiled by
-Inductor (`tests/salad_compile/test_exporting.py` and `tests/models` do that).
+Inductor (`tests/salad_compile/backend/test_exported_programs.py` and `tests/models` do that).
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ import salad_compile
 from salad_compile.config import BackendOptions
 from salad_compile.latents import WAN_2_1, LatentItem, convert_latents, write_latents
 from salad_compile.training import TrainSettings
-
-from ..models.zoo import CASES, from_diffusers, randomise
-from ..support import TINY, randomise_branches, seeded
-from ..trainers import tiny
+from tests.models.zoo import CASES, from_diffusers, randomise
+from tests.support import TINY, randomise_branches, seeded
+from tests.trainers import tiny
 
 LATENT = (16, 2, 14, 22)  # 154 tokens
 TEXT_TOKENS, TEXT_WIDTH = 17, 16

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import salad_compile
-
-from .. import toys
-from ..support import randomise_branches
+from tests import toys
+from tests.support import randomise_branches
 
 ROOT = Path(__file__).parents[2]
 CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=48)

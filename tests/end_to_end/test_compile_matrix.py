@@ -13,16 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from salad_compile.passes.driver import GraphReport
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import salad_compile
-from salad_compile.backend import record_graphs
-
-from .. import toys
-from ..models.zoo import CASES
-from ..support import TINY, assert_same, randomise_branches, relative_error, run, seeded
+from salad_compile.backend.dynamo import record_graphs
+from salad_compile.passes.driver import GraphReport
+from tests import toys
+from tests.models.zoo import CASES
+from tests.support import TINY, assert_same, randomise_branches, relative_error, run, seeded
 
 ROOT = Path(__file__).parents[2]
 Compiled = Callable[..., Any]

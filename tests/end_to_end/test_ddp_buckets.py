@@ -23,11 +23,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from salad_compile.backend import record_graphs
+from salad_compile.backend.dynamo import record_graphs
 from salad_compile.errors import SiteLostError
-
-from ..support import Result, relative_error, run
-from .test_compile_matrix import AOT, EAGER, Video, converted, video
+from tests.end_to_end.test_compile_matrix import AOT, EAGER, Video, converted, video
+from tests.support import Result, relative_error, run
 
 WORLD = 2
 EXACT, NAMED = "exact", "an error that names the mend"

@@ -15,9 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import salad_compile
-
-from ..models.zoo import CASES
-from ..support import TINY, randomise_branches, relative_error, run
+from tests.models.zoo import CASES
+from tests.support import TINY, randomise_branches, relative_error, run
 
 CASE = CASES["Wan"]
 WORLD = 2

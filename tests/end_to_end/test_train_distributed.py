@@ -15,11 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from salad_compile.training import read_log, train
 from salad_compile.training.engine import Engine
+from tests.end_to_end.train_life import forkserver
 from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, latents
 from tests.support import relative_error
 from tests.trainers.processes import free_port
-
-from .train_life import forkserver
 
 WORLD = 2
 # Sums over the batch are taken in another order: fp32, 24 bits, over some steps of AdamW, which divides by the root of

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 import salad_compile
 from salad_compile.latents import LatentItem, write_latents
 from salad_compile.training import TrainSettings, read_log
-
-from ..support import seeded
+from tests.support import seeded
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (16, 5, 32, 34)  # 1,360 tokens: the last block of queries and the last of keys are short

@@ -18,9 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from salad_compile.training import read_log
+from tests.end_to_end.train_life import forkserver, live
 from tests.salad_compile.training.tiny import SETTINGS, write_run
-
-from .train_life import forkserver, live
 
 KILLS = 10
 EVERY = 3  # steps between checkpoints

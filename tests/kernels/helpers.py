@@ -1,6 +1,7 @@
 """Inputs and distances that the kernel tests share."""
 
 import torch
+
 from salad_compile.kernels.routing import reference as routing
 
 LENGTHS = (1, 63, 64, 65, 113, 203, 1023)

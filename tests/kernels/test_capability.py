@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from salad_compile.kernels import UnsupportedKernelError, capability
 from salad_compile.kernels.capability import arch_of, padded_head_dim, require_supported, target_arch
 

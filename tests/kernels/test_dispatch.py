@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+
 from salad_compile.kernels import UnsupportedKernelError, linear_state, use_engine
 from salad_compile.kernels.dispatch import engine_for, engine_name, interpreting
 from salad_compile.kernels.launch import launch, record_launches, recording

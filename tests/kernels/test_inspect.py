@@ -16,6 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from salad_compile.kernels import UnsupportedKernelError, inspect
 from salad_compile.kernels.aot import SHARED_LIMIT, Report, Specialised, compile_report, specialise
 from salad_compile.kernels.dispatch import interpreting

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 from salad_compile.kernels import Execution, block_sparse_attention, measure, measure_executions
 from salad_compile.kernels.block_sparse import reference
 from salad_compile.kernels.measure import capture_selections
-
-from .helpers import BLOCKS, make_order, make_qkv, make_selection
+from tests.kernels.helpers import BLOCKS, make_order, make_qkv, make_selection
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)

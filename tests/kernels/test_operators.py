@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
 from salad_compile.kernels import (
     block_sparse_attention,
     kept_blocks,
@@ -16,9 +18,7 @@ from salad_compile.kernels import (
     select_blocks,
 )
 from salad_compile.kernels.layout import ALL_BLOCKS
-from torch._dynamo.testing import CompileCounterWithBackend
-
-from .helpers import make_order, make_qkv, make_selection
+from tests.kernels.helpers import make_order, make_qkv, make_selection
 
 OPS = torch.ops.salad
 

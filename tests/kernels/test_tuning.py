@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from salad_compile.kernels import tuning
 from salad_compile.kernels.launch import launch, record_launches
 from salad_compile.kernels.tuning import autotune, bucket, cache_file, choose, forget

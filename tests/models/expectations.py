@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from .zoo import Case
+from tests.models.zoo import Case
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from ..support import assert_same, run
-from .test_zoo import _fresh_dynamo, converted
-from .zoo_handwritten import HANDWRITTEN_CASES
+from tests.models.test_zoo import _fresh_dynamo, converted
+from tests.models.zoo_handwritten import HANDWRITTEN_CASES
+from tests.support import assert_same, run
 
 assert _fresh_dynamo  # a fixture of every test here
 

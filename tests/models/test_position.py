@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from salad_compile.attention import Mapped
-from salad_compile.position_recording import PositionRecording
-from salad_compile.position_slice import Entry
-
-from ..support import Recorder, converted, relative_error, run, seeded
-from .expectations import WITHOUT_POSITION, converted_sites
-from .test_zoo import CONVERTED, _flex_under_autograd, _fresh_dynamo, bounds
-from .zoo import Case
+from salad_compile.definition.attention import Mapped
+from salad_compile.position.recording import PositionRecording
+from salad_compile.position.slice import Entry
+from tests.models.expectations import WITHOUT_POSITION, converted_sites
+from tests.models.test_zoo import CONVERTED, _flex_under_autograd, _fresh_dynamo, bounds
+from tests.models.zoo import Case
+from tests.support import Recorder, converted, relative_error, run, seeded
 
 FIXTURES = (_fresh_dynamo, _flex_under_autograd)
 # Compiled, test_zoo.py takes every case through the default, which is map-then-rotate: these stand for the ways of

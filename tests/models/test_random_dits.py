@@ -13,14 +13,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import Phase, event, given, settings
 from hypothesis import strategies as st
-from salad_compile.kernels import measure_executions
 from torch import Tensor
 
 import salad_compile
-from salad_compile import attention
-from salad_compile.branch import branches
-
-from ..support import TINY, Recorder, assert_same, randomise_branches, relative_error, run, seeded
+from salad_compile.definition import attention
+from salad_compile.kernels import measure_executions
+from salad_compile.sites.branch import branches
+from tests.support import TINY, Recorder, assert_same, randomise_branches, relative_error, run, seeded
 
 HEAD_DIM, WIDTH, LAYERS = 8, 20, 2
 

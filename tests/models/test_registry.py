@@ -13,11 +13,11 @@ import torch.nn.attention.flex_attention as flex
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .registry import ALL_CASES, WITHOUT_CASE, cases_of, transformers, video_classes
-from .zoo import CASES, Case
-from .zoo_handwritten import HANDWRITTEN_CASES
-from .zoo_joint import JOINT_CASES
-from .zoo_special import SPECIAL_CASES
+from tests.models.registry import ALL_CASES, WITHOUT_CASE, cases_of, transformers, video_classes
+from tests.models.zoo import CASES, Case
+from tests.models.zoo_handwritten import HANDWRITTEN_CASES
+from tests.models.zoo_joint import JOINT_CASES
+from tests.models.zoo_special import SPECIAL_CASES
 
 NEW = {**JOINT_CASES, **SPECIAL_CASES}
 every_new_case = pytest.mark.parametrize("case", NEW.values(), ids=NEW.keys())

@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from salad_compile.kernels import measure_executions
 
 import salad_compile
-from salad_compile.branch import branches
-
-from ..support import Recorder, assert_same, converted, relative_error, run
-from .expectations import converted_sites
-from .registry import ALL_CASES
-from .test_zoo import _fresh_dynamo
+from salad_compile.kernels import measure_executions
+from salad_compile.sites.branch import branches
+from tests.models.expectations import converted_sites
+from tests.models.registry import ALL_CASES
+from tests.models.test_zoo import _fresh_dynamo
+from tests.support import Recorder, assert_same, converted, relative_error, run
 
 FIXTURES = (_fresh_dynamo,)
 WITHOUT_WINDOWS = {"HunyuanVideo": "mask", "Cosmos3Omni": "token grid"}

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from salad_compile.kernels import measure_executions
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import salad_compile
-from salad_compile.branch import branches
-
-from ..support import TINY, Recorder, Result, assert_same, converted, randomise_branches, relative_error, run
-from .expectations import DENSE, GAPS, WITHOUT_POSITION, converted_sites, seen_as
-from .registry import ALL_CASES
-from .zoo import Case
+from salad_compile.kernels import measure_executions
+from salad_compile.sites.branch import branches
+from tests.models.expectations import DENSE, GAPS, WITHOUT_POSITION, converted_sites, seen_as
+from tests.models.registry import ALL_CASES
+from tests.models.zoo import Case
+from tests.support import TINY, Recorder, Result, assert_same, converted, randomise_branches, relative_error, run
 
 CONVERTED = {name: case for name, case in ALL_CASES.items() if name not in DENSE}
 every_case = pytest.mark.parametrize("case", CONVERTED.values(), ids=CONVERTED.keys())

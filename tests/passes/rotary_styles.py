@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..toys import HEADS, WIDTH, heads
+from tests.toys import HEADS, WIDTH, heads
 
 HEAD_DIM = WIDTH // HEADS
 TEXT = 9

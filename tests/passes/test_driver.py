@@ -9,17 +9,16 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from salad_compile.kernels import measure_executions
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 import salad_compile
-from salad_compile import attention_call
-from salad_compile.backend import record_graphs
+from salad_compile.backend.dynamo import record_graphs
+from salad_compile.calls import adapters as attention_call
 from salad_compile.errors import ConfigError, SaladError, SiteLostError
-
-from .. import toys
-from ..support import assert_same, check_rewrite, randomise_branches, relative_error, run
+from salad_compile.kernels import measure_executions
+from tests import toys
+from tests.support import assert_same, check_rewrite, randomise_branches, relative_error, run
 
 CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
 

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn as nn
-from salad_compile.passes.find_attention import LEFT_DENSE, TRAINING_FREE, AttentionCall, find_attention
 from torch import Tensor, fx
 
 from salad_compile.config import BackendOptions
-
-from .. import toys
+from salad_compile.passes.find_attention import LEFT_DENSE, TRAINING_FREE, AttentionCall, find_attention
+from tests import toys
 
 OPTIONS = BackendOptions(min_tokens=64)
 

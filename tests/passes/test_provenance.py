@@ -6,8 +6,9 @@ import operator
 
 import torch
 import torch.nn.functional as F
-from salad_compile.passes.provenance import data_parents, find_tag, module_path, projection_inputs
 from torch import fx
+
+from salad_compile.passes.provenance import data_parents, find_tag, module_path, projection_inputs
 
 
 def graph_with_tag() -> tuple[fx.Graph, fx.Node, fx.Node]:

@@ -12,27 +12,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from salad_compile.kernels.linear.feature_maps import feature_map_named
-from salad_compile.kernels.linear.reference import quadratic_attention
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 import salad_compile
-from salad_compile.attention import LINEAR_EPS
-from salad_compile.branch import SaladBranch, branches
+from salad_compile.backend.exported_programs import rewrite_exported
+from salad_compile.definition.attention import LINEAR_EPS
 from salad_compile.errors import PositionReplayError
-from salad_compile.exporting import rewrite_exported
-
-from .. import toys
-from ..support import (
-    Recorder,
-    assert_same,
-    check_rewrite,
-    randomise_branches,
-    relative_error,
-    run,
-)
-from . import rotary_styles as styles
+from salad_compile.kernels.linear.feature_maps import feature_map_named
+from salad_compile.kernels.linear.reference import quadratic_attention
+from salad_compile.sites.branch import SaladBranch, branches
+from tests import toys
+from tests.passes import rotary_styles as styles
+from tests.support import Recorder, assert_same, check_rewrite, randomise_branches, relative_error, run
 
 # everything is kept: softmax attention is dense, and what remains is the linear branch
 CONFIG = salad_compile.SaladConfig(

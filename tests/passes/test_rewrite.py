@@ -7,16 +7,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from salad_compile.passes.driver import run_passes
 from torch import Tensor, fx
 
 import salad_compile
-from salad_compile.attention import sparse_attention
 from salad_compile.config import BackendOptions
-from salad_compile.token_layout import Segments
-
-from .. import toys
-from ..support import Recorder, check_rewrite, randomise_branches, relative_error
+from salad_compile.definition.attention import sparse_attention
+from salad_compile.definition.token_layout import Segments
+from salad_compile.passes.driver import run_passes
+from tests import toys
+from tests.support import Recorder, check_rewrite, randomise_branches, relative_error
 
 CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
 OPTIONS = {"sparsity": 0.6, "query_block": 16, "key_block": 16, "min_tokens": 64}

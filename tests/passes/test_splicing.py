@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from salad_compile.passes.driver import run_passes
-from salad_compile.passes.provenance import example_value
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 import salad_compile
 from salad_compile.config import BackendOptions
-
-from .. import toys
-from ..support import randomise_branches
+from salad_compile.passes.driver import run_passes
+from salad_compile.passes.provenance import example_value
+from tests import toys
+from tests.support import randomise_branches
 
 CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=48)
 

@@ -10,10 +10,9 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import salad_compile
-
-from ..support import relative_error
-from .processes import WORLD, in_two_processes
-from .tiny import batch, branch_gradients, converted, flow_matching_loss
+from tests.support import relative_error
+from tests.trainers.processes import WORLD, in_two_processes
+from tests.trainers.tiny import batch, branch_gradients, converted, flow_matching_loss
 
 
 class Videos(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import salad_compile
-from salad_compile.branch import branches
-
-from ..support import relative_error
-from .tiny import STYLE, base, batch, branch_gradients, converted, flow_matching_loss, output, pipeline
-from .tiny import write_style as written
+from salad_compile.sites.branch import branches
+from tests.support import relative_error
+from tests.trainers.tiny import STYLE, base, batch, branch_gradients, converted, flow_matching_loss, output, pipeline
+from tests.trainers.tiny import write_style as written
 
 SAME = 1e-5  # of fp32, where the sum is taken in another order: W + BA in place of Wx + BAx
 

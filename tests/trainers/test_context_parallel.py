@@ -12,12 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import salad_compile
-from salad_compile.branch import branches
 from salad_compile.errors import ConfigError, NotConvertedError, SiteLostError
-
-from ..support import randomise_branches, relative_error, run
-from .processes import WORLD, in_two_processes
-from .tiny import CONFIG, INPUTS, base, converted, output
+from salad_compile.sites.branch import branches
+from tests.support import randomise_branches, relative_error, run
+from tests.trainers.processes import WORLD, in_two_processes
+from tests.trainers.tiny import CONFIG, INPUTS, base, converted, output
 
 CALL = {**INPUTS, "return_dict": False}  # diffusers' hook at the root takes a tensor or a tuple of them
 AOT: dict[str, Any] = {"backend": "salad", "options": {"lowering": "aot_eager"}}

@@ -17,9 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import salad_compile
-
-from .processes import in_two_processes
-from .tiny import converted
+from tests.trainers.processes import in_two_processes
+from tests.trainers.tiny import converted
 
 
 def sharded(model: Any) -> Any:

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import salad_compile
-from salad_compile.branch import branches
-
-from ..support import relative_error
-from .tiny import converted, output, pipeline, write_style
+from salad_compile.sites.branch import branches
+from tests.support import relative_error
+from tests.trainers.tiny import converted, output, pipeline, write_style
 
 AOT = {"backend": "salad", "fullgraph": True, "options": {"lowering": "aot_eager"}}
 

@@ -18,9 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import salad_compile
 from salad_compile.errors import WrappedModelError
-
-from ..support import relative_error
-from .tiny import CONFIG, INPUTS, base, batch, branch_gradients, converted, flow_matching_loss, output
+from tests.support import relative_error
+from tests.trainers.tiny import CONFIG, INPUTS, base, batch, branch_gradients, converted, flow_matching_loss, output
 
 EAGER: dict[str, Any] = {"backend": "salad", "options": {"lowering": "eager"}}
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 import salad_compile
-
-from .tiny import CONFIG, INPUTS, base, batch, flow_matching_loss, output
+from tests.trainers.tiny import CONFIG, INPUTS, base, batch, flow_matching_loss, output
 
 
 def test_plain_pytorch(tmp_path: Path) -> None:

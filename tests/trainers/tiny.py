@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import salad_compile
-
-from ..models.zoo import CASES, TEXT
-from ..support import TINY as CONFIG
-from ..support import randomise_branches, seeded
+from tests.models.zoo import CASES, TEXT
+from tests.support import TINY as CONFIG
+from tests.support import randomise_branches, seeded
 
 CASE = CASES["Wan"]
 INPUTS = CASE.inputs(0)

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from salad_compile.kernels import KernelArgumentError, block_sparse_attention
 
-from ..helpers import make_qkv, make_selection
+from salad_compile.kernels import KernelArgumentError, block_sparse_attention
+from tests.kernels.helpers import make_qkv, make_selection
 
 
 def arguments(**change: Any) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from salad_compile.kernels import block_sparse_attention
 from salad_compile.kernels.block_sparse import reference
-
-from ..helpers import BLOCKS, LAYOUTS, LENGTHS, cosine, make_order, make_qkv, make_selection, relative_l2
+from tests.kernels.helpers import BLOCKS, LAYOUTS, LENGTHS, cosine, make_order, make_qkv, make_selection, relative_l2
 
 SCALE = 0.25
 

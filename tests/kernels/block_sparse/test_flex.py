@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 from salad_compile.kernels import UnsupportedKernelError, block_sparse_attention, use_engine
 from salad_compile.kernels.block_sparse import reference
 from salad_compile.kernels.layout import ALL_BLOCKS
-
-from ..helpers import make_order, make_qkv, make_selection
+from tests.kernels.helpers import make_order, make_qkv, make_selection
 
 
 @pytest.mark.parametrize("ordered", [False, True])

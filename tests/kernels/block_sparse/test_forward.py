@@ -3,11 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from salad_compile.kernels import block_sparse_attention
-from salad_compile.kernels.block_sparse import reference
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..helpers import BLOCKS, FORWARD_BAR, LAYOUTS, LENGTHS, make_order, make_qkv, make_selection, relative_l2
+from salad_compile.kernels import block_sparse_attention
+from salad_compile.kernels.block_sparse import reference
+from tests.kernels.helpers import (
+    BLOCKS,
+    FORWARD_BAR,
+    LAYOUTS,
+    LENGTHS,
+    make_order,
+    make_qkv,
+    make_selection,
+    relative_l2,
+)
 
 SCALE = 0.25
 

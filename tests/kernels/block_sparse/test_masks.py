@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 from salad_compile.kernels import block_sparse_attention, measure_executions
 from salad_compile.kernels.block_sparse import cpu, reference
 from salad_compile.kernels.layout import ALL_BLOCKS
-
-from ..helpers import make_order, make_qkv, make_selection
+from tests.kernels.helpers import make_order, make_qkv, make_selection
 
 SCALE = 0.25
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from salad_compile.kernels.block_sparse import cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from salad_compile.kernels.block_sparse import cpu
 
 
 class LargestTensor(TorchDispatchMode):

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from salad_compile.kernels import use_engine
 from salad_compile.kernels.dispatch import interpreting
 
 if interpreting():
-    from .interpreter import mend
+    from tests.kernels.gpu.interpreter import mend
 
     mend()
 elif not torch.cuda.is_available():

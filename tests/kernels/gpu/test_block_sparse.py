@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+
 from salad_compile.kernels import KernelArgumentError, UnsupportedKernelError, block_sparse_attention
 from salad_compile.kernels.block_sparse import cuda, reference
 from salad_compile.kernels.block_sparse.deferred import raise_pending
 from salad_compile.kernels.block_sparse.inverted_index import invert
 from salad_compile.kernels.dispatch import interpreting
 from salad_compile.kernels.layout import ALL_BLOCKS
-
-from ..helpers import FORWARD_BAR, LAYOUTS, cosine, make_order, make_qkv, make_selection, relative_l2
+from tests.kernels.helpers import FORWARD_BAR, LAYOUTS, cosine, make_order, make_qkv, make_selection, relative_l2
 
 GRADIENT_BAR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from salad_compile.kernels import UnsupportedKernelError, linear_output, linear_state
 from salad_compile.kernels.linear import cuda, reference
-
-from ..helpers import FORWARD_BAR, cosine, make_qkv, relative_l2
+from tests.kernels.helpers import FORWARD_BAR, cosine, make_qkv, relative_l2
 
 EPS = 1e-6
 MAPS = ("relu", "elu", "softmax")

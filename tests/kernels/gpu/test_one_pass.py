@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from salad_compile.kernels import UnsupportedKernelError, pool_and_read, pool_and_summarise
 from salad_compile.kernels.capability import arch_of
 from salad_compile.kernels.linear import reference as linear
 from salad_compile.kernels.one_pass import cuda, plain, reference
-
-from ..helpers import FORWARD_BAR, cosine, make_order, make_qkv, relative_l2
+from tests.kernels.helpers import FORWARD_BAR, cosine, make_order, make_qkv, relative_l2
 
 EPS = 1e-6
 FP32, PLAIN = torch.float32, (torch.bfloat16, 128)

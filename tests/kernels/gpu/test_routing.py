@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from salad_compile.kernels import UnsupportedKernelError, pool_blocks, select_blocks
 from salad_compile.kernels.launch import record_launches
 from salad_compile.kernels.layout import ALL_BLOCKS
 from salad_compile.kernels.routing import cuda, reference
-
-from ..helpers import FORWARD_BAR, make_order, make_qkv, relative_l2
-from ..routing.selection import check_selection, make_mask, pooled
+from tests.kernels.helpers import FORWARD_BAR, make_order, make_qkv, relative_l2
+from tests.kernels.routing.selection import check_selection, make_mask, pooled
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

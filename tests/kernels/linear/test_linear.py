@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+
 from salad_compile.kernels import KernelArgumentError, linear_output, linear_state
 from salad_compile.kernels.linear import cpu, reference
-
-from ..helpers import FORWARD_BAR, LAYOUTS, LENGTHS, cosine, make_qkv, relative_l2
+from tests.kernels.helpers import FORWARD_BAR, LAYOUTS, LENGTHS, cosine, make_qkv, relative_l2
 
 EPS = 1e-6
 MAPS = ("relu", "elu", "softmax")

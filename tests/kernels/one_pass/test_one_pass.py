@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from salad_compile.kernels import (
     KernelArgumentError,
     linear_output,
@@ -15,8 +16,7 @@ from salad_compile.kernels import (
     pool_blocks,
 )
 from salad_compile.kernels.one_pass import reference
-
-from ..helpers import LENGTHS, make_order, make_qkv, relative_l2
+from tests.kernels.helpers import LENGTHS, make_order, make_qkv, relative_l2
 
 EPS = 1e-6
 MAPS = ("relu", "elu", "softmax")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from salad_compile.kernels import inspect
 from salad_compile.kernels.aot import specialise
 from salad_compile.kernels.capability import target_arch

@@ -1,6 +1,7 @@
 """Pooled inputs, and what every selection must satisfy: the same for all engines."""
 
 import torch
+
 from salad_compile.kernels.layout import ALL_BLOCKS
 from salad_compile.kernels.routing import reference
 

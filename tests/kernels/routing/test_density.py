@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from salad_compile.kernels import KernelArgumentError, kept_blocks
-from salad_compile.kernels.routing.density import list_width
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from salad_compile.kernels import KernelArgumentError, kept_blocks
+from salad_compile.kernels.routing.density import list_width
 
 
 @pytest.mark.parametrize(

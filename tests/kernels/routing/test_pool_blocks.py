@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+
 from salad_compile.kernels import KernelArgumentError, pool_blocks
 from salad_compile.kernels.routing import reference
-
-from ..helpers import LAYOUTS, LENGTHS, make_order, make_qkv
+from tests.kernels.helpers import LAYOUTS, LENGTHS, make_order, make_qkv
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from salad_compile.kernels import KernelArgumentError, kept_blocks, select_blocks
 
-from ..helpers import BLOCKS, LENGTHS
-from .selection import check_selection, pooled
+from salad_compile.kernels import KernelArgumentError, kept_blocks, select_blocks
+from tests.kernels.helpers import BLOCKS, LENGTHS
+from tests.kernels.routing.selection import check_selection, pooled
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)

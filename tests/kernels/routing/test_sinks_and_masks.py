@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+
 from salad_compile.kernels import KernelArgumentError, kept_blocks, pool_blocks, select_blocks
 from salad_compile.kernels.layout import ALL_BLOCKS
 from salad_compile.kernels.routing import reference
-
-from ..helpers import BLOCKS, LAYOUTS, LENGTHS, make_order, make_qkv
-from .selection import check_selection, make_mask, pooled
+from tests.kernels.helpers import BLOCKS, LAYOUTS, LENGTHS, make_order, make_qkv
+from tests.kernels.routing.selection import check_selection, make_mask, pooled
 
 
 def sink_ranges(tokens: int) -> tuple[tuple[int, int], ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from salad_compile.kernels.errors import KernelArgumentError
 from salad_compile.kernels.rows import decompositions, take_rows
-
-from ...support import seeded
+from tests.support import seeded
 
 S = 37
 

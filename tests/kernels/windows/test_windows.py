@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from salad_compile.kernels import KernelArgumentError, block_sparse_attention, measure_executions, window_blocks
-from salad_compile.kernels.layout import ALL_BLOCKS
-from salad_compile.kernels.windows.reach import doubled_reach, doubled_reach_of, reach_in_tokens
 from torch.library import opcheck
 from torch.testing import assert_close
 
-from salad_compile.geometry import Grid, temporal_order
+from salad_compile.grid.geometry import Grid, temporal_order
+from salad_compile.kernels import KernelArgumentError, block_sparse_attention, measure_executions, window_blocks
+from salad_compile.kernels.layout import ALL_BLOCKS
+from salad_compile.kernels.windows.reach import doubled_reach, doubled_reach_of, reach_in_tokens
 
 GRIDS: tuple[Grid, ...] = ((1, 1, 1), (3, 5, 7), (5, 7, 11), (2, 13, 17), (7, 1, 19), (4, 8, 8))
 BLOCKS = ((16, 16), (32, 16), (64, 64), (128, 64), (16, 32))

@@ -7,8 +7,7 @@ import torch
 
 from salad_compile.command_line import WRONG
 from salad_compile.command_line.benching import Timings, first_call, time_in_turns
-
-from .conftest import SETTINGS, SIZE, Run
+from tests.salad_compile.command_line.conftest import SETTINGS, SIZE, Run
 
 QUICK = ("--compile", "none", "--rounds", "2", "--device", "cpu", "--dtype", "float32")
 

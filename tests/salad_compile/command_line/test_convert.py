@@ -9,8 +9,7 @@ import salad_compile
 from salad_compile.command_line import NO, WRONG
 from salad_compile.command_line.model_source import load_model
 from tests.models.zoo import CASES
-
-from .conftest import SETTINGS, SIZE, Run
+from tests.salad_compile.command_line.conftest import SETTINGS, SIZE, Run
 
 
 def test_the_file_is_that_of_a_conversion_with_weights(command: Run, wan: Path, tmp_path: Path) -> None:

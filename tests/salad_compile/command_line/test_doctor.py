@@ -11,8 +11,7 @@ import torch
 
 from salad_compile.command_line import NO, checkup
 from salad_compile.command_line.checkup import FAULT, FINE, MISSING, WARNING, Checkup, Finding
-
-from .conftest import Run
+from tests.salad_compile.command_line.conftest import Run
 
 
 def finding(findings: Any, subject: str) -> Any:

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 import salad_compile
 from salad_compile.command_line import WRONG
 from salad_compile.command_line.model_source import load_model
-
-from .conftest import Run
+from tests.salad_compile.command_line.conftest import Run
 
 
 def test_formats_and_the_training_beside_the_file(command: Run, wan: Path, salad_file: Path, tmp_path: Path) -> None:

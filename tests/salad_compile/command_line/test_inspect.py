@@ -9,8 +9,7 @@ from safetensors.torch import load_file, safe_open
 
 import salad_compile
 from salad_compile.command_line import WRONG
-
-from .conftest import Run
+from tests.salad_compile.command_line.conftest import Run
 
 
 def test_json_says_what_the_file_holds(command: Run, salad_file: Path) -> None:

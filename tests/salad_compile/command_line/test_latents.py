@@ -11,9 +11,8 @@ import pytest
 from salad_compile.command_line import latents as command
 from salad_compile.errors import ConfigError
 from salad_compile.latents import WAN_2_1, converting, open_latents, opening, write_latents
-
-from ..latents.data import make_item, make_items, write_fastvideo
-from ..latents.test_opening import spoil
+from tests.salad_compile.latents.data import make_item, make_items, write_fastvideo
+from tests.salad_compile.latents.test_opening import spoil
 
 
 def run(*arguments: object) -> int:

@@ -16,8 +16,7 @@ import salad_compile
 from salad_compile import command_line
 from salad_compile.command_line import COMMANDS, FAILED, INTERRUPTED, NO, PIPE_CLOSED, WRONG, build_parser
 from salad_compile.errors import ConfigError, NoEligibleSiteError
-
-from .conftest import Run
+from tests.salad_compile.command_line.conftest import Run
 
 
 def fake_command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

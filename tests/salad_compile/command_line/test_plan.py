@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from salad_compile.command_line import NO, WRONG
-
-from .conftest import SETTINGS, SIZE, Run
+from tests.salad_compile.command_line.conftest import SETTINGS, SIZE, Run
 
 INPUTS = """
 import torch

@@ -11,9 +11,8 @@ import salad_compile
 from salad_compile.command_line import WRONG
 from salad_compile.command_line import train as train_command
 from salad_compile.training import read_log
+from tests.salad_compile.command_line.conftest import Run
 from tests.salad_compile.training.tiny import SETTINGS, base, converted, write_run
-
-from .conftest import Run
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "finetune.py"
 

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from salad_compile import pictures
+from salad_compile.analysis import pictures
 from salad_compile.command_line import WRONG
 from salad_compile.errors import MissingPackageError
-
-from .conftest import SIZE, Run
+from tests.salad_compile.command_line.conftest import SIZE, Run
 
 
 def test_pictures_of_a_file(command: Run, wan: Path, salad_file: Path, tmp_path: Path) -> None:

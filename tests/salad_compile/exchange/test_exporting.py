@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import salad_compile
-from salad_compile import checkpoint
-from salad_compile.branch import branches
+from salad_compile.checkpoints import salad_file as checkpoint
 from salad_compile.exchange import ExportReport, to_diffusers_names, to_original_names
-
-from ...models.zoo import CASES, from_diffusers
-from ...support import TINY, converted, randomise_branches, relative_error, run
-from ..test_conversion import assert_unchanged, fingerprint
+from salad_compile.sites.branch import branches
+from tests.models.zoo import CASES, from_diffusers
+from tests.salad_compile.conversion.test_convert import assert_unchanged, fingerprint
+from tests.support import TINY, converted, randomise_branches, relative_error, run
 
 CASE, FUSED = CASES["Wan"], CASES["handwritten_fused"]
 ALPHA = 5.0  # over rank 3: neither 1 nor a power of two
@@ -363,7 +362,7 @@ def test_an_earlier_export_is_replaced_as_a_whole(exported: Exported, tmp_path: 
 
 def test_image_to_video(tmp_path: Path) -> None:
     """diffusers expands a LoRA without image keys for a model that has image projections."""
-    from ...models.zoo import WAN, randomise
+    from tests.models.zoo import WAN, randomise
 
     def build() -> nn.Module:
         return randomise(from_diffusers("WanTransformer3DModel", WAN | {"image_dim": 8, "added_kv_proj_dim": 24}), 3)

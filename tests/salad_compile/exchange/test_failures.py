@@ -26,12 +26,11 @@ from salad_compile.errors import (
     SaladError,
     WriteError,
 )
-
-from ...models.registry import ALL_CASES
-from ...models.zoo import CASES
-from ...support import converted
-from ..test_conversion import assert_unchanged, fingerprint
-from .test_exporting import forward, pipeline
+from tests.models.registry import ALL_CASES
+from tests.models.zoo import CASES
+from tests.salad_compile.conversion.test_convert import assert_unchanged, fingerprint
+from tests.salad_compile.exchange.test_exporting import forward, pipeline
+from tests.support import converted
 
 CASE = CASES["Wan"]
 

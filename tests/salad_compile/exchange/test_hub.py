@@ -10,9 +10,8 @@ import pytest
 
 import salad_compile
 from salad_compile.errors import ConfigError, HubError
-
-from ...models.zoo import CASES
-from ...support import converted
+from tests.models.zoo import CASES
+from tests.support import converted
 
 
 class Hub:

@@ -10,13 +10,12 @@ import torch.nn as nn
 from torch import Tensor
 
 import salad_compile
-from salad_compile.branch import branches
-from salad_compile.checkpoint import branch_state
+from salad_compile.checkpoints.salad_file import branch_state
+from salad_compile.common.sharding import whole_state
 from salad_compile.exchange.low_rank import LowRank, low_rank_updates, taken_apart
-from salad_compile.sharding import whole_state
-
-from ...models.zoo import CASES
-from ...support import TINY, converted, randomise_branches
+from salad_compile.sites.branch import branches
+from tests.models.zoo import CASES
+from tests.support import TINY, converted, randomise_branches
 
 
 def updates_of(model: nn.Module) -> list[LowRank]:

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from salad_compile.errors import ConfigError
 from salad_compile.exchange.naming import to_diffusers_names, to_original_names
-
-from ...models.zoo import CASES, WAN, from_diffusers, randomise
+from tests.models.zoo import CASES, WAN, from_diffusers, randomise
 
 IMAGE = {"image_dim": 8, "added_kv_proj_dim": 24, "cross_attn_norm": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

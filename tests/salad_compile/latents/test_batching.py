@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 from salad_compile.errors import ConfigError, LatentItemError
 from salad_compile.latents import LatentItem, ShapeBatches, collate, open_latents, write_latents
 from salad_compile.latents.batching import WAN_TEXT_LENGTH
-
-from .data import make_item
+from tests.salad_compile.latents.data import make_item
 
 A, B, C = (16, 2, 4, 6), (16, 1, 4, 4), (16, 5, 2, 2)
 PINNED = [[4, 1], [6, 5], [8, 7], [3, 0], [2, 1]]

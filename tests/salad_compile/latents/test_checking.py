@@ -10,8 +10,7 @@ import torch
 
 from salad_compile.latents import WAN_2_1, open_latents, write_latents
 from salad_compile.latents.checking import THRESHOLD, Measured, _distance, check, doubt, evenly_spaced
-
-from .data import make_item, make_items
+from tests.salad_compile.latents.data import make_item, make_items
 
 ZERO, ONE = (0.0,) * 16, (1.0,) * 16
 RAW = Measured(WAN_2_1.mean, WAN_2_1.std, 8)

@@ -25,8 +25,7 @@ from salad_compile.latents import (
     storing,
     write_latents,
 )
-
-from .data import (
+from tests.salad_compile.latents.data import (
     fastvideo_row,
     make_item,
     make_items,
@@ -37,7 +36,7 @@ from .data import (
     write_musubi,
     write_parquet,
 )
-from .test_opening import spoil
+from tests.salad_compile.latents.test_opening import spoil
 
 
 @pytest.mark.parametrize("write", [write_fastvideo, write_musubi, write_finetrainers])

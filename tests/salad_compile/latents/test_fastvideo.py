@@ -13,8 +13,14 @@ from torch.utils.data import DataLoader
 from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError
 from salad_compile.latents import WAN_2_1, LatentStatistics, collate, open_latents
 from salad_compile.latents.fastvideo import FastVideoSource
-
-from .data import fastvideo_row, make_item, make_items, stored_tensor, write_fastvideo, write_parquet
+from tests.salad_compile.latents.data import (
+    fastvideo_row,
+    make_item,
+    make_items,
+    stored_tensor,
+    write_fastvideo,
+    write_parquet,
+)
 
 
 def test_reads_what_the_trainer_would(tmp_path: Path) -> None:

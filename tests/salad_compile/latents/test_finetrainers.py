@@ -11,8 +11,7 @@ import torch
 
 from salad_compile.errors import ConfigError, LatentItemError
 from salad_compile.latents import WAN_2_1, open_latents
-
-from .data import make_items, write_finetrainers
+from tests.salad_compile.latents.data import make_items, write_finetrainers
 
 
 def test_reads_the_mean_of_the_posterior(tmp_path: Path) -> None:

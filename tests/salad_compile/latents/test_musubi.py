@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from salad_compile.errors import LatentItemError, LatentLayoutError
 from salad_compile.latents import open_latents
-
-from .data import make_item, make_items, write_musubi
+from tests.salad_compile.latents.data import make_item, make_items, write_musubi
 
 
 @pytest.mark.parametrize("clips", [True, False])

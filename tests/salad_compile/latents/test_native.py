@@ -13,8 +13,7 @@ import torch
 
 from salad_compile.errors import LatentItemError, LatentLayoutError
 from salad_compile.latents import WAN_2_1, LatentItem, LatentStatistics, open_latents, write_latents
-
-from .data import make_item, make_items, same
+from tests.salad_compile.latents.data import make_item, make_items, same
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:

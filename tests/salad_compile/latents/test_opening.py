@@ -15,8 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError
 from salad_compile.latents import WAN_2_1, LatentItem, open_latents, write_latents
-
-from .data import SHAPE, make_item, make_items, same, write_fastvideo, write_finetrainers, write_musubi
+from tests.salad_compile.latents.data import (
+    SHAPE,
+    make_item,
+    make_items,
+    same,
+    write_fastvideo,
+    write_finetrainers,
+    write_musubi,
+)
 
 Writer = Callable[[Path, list[LatentItem]], Path]
 WRITERS: dict[str, Writer] = {

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 import salad_compile
-from salad_compile.branch import branches
+from salad_compile.sites.branch import branches
 from salad_compile.training import read_log, train
 from salad_compile.training.distillation import SiteDistillation
+from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, latents
 from tests.support import randomise_branches, relative_error
-
-from .tiny import CONFIG, SETTINGS, base, converted, latents
 
 INPUTS = {
     "hidden_states": torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1)),

@@ -16,9 +16,8 @@ from salad_compile.training import read_log, train
 from salad_compile.training.engine import Engine
 from salad_compile.training.records import require_trackers
 from tests.models.handwritten import FusedDiT
+from tests.salad_compile.training.tiny import SETTINGS, converted, latents
 from tests.support import relative_error
-
-from .tiny import SETTINGS, converted, latents
 
 
 def test_compiled_and_checkpointed_runs_end_where_plain_ones_end(tmp_path: Path) -> None:

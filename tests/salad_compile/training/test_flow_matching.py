@@ -20,8 +20,7 @@ from salad_compile.training.flow_matching import (
     validation_sample,
     wan_forward,
 )
-
-from .tiny import SETTINGS, base, items
+from tests.salad_compile.training.tiny import SETTINGS, base, items
 
 ITEM = next(iter(items(1)))
 

@@ -15,13 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import salad_compile
-from salad_compile.branch import branches
 from salad_compile.errors import ConfigError, NotConvertedError, ResumeError, TrainingError
 from salad_compile.latents import LatentDataset, LatentItem, ShapeBatches, open_latents, write_latents
+from salad_compile.sites.branch import branches
 from salad_compile.training import TrainSettings, read_log, train
 from salad_compile.training import loop as loop_module
-
-from .tiny import CONFIG, SETTINGS, base, converted, items, latents
+from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, items, latents
 
 RUN = dataclasses.replace(SETTINGS, sparsity_warmup=4, ema_decay=0.8, validation_every=2, validation_points=2)
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from salad_compile.branch import branches
-from salad_compile.checkpoint import branch_state
+from salad_compile.checkpoints.salad_file import branch_state
+from salad_compile.sites.branch import branches
 from salad_compile.training.flow_matching import wan_forward
 from salad_compile.training.preparation import make_trainable, require_converted
 from salad_compile.training.tensors import trained_parameters
+from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, items, latents
 from tests.support import randomise_branches
-
-from .tiny import CONFIG, SETTINGS, base, converted, items, latents
 
 
 def test_branches_are_fp32_and_trainable_and_the_base_is_neither() -> None:

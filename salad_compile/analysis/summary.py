@@ -1,0 +1,140 @@
+"""What a conversion added to a model, and what the backend made of it, as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from salad_compile.analysis.cost import SiteCost
+
+if TYPE_CHECKING:
+    from salad_compile.passes.driver import GraphReport
+from salad_compile.common.reports import Report, Row, site_path
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """One converted site: parameters, sparsity asked for and measured, FLOPs at the tokens of the conversion."""
+
+    component: str
+    name: str
+    tokens: int
+    heads: int
+    head_dim: int
+    branch_parameters: int
+    lora_parameters: int
+    trainable_parameters: int
+    target_sparsity: float
+    measured_sparsity: float | None
+    cost: SiteCost
+    dropped: bool = False
+
+
+@dataclass(frozen=True)
+class Summary(Report):
+    """What a conversion added to a model."""
+
+    sites: Sequence[SiteSummary]
+    base_parameters: int
+
+    title = "converted sites"
+    columns = (
+        "site",
+        "tokens",
+        "heads x dim",
+        "sparsity",
+        "measured",
+        "gate + projection",
+        "lora",
+        "dense GFLOP",
+        "SALAD GFLOP",
+    )
+
+    def rows(self) -> list[Row]:
+        return [
+            (
+                site_path(site.component, site.name),
+                str(site.tokens),
+                f"{site.heads} x {site.head_dim}",
+                f"{site.target_sparsity:.3f}",
+                "not run yet" if site.measured_sparsity is None else f"{site.measured_sparsity:.3f}",
+                "dropped" if site.dropped else f"{site.branch_parameters:,}",
+                f"{site.lora_parameters:,}",
+                f"{site.cost.dense / 1e9:,.1f}",
+                f"{site.cost.salad / 1e9:,.1f}",
+            )
+            for site in self.sites
+        ]
+
+    @property
+    def branch_parameters(self) -> int:
+        """Gates and projections, all sites."""
+        return sum(site.branch_parameters for site in self.sites)
+
+    @property
+    def lora_parameters(self) -> int:
+        """Low-rank updates, all sites."""
+        return sum(site.lora_parameters for site in self.sites)
+
+    def notes(self) -> list[str]:
+        share = 100 / self.base_parameters
+        trainable = sum(site.trainable_parameters for site in self.sites)
+        dense, salad = (sum(getattr(site.cost, name) for site in self.sites) for name in ("dense", "salad"))
+        return [
+            f"{len(self.sites)} sites; {self.branch_parameters:,} parameters added by gates and projections "
+            f"({self.branch_parameters * share:+.2f} %), {self.lora_parameters:,} by LoRA "
+            f"({self.lora_parameters * share:+.2f} %); {trainable:,} of them trainable.",
+            f"Attention FLOPs per forward at the tokens of the conversion, computed: {dense / 1e12:.3f} T dense, "
+            f"{salad / 1e12:.3f} T SALAD.",
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "base_parameters": self.base_parameters,
+            "branch_parameters": self.branch_parameters,
+            "lora_parameters": self.lora_parameters,
+            "sites": [dataclasses.asdict(site) for site in self.sites],
+        }
+
+
+@dataclass(frozen=True)
+class Explanation(Report):
+    """What the backend rewrote, graph by graph, and how often sparse attention really ran."""
+
+    graphs: Sequence[GraphReport]
+    converted_sites: int
+    executions: int
+    measured_sparsity: float | None
+
+    title = "graphs"
+    columns = ("graph", "module", "query", "became", "reason")
+
+    def rows(self) -> list[Row]:
+        rows: list[Row] = []
+        for number, graph in enumerate(self.graphs):
+            rows += [(f"{number}", c.module, c.query_shape, c.status, c.reason) for c in graph.calls]
+            rows += [(f"{number}", "", "", "lost", sentence) for sentence in graph.lost]
+        return rows
+
+    @property
+    def complete(self) -> bool:
+        """Whether every converted site ran as SALAD at least once."""
+        return not any(graph.lost for graph in self.graphs) and self.executions >= self.converted_sites
+
+    def notes(self) -> list[str]:
+        measured = "" if self.measured_sparsity is None else f", measured sparsity {self.measured_sparsity:.3f}"
+        return [
+            f"{len(self.graphs)} graphs; {self.converted_sites} converted sites; block-sparse attention ran "
+            f"{self.executions} times in the forward{measured}."
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "graphs": [dataclasses.asdict(graph) for graph in self.graphs],
+            "converted_sites": self.converted_sites,
+            "executions": self.executions,
+            "measured_sparsity": self.measured_sparsity,
+            "complete": self.complete,
+        }

@@ -1,0 +1,121 @@
+"""torch.compile(model, backend="salad"): options -> passes -> lowering.
+
+Found through the entry point `torch_dynamo_backends`, so that it works in a process that never imports this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from salad_compile.backend.cpu_fusion import inner_compile, own_cache_keys
+from salad_compile.common.logs import logger
+from salad_compile.config import BackendOptions
+from salad_compile.errors import ConfigError
+from salad_compile.kernels.listening import entered
+from salad_compile.kernels.rows import decompositions
+from salad_compile.passes.driver import GraphReport, run_passes
+from salad_compile.passes.find_attention import CROSS_ATTENTION, LEFT_BY_CONVERSION
+from salad_compile.sites import frozen_warning as frozen
+from salad_compile.sites.graph_breaks import any_converted
+
+_recorders: list[list[GraphReport]] = []
+_announced: set[str] = set()
+
+
+def salad(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend.
+
+    Args:
+        gm, example_inputs: what Dynamo captured.
+        mode: a mode of torch.compile ("reduce-overhead", "max-autotune", ...), handed on to Inductor.
+        options: see :class:`salad_compile.config.BackendOptions`.
+
+    Raises:
+        ConfigError, SiteLostError: inside torch's BackendCompilerFailed, as its `inner_exception`.
+    """
+    parsed = BackendOptions.from_options(options)
+    frozen.tell_of_inputs(example_inputs)
+    report = run_passes(gm, parsed, example_inputs)
+    for recorder in _recorders:
+        recorder.append(report)
+    _announce(report, parsed)
+    return _lower(gm, example_inputs, parsed, mode)
+
+
+@contextlib.contextmanager
+def record_graphs() -> Iterator[list[GraphReport]]:
+    """Collect the report of every graph that is compiled meanwhile."""
+    with entered(_recorders, []) as recorder:
+        yield recorder
+
+
+def _lower(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions, mode: str | None
+) -> Callable[..., Any]:
+    if options.lowering == "eager":
+        return gm.forward
+    if options.lowering == "aot_eager":
+        return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
+    # Inductor loads Triton and takes a second: only here
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    _teach_inductor()
+    try:
+        patches = {**(list_mode_options(mode) if mode else {}), **options.inductor}
+    except RuntimeError as error:
+        raise ConfigError(f"unknown mode {mode!r}: {error}") from error
+    with own_cache_keys():
+        compiled: Any = compile_fx(
+            gm, list(example_inputs), inner_compile=inner_compile, config_patches=patches or None
+        )
+    return compiled  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _teach_inductor() -> None:
+    """Enter our decompositions into Inductor's own table.
+
+    A table of ours, passed to compile_fx, would become part of the key of Inductor's caches, which cannot pickle it:
+    every process would compile anew (torch 2.13; tests/end_to_end/test_caches.py). `fast_random_decomps` keeps
+    a copy of the table; it is private, seen in torch 2.11 and 2.13.
+    """
+    from torch._inductor import decomposition
+
+    for operator, definition in decompositions().items():
+        decomposition.register_decomposition([operator])(definition)
+    decomposition.fast_random_decomps.cache_clear()
+
+
+def _announce(report: GraphReport, options: BackendOptions) -> None:
+    """Tell, once, what happens to a model that was never converted."""
+    if count := report.count("block-sparse"):
+        _say_once(
+            f"this model was never converted: {count} self-attention calls of this graph became block-sparse at "
+            f"sparsity {options.sparsity} without any training, which may change the quality of what it makes. "
+            "options={'sparsity': ...} sets it (0 computes everything); salad_compile.convert(model) and fine-tuning "
+            "adds what repairs the quality."
+        )
+    elif report.calls and not report.count("salad"):
+        reasons = dict.fromkeys(call.reason for call in report.calls)
+        if any_converted() and set(reasons) <= {CROSS_ATTENTION, LEFT_BY_CONVERSION}:
+            return  # a graph of a converted model, of cross-attention alone say
+        _say_once(f"nothing was rewritten in this graph, all attention stays dense: {'; '.join(reasons)}.")
+
+
+def _say_once(message: str) -> None:
+    if message not in _announced:
+        _announced.add(message)
+        logger.warning(message)

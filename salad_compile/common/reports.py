@@ -1,0 +1,97 @@
+"""Tables for people that also print as JSON and Markdown."""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+
+Row = tuple[str, ...]
+
+
+class Report(ABC):
+    """A titled table that also prints as JSON and Markdown."""
+
+    title: str
+    columns: Row
+
+    @abstractmethod
+    def rows(self) -> list[Row]:
+        """Cells as text; rows that differ only in a number of the first cell are folded when shown."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, unfolded, as JSON can hold it."""
+
+    def notes(self) -> list[str]:
+        """Lines below the table."""
+        return []
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """:meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_markdown(self) -> str:
+        """A Markdown table with its notes."""
+        lines = [self.columns, tuple("---" for _ in self.columns), *fold(self.rows())]
+        table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+        return "\n".join([f"**{self.title}**", "", *table, "", *self.notes()])
+
+    def to_text(self, *, width: int | None = None) -> str:
+        """The table for a terminal; wide enough for all cells unless `width` says otherwise."""
+        from io import StringIO
+
+        from rich.console import Console
+
+        buffer = StringIO()
+        Console(file=buffer, width=width or 160, color_system=None).print(self.__rich__())
+        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+    def __rich__(self) -> Any:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in self.columns:
+            table.add_column(column, overflow="fold")
+        for row in fold(self.rows()):
+            table.add_row(*row)
+        return Group(table, *self.notes())
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+
+def fold(rows: Sequence[Row]) -> list[Row]:
+    """Merge rows that are equal but for one consecutive number in the first cell: blocks.{0..39}.attn1."""
+    groups: dict[tuple[str, Row], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((re.sub(r"\d+", "#", row[0]), row[1:]), []).append(row)
+    folded: list[Row] = []
+    for (pattern, rest), members in groups.items():
+        name = _folded_name(pattern, [[int(n) for n in re.findall(r"\d+", member[0])] for member in members])
+        folded += [(name, *rest)] if name else members
+    return folded
+
+
+def _folded_name(pattern: str, numbers: list[list[int]]) -> str | None:
+    """`pattern` with its numbers filled in, if just one of them varies and runs without a gap."""
+    columns = list(zip(*numbers, strict=True))
+    varying = [column for column in columns if len(set(column)) > 1]
+    if len(varying) != 1 or list(varying[0]) != list(range(varying[0][0], varying[0][0] + len(numbers))):
+        return None
+    texts = [f"{{{c[0]}..{c[-1]}}}" if c is varying[0] else str(c[0]) for c in columns]
+    for text in texts:
+        pattern = pattern.replace("#", text, 1)
+    return pattern
+
+
+def site_path(component: str, name: str) -> str:
+    return ".".join(part for part in (component, name) if part) or "(model)"

@@ -1,0 +1,1 @@
+"""convert(model) and what changes a converted model afterwards."""

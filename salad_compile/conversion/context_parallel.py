@@ -1,0 +1,118 @@
+"""parallelise(model): converted sites of a model whose tokens are split over processes attend to all of them.
+
+diffusers' own engine (`enable_parallelism`) splits tokens at module boundaries and gathers them in the end, and that
+stays. What it does around attention happens inside an autograd function of its own, where SALAD would find all tokens
+of some heads, a gate for a part of the tokens, and no gradients. So converted sites get plain attention calls back, and
+the definition itself exchanges heads and tokens (head_exchange.py, `attention._across_processes`). Attention that
+the conversion left dense keeps diffusers' exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.nn as nn
+
+from salad_compile.common.wrappers import single_model
+from salad_compile.errors import ConfigError, NotConvertedError
+from salad_compile.kernels.exchange import api as head_exchange
+from salad_compile.sites.branch import SaladBranch, branches
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["parallelise"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Attribute of diffusers' models and attention processors, which `enable_parallelism` sets. Private; diffusers 0.42.1,
+# tests/trainers/test_context_parallel.py.
+_SETTINGS = "_parallel_config"
+
+
+def parallelise(model: Model) -> Model:
+    """Let SALAD run across processes after `model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=P))`.
+
+    For sequences that outgrow one device. Each process has S / P tokens of everything, and within attention all S
+    tokens of H / P heads. Call it in each process, after conversion and before compilation. In training each process
+    has the gradients of its tokens: sum them over the group.
+
+    Args:
+        model: a converted model of diffusers.
+
+    Returns:
+        `model`.
+
+    Raises:
+        NotConvertedError: nothing is converted.
+        ConfigError: diffusers' context parallelism is off or works in another way than by exchanging heads, or a site
+            cannot be exchanged: heads that P does not divide, text in the sequence, sliding windows, attention masks,
+            attention that is dense just now, or a processor shared with attention that is not converted. Nothing is
+            changed.
+    """
+    bare = single_model(model, "parallelise")
+    known = branches(bare)
+    if not known:
+        raise NotConvertedError("nothing here is converted: call salad_compile.convert(model) first.")
+    name = head_exchange.named(_group_of(bare))
+    for branch in known.values():
+        if fault := _fault(branch, head_exchange.members(name)):
+            raise ConfigError(f"{branch.record.owner!r} cannot run across processes: {fault}.")
+    owners = {bare.get_submodule(branch.record.owner): branch for branch in known.values()}
+    processors = _processors(bare, owners)
+    for processor in processors:
+        setattr(processor, _SETTINGS, None)
+    for branch in owners.values():
+        branch.share_tokens(name)
+    return model
+
+
+def _group_of(model: nn.Module) -> ProcessGroup:
+    """The processes among which diffusers splits the tokens of a model."""
+    settings = getattr(getattr(model, _SETTINGS, None), "context_parallel_config", None)
+    if settings is None:
+        raise ConfigError(
+            f"context parallelism is off in this {type(model).__name__}: call model.enable_parallelism(config="
+            "diffusers.ContextParallelConfig(ulysses_degree=...)) first, which splits its tokens."
+        )
+    if settings.ring_degree != 1 or settings.ulysses_anything:
+        raise ConfigError(
+            "SALAD runs across processes by exchanging heads for tokens, in equal parts: ContextParallelConfig("
+            f"ulysses_degree=...) without ring attention and ulysses_anything, got {settings.ring_degree=}, "
+            f"{settings.ulysses_anything=}."
+        )
+    group: ProcessGroup = settings._ulysses_mesh.get_group()
+    return group
+
+
+def _fault(branch: SaladBranch, processes: int) -> str:
+    """Why a site's heads and tokens cannot be exchanged, or the empty string."""
+    record, spec = branch.record, branch.decoded_spec()
+    if record.heads % processes:
+        return f"its {record.heads} heads do not divide by {processes} processes"
+    if spec.text != "none":
+        return "it attends to text and video at once"
+    if spec.pattern != "topk":
+        return f"the pattern is {spec.pattern!r}, and only 'topk' can"
+    if spec.square_mask:
+        return "it has an attention mask"
+    return "its attention is dense just now (set_dense, DenseSteps)" if branch.switch.dense else ""
+
+
+def _processors(model: nn.Module, owners: Mapping[nn.Module, SaladBranch]) -> list[Any]:
+    """The attention processors of converted sites.
+
+    Raises:
+        ConfigError: other attention has the same, or there is none that diffusers told to exchange heads.
+    """
+    found: dict[int, Any] = {}
+    for owner, branch in owners.items():
+        processor = getattr(owner, "processor", None)
+        if getattr(processor, _SETTINGS, None) is None:
+            raise ConfigError(f"{branch.record.owner!r} has no attention processor that diffusers has parallelised.")
+        found[id(processor)] = processor
+    for name, module in model.named_modules():
+        if module not in owners and id(getattr(module, "processor", None)) in found:
+            raise ConfigError(f"{name!r} is not converted and shares its attention processor with a converted site.")
+    return list(found.values())

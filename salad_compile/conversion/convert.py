@@ -1,0 +1,316 @@
+"""convert(model): hang a SALAD branch on every eligible attention module; validates all before it changes anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn as nn
+
+from salad_compile.calls.multihead import in_projection_owner, projection, take_apart
+from salad_compile.common.logs import logger
+from salad_compile.common.wrappers import components
+from salad_compile.config import SaladConfig
+from salad_compile.conversion.site_filter import filtered
+from salad_compile.conversion.site_settings import apply_settings
+from salad_compile.discovery.discover import AttentionSite, Discovery, discover
+from salad_compile.discovery.plan import Plan
+from salad_compile.discovery.probe import is_linear
+from salad_compile.errors import (
+    AlreadyConvertedError,
+    ConfigError,
+    NoAttentionError,
+    NoEligibleSiteError,
+    UnknownProjectionError,
+    WrappedModelError,
+)
+from salad_compile.grid.geometry import GridSource
+from salad_compile.grid.video_grid import RootForward, VideoGrid
+from salad_compile.position.slice import position_error
+from salad_compile.sites.branch import BRANCH_NAME, DenseSwitch, SaladBranch, branches
+from salad_compile.sites.markers import leave_dense
+from salad_compile.sites.record import SiteRecord
+
+ModelOrPipeline = TypeVar("ModelOrPipeline")
+
+
+def plan(
+    model: Any, example_inputs: Any = None, *, config: SaladConfig | None = None, grid: Any = None, sites: Any = None
+) -> Plan:
+    """What :func:`convert` would do, without touching the model.
+
+    Args:
+        model: a module or a diffusers pipeline; weights may be on the meta device.
+        example_inputs: tuple of positional inputs or dict of keyword inputs of the model's forward. Without them they
+            are synthesised for diffusers-style models, at 480p with 81 frames.
+        config: its `min_tokens` and `dense_layers` decide which sites are eligible.
+        grid: (T, H, W), the tokens of the video along time, height and width, or a callable that gives them from the
+            forward's arguments by name. None: found from the example inputs.
+        sites: names of the sites to convert, or a list of them, with the wildcards of `fnmatch` ("blocks.1?.*"); a
+            leading "!" leaves sites out. None: all that are eligible.
+
+    Raises:
+        InputsError, ProbeError, GridMismatchError: see :func:`salad_compile.discovery.discover.discover`.
+        SiteFilterError: a pattern of `sites` or a glob of `config.overrides` matches no site.
+        PatternError: a site's sparse pattern needs what the site does not have.
+    """
+    config = _checked_config(config)
+    found = {name: _discover(module, example_inputs, config, grid, sites) for name, module in components(model).items()}
+    return Plan(
+        sites={name: discovery.sites for name, discovery in found.items()},
+        config=config,
+        grids={name: discovery.grid or discovery.grid_reason for name, discovery in found.items()},
+    )
+
+
+def _discover(module: nn.Module, example_inputs: Any, config: SaladConfig, grid: Any, sites: Any) -> Discovery:
+    replay = config.spec.maps_before_position
+    found = discover(module, example_inputs, min_tokens=config.min_tokens, grid=grid, replay_position=replay)
+    chosen = filtered([_fitting(module, site) for site in found.sites], sites)
+    return dataclasses.replace(found, sites=apply_settings(chosen, config))
+
+
+def _fitting(model: nn.Module, site: AttentionSite) -> AttentionSite:
+    """The site, no longer eligible where its projections answer other channels than the attention reads."""
+    if not site.eligible:
+        return site
+    record = site.record()
+    try:
+        for roles in record.shared_roles().values():
+            _shares(record, roles, int(_projection(model, record.projections()[roles[0]], record).out_features))
+    except UnknownProjectionError as error:
+        return dataclasses.replace(site, eligible=False, reason=str(error).removesuffix("."))
+    return site
+
+
+def convert(
+    model: ModelOrPipeline,
+    config: SaladConfig | Mapping[str, Any] | None = None,
+    *,
+    example_inputs: Any = None,
+    grid: Any = None,
+    sites: Any = None,
+) -> ModelOrPipeline:
+    """Attach a SALAD branch (gate, projection, LoRA) to every eligible self-attention site, and return the model.
+
+    Base parameters are frozen (unless `config.train_base`), branch parameters are trainable. State-dict keys of the
+    base model do not change. A second call with the same configuration changes nothing, except that it makes branch
+    parameters trainable again that another library froze.
+
+    Args:
+        model: a module, or a diffusers pipeline, whose `transformer` (and `transformer_2`) is converted.
+        config: a :class:`SaladConfig` or a dictionary of its fields; None means the defaults.
+        example_inputs, grid, sites: see :func:`plan`.
+
+    Raises:
+        ConfigError: a wrong configuration. AlreadyConvertedError: converted before with another one.
+        WrappedModelError: compiled, distributed or sharded before conversion.
+        NoAttentionError: the forward calls no attention. NoEligibleSiteError: none that can be converted.
+        InputsError, ProbeError, GridMismatchError, SiteFilterError, PatternError: see :func:`plan`.
+        PositionReplayError: rope_placement="map-then-rotate", and the position encoding of a site cannot be replayed.
+        Whatever is raised, the model is unchanged.
+    """
+    config = _checked_config(config)
+    prepared = []
+    for name, module in components(model).items():
+        known = branches(module)
+        if known:
+            _require_same_config(known, config, name)
+            for branch in known.values():
+                branch.requires_grad_(True)
+            logger.info("%s is converted already: %d sites", name or type(module).__name__, len(known))
+            continue
+        _require_whole(module)
+        found = _discover(module, example_inputs, config, grid, sites)
+        _require_eligible(module, found, config)
+        _require_position(found, config)
+        records = [site.record() for site in found.sites if site.eligible]
+        prepared.append((module, prepare(module, records, config), _left_dense(found.sites), found.grid))
+    for module, attachments, dense, rule in prepared:
+        attach(module, attachments, config, dense, rule)
+    return model
+
+
+def _left_dense(sites: list[AttentionSite]) -> list[str]:
+    """Query projections of self-attention that stays dense, and of no converted site."""
+    converted = {name for site in sites if site.eligible for name in site.query}
+    candidates = [s.query[0] for s in sites if s.kind in ("self", "joint") and not s.eligible and s.query]
+    return [name for name in dict.fromkeys(candidates) if name not in converted]
+
+
+def prepare(model: nn.Module, records: Iterable[SiteRecord], config: SaladConfig) -> list[SaladBranch]:
+    """Build the branches of `records` without touching the model.
+
+    Raises:
+        UnknownProjectionError: a module that a record names is missing or is no projection of the recorded widths.
+        WrappedModelError: the model is sharded.
+    """
+    _require_whole(model)
+    config = dataclasses.replace(config)  # one object for each model: by it the branches of one know each other
+    return [build_branch(model, record, config) for record in records]
+
+
+def attach(
+    model: nn.Module,
+    prepared: Sequence[SaladBranch],
+    config: SaladConfig,
+    dense: Iterable[str] = (),
+    rule: GridSource | None = None,
+) -> None:
+    """Hang prepared branches on the model, and freeze its base.
+
+    Args:
+        dense: query projections of self-attention that stays dense; the backend must not take it for unconverted.
+        rule: how to read the video's token grid from the arguments of the model's forward.
+    """
+    grid = None if rule is None else VideoGrid(rule, any(branch.windowed for branch in prepared))
+    switch = DenseSwitch()
+    if not config.train_base:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    take_apart(model, [name for branch in prepared for name in branch.record.projections().values()])
+    for branch in prepared:
+        owner = model.get_submodule(branch.record.owner)
+        projections = branch.record.projections()
+        modules = {role: model.get_submodule(projections[role]) for role in branch.record.shared_roles()}
+        branch.train(owner.training)
+        branch.grid, branch.switch = grid, switch
+        branch.attach(owner, modules)
+    if grid is not None:
+        model.forward = RootForward(model, grid)
+    for name in dense:
+        if in_projection_owner(model, name) is not None:
+            continue  # of an nn.MultiheadAttention that stays whole, which the passes leave alone
+        model.get_submodule(name).register_forward_hook(leave_dense)
+    logger.info("converted %d sites of %s at sparsity %s", len(prepared), type(model).__name__, config.sparsity)
+
+
+def dense_projections(model: nn.Module) -> list[str]:
+    """The query projections of self-attention that the conversion left dense."""
+    return [name for name, module in model.named_modules() if leave_dense in module._forward_hooks.values()]
+
+
+def build_branch(model: nn.Module, record: SiteRecord, config: SaladConfig) -> SaladBranch:
+    """The branch of one site, on the device and in the dtype of its projections; the model is not touched."""
+    projections = {role: _projection(model, name, record) for role, name in record.projections().items()}
+    owner = _submodule(model, record.owner, record)
+    if hasattr(owner, BRANCH_NAME):
+        raise ConfigError(f"{record.owner!r} has an attribute {BRANCH_NAME!r} already: rename it before converting.")
+    shares = {}
+    for roles in record.shared_roles().values():
+        shares.update(_shares(record, roles, int(projections[roles[0]].out_features)))
+    targets = [role for role in projections if role.removeprefix("text_") in config.lora_targets]
+    widths = {role: (int(projections[role].in_features), shares[role]) for role in targets}
+    device, dtype = _parameter_placement(projections["query"], owner)
+    return SaladBranch(
+        record,
+        config,
+        gate_width=int(projections["query"].in_features),
+        widths=widths,
+        shares=shares,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _shares(record: SiteRecord, roles: Sequence[str], out_features: int) -> dict[str, int]:
+    """Role -> how many of a projection's channels are its.
+
+    Raises:
+        UnknownProjectionError: the projection does not answer the channels that the attention call reads.
+    """
+    if roles[0] in ("out", "text_out"):
+        return {roles[0]: out_features}
+    widths = {role: record.head_widths()[role] for role in roles}
+    if sum(widths.values()) == out_features:
+        return widths
+    # keys and values whose heads the model itself repeats, before the call
+    shared = [role for role in roles if not role.endswith("query")]
+    rest = out_features - sum(widths[role] for role in roles if role not in shared)
+    whole = sum(widths[role] for role in shared)
+    if shared and rest > 0 and whole % rest == 0 and all(widths[role] * rest % whole == 0 for role in shared):
+        return {role: widths[role] * rest // whole if role in shared else widths[role] for role in roles}
+    raise UnknownProjectionError(
+        f"{record.projections()[roles[0]]!r} answers {out_features} channels, but {', '.join(roles)} of "
+        f"{record.owner!r} are {' + '.join(str(width) for width in widths.values())}."
+    )
+
+
+def _projection(model: nn.Module, name: str, record: SiteRecord) -> Any:
+    module = _submodule(model, name, record)
+    if not is_linear(module):
+        raise UnknownProjectionError(
+            f"{name!r} of the site {record.owner!r} is a {type(module).__name__}, not a projection."
+        )
+    return module
+
+
+def _submodule(model: nn.Module, name: str, record: SiteRecord) -> nn.Module:
+    try:
+        return projection(model, name)
+    except AttributeError as error:
+        raise UnknownProjectionError(
+            f"{type(model).__name__} has no module {name!r}, which the site {record.owner!r} needs."
+        ) from error
+
+
+def _parameter_placement(projection: nn.Module, owner: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype for a branch: those of the projection, or a trainable dtype when its storage is quantised."""
+    parameters: list[torch.Tensor] = [*projection.parameters(), *projection.buffers()]
+    parameters = parameters or list(owner.parameters())  # the input projection of an nn.MultiheadAttention has none
+    device = parameters[0].device if parameters else torch.device("cpu")
+    dtypes = [p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1]
+    return device, dtypes[0] if dtypes else torch.float32
+
+
+def _checked_config(config: SaladConfig | Mapping[str, Any] | None) -> SaladConfig:
+    if config is None:
+        return SaladConfig()
+    if isinstance(config, Mapping):
+        return SaladConfig.from_dict(config)
+    if not isinstance(config, SaladConfig):
+        raise ConfigError(f"config must be a SaladConfig or a dictionary of its fields, got {type(config).__name__}.")
+    return config
+
+
+def _require_whole(model: nn.Module) -> None:
+    """The parameters of a branch would be beside the shards and not among them, and FSDP2 would not know of them."""
+    sharded = next((name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    if sharded is not None:
+        raise WrappedModelError(
+            f"the model is sharded already: {sharded} is a DTensor (fully_shard, tensor parallelism). Convert or load "
+            "first, then shard."
+        )
+
+
+def _require_same_config(known: Mapping[str, SaladBranch], config: SaladConfig, name: str) -> None:
+    before = next(iter(known.values())).config
+    if before != config:
+        raise AlreadyConvertedError(
+            f"{name or 'the model'} was converted before with another configuration (now != before): "
+            f"{config.difference(before)}. Convert a fresh copy of the base model."
+        )
+
+
+def _require_position(found: Discovery, config: SaladConfig) -> None:
+    """As far as one forward tells; what it did not show is an error of the first run."""
+    for site in found.sites:
+        if not site.eligible or not site.position_fault or not config.of_site(site.name).spec.maps_before_position:
+            continue
+        if config.rope_placement == "map-then-rotate":
+            raise position_error(site.name, *site.position_fault)
+        logger.info("%s: rotate-then-map, because %s: %s", site.name or "the model", *site.position_fault)
+
+
+def _require_eligible(model: nn.Module, found: Discovery, config: SaladConfig) -> None:
+    sites = found.sites
+    if not sites:
+        raise NoAttentionError(
+            f"the forward of {type(model).__name__} never called torch.nn.functional.scaled_dot_product_attention. "
+            "Is an attention backend active that calls its own kernels (DIFFUSERS_ATTN_BACKEND, set_attention_backend)?"
+        )
+    if not any(site.eligible for site in sites):
+        table = Plan(sites={"": sites}, config=config).to_text()
+        raise NoEligibleSiteError(f"no attention call of {type(model).__name__} can be converted:\n{table}")

@@ -1,0 +1,97 @@
+"""merge_lora(model): fold the low-rank updates into the base projections."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from salad_compile.common.wrappers import single_model
+from salad_compile.errors import MergeError, NotConvertedError
+from salad_compile.sites.branch import SaladBranch, branches
+
+
+@dataclass(frozen=True)
+class MergedProjection:
+    """One merged projection. cast_error: norm of what rounding to the weight's dtype lost, over the update's norm."""
+
+    name: str
+    roles: tuple[str, ...]
+    cast_error: float
+
+
+def merge_lora(model: nn.Module) -> list[MergedProjection]:
+    """Fold W + (alpha / rank) B A into the base projections and drop the LoRA parameters, in place.
+
+    The sum is taken in fp32 and cast once. In 16-bit weights small updates are partly lost to rounding; the result says
+    how much. Gates and projections stay: the merged model still needs SALAD attention.
+
+    Raises:
+        NotConvertedError: the model has no branch.
+        MergeError: a projection is quantised or wrapped by another adapter, or there is no LoRA. Nothing is changed.
+    """
+    bare = single_model(model, "merge_lora")
+    known = list(branches(bare).values())
+    if not known:
+        raise NotConvertedError(f"{type(bare).__name__} has no SALAD branch whose LoRA could be merged.")
+    if not any(branch.lora_roles for branch in known):
+        raise MergeError("this model has no LoRA: converted with lora_rank=0, or merged before.")
+    work = [item for branch in known for item in mergeable(bare, branch)]
+    merged = [MergedProjection(name, roles, _merge(branch, linear, roles)) for branch, name, linear, roles in work]
+    for branch in known:
+        _drop_lora(branch)
+    return merged
+
+
+def mergeable(model: nn.Module, branch: SaladBranch) -> Iterator[tuple[SaladBranch, str, nn.Linear, tuple[str, ...]]]:
+    """Branch, name, module and roles of each projection with a low-rank update. Raises MergeError."""
+    for first, roles in branch.record.shared_roles().items():
+        if not any(role in branch.lora_roles for role in roles):
+            continue
+        name = branch.record.projections()[first]
+        linear = model.get_submodule(name)
+        if type(linear) is not nn.Linear or linear.weight.dtype.itemsize < 2 or not linear.weight.is_floating_point():
+            raise MergeError(
+                f"{name!r} is a {type(linear).__name__}: only plain floating-point Linears can be merged. Dequantise, "
+                "or unload the other adapter, first."
+            )
+        yield branch, name, linear, roles
+
+
+def _merge(branch: SaladBranch, linear: nn.Linear, roles: tuple[str, ...]) -> float:
+    """Add the update of each role to its share of the weight's rows; returns the relative cast error."""
+    with torch.no_grad():
+        updates = [_update(branch, role, branch.shares[role], linear) for role in roles]
+        merged, cast_error = merged_weight(linear.weight, torch.cat(updates))
+        linear.weight.copy_(merged)
+        return cast_error
+
+
+def merged_weight(weight: Tensor, update: Tensor) -> tuple[Tensor, float]:
+    """weight + update, summed in fp32 and cast once to the weight's dtype, and the relative cast error."""
+    exact = weight.float() + update
+    merged = exact.to(weight.dtype)
+    norm = update.norm()
+    return merged, float((merged.float() - exact).norm() / norm) if norm else 0.0
+
+
+def _update(branch: SaladBranch, role: str, rows: int, linear: nn.Linear) -> Tensor:
+    if role not in branch.lora_roles:
+        return torch.zeros(rows, linear.weight.shape[1], device=linear.weight.device)
+    down, up = (getattr(branch, f"lora_{role}_{part}").float() for part in ("down", "up"))
+    update: Tensor = (up @ down) * branch.lora_scale
+    return update
+
+
+def _drop_lora(branch: SaladBranch) -> None:
+    for role in branch.lora_roles:
+        delattr(branch, f"lora_{role}_down")
+        delattr(branch, f"lora_{role}_up")
+    branch.lora_roles = ()
+    branch.lora_merged = True
+    branch.config = dataclasses.replace(branch.config, lora_rank=0)
+    branch.lora_scale.zero_()

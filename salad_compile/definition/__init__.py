@@ -1,0 +1,1 @@
+"""SALAD attention, once, for tensors and for graphs alike."""

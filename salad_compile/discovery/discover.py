@@ -1,0 +1,378 @@
+"""model + inputs -> attention sites: what one forward under the probe showed, as kinds, sizes, owners and reasons.
+
+No Dynamo, and no knowledge of any model class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+# Private; see probe.py.
+from torch._subclasses.fake_tensor import is_fake
+
+from salad_compile.calls.adapters import dense_reason, is_padding, mask_kind
+from salad_compile.discovery.probe import Call, Probe, Projection, run_probe
+from salad_compile.discovery.segments import Layout, layout_of, video_inputs
+from salad_compile.grid.geometry import GridRule, GridSource, find_grid_rule, read_grid
+from salad_compile.sites.record import SiteRecord
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention call of a model's forward.
+
+    Attributes:
+        name: the module whose forward contains both the projections and the call ("" is the model itself).
+        kind: "self", "cross", "joint" (video and text concatenated), "mixed" (key and value see more than the query) or
+            "unresolved" (some of query, key, value come from no Linear).
+        query, key, value: names of the projections, the video's first; several for two streams, equal for a fused one.
+        out: the output projection. text_out: that of the text stream.
+        batch, heads, key_heads, query_tokens, key_tokens, head_dim, value_dim: sizes in the example forward.
+        text: where the text lies, "none", "before", "after" or "prefix" (keys only). text_tokens: how many.
+        text_argument: the owner's argument that has as many tokens. on_grid: whether the video's tokens are the grid's.
+        mask: shape of the attention mask, or None. mask_kind: "", "keys", "padding" (a square one), "square",
+            "unread" (square, on fake tensors) or "other".
+        causal: whether the call is causal.
+        call_index: the call's number within one forward of `name`.
+        invocations: how often the example forward came by.
+        eligible: whether `convert` converts it. reason: if not, why.
+        position_fault: for which operand its position encoding cannot be replayed, and why, if that was asked.
+    """
+
+    name: str
+    kind: str
+    query: tuple[str, ...]
+    key: tuple[str, ...]
+    value: tuple[str, ...]
+    out: str | None
+    text_out: str | None
+    batch: int
+    heads: int
+    key_heads: int
+    query_tokens: int
+    key_tokens: int
+    head_dim: int
+    value_dim: int
+    text: str
+    text_tokens: int
+    text_argument: str | None
+    on_grid: bool
+    mask: tuple[int, ...] | None
+    mask_kind: str
+    causal: bool
+    call_index: int
+    invocations: int
+    eligible: bool
+    reason: str
+    position_fault: tuple[str, str] | None = None
+
+    @property
+    def video_tokens(self) -> int:
+        """Tokens that are not text."""
+        return self.query_tokens if self.text == "prefix" else self.query_tokens - self.text_tokens
+
+    def record(self) -> SiteRecord:
+        """What conversion keeps of an eligible site."""
+        dual = self.text in ("before", "after") and len(self.query) == 2
+        return SiteRecord(
+            owner=self.name,
+            query=self.query[0],
+            key=self.key[0],
+            value=self.value[0],
+            out=self.out,
+            text_query=self.query[1] if dual else None,
+            text_key=self.key[1] if dual else None,
+            text_value=self.value[1] if dual else None,
+            text_out=self.text_out if dual else None,
+            heads=self.heads,
+            key_heads=self.key_heads,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            batch=self.batch,
+            tokens=self.query_tokens,
+            text=self.text,
+            text_tokens=self.text_tokens,
+            text_argument=self.text_argument,
+            on_grid=self.on_grid,
+            square_mask=self.mask_kind == "padding",
+            call_index=self.call_index,
+            rotated_first=self.position_fault is not None,
+        )
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What one forward showed.
+
+    Attributes:
+        sites: all attention calls, in execution order.
+        grid: how to read the video's token grid from the arguments of the forward, or None. grid_reason: why not.
+    """
+
+    sites: list[AttentionSite]
+    grid: GridSource | None
+    grid_reason: str
+
+
+def discover(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    min_tokens: int,
+    grid: Any = None,
+    replay_position: bool = False,
+) -> Discovery:
+    """All attention calls of one forward; the model is left as it was.
+
+    Args:
+        model: any module. example_inputs: tuple of positional or dict of keyword inputs; None synthesises them.
+        min_tokens: self-attention over fewer tokens is not eligible.
+        grid: (T, H, W) tokens of the video, or a callable that gives them from the forward's arguments by name.
+        replay_position: whether to see if position encodings can be replayed.
+
+    Raises:
+        InputsError: no inputs were given and none can be synthesised, or they do not fit the forward.
+        ProbeError: the model's forward failed. GridMismatchError: `grid` does not fit the tokens of any site.
+    """
+    probe = run_probe(model, example_inputs, replay_position=replay_position)
+    video = video_inputs(probe.inputs)
+    sites = _merge_invocations([_site_of(call, probe, video, min_tokens) for call in probe.calls])
+    rule, reason = _grid_rule(model, probe, sites, grid)
+    if rule is not None:
+        tokens = _tokens(rule, probe)
+        sites = [dataclasses.replace(site, on_grid=site.video_tokens == tokens) for site in sites]
+    sites = [_require_text_count(site) for site in sites]
+    return Discovery(_reject_shared_owners(sites), rule, reason)
+
+
+def _site_of(call: Call, probe: Probe, video: set[str], min_tokens: int) -> AttentionSite:
+    query, key, value = call.shapes
+    kind = _kind(call)
+    layout = layout_of(call, probe, video) if kind in ("self", "joint", "mixed") else Layout()
+    if kind == "self" and layout.text != "none":
+        kind = "joint"
+    names = _projection_names(call, layout)
+    owner = _owner_of(call, [name for group in names for name in group])
+    mask = _mask_kind(call.arguments.attn_mask)
+    reason = _ineligible(call, kind, layout, mask, min_tokens)
+    attn_mask = call.arguments.attn_mask
+    ranked = len(query) == 4 and len(key) == 4
+    out, text_out = _outs(call, layout)
+    return AttentionSite(
+        name=owner,
+        kind=kind,
+        query=names[0],
+        key=names[1],
+        value=names[2],
+        out=out,
+        text_out=text_out,
+        batch=query[0] if ranked else 1,
+        heads=query[1] if ranked else 1,
+        key_heads=key[1] if ranked else 1,
+        query_tokens=query[-2],
+        key_tokens=key[-2],
+        head_dim=query[-1],
+        value_dim=value[-1],
+        text=layout.text,
+        text_tokens=layout.text_tokens,
+        text_argument=(layout.arguments or {}).get(owner),
+        on_grid=False,
+        mask=tuple(attn_mask.shape) if isinstance(attn_mask, Tensor) else None,
+        mask_kind=mask,
+        causal=bool(call.arguments.is_causal),
+        call_index=_call_index(call, owner, probe.calls),
+        invocations=1,
+        eligible=not reason,
+        reason=reason,
+        position_fault=call.position_fault,
+    )
+
+
+def _projection_names(call: Call, layout: Layout) -> tuple[tuple[str, ...], ...]:
+    """Names of the projections of query, key and value, the video's before the text's."""
+    if layout.streams:
+        return tuple(tuple(p.name for p in stream if p is not None) for stream in layout.streams)
+    return tuple(tuple(dict.fromkeys(p.name for p in made)) for made in call.made_by)
+
+
+def _outs(call: Call, layout: Layout) -> tuple[str | None, str | None]:
+    """The output projections of the video and, with two streams, of the text: told apart by how much they read."""
+    if not layout.streams or layout.streams[0][1] is None:
+        return (call.outs[0].name if call.outs else None), None
+    rows = [stream.gate_input.shape[:-1].numel() for stream in layout.streams[0] if stream is not None]
+    video, text = (next((out.name for out in call.outs if out.rows == count), None) for count in rows)
+    return video, text if text != video else None
+
+
+def _mask_kind(mask: Any) -> str:
+    """What :func:`mask_kind` says; a square mask is "padding" if its values say so."""
+    kind = mask_kind(mask)
+    if kind != "square":
+        return kind
+    if mask.device.type == "meta" or is_fake(mask):
+        return "unread"
+    return "padding" if is_padding(mask) else "square"
+
+
+def _tokens(source: GridSource, probe: Probe) -> int:
+    return math.prod(int(size) for size in read_grid(source, probe.inputs))
+
+
+def _grid_rule(model: nn.Module, probe: Probe, sites: list[AttentionSite], grid: Any) -> tuple[GridSource | None, str]:
+    """The rule that fits the largest eligible site."""
+    eligible = [site for site in sites if site.eligible]
+    if not eligible:
+        return None, "no site is eligible"
+    tokens = max(site.video_tokens for site in eligible)
+    if grid is not None:
+        source = grid if callable(grid) else GridRule.fixed(grid)
+        read_grid(source, probe.inputs, tokens)
+        return source, ""
+    config = getattr(model, "config", None)
+    patches = {name: getattr(config, name, None) for name in ("patch_size", "patch_size_t")}
+    found = find_grid_rule(probe.inputs, tokens, **patches, conv_grids=probe.convolved)
+    return found.rule, found.reason
+
+
+def _require_text_count(site: AttentionSite) -> AttentionSite:
+    """A single stream must know at run time how much of it is text: from its owner's arguments, or from the grid."""
+    single = site.text in ("before", "after") and len(site.query) == 1
+    if not site.eligible or not single or site.text_argument is not None or site.on_grid:
+        return site
+    reason = (
+        f"{site.text_tokens} of its tokens are text, but neither an argument of {site.name or 'the model'!r} nor the "
+        "token grid tells how many in other calls: pass grid="
+    )
+    return dataclasses.replace(site, eligible=False, reason=reason)
+
+
+def _owner_of(call: Call, projections: list[str]) -> str:
+    """The innermost running module that contains all projections; helper modules may be shared between owners."""
+    for frame in reversed(call.stack):
+        if all(not frame.name or projection.startswith(f"{frame.name}.") for projection in projections):
+            return frame.name
+    return ""
+
+
+def _call_index(call: Call, owner: str, calls: list[Call]) -> int:
+    """How many attention calls the same forward of `owner` made before this one.
+
+    Calls for one sample after another, which read the same projections, have one number: that of the first.
+    """
+    frame = next((entry for entry in reversed(call.stack) if entry.name == owner), None)
+    earlier = itertools.takewhile(lambda other: other is not call, calls)
+    nodes = [projection.node for projection in call.made_by[0]]
+    return sum(frame in other.stack and nodes != [p.node for p in other.made_by[0]] for other in earlier)
+
+
+def _kind(call: Call) -> str:
+    query, key, value = (_origins(made) for made in call.made_by)
+    if not (query and key and value):
+        return "unresolved"
+    if query == key == value:
+        return "self" if len(query) == 1 else "joint"
+    return "mixed" if query & key else "cross"
+
+
+def _origins(made: list[Projection]) -> set[Any]:
+    return {_origin(projection.gate_input) for projection in made}
+
+
+# Autograd nodes that change how a value is laid out or stored, and not what it is.
+_LAYOUT_NODES = (
+    "View",
+    "Reshape",
+    "Permute",
+    "Transpose",
+    "ToCopy",
+    "Clone",
+    "Alias",
+    "Squeeze",
+    "Expand",
+    "TBackward",
+)
+
+
+def _origin(tensor: Tensor) -> Any:
+    """What identifies a projection's input: two views or casts of one value are the same input."""
+    node = tensor.grad_fn
+    if node is None:
+        return id(tensor)
+    while any(part in type(node).__name__ for part in _LAYOUT_NODES):
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(parents) != 1:
+            break
+        node = parents[0]
+    return node
+
+
+def _ineligible(call: Call, kind: str, layout: Layout, mask: str, min_tokens: int) -> str:
+    """Why a call is not converted, or the empty string."""
+    query, key, _ = call.shapes
+    if kind == "cross":
+        return "cross-attention stays dense"
+    if kind == "unresolved":
+        return "query, key or value come from no Linear module"
+    square = "square" if mask in ("padding", "unread") else mask
+    if dense := dense_reason(call.arguments, call.shapes, square, square_is_padding=mask == "padding"):
+        unread = ", as far as can be told on fake tensors" if mask == "unread" else ""
+        return dense + unread
+    if layout.reason:
+        return layout.reason
+    tokens = query[2]
+    if layout.text != "prefix" and key[2] != tokens:
+        return f"{tokens} queries but {key[2]} keys"
+    if reason := _gate_rows(call, layout, tokens):
+        return reason
+    return f"{tokens} tokens, fewer than min_tokens={min_tokens}" if tokens < min_tokens else ""
+
+
+def _gate_rows(call: Call, layout: Layout, tokens: int) -> str:
+    """Why the query projection's input does not fit the tokens of the attention, or the empty string."""
+    gate_input = layout.streams[0][0].gate_input
+    dual = layout.streams[0][1] is not None
+    rows, batch = gate_input.shape[:-1].numel(), call.shapes[0][0]
+    expected = tokens - layout.text_tokens if dual else tokens
+    samples = gate_input.shape[0] if gate_input.dim() > 2 else 1
+    one_by_one = batch == 1 and rows == samples * expected  # a call for each sample
+    if rows == batch * expected or one_by_one:
+        return ""
+    return f"the query projection sees {tuple(gate_input.shape[:-1])} tokens, the attention ({batch}, {tokens})"
+
+
+def _merge_invocations(sites: list[AttentionSite]) -> list[AttentionSite]:
+    """One site per module and call, however often the forward came by; the largest token count speaks for it."""
+    merged: dict[tuple[str, int], AttentionSite] = {}
+    for site in sites:
+        key = (site.name, site.call_index)
+        known = merged.get(key)
+        if known is None:
+            merged[key] = site
+        else:
+            larger = max(known, site, key=lambda s: s.query_tokens)
+            merged[key] = dataclasses.replace(larger, invocations=known.invocations + 1)
+    return list(merged.values())
+
+
+def _reject_shared_owners(sites: list[AttentionSite]) -> list[AttentionSite]:
+    counts: dict[str, int] = {}
+    for site in sites:
+        counts[site.name] = counts.get(site.name, 0) + site.eligible
+    return [
+        dataclasses.replace(
+            site,
+            eligible=False,
+            reason=f"{counts[site.name]} self-attention calls share the forward of {site.name or 'the model'!r}: "
+            "put each into a module of its own",
+        )
+        if site.eligible and counts[site.name] > 1
+        else site
+        for site in sites
+    ]

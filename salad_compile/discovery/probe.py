@@ -1,0 +1,424 @@
+"""One forward of a model without memory, that shows its attention calls and where their operands come from.
+
+Every module that looks like a Linear gets a hook that marks its output with an autograd node of ours. A function mode
+sees the attention calls and walks the autograd graph from query, key and value back to those marks: identity, not
+names. The forward runs on fake tensors (weights are neither copied nor read), on the meta device when the model is
+there, and on real tensors only when the model's forward reads values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor, fx
+
+# Private. Seen in torch 2.11 and 2.13; tests/salad_compile/discovery/test_discover.py fails when it moves.
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from salad_compile.calls.adapters import AttentionArguments, bind, is_attention, result_of
+from salad_compile.calls.flex_attention import seen_by_modes, stand_in
+from salad_compile.calls.multihead import take_apart_for_discovery
+from salad_compile.calls.softmax_products import ManualAttention, of_tensors
+from salad_compile.common.logs import logger
+from salad_compile.discovery.inputs import normalise_inputs, synthesise_inputs
+from salad_compile.discovery.token_ranges import Cat, Edge, TokenRange, narrowed
+from salad_compile.errors import AdapterError, InputsError, ProbeError
+from salad_compile.position.recording import OperationRecording, Recorded, position_fault
+from salad_compile.sites.branch import BRANCH_NAME, SaladBranch
+
+_CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
+
+# How far an output projection may lie behind its attention call, in autograd nodes. Wan has three between them.
+_OUT_WALK = 64
+
+
+class _Mark(torch.autograd.Function):
+    """An identity whose only purpose is the autograd node that it leaves behind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def _marked(x: Tensor) -> Tensor:
+    # quantised projections answer without an autograd graph: start one here
+    result: Tensor = _Mark.apply(x if x.requires_grad else x.detach().requires_grad_())  # type: ignore[no-untyped-call]
+    return result
+
+
+@dataclass(frozen=True)
+class Projection:
+    name: str
+    gate_input: Tensor  # kept alive: the id of a freed tensor would be reused
+    node: Any  # the mark on its output
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One running module: its name, the number of the invocation, and the shapes of its tensor arguments by name."""
+
+    name: str
+    invocation: int
+    arguments: Mapping[str, torch.Size] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Out:
+    """A projection that read the result of an attention call, and how many rows it read."""
+
+    name: str
+    rows: int
+
+
+@dataclass(eq=False)
+class Call:
+    arguments: AttentionArguments
+    made_by: tuple[list[Projection], list[Projection], list[Projection]]
+    stack: tuple[Frame, ...]  # outermost first
+    outs: list[Out] = field(default_factory=list)  # projections that read the result, in order of execution
+    # the operand for which map-then-rotate is not possible, and why, where that was asked
+    position_fault: tuple[str, str] | None = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """(B, H, S, D) of query, key and value."""
+        batch = self.arguments.batch
+        samples = 1 if batch is None else batch.shape[0] - 1
+        operands = (self.arguments.query, self.arguments.key, self.arguments.value)
+        return tuple(self.arguments.shape(operand.shape, samples) for operand in operands)
+
+
+@dataclass
+class Probe(Recorded, TorchFunctionMode):
+    """What one forward showed: attention calls, concatenations, patch grids, and the model's own inputs.
+
+    Attributes:
+        calls: in execution order. cats: by autograd node.
+        inputs: arguments of the root's forward by name. features: autograd node -> name, for its feature tensors.
+        convolved: (T, H, W) or (H, W) of what convolutions answered.
+        recording: of all operations, to see whether position can be replayed; None: nobody asked.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    cats: dict[Any, Cat] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    features: dict[Any, str] = field(default_factory=dict)
+    convolved: list[tuple[int, ...]] = field(default_factory=list)
+    recording: OperationRecording | None = None
+    _by_hand: ManualAttention = field(init=False)
+    _projections: dict[Any, Projection] = field(default_factory=dict)
+    _outputs: dict[Any, Call] = field(default_factory=dict)
+    _stack: list[Frame] = field(default_factory=list)
+    _invocations: Iterator[int] = field(default_factory=itertools.count)
+    _linear_depth: int = 0
+    _sources: dict[Any, fx.Node] = field(default_factory=dict)  # by autograd node
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._by_hand = of_tensors(self.permute)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if is_attention(func):
+            arguments = bind(func, args, kwargs, lambda tensor: tensor.dim())
+        else:
+            by_hand = self._by_hand.bind(func, args, kwargs)
+            if by_hand is None:
+                return self._other(func, args, kwargs)
+            arguments = self._with_heads(by_hand)
+        query, key, value = (self.made_by(t.grad_fn) for t in (arguments.query, arguments.key, arguments.value))
+        call = Call(arguments, (query, key, value), tuple(self._stack))
+        self.calls.append(call)
+        if self.recording is not None:
+            sources = {self._sources[made.node]: None for made in (*query, *key)}
+            operands = {"query": arguments.query, "key": arguments.key}
+            call.position_fault = position_fault(self.recording, list(sources), operands)
+        return self._answer(func, call, func(*args, **kwargs))
+
+    def _other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = self.run(func, args, kwargs)
+        if func in _CATS:
+            self._note_cat(out, *args, **kwargs)
+        self._by_hand.note(func, args, kwargs, out)
+        return out
+
+    def _with_heads(self, arguments: AttentionArguments) -> AttentionArguments:
+        """Of a batched product the first axis may be batch and heads in one, which nothing tells apart later."""
+        rows = {made.gate_input.shape[:-1].numel() for made in self.made_by(arguments.query.grad_fn)}
+        if arguments.layout != "HSD" or rows <= {arguments.query.shape[1]}:
+            return arguments
+        return dataclasses.replace(arguments, reason=arguments.reason or "batch and heads are one axis of its products")
+
+    def _answer(self, func: Any, call: Call, result: Any) -> Any:
+        """The call's result, marked, so that what reads it can be told."""
+        position = call.arguments.output
+        out = _marked(result_of(func, call.arguments, result))
+        self._outputs[out.grad_fn] = call
+        return out if position is None else (*result[:position], out, *result[position + 1 :])
+
+    def _note_cat(self, out: Tensor, tensors: Any, dim: int = 0, **_: Any) -> None:
+        if out.grad_fn is None or out.dim() < 3:
+            return
+        from_end = dim if dim < 0 else dim - out.dim()
+        parts = [tensor for tensor in tensors if tensor.dim() == out.dim()]
+        self.cats[out.grad_fn] = Cat(
+            from_end, tuple(t.shape[dim] for t in parts), tuple((t.grad_fn, t.output_nr) for t in parts)
+        )
+
+    def made_by(self, node: Any) -> list[Projection]:
+        """The marked projections from which a value was computed, without passing through one."""
+        ancestors = _ancestors(node, stop=self._is_marked)
+        return [self._projections[ancestor] for ancestor in ancestors if ancestor in self._projections]
+
+    def _is_marked(self, node: Any) -> bool:
+        return node in self._projections or node in self._outputs
+
+    def cats_before(self, node: Any, *, through_projections: bool) -> Iterator[Cat]:
+        """The concatenations from which a value was computed, nearest first, without passing through attention."""
+        stop = self._outputs.__contains__ if through_projections else self._is_marked
+        return (self.cats[ancestor] for ancestor in _ancestors(node, stop=stop) if ancestor in self.cats)
+
+    def read_from(self, edge: Edge) -> set[str]:
+        """Names of the root's inputs from which a value was computed, without passing through attention.
+
+        Slices are followed into concatenations: models concatenate text and video early, and later slice them apart.
+        """
+        found: set[str] = set()
+        todo: list[tuple[Edge, TokenRange | None]] = [(edge, None)]
+        seen = set(todo)
+        for (node, output), span in todo:
+            if node is None or node in self._outputs:
+                continue
+            if node in self.features:
+                found.add(self.features[node])
+            for step in self._parents(node, narrowed(node, output, span)):
+                if step not in seen:
+                    seen.add(step)
+                    todo.append(step)
+        return found
+
+    def _parents(self, node: Any, span: TokenRange | None) -> list[tuple[Edge, TokenRange | None]]:
+        """The values before this one, and which of their tokens matter where that is known."""
+        cat = self.cats.get(node)
+        if cat is not None and cat.dim == -2 and span is not None and sum(cat.sizes) == span.length:
+            return span.parts(cat)
+        return [(edge, span) for edge in node.next_functions]
+
+    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        shapes = {n: v.shape for n, v in named_inputs(module, args, kwargs).items() if isinstance(v, Tensor)}
+        self._stack.append(Frame(name, next(self._invocations), shapes))
+
+    def leave(self) -> None:
+        self._stack.pop()
+
+    def enter_linear(self) -> None:
+        self._linear_depth += 1
+
+    def leave_linear(self, name: str, gate_input: Any, out: Any) -> Any:
+        """Mark the output of an outermost Linear; inside a wrapper (peft's) only the wrapper counts."""
+        self._linear_depth -= 1
+        if self._linear_depth or not isinstance(out, Tensor) or not out.is_floating_point():
+            return None
+        if not isinstance(gate_input, Tensor):
+            return None
+        self._note_out(name, gate_input)
+        marked = _marked(out)
+        self._projections[marked.grad_fn] = Projection(name, gate_input, marked.grad_fn)
+        if self.recording is not None:
+            self._sources[marked.grad_fn] = self.recording.add_source(marked)
+        return marked
+
+    def _note_out(self, name: str, gate_input: Tensor) -> None:
+        for node in itertools.islice(_ancestors(gate_input.grad_fn, stop=self._is_marked), _OUT_WALK):
+            call = self._outputs.get(node)
+            if call is not None:
+                call.outs.append(Out(name, gate_input.shape[:-1].numel()))
+
+
+def _ancestors(start: Any, stop: Callable[[Any], bool]) -> Iterator[Any]:
+    """Autograd nodes from `start` backwards, breadth first, each once; nodes at which to stop are yielded too."""
+    todo = [start] if start is not None else []
+    seen = set(todo)
+    for node in todo:
+        yield node
+        if not stop(node):
+            parents = [parent for parent, _ in node.next_functions if parent is not None and parent not in seen]
+            seen.update(parents)
+            todo.extend(parents)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A projection: torch's Linear, or what quantisers and adapters put in its place."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return isinstance(module, nn.Linear) or all(isinstance(size, int) for size in sizes)
+
+
+def run_probe(model: nn.Module, example_inputs: Any, *, replay_position: bool = False) -> Probe:
+    """One forward of `model` under a :class:`Probe`, without memory where possible."""
+    device, dtype = placement(model)
+    on_meta = device.type == "meta"
+    attempts: list[contextlib.AbstractContextManager[Any]] = [contextlib.nullcontext()]
+    if not on_meta:
+        attempts.insert(0, FakeTensorMode(allow_non_fake_inputs=True))
+    failure: Exception | None = None
+    for attempt in attempts:
+        small = failure is not None  # real tensors: the smallest video that shows the structure
+        try:
+            with attempt:
+                args, kwargs = _inputs(model, example_inputs, device, dtype, small=small)
+                return _forward(model, args, kwargs, replay_position)
+        except (InputsError, AdapterError):
+            raise
+        except Exception as error:
+            # whatever the model raises: on fake tensors anything that reads values fails, each in its own way
+            _tell_fallback(error, last=attempt is attempts[-1], synthetic=example_inputs is None)
+            failure = error
+    raise ProbeError(
+        f"the forward of {type(model).__name__} failed while looking for attention: "
+        f"{type(failure).__name__}: {failure}\nPass example_inputs that the model accepts, as a tuple of positional "
+        "or a dict of keyword inputs. A model on the meta device whose forward reads values needs real weights."
+    ) from failure
+
+
+def _tell_fallback(error: Exception, *, last: bool, synthetic: bool) -> None:
+    if last:
+        return
+    size = " with a small synthetic video, whose token counts mean nothing" if synthetic else ""
+    logger.warning(
+        "the forward on fake tensors failed (%s: %s); trying real tensors%s. example_inputs decide what is looked at.",
+        *(type(error).__name__, error, size),
+    )
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype for the inputs of a model: those of its parameters, float32 on the CPU if it has none."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    if not parameters:
+        return torch.device("cpu"), torch.float32
+    # the dtype of most parameters stands for the model: some keep norms and embeddings in fp32
+    counts: dict[torch.dtype, int] = {}
+    for parameter in parameters:
+        if parameter.dtype.itemsize > 1:  # not 8-bit storage formats
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return parameters[0].device, max(counts, key=counts.__getitem__, default=torch.float32)
+
+
+_SMALL_LATENT, _SMALL_TEXT = (5, 16, 16), 32
+
+
+def _inputs(
+    model: nn.Module, example_inputs: Any, device: torch.device, dtype: torch.dtype, *, small: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example_inputs is not None:
+        return normalise_inputs(model, example_inputs)
+    size: dict[str, Any] = {"latent_size": _SMALL_LATENT, "text_tokens": _SMALL_TEXT} if small else {}
+    return (), synthesise_inputs(model, device=device, dtype=dtype, **size)
+
+
+def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], replay_position: bool) -> Probe:
+    probe = Probe(recording=OperationRecording() if replay_position else None)
+    with (
+        _untouched(model),
+        _hooked(model, probe),
+        torch.compiler.set_stance("force_eager"),  # parts that are compiled already show nothing to a mode
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        seen_by_modes(stand_in),
+        probe,
+    ):
+        args, kwargs = tuple(_with_history(v) for v in args), {k: _with_history(v) for k, v in kwargs.items()}
+        probe.inputs = named_inputs(model, args, kwargs)
+        probe.features = {
+            value.grad_fn: name
+            for name, given in probe.inputs.items()
+            for value in (given if isinstance(given, (list, tuple)) else [given])
+            if isinstance(value, Tensor) and value.grad_fn is not None
+        }
+        model(*args, **kwargs)
+    return probe
+
+
+def _with_history(value: Any) -> Any:
+    """Features that already have an autograd node, so that views and casts of them can be told to be the same."""
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_with_history(item) for item in value)
+    if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
+        return value.detach().requires_grad_().clone()  # no leaf: models write into their inputs
+    return value
+
+
+def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one forward by name; by position where the forward's signature does not tell."""
+    try:
+        return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):
+        return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, probe: Probe) -> Iterator[None]:
+    handles = []
+    for name, module in model.named_modules():
+        if is_linear(module):
+            handles += [
+                module.register_forward_pre_hook(lambda *_: probe.enter_linear()),
+                module.register_forward_hook(
+                    lambda _, args, out, name=name: probe.leave_linear(name, args[0] if args else None, out)
+                ),
+            ]
+        else:
+            handles += [
+                module.register_forward_pre_hook(
+                    lambda module, args, kwargs, name=name: probe.enter(name, module, args, kwargs), with_kwargs=True
+                ),
+                module.register_forward_hook(lambda *_: probe.leave(), always_call=True),
+            ]
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            handles.append(module.register_forward_hook(lambda _, args, out: probe.convolved.append((*out.shape[2:],))))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards every attribute as before: models cache position tables on themselves."""
+    before = [
+        (module, {name: dict(v) if type(v) is dict else v for name, v in module.__dict__.items()})
+        for module in model.modules()
+    ]
+    try:
+        for module, _ in before:
+            module.training = False  # gradient checkpointing and dropout are for training
+            if isinstance(branch := module._modules.get(BRANCH_NAME), SaladBranch):
+                branch.detach_forward(module)  # a converted model is probed as the model that it was
+        take_apart_for_discovery(model)
+        yield
+    finally:
+        for module, attributes in before:
+            for name in [name for name in module.__dict__ if name not in attributes]:
+                del module.__dict__[name]
+            for name, value in attributes.items():
+                current = module.__dict__.get(name)
+                if type(value) is dict and type(current) is dict:
+                    current.clear()
+                    current.update(value)
+                else:
+                    module.__dict__[name] = value

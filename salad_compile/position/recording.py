@@ -1,0 +1,318 @@
+"""What the eager twin has seen of a forward, as a graph in which position is found and from which it is run again.
+
+Recorded for the map-then-rotate placement alone, and dropped with the forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+# StorageWeakRef is undocumented. Seen in torch 2.11 and 2.13; the tests of this file fail when it moves.
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakIdKeyDictionary
+
+from salad_compile.definition.attention import Mapped
+from salad_compile.position.flow import Cell, Flow, TensorInfo
+from salad_compile.position.operations import PROJECTIONS, data_arguments, operation, writes
+from salad_compile.position.slice import Entry, PositionSlice, UndeterminedError, features, find_slice, told_of
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """The memory of `root` as it was before position was written into it. order: of the operation that did it."""
+
+    root: fx.Node
+    value: Tensor
+    order: int
+
+
+class OperationRecording:
+    """The operations of one forward, as nodes that know each other by the identity of tensors."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self._nodes: Any = WeakIdKeyDictionary()
+        self._storages: list[StorageWeakRef] = []  # a storage that is known must not get another's number
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """What stands for a tensor."""
+        known = self._nodes.get(tensor)
+        if known is None:
+            known = self._new_node("placeholder", "given", (), {}, tensor)
+        return known  # type: ignore[no-any-return]
+
+    def add_source(self, out: Tensor) -> fx.Node:
+        """The output of a projection."""
+        return self._new_node("placeholder", "projected", (), {}, out)
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation of the model and record it."""
+        if not writes(func, args, kwargs):
+            out = func(*args, **kwargs)
+            if _holds_tensors(out):
+                self._add(self._node_of(func, args, kwargs, out), out, args, kwargs)
+            return out
+        node = self._node_of(func, args, kwargs, None)
+        self.before_write(node)
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            self._describe(node, out)
+        self._add(node, out, args, kwargs)
+        return out
+
+    def before_write(self, node: fx.Node) -> None:
+        """An operation is about to write into a tensor."""
+
+    def added(self, node: fx.Node, out: Any, given: Mapping[fx.Node, Tensor]) -> None:
+        """An operation ran. given: the tensors among its arguments."""
+
+    def _add(self, node: fx.Node, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {self._nodes[tensor]: tensor for tensor in _tensors((args, kwargs)) if tensor in self._nodes}
+        self.added(node, out, given)
+        if not isinstance(out, Tensor) and isinstance(out, (tuple, list)):
+            for at, part in enumerate(out):
+                if isinstance(part, Tensor):
+                    self.added(self._new_node("call_function", operator.getitem, (node, at), {}, part), part, {})
+
+    def _node_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> fx.Node:
+        def node_of(value: Any) -> Any:
+            return self.node(value) if isinstance(value, Tensor) else value
+
+        mapped = fx.node.map_aggregate(args, node_of), fx.node.map_aggregate(kwargs, node_of)
+        return self._new_node("call_function", func, *mapped, out)
+
+    def _new_node(self, op: str, target: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
+        node = self.graph.create_node(op, target, args, kwargs, name="value")
+        if isinstance(out, Tensor):
+            self._describe(node, out)
+        return node
+
+    def _describe(self, node: fx.Node, out: Tensor) -> None:
+        node.meta["info"] = info = TensorInfo.of(out)
+        if info is not None:
+            self._storages.append(StorageWeakRef(out.untyped_storage()))  # type: ignore[no-untyped-call]
+        self._nodes[out] = node
+
+
+class Recorded:
+    """A function mode that runs what it sees through a recording, where there is one."""
+
+    recording: OperationRecording | None
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation of the model."""
+        return func(*args, **kwargs) if self.recording is None else self.recording.run(func, args, kwargs)
+
+    def permute(self, tensor: Tensor, axes: tuple[int, ...]) -> Any:
+        """Run one of ours, which later ones of the model may stand on."""
+        return self.run(Tensor.permute, (tensor, axes), {})
+
+
+def position_fault(
+    recording: OperationRecording, sources: Sequence[fx.Node], operands: Mapping[str, Tensor]
+) -> tuple[str, str] | None:
+    """The operand of a call on which position cannot be replayed, and why; None if it can.
+
+    Args:
+        sources: the projections of these operands. operands: by role.
+    """
+    flow = Flow(_info, lambda node: False)
+    nodes = list(recording.graph.nodes)
+    first = min((nodes.index(source) for source in sources), default=len(nodes))
+    for node in nodes[first:]:
+        if node in sources:
+            flow.add_source(node)
+        elif node.op == "call_function":
+            flow.add(node)
+    for role, operand in operands.items():
+        try:
+            find_slice(flow, recording.node(operand), operand.shape[-1])
+        except UndeterminedError as reason:
+            return role, str(reason)
+    return None
+
+
+def _info(node: fx.Node) -> TensorInfo | None:
+    info: TensorInfo | None = node.meta.get("info")
+    return info
+
+
+class PositionRecording(OperationRecording):
+    """What the eager twin records of one forward, with the values that a replay needs.
+
+    Args:
+        all_projections: whether projections count that no hook reports.
+    """
+
+    def __init__(self, all_projections: bool) -> None:
+        super().__init__()
+        self.all_projections = all_projections
+        self.flow = Flow(_info, lambda node: False)
+        self._values: dict[fx.Node, Tensor] = {}
+        self._versions: dict[fx.Node, int] = {}
+        self._snapshots: dict[int, _Snapshot] = {}
+        self._unseen = False  # a write
+        self._writes_seen: dict[int, int] = {}  # a memory -> what torch's count of its writes was
+
+    def add_projection(self, x: Tensor, out: Tensor) -> None:
+        """A projection answered `out` to `x`."""
+        self.flow.add_input(self.node(x))
+        self.add_source(out)
+
+    def add_source(self, out: Tensor) -> fx.Node:
+        node = super().add_source(out)
+        self.flow.add_source(node)
+        self._watch(node, out, True)
+        self._values[node] = out
+        return node
+
+    def mapped(self, query: Tensor, key: Tensor, feature_map: str, site: str) -> Mapped | None:
+        """Query and key of an attention call before position, and their features with it, laid out as they are.
+
+        Returns:
+            None where no position mixes in between projection and call.
+
+        Raises:
+            PositionReplayError: it cannot be told what the position encoding is.
+        """
+        operands, found, pairs = {"query": query, "key": key}, {}, {}
+        for role, operand in operands.items():
+            with told_of(site, role):
+                found[role] = self._slice_of(operand)
+        if all(slice_ is None for slice_ in found.values()):
+            return None
+        for role, operand in operands.items():
+            with told_of(site, role):
+                pairs[role] = self._replayed(found[role], operand, feature_map)
+        (plain_query, rotated_query), (plain_key, rotated_key) = pairs.values()
+        return Mapped(plain_query, plain_key, rotated_query, rotated_key)
+
+    def _slice_of(self, operand: Tensor) -> PositionSlice | None:
+        node = self.node(operand)
+        self._watch(node, operand, False)
+        if self._unseen:
+            raise UndeterminedError("something writes into it that torch functions do not show")
+        return find_slice(self.flow, node, operand.shape[-1])
+
+    # ------------------------------------------------------------------------------------------------------ recording
+
+    def added(self, node: fx.Node, out: Any, given: Mapping[fx.Node, Tensor]) -> None:
+        written = {self.flow.storage(target) for target in operation(node)[1]}
+        for argument, tensor in given.items():
+            self._watch(argument, tensor, self.flow.storage(argument) in written)
+        self.flow.add(node)
+        if isinstance(out, Tensor):
+            self._watch(node, out, True)
+        node.meta["autocast"] = _autocast_state(out)
+        self._keep(node, out, given)
+        if self.all_projections and operation(node)[0] in PROJECTIONS and isinstance(out, Tensor):
+            self.add_source(out)
+
+    def _watch(self, node: fx.Node, tensor: Tensor, written: bool) -> None:
+        """Notice that a value was written into by something that no function mode sees, such as a custom kernel."""
+        storage = self.flow.storage(node)
+        if storage is None or tensor.is_inference() or Cell(node) not in self.flow.parents:
+            return
+        if not written and self._writes_seen.get(storage, tensor._version) != tensor._version:
+            self._unseen = True
+        self._writes_seen[storage] = tensor._version
+
+    def _keep(self, node: fx.Node, out: Any, given: Mapping[fx.Node, Tensor]) -> None:
+        """Hold what a replay may need: values without position, and what position is made of."""
+        cell, blank = Cell(node), self.flow.is_blank(node)
+        derived = cell in self.flow.parents
+        if isinstance(out, Tensor) and (blank or (derived and cell not in self.flow.mixed)):
+            self._values[node] = out
+        if not (derived or blank):
+            return
+        data = data_arguments(node, operation(node)[0])
+        for argument, tensor in given.items():
+            if argument not in self._values and (argument not in data or Cell(argument) not in self.flow.parents):
+                self._values[argument] = tensor
+                if not tensor.is_inference():
+                    self._versions[argument] = tensor._version
+
+    def before_write(self, node: fx.Node) -> None:
+        """Where position is written into a value that has none, that value is kept."""
+        for target in operation(node)[1]:
+            cell, storage = self.flow.read(target), self.flow.storage(target)
+            if storage is None or cell not in self.flow.parents or cell in self.flow.mixed:
+                continue
+            root = self.flow.root(storage)
+            if storage not in self._snapshots and self.flow.mixes(node) and root in self._values:
+                self._snapshots[storage] = _Snapshot(root, self._values[root].clone(), len(self.flow.order))
+
+    # --------------------------------------------------------------------------------------------------------- replay
+
+    def _replayed(self, found: PositionSlice | None, operand: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
+        if found is None:
+            info = TensorInfo.of(operand)
+            assert info is not None
+            return operand, features(operand, info, operand.shape[-1], feature_map)
+        plain, rotated = found.replay(lambda entry: entry.begin(self._start_of(entry), feature_map), self._again)
+        return plain, rotated
+
+    def _start_of(self, entry: Entry) -> Tensor:
+        node = entry.start.node
+        if not entry.overwritten:
+            return self._values[node]
+        storage = self.flow.storage(node)
+        snapshot = None if storage is None else self._snapshots.get(storage)
+        writers = self.flow.writes_since(entry.start)
+        if snapshot is None or any(self.flow.order[writer] < snapshot.order for writer in writers):
+            raise UndeterminedError("it is overwritten")
+        known: dict[fx.Node, Any] = {snapshot.root: snapshot.value}
+        for view in self.flow.views(snapshot.root, node):
+            written = operation(view)[1]  # then its write is in the snapshot already
+            known[view] = known[written[0]] if written else self._again(view, known)
+        value: Tensor = known[node]
+        return value
+
+    def _again(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+        def value_of(argument: fx.Node) -> Any:
+            return known[argument] if argument in known else self._value(argument)
+
+        args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
+        assert callable(node.target)
+        with _autocast_as(node.meta.get("autocast")):
+            return node.target(*args, **kwargs)
+
+    def _value(self, node: fx.Node) -> Tensor:
+        value = self._values.get(node)
+        if value is None:
+            raise UndeterminedError(f"{node} is needed and was not kept")
+        if node in self._versions and value._version != self._versions[node]:
+            raise UndeterminedError("what its position is made of has been overwritten by now")
+        return value
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _holds_tensors(out: Any) -> bool:
+    return isinstance(out, Tensor) or (isinstance(out, (tuple, list)) and any(isinstance(o, Tensor) for o in out))
+
+
+_Autocast = tuple[str, bool, torch.dtype]
+
+
+def _autocast_state(out: Any) -> _Autocast | None:
+    tensor = out if isinstance(out, Tensor) else next(iter(_tensors(out)), None)
+    if tensor is None or not torch.amp.is_autocast_available(tensor.device.type):
+        return None
+    device = tensor.device.type
+    return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _autocast_as(state: _Autocast | None) -> contextlib.AbstractContextManager[Any]:
+    if state is None or (torch.is_autocast_enabled(state[0]), torch.get_autocast_dtype(state[0])) == state[1:]:
+        return contextlib.nullcontext()
+    return torch.autocast(state[0], enabled=state[1], dtype=state[2])

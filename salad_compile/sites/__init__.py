@@ -1,0 +1,1 @@
+"""A converted attention module: its record, parameters, hooks and uncompiled way."""

@@ -1,0 +1,194 @@
+"""The eager twin: in an uncompiled forward, a converted site's attention call computes the same definition.
+
+Never active while Dynamo traces: compiled graphs get the definition from the passes, and a mode that is active when a
+compiled graph then runs eagerly would apply it twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from salad_compile.calls.adapters import (
+    AttentionArguments,
+    bind,
+    default_scale,
+    dense_reason,
+    in_place_of,
+    is_attention,
+    is_padding,
+    key_padding,
+    mask_kind,
+    warn_of_dropout,
+)
+from salad_compile.calls.flex_attention import real_flex_attention, seen_by_modes
+from salad_compile.calls.softmax_products import of_tensors
+from salad_compile.config import AttentionSpec
+from salad_compile.definition.attention import Mapped, operands_of, salad_of
+from salad_compile.errors import SiteLostError
+from salad_compile.kernels.exchange.api import members
+from salad_compile.kernels.measure import Execution, measure_executions
+from salad_compile.position.recording import PositionRecording, Recorded
+from salad_compile.sites import observers
+
+if TYPE_CHECKING:
+    from salad_compile.sites.branch import SaladBranch
+
+_NOT_MEASURED: contextlib.AbstractContextManager[list[Execution]] = contextlib.nullcontext([])
+
+
+class SaladMode(Recorded, TorchFunctionMode):
+    """Replaces one attention call of a converted module's forward, the one that discovery saw.
+
+    The site is identified twice: by the call's number within the forward, and by the query projection having run just
+    before with as many tokens as the call has queries. Sparsity must never leak into cross-attention. Models that
+    attend to one sample after another (Mochi) make one call for each.
+
+    Args:
+        branch: of the site. text: the owner's argument that tells how much is text, or None.
+    """
+
+    def __init__(self, branch: SaladBranch, text: Tensor | None) -> None:
+        super().__init__()
+        self.branch = branch
+        self.text = text
+        self.calls = 0
+        self.replaced = 0
+        spec = branch.decoded_spec()
+        self.recording: PositionRecording | None
+        self.recording = PositionRecording(spec.text == "prefix") if spec.maps_before_position else None
+        self.by_hand = of_tensors(self.permute)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if is_attention(func):
+            by_hand = None
+        else:
+            by_hand = self.by_hand.bind(func, args, kwargs)
+            if by_hand is None:
+                out = self.run(func, args, kwargs)
+                self.by_hand.note(func, args, kwargs, out)
+                return out
+        self.calls += 1
+        if self.calls - 1 != self.branch.record.call_index + self.replaced or self.branch.armed is None:
+            return func(*args, **kwargs)
+        call = by_hand or bind(func, args, kwargs, lambda tensor: tensor.dim())
+        gate_input = self._gate_input(call, self.branch.armed)
+        if gate_input is None:
+            return func(*args, **kwargs)
+        return in_place_of(func, call, self._replace(call, gate_input))
+
+    def _gate_input(self, call: AttentionArguments, armed: Tensor) -> Tensor | None:
+        """The rows of the query projection's input that belong to this call, or None if it is not this site's."""
+        samples = 1 if call.batch is None else call.batch.shape[0] - 1
+        batch, _, queries, _ = call.shape(call.query.shape, samples)
+        if batch == 1 and armed.dim() == 3 and armed.shape[0] > 1:
+            if self.replaced >= armed.shape[0]:
+                return None
+            armed = armed[self.replaced : self.replaced + 1]
+        elif self.replaced:
+            return None
+        rows = armed.shape[:-1].numel()
+        spec = self.branch.decoded_spec()
+        all_rows = spec.text in ("none", "prefix") or spec.single
+        return armed if (rows == batch * queries if all_rows else rows <= batch * queries) else None
+
+    def _replace(self, call: AttentionArguments, gate_input: Tensor) -> Tensor:
+        branch = self.branch
+        query, key, value = (call.heads_first(tensor) for tensor in (call.query, call.key, call.value))
+        spec, kind = branch.decoded_spec(), mask_kind(call.attn_mask)
+        padding = spec.square_mask and kind == "square"
+        if padding and branch.measured_sparsity is None:  # once: reading values waits for the device
+            padding = is_padding(call.attn_mask)
+        reason = dense_reason(call, [t.shape for t in (query, key, value)], kind, square_is_padding=padding)
+        reason = reason or _misfit(spec, query, key, branch.order(query.device), gate_input, self.text)
+        if branch.measured_sparsity is None:  # once: reading the lengths waits for the device
+            reason = reason or _ragged(call)
+        if reason:
+            raise SiteLostError(
+                f"the converted site {branch.record.owner!r} cannot run as SALAD: {reason}, which was not so at "
+                "conversion. Convert with example_inputs that show it, or leave it out of the call."
+            )
+        if call.dropout_p:
+            warn_of_dropout(call.dropout_p)
+        self.replaced += 1
+        scale = default_scale(query.shape[-1]) if call.scale is None else float(call.scale)
+        mask = key_padding(call.attn_mask, kind, query.shape[0]) if kind else None
+        mapped = None
+        if self.recording is not None:
+            mapped = self.recording.mapped(call.query, call.key, spec.feature_map, branch.record.owner)
+        if mapped is not None:
+            mapped = Mapped(*(call.heads_first(operand) for operand in mapped))
+        dtype, order = _result_dtype(value if call.by_hand else query), branch.order(query.device)
+        tensors = branch.tensors()
+        given = operands_of(query, key, value, gate_input, tensors, order, spec, dtype, mask, self.text, mapped)
+        if observers.is_observed():
+            observers.notify(branch, given, spec, scale)
+        # measured once: counting waits for the device
+        with measure_executions() if branch.measured_sparsity is None else _NOT_MEASURED as executions:
+            out = salad_of(given, spec, scale)
+        if executions:  # none on the meta device
+            branch.measured_sparsity = executions[0].sparsity
+        result: Tensor = call.as_called(out)
+        return result
+
+    def __enter__(self) -> SaladMode:
+        self._flex = seen_by_modes(real_flex_attention)
+        self._flex.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._flex.__exit__(*error)
+
+    def require_replaced(self) -> None:
+        """Raises SiteLostError when the forward ran and its attention call was not met: never silently dense."""
+        if not self.replaced:
+            site = self.branch.record
+            raise SiteLostError(
+                f"the converted site {site.owner!r} ran without SALAD: of the {self.calls} attention calls of its "
+                f"forward, none was call number {site.call_index} with the queries of {site.query!r}. Its attention "
+                "processor or a projection was replaced after conversion (attention_backend(...), "
+                "fuse_qkv_projections(), set_attn_processor(...)?). Convert the model after such changes; after "
+                "enable_parallelism(...) call salad_compile.parallelise(model)."
+            )
+
+
+def _misfit(
+    spec: AttentionSpec, query: Tensor, key: Tensor, order: Tensor | None, gate_input: Tensor, text: Tensor | None
+) -> str:
+    """Why the lengths of a call contradict each other, or the empty string."""
+    queries, keys = query.shape[2], key.shape[2]
+    if queries > keys or (queries < keys and spec.text != "prefix"):
+        return f"{queries} queries meet {keys} keys"
+    if spec.single and order is None and text is None:
+        return "neither the token grid nor an argument tells how much of it is text (call the whole model)"
+    if order is None:
+        return ""
+    rows = gate_input.shape[:-1].numel() // query.shape[0] * members(spec.group)
+    if order.shape[1] > rows or (not spec.single and order.shape[1] != rows):
+        return f"the token grid has {order.shape[1]} tokens and the site {rows}"
+    return ""
+
+
+def _ragged(call: AttentionArguments) -> str:
+    """Why packed samples cannot be told apart by their number alone, or the empty string."""
+    if call.batch is None or call.batch.device.type == "meta":
+        return ""
+    return "its packed samples have different lengths" if call.batch.diff().unique().numel() > 1 else ""
+
+
+def _result_dtype(operand: Tensor) -> torch.dtype:
+    """What the call would return: torch's functions are autocast, operators of torch.library are not."""
+    device = operand.device.type
+    if torch.is_autocast_enabled(device) and operand.is_floating_point():
+        return torch.get_autocast_dtype(device)
+    return operand.dtype

@@ -1,0 +1,36 @@
+"""The exchange of heads for tokens, in a group of one process: shapes, order, and what autograd makes of it.
+
+Two processes: tests/trainers/test_context_parallel.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from salad_compile.kernels.exchange import api as head_exchange
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[str]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield head_exchange.named(dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_operators_keep_the_rules_of_torch(group: str) -> None:
+    x = torch.randn(2, 4, 6, 3, requires_grad=True).transpose(1, 2).contiguous().transpose(1, 2)
+    for operator in (head_exchange.gather_tokens, head_exchange.gather_heads, head_exchange.sum_of_processes):
+        torch.library.opcheck(operator, (x, group))
+        assert torch.equal(operator(x, group), x)
+
+
+def test_a_group_is_named_by_its_ranks(group: str) -> None:
+    assert group == "0"
+    assert head_exchange.members("0+1+2") == 3
+    assert head_exchange.members("") == 1

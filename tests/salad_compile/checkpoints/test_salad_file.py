@@ -1,0 +1,241 @@
+"""save and load: exact round trips, and a clear error with an untouched model for each way a file can be wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import salad_compile
+from salad_compile.checkpoints import salad_file as checkpoint
+from salad_compile.errors import (
+    AlreadyConvertedError,
+    BaseModelMismatchError,
+    ConfigError,
+    CorruptFileError,
+    FormatVersionError,
+    MissingKeysError,
+    NotASaladFileError,
+    NotConvertedError,
+    SaladError,
+    ShapeMismatchError,
+    UnexpectedKeysError,
+)
+from salad_compile.sites.branch import branches
+from tests import support, toys
+from tests.models.zoo import CASES
+from tests.salad_compile.conversion.test_convert import assert_unchanged, fingerprint
+from tests.support import TINY, assert_same, randomise_branches, run
+
+CASE = CASES["Wan"]
+
+
+def converted(name: str = "Wan", **changes: Any) -> nn.Module:
+    return support.converted(CASES[name], **changes)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return salad_compile.save(converted(), tmp_path / "salad.safetensors")
+
+
+@pytest.mark.parametrize("name", ["Wan", "handwritten_fused", "handwritten_inline", "LTX2Video"])
+def test_round_trip_into_a_fresh_base_needs_no_inputs(name: str, tmp_path: Path) -> None:
+    case, model = CASES[name], converted(name)
+    expected = run(model, case.inputs(0), case.output)
+    path = salad_compile.save(model, tmp_path)  # a directory
+    assert path == tmp_path / "salad.safetensors"
+    fresh = case.build()
+    assert salad_compile.load(fresh, tmp_path) is fresh
+    assert_same(run(fresh, case.inputs(0), case.output), expected, bound=0, gradient_bound=0)
+    assert checkpoint.describe(fresh) == checkpoint.describe(model)
+
+
+def test_loading_into_a_converted_model(file: Path) -> None:
+    model = converted()
+    randomise_branches(model, seed=7)
+    pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
+    salad_compile.load(model, file)
+    expected = run(converted(), CASE.inputs(0), CASE.output)
+    assert_same(run(model, CASE.inputs(0), CASE.output), expected, bound=0, gradient_bound=0)
+    assert pointers == {name: p.data_ptr() for name, p in model.named_parameters()}
+
+
+def test_the_file_holds_exactly_the_branch_state(file: Path) -> None:
+    model = converted()
+    tensors = load_file(file)
+    assert tensors.keys() == {name for name in model.state_dict() if ".salad." in name}
+    with safe_open(file, framework="pt") as content:
+        header = json.loads(content.metadata()["salad_config"])
+    assert header["format_version"] == 4
+    assert header["base_class"] == "WanTransformer3DModel"
+    assert header["config"] == TINY.to_dict()
+    assert header["grid"] == {"kind": "latent", "names": ["hidden_states"], "axes": [2, 3, 4], "patch": [1, 2, 2]}
+    assert [site["owner"] for site in header["sites"]] == ["blocks.0.attn1", "blocks.1.attn1"]
+
+
+def test_wrappers_leave_no_trace_in_the_file(file: Path, tmp_path: Path) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = converted()
+    model.blocks[0].attn1 = checkpoint_wrapper(model.blocks[0].attn1)  # what trainers do, around the owner itself
+    model.blocks[1] = torch.compile(model.blocks[1], backend="salad")
+    wrapped = torch.compile(model, backend="salad")
+    path = salad_compile.save(wrapped, tmp_path / "wrapped.safetensors")
+    expected, actual = load_file(file), load_file(path)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    salad_compile.load(wrapped, file)
+    salad_compile.load(CASE.build(), path)
+
+
+def test_saving_is_atomic(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = file.read_bytes()
+
+    def half(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        salad_compile.save(converted(), file)
+    assert file.read_bytes() == before
+    assert [entry.name for entry in file.parent.iterdir()] == [file.name]
+
+
+def edited(file: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Path:
+    with safe_open(file, framework="pt") as content:
+        header = json.loads(content.metadata()["salad_config"])
+    tensors = load_file(file)
+    change(tensors, header)
+    save_file(tensors, file, metadata={"salad_config": json.dumps(header)})
+    return file
+
+
+def truncated(file: Path) -> Path:
+    file.write_bytes(file.read_bytes()[:-100])
+    return file
+
+
+def no_safetensors(file: Path) -> Path:
+    file.write_bytes(b"not a safetensors file at all, but long enough to have a header")
+    return file
+
+
+def lora(file: Path) -> Path:
+    save_file({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.randn(2, 2)}, file)
+    return file
+
+
+KEY = "blocks.1.attn1.salad.proj_weight"
+DAMAGES: dict[str, tuple[Callable[[Path], Path], type[SaladError], str]] = {
+    "truncated": (truncated, CorruptFileError, "truncated"),
+    "no safetensors": (no_safetensors, CorruptFileError, "safetensors"),
+    "a LoRA": (lora, NotASaladFileError, "load_lora_weights"),
+    "missing tensor": (lambda f: edited(f, lambda t, h: t.__delitem__(KEY)), MissingKeysError, KEY),
+    "unexpected tensor": (
+        lambda f: edited(f, lambda t, h: t.update({"blocks.7.attn1.salad.gate_bias": torch.ones(1)})),
+        UnexpectedKeysError,
+        r"blocks\.7",
+    ),
+    "wrong shape": (
+        lambda f: edited(f, lambda t, h: t.update({KEY: torch.ones(3, 3)})),
+        ShapeMismatchError,
+        r"\(3, 3\).*\(24, 24\)",
+    ),
+    "newer format": (lambda f: edited(f, lambda t, h: h.update(format_version=5)), FormatVersionError, "version 5"),
+    "older format": (lambda f: edited(f, lambda t, h: h.update(format_version=1)), FormatVersionError, "version 1"),
+    "no grid": (lambda f: edited(f, lambda t, h: h.__delitem__("grid")), CorruptFileError, "grid"),
+    "broken grid": (lambda f: edited(f, lambda t, h: h["grid"].update(kind="latents")), CorruptFileError, "latents"),
+    "no version": (lambda f: edited(f, lambda t, h: h.__delitem__("format_version")), CorruptFileError, "header"),
+    "unknown option": (
+        lambda f: edited(f, lambda t, h: h["config"].update(sparsty=0.5)),
+        CorruptFileError,
+        "sparsty",
+    ),
+    "other class": (
+        lambda f: edited(f, lambda t, h: h.update(base_class="LTXVideoTransformer3DModel")),
+        BaseModelMismatchError,
+        "LTXVideoTransformer3DModel",
+    ),
+    "other widths": (
+        lambda f: edited(f, lambda t, h: h.update(base_digest="0" * 64)),
+        BaseModelMismatchError,
+        "other widths",
+    ),
+    "more blocks": (
+        lambda f: edited(f, lambda t, h: h["sites"].append({**h["sites"][0], "owner": "blocks.9.attn1"})),
+        BaseModelMismatchError,
+        "3 sites",
+    ),
+}
+
+
+@pytest.mark.parametrize("convert_first", [False, True], ids=["base", "converted"])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_files_have_their_own_error_and_leave_the_model(name: str, convert_first: bool, file: Path) -> None:
+    damage, error, message = DAMAGES[name]
+    damage(file)
+    model = converted() if convert_first else CASE.build()
+    before = fingerprint(model)
+    with pytest.raises(error, match=message):
+        salad_compile.load(model, file)
+    assert_unchanged(model, before)
+
+
+def test_another_model_is_named(file: Path) -> None:
+    for model, message in ((toys.SelfAttention(), "SelfAttention"), (CASES["ChronoEdit"].build(), "ChronoEdit")):
+        before = fingerprint(model)
+        with pytest.raises(BaseModelMismatchError, match=message):
+            salad_compile.load(model, file)
+        assert_unchanged(model, before)
+
+
+def test_another_size_of_the_same_class_is_named(file: Path) -> None:
+    smaller = CASE.build()
+    smaller.blocks = smaller.blocks[:1]
+    with pytest.raises(BaseModelMismatchError, match="2 sites"):
+        salad_compile.load(smaller, file)
+    assert not branches(smaller)
+
+
+def test_another_configuration_is_named(file: Path) -> None:
+    model = converted(sparsity=0.5)
+    before = fingerprint(model)
+    with pytest.raises(AlreadyConvertedError, match=r"sparsity: 0\.5 != 0\.7"):
+        salad_compile.load(model, file)
+    assert_unchanged(model, before)
+
+
+def test_unconverted_models_and_pipelines_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotConvertedError, match="convert"):
+        salad_compile.save(CASE.build(), tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+    class Pipeline:
+        transformer = CASE.build()
+
+    with pytest.raises(ConfigError, match=r"pipe\.transformer"):
+        salad_compile.save(Pipeline(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="no SALAD file"):
+        salad_compile.load(CASE.build(), tmp_path / "absent.safetensors")
+
+
+def test_a_hub_repository_is_loaded_by_its_id(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def download(repository: str, name: str) -> str:
+        asked.append((repository, name))
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    model = salad_compile.load(CASE.build(), "somebody/wan-salad")
+    assert asked == [("somebody/wan-salad", "salad.safetensors")]
+    assert len(branches(model)) == 2
