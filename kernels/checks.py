@@ -14,7 +14,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: fp64 for fp64, fp32 for everything narrower (method.md section 1)."""
+    """The dtype sums are kept in: fp64 for fp64, fp32 for everything narrower (specification 1)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

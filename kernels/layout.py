@@ -1,4 +1,4 @@
-"""Moving tokens between native order and blocks of the token order (method.md section 4.1)."""
+"""Moving tokens between native order and blocks of the token order (specification 4.1)."""
 
 import torch
 

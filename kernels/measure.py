@@ -1,4 +1,4 @@
-"""Counting what block-sparse attention really computed (method.md section 4.5)."""
+"""Counting what block-sparse attention really computed (specification 4.5)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

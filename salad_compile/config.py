@@ -26,13 +26,13 @@ LOWERINGS = ("inductor", "aot_eager", "eager")
 # cautious default for models that were never converted (our choice).
 TRAINED_SPARSITY = 0.9
 TRAINING_FREE_SPARSITY = 0.5
-# Our choice (method.md 4.4). On an H100 the whole operator is ahead from 5,120 tokens on (docs/kernels.md), by the
+# Our choice (specification 4.4). On an H100 the whole operator is ahead from 5,120 tokens on (docs/kernels.md), by the
 # device's time alone; the margin is for the host's.
 MIN_TOKENS = 8192
 
 
 def density_permille(sparsity: float) -> int:
-    """Blocks to keep per thousand. Integer, because in floating point (1 - 0.9) * 10 is below 1 (method.md 4.2)."""
+    """Blocks to keep per thousand. Integer, because in floating point (1 - 0.9) * 10 is below 1 (specification 4.2)."""
     return round(1000 * (1 - sparsity))
 
 

@@ -26,7 +26,7 @@ def block_sparse_attention(
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact softmax attention over the selected key blocks of every query block (method.md section 4.2, step 6).
+    """Exact softmax attention over the selected key blocks of every query block (specification 4.2, step 6).
 
     A query that sees no key, because its block's count is 0 or every key is masked, gives 0 (and lse -inf), with zero
     gradients.

@@ -44,7 +44,7 @@ def block_sparse_attention(
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact softmax over the selected blocks (method.md section 4.2, step 6); a row without any key gives 0.
+    """Exact softmax over the selected blocks (specification 4.2, step 6); a row without any key gives 0.
 
     Same arguments and results as `salad::block_sparse_attention`; differentiable by autograd.
     """

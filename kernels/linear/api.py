@@ -32,7 +32,7 @@ def linear_state(
     key_mask: torch.Tensor | None = None,
     rotated_key: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over all tokens that linear attention reads: KV = sum phi(k) v^T and z = sum phi(k) (method.md section 5).
+    """Sums over all tokens that linear attention reads: KV = sum phi(k) v^T and z = sum phi(k) (specification 5).
 
     Args:
         key: (B, H, S, D), any strides; fp32, bf16, fp16 or fp64 (fp64 on the torch engine).
@@ -83,7 +83,7 @@ def linear_state_backward(
     key_mask: torch.Tensor | None = None,
     rotated_key: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `linear_state` (method.md section 5): db = dKV v + dz, dv = dKV^T b, dk = phi'(k) db.
+    """Gradients of `linear_state` (specification 5): db = dKV v + dz, dv = dKV^T b, dk = phi'(k) db.
 
     Args:
         grad_state: (B, H, D, Dv) and grad_key_sum: (B, H, D), fp32 (fp64 for fp64), any strides, also expanded.
@@ -157,7 +157,7 @@ def linear_output(
     eps: float,
     rotated_query: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Linear attention read out for every query: phi(q) KV / (phi(q) . z + eps) (method.md section 5).
+    """Linear attention read out for every query: phi(q) KV / (phi(q) . z + eps) (specification 5).
 
     A query whose features are all zero (relu of a negative row) gives exactly 0; with rotated_query it gives
     rotated_query KV / eps, which the caller's own mapping makes 0 as well.
@@ -207,7 +207,7 @@ def linear_output_backward(
     eps: float,
     rotated_query: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `linear_output` (method.md section 5), computed again from its inputs.
+    """Gradients of `linear_output` (specification 5), computed again from its inputs.
 
     Args:
         grad_out: (B, H, S, Dv) in the query's dtype, any strides, also expanded.

@@ -66,7 +66,7 @@ def linear_state_backward(
     key_mask: torch.Tensor | None = None,
     rotated_key: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """db_j = dKV v_j + dz, dv_j = dKV^T b_j, dk = phi'(k) db (method.md section 5).
+    """db_j = dKV v_j + dz, dv_j = dKV^T b_j, dk = phi'(k) db (specification 5).
 
     With a rotated key r_j: dr_j = dKV v_j, db_j = dz, dv_j = dKV^T r_j. Its gradient comes last, or `absent`.
     """
@@ -121,7 +121,7 @@ def linear_output_backward(
     eps: float,
     rotated_query: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """With s_i = a_i.z + eps and w_i = KV g_i (method.md section 5, g.O written as w.a / s so that O need not be kept):
+    """With s_i = a_i.z + eps and w_i = KV g_i (specification 5, g.O written as w.a / s so that O need not be kept):
 
     ds_i = -(w_i.a_i) / s_i^2, da_i = w_i / s_i + ds_i z, dKV = sum_i a_i (g_i / s_i)^T, dz = sum_i ds_i a_i.
     With a rotated query r_i: dr_i = w_i / s_i, ds_i = -(w_i.r_i) / s_i^2, da_i = ds_i z, dKV = sum_i r_i (g_i / s_i)^T.

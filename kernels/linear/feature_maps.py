@@ -1,4 +1,4 @@
-"""The feature maps of linear attention and their derivatives, by name (method.md section 5)."""
+"""The feature maps of linear attention and their derivatives, by name (specification 5)."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ MapBackward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _relu_backward(grad: torch.Tensor, features: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return grad * (x > 0)  # derivative 0 at 0, as method.md section 5 fixes it
+    return grad * (x > 0)  # derivative 0 at 0, as specification 5 fixes it
 
 
 def _elu_backward(grad: torch.Tensor, features: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

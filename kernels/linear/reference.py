@@ -1,4 +1,4 @@
-"""The definition of linear attention (method.md section 5) in plain torch: fp64-capable, differentiable by autograd."""
+"""The definition of linear attention (specification 5) in plain torch: fp64-capable, differentiable by autograd."""
 
 import torch
 

@@ -41,7 +41,7 @@ def pool_and_summarise(
 
     Returns:
         pooled: (B, H, ceil(S / block), D), state: (B, H, D, Dv) and key_sum: (B, H, D), contiguous, fp32 (fp64 for
-        fp64). pooled never requires grad: selection carries no gradient (method.md section 4.2, step 6).
+        fp64). pooled never requires grad: selection carries no gradient (specification 4.2, step 6).
 
     Raises:
         KernelArgumentError: on a wrong rank, shape, dtype, device, block size, order, mask or feature map.

@@ -15,9 +15,9 @@ from .density import list_width
 def pool_blocks(
     x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Mean of the valid rows of each block of tokens (method.md section 4.2, step 1; our choice).
+    """Mean of the valid rows of each block of tokens (specification 4.2, step 1; our choice).
 
-    The result never requires grad, also where `x` does: selection carries no gradient (method.md section 4.2, step 6).
+    The result never requires grad, also where `x` does: selection carries no gradient (specification 4.2, step 6).
 
     Args:
         x: (B, H, S, D), any strides; fp32, bf16, fp16 or fp64.
@@ -58,10 +58,10 @@ def select_blocks(
     order: torch.Tensor | None = None,
     permille: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The key blocks with the best pooled scores, for every query block (method.md section 4.2; our choice).
+    """The key blocks with the best pooled scores, for every query block (specification 4.2; our choice).
 
     Key blocks that overlap the query block are always selected and count towards the number kept. Text tokens of a
-    joint sequence are sinks (method.md section 4.4): key blocks that hold one are always selected, on top of the number
+    joint sequence are sinks (specification 4.4): key blocks that hold one are always selected, on top of the number
     kept, and query blocks that hold one attend to everything. Key blocks without a valid key are never selected. NaN
     ranks below every number. Ties may resolve either way, but the same inputs give the same answer on every run. Not
     differentiable.

@@ -18,7 +18,7 @@ def check_density(query_block: int, key_block: int, density_permille: int) -> No
 
 
 def kept_blocks(key_blocks: int, query_block: int, key_block: int, density_permille: int) -> int:
-    """Number of key blocks kept per query block (method.md section 4.2, step 4; our choice).
+    """Number of key blocks kept per query block (specification 4.2, step 4; our choice).
 
     min(Mk, max(forced, Mk * density_permille // 1000)), where forced = max(1, query_block // key_block) is the number
     of key blocks under one full query block. Integer arithmetic, because (1 - 0.9) * 10 is below 1 in floats.

@@ -1,4 +1,4 @@
-"""The definition of routing (method.md section 4.2) in plain torch: slow, readable, usable in fp64."""
+"""The definition of routing (specification 4.2) in plain torch: slow, readable, usable in fp64."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""`salad::window_blocks`: the key blocks of a sliding window over the tokens in their order (method.md section 4.3)."""
+"""`salad::window_blocks`: the key blocks of a sliding window over the tokens in their order (specification 4.3)."""
 
 import torch
 
@@ -21,7 +21,7 @@ def window_blocks(
     video_end: int,
     permille: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The key blocks whose centre lies within `w` tokens of the query block's (method.md section 4.3; our choice).
+    """The key blocks whose centre lies within `w` tokens of the query block's (specification 4.3; our choice).
 
     Whole blocks, clipped at the ends. Key blocks that overlap the query block always belong to it. w is `window`, or
     N (1 - sqrt(sparsity)) with N the video's tokens, which computes about density * N^2 pairs. Sinks as in

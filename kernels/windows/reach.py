@@ -19,7 +19,7 @@ def reach_per_million(density_permille: int) -> int:
 
 
 def reach_in_tokens(tokens: int, density_permille: int, window: int = 0) -> int:
-    """w: a key block belongs to a query block whose centre is at most so many tokens away (method.md section 4.3).
+    """w: a key block belongs to a query block whose centre is at most so many tokens away (specification 4.3).
 
     Args:
         tokens: N, of the video; an int or a SymInt. window: w itself; 0 derives it from the density.

@@ -82,7 +82,7 @@ def _mean_of(site: CalibratedHeads, through_time: Sequence[bool]) -> float:
 def calibrate_heads(model: Any, inputs: Any, *, measure: str = "error") -> HeadCalibration:
     """Choose for each head of the sites with pattern "stswa" whether its window runs in space or through time.
 
-    The order of lower relative MSE of O_s against dense attention, mean over the inputs (method.md section 4.3); a tie
+    The order of lower relative MSE of O_s against dense attention, mean over the inputs (specification 4.3); a tie
     stays in space. All sites are measured in the model as it was before. Sets the buffer `temporal_heads` of each
     branch in place, which `save` stores. Compiled code reads it as data and is not compiled again.
 
@@ -177,7 +177,7 @@ class Calibration(Report):
 
     @property
     def sparsity(self) -> float:
-        """The mean over sites, weighted by heads and by token pairs (method.md section 4.5)."""
+        """The mean over sites, weighted by heads and by token pairs (specification 4.5)."""
         return sum(site.pairs * site.sparsity for site in self.sites) / sum(site.pairs for site in self.sites)
 
     def apply(self, model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Analytic FLOPs of one attention site, dense and as SALAD (method.md section 10). A multiply-add counts two."""
+"""Analytic FLOPs of one attention site, dense and as SALAD (specification 10). A multiply-add counts two."""
 
 from __future__ import annotations
 

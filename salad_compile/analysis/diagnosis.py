@@ -84,7 +84,7 @@ def norms(out: Tensor, rows: Tensor) -> Tensor:
 
 
 def contribution_of(update: Tensor | None, sparse: Sparse, rows: Tensor) -> tuple[Tensor, float]:
-    """||G Proj(O_l)||_F / ||O_s||_F of each head, fp64 (H,), and of all heads (rho, method.md section 7)."""
+    """||G Proj(O_l)||_F / ||O_s||_F of each head, fp64 (H,), and of all heads (rho, specification 7)."""
     below = norms(sparse.out, rows)
     above = torch.zeros_like(below) if update is None else norms(update, rows)
     return ratio(above, below), float(ratio(above.norm(), below.norm()))
@@ -113,7 +113,7 @@ class HeadDiagnosis:
 
 @dataclass(frozen=True)
 class SiteDiagnosis:
-    """One site in one forward. step: the number of the inputs. contribution: rho_l over all heads (method.md 7)."""
+    """One site in one forward. step: the number of the inputs. contribution: rho_l over all heads (specification 7)."""
 
     name: str
     step: int

@@ -1,4 +1,4 @@
-"""drop_branches(model, inputs): remove the linear branches that contribute least (method.md section 7)."""
+"""drop_branches(model, inputs): remove the linear branches that contribute least (specification 7)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from salad_compile.common.wrappers import unwrap
 from salad_compile.errors import ConfigError, WrappedModelError
 from salad_compile.sites.branch import SaladBranch
 
-# "about 20 %" of the branches can go with little loss, as summaries of arXiv 2601.16515 say (method.md section 7).
+# "about 20 %" of the branches can go with little loss, as summaries of arXiv 2601.16515 say (specification 7).
 FRACTION = 0.2
 
 
@@ -71,7 +71,7 @@ def drop_branches(model: Any, inputs: Any, *, fraction: float = FRACTION) -> Dro
     """Drop the linear branches that contribute least, in place, after fine-tuning.
 
     Of the L sites that have a linear branch, the floor(fraction * L) with the lowest rho_l = mean over inputs of
-    ||G Proj(O_l)||_F / ||O_s||_F lose gate and projection (method.md section 7, our criterion). Their sparse branch and
+    ||G Proj(O_l)||_F / ||O_s||_F lose gate and projection (specification 7, our criterion). Their sparse branch and
     their low-rank updates stay. `save` remembers which. A compiled model compiles again on its next call. An optimizer
     made before still holds the parameters that are gone: make a new one if you train on.
 

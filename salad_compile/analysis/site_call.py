@@ -73,7 +73,7 @@ class SiteCall:
     def rows(self) -> Tensor:
         """bool (B, S), the tokens that errors are measured over: the video's, without those that a mask hides.
 
-        Text rows are dense anyway (method.md section 4.4) and would only dilute.
+        Text rows are dense anyway (specification 4.4) and would only dilute.
         """
         key, mask = self.given.key, self.given.key_mask
         rows = torch.zeros(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)

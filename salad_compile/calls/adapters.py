@@ -280,7 +280,7 @@ def dense_reason(
     *,
     square_is_padding: bool = False,
 ) -> str:
-    """Why a self-attention call has to stay dense whatever the model is, or the empty string (method.md 4.4).
+    """Why a self-attention call has to stay dense whatever the model is, or the empty string (specification 4.4).
 
     Args:
         shapes: (B, H, S, D) of query, key and value. They may be symbolic; only what does not add guards is asked of

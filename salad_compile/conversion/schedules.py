@@ -91,7 +91,7 @@ def dense(model: Any) -> Iterator[None]:
 
 
 class DenseSteps:
-    """Keeps the first denoising steps dense, by number or by timestep. Off by default: see method.md section 4.4.
+    """Keeps the first denoising steps dense, by number or by timestep. Off by default: see specification 4.4.
 
     Of a diffusers pipeline it is the `callback_on_step_end`; in a loop of your own call :meth:`before` each step.
 

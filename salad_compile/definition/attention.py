@@ -33,7 +33,7 @@ __all__ = [
     "window_attention",
 ]
 
-# Added to the normaliser of the linear branch, in fp32 (method.md section 5, our choice).
+# Added to the normaliser of the linear branch, in fp32 (specification 5, our choice).
 LINEAR_EPS = 1e-6
 
 assert _kernels  # imported for their effect
@@ -50,7 +50,7 @@ def sparse_attention(
     key_mask: Tensor | None = None,
     permille: Tensor | None = None,
 ) -> Tensor:
-    """Top-K routed block-sparse softmax attention (method.md section 4.2).
+    """Top-K routed block-sparse softmax attention (specification 4.2).
 
     Args:
         query, key, value: (B, H, S, head_dim), any strides, one floating dtype.
@@ -79,7 +79,7 @@ def window_attention(
     scale: float,
     permille: Tensor | None = None,
 ) -> Tensor:
-    """ST-SWA: each head attends within a sliding window, in space or through time (method.md section 4.3).
+    """ST-SWA: each head attends within a sliding window, in space or through time (specification 4.3).
 
     Args:
         query, key, value, where, spec, scale, permille: see :func:`sparse_attention`; tokens in the native order.
@@ -103,7 +103,7 @@ def window_attention(
 
 
 class Mapped(NamedTuple):
-    """What the map-then-rotate placement takes (method.md section 5), shaped like the operands of the call.
+    """What the map-then-rotate placement takes (specification 5), shaped like the operands of the call.
 
     Attributes:
         query, key: before the position encoding.
@@ -124,7 +124,7 @@ def linear_attention(
     key_mask: Tensor | None = None,
     mapped: Mapped | None = None,
 ) -> Tensor:
-    """Bidirectional linear attention over all tokens (method.md section 5).
+    """Bidirectional linear attention over all tokens (specification 5).
 
     Args:
         query, key, value: (B, H, S, head_dim) as they reach softmax attention, after the position encoding.
@@ -203,13 +203,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _gate(gate_input: Tensor, branch: BranchTensors, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
-    """sigmoid(x w_g + b_g), (B, rows, 1), or (B, rows, H) with one gate per head (method.md section 2)."""
+    """sigmoid(x w_g + b_g), (B, rows, 1), or (B, rows, H) with one gate per head (specification 2)."""
     assert branch.gate_weight is not None
     assert branch.gate_bias is not None
     logits = torch.matmul(gate_input, branch.gate_weight.to(gate_input.dtype))
     logits = logits.unsqueeze(-1) if spec.gate == "token" else logits
     logits = logits + branch.gate_bias.to(gate_input.dtype)
-    # the sigmoid is taken in fp32 (method.md section 1)
+    # the sigmoid is taken in fp32 (specification 1)
     return torch.sigmoid(logits.to(torch.promote_types(dtype, torch.float32))).to(dtype)
 
 
@@ -235,10 +235,10 @@ def salad_attention(
 ) -> Tensor:
     """O' = O_sparse + s_layer sigmoid(x w_g + b_g) Proj(s_head O_linear), before the output projection.
 
-    Method.md sections 2 (v1: both scales are 1) and 3 (our reading of v2).
+    Specification 2 (v1: both scales are 1) and 3 (our reading of v2).
 
     Of a joint sequence the rows of the video get all of this. Text rows are dense and have no linear branch: the branch
-    makes up for what sparsity leaves out, and they leave out nothing (method.md section 4.4).
+    makes up for what sparsity leaves out, and they leave out nothing (specification 4.4).
 
     Args:
         query: (B, H, S, head_dim), exactly what reaches softmax attention. With `spec.text` "prefix": the video's

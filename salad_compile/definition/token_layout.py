@@ -30,7 +30,7 @@ class Segments(NamedTuple):
 
 
 def segments(text: str, tokens: int, video: int) -> Segments:
-    """Where the text lies (method.md section 4.4).
+    """Where the text lies (specification 4.4).
 
     Args:
         text: "none", "before" or "after" the video. tokens, video: lengths of the whole sequence and of the video.

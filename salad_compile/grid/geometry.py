@@ -1,4 +1,4 @@
-"""The token grid (T, H, W) of a video: where it is read from, and the orders of its tokens (method.md section 4.1).
+"""The token grid (T, H, W) of a video: where it is read from, and the orders of its tokens (specification 4.1).
 
 A token order is an int32 permutation of the native positions (t * H + y) * W + x. Blocks of attention are runs of
 consecutive tokens in it, so a good order keeps runs of 64 and 128 tokens compact. :func:`locality` measures that:
@@ -125,7 +125,7 @@ def _there_and_back(digit: Tensor, count: int, before: Tensor) -> Tensor:
 
 
 def temporal_order(grid: Grid, *, device: torch.device | str | int | None = None) -> Tensor:
-    """All frames of a place one after another: token (t, y, x) is number (y * W + x) * T + t (method.md section 4.1).
+    """All frames of a place one after another: token (t, y, x) is number (y * W + x) * T + t (specification 4.1).
 
     Returns:
         int32 (T * H * W,), like :func:`tile_order`. Traces with symbolic sizes.

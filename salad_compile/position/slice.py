@@ -1,6 +1,6 @@
 """The part of a forward that applies position to a projected query or key, so that it can be run on another value.
 
-map-then-rotate (method.md section 5; of SANA-Video, arXiv 2509.24695, and the likelier reading of arXiv 2601.16515)
+map-then-rotate (specification 5; of SANA-Video, arXiv 2509.24695, and the likelier reading of arXiv 2601.16515)
 weighs by R_i phi(q'_i) . R_j phi(k'_j), over phi(q'_i) . sum_j phi(k'_j): q' and k' are the query and the key before
 the position encoding R of the model. R is not computed here: the model's own operations are run once more.
 """

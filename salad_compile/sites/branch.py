@@ -43,7 +43,7 @@ class SaladBranch(nn.Module):
     rename its keys, and its suffix matching would hit child modules called `q`.
 
     The projection starts at zero, so a freshly converted model computes pure block-sparse attention; the gate starts at
-    sigmoid(0) = 0.5, because two factors that both start at zero would never train (method.md section 3).
+    sigmoid(0) = 0.5, because two factors that both start at zero would never train (specification 3).
 
     Args:
         record: the site. config: the configuration; both are kept, shared between the sites of a model.
@@ -133,7 +133,7 @@ class SaladBranch(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Initialise: zero, but Kaiming uniform for LoRA's `down` and 1 for static scales (method.md section 6)."""
+        """Initialise: zero, but Kaiming uniform for LoRA's `down` and 1 for static scales (specification 6)."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.endswith("_down"):
@@ -145,7 +145,7 @@ class SaladBranch(nn.Module):
             self.lora_scale.fill_(self.config.lora_scale)
             if "permille" in self.branch_names:
                 self.permille.fill_(density_permille(self.config.of_site(self.record.owner).sparsity))
-            if "temporal_heads" in self.branch_names:  # odd heads look through time (method.md 4.3)
+            if "temporal_heads" in self.branch_names:  # odd heads look through time (specification 4.3)
                 self.temporal_heads.copy_(torch.arange(self.record.heads) % 2 == 1)
 
     def decoded_spec(self) -> AttentionSpec:
@@ -164,7 +164,7 @@ class SaladBranch(nn.Module):
         return BranchTensors(**{name: getattr(self, name) for name in self.branch_names})
 
     def drop_linear(self) -> None:
-        """Give up gate, projection and static scales, in place (method.md section 7); sparse attention and LoRA stay.
+        """Give up gate, projection and static scales, in place (specification 7); sparse attention and LoRA stay.
 
         Compiled code finds other settings here, and is compiled again once for all sites that are alike.
         """

@@ -1,4 +1,4 @@
-"""measure_executions counts what block-sparse attention computed (method.md section 4.5)."""
+"""measure_executions counts what block-sparse attention computed (specification 4.5)."""
 
 import pytest
 import torch

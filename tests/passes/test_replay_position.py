@@ -145,7 +145,7 @@ def test_without_a_turn_the_two_placements_are_one(style: type[styles.Rotary]) -
 
 
 def test_large_values() -> None:
-    """The numerators may be negative, so the result is not bounded by the values (method.md section 5)."""
+    """The numerators may be negative, so the result is not bounded by the values (specification 5)."""
     model = converted(styles.InPlace)
     x = toys.tokens(70, dtype=torch.float64) * 1e3
     expected = run(lambda **given: by_hand(model, **given), {"x": x}, parameters=model)

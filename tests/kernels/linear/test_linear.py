@@ -1,4 +1,4 @@
-"""salad::linear_state and salad::linear_output against their definition (method.md sections 5 and 12)."""
+"""salad::linear_state and salad::linear_output against their definition (specification 5 and 12)."""
 
 import pytest
 import torch

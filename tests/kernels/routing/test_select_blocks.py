@@ -1,4 +1,4 @@
-"""salad::select_blocks against its definition, and its invariants (method.md sections 4.2 and 12)."""
+"""salad::select_blocks against its definition, and its invariants (specification 4.2 and 12)."""
 
 import pytest
 import torch

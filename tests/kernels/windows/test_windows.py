@@ -61,7 +61,7 @@ def test_equals_brute_force(grid: Grid, blocks: tuple[int, int]) -> None:
 
 
 def test_the_window_of_the_specification() -> None:
-    """method.md 4.3: w = 1,681 tokens at N = 32,760 and sparsity 0.9, which leaves out 90.1 % at 128 x 64."""
+    """specification 4.3: w = 1,681 tokens at N = 32,760 and sparsity 0.9, which leaves out 90.1 % at 128 x 64."""
     assert reach_in_tokens(32760, 100) == 1681
     lut, count = windows(32760, 128, 64, 100, 0, 0, 0, 0, 32760, heads=1)
     key_rows = torch.full((512,), 64)

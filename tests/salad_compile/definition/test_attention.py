@@ -122,7 +122,7 @@ def test_v2_with_unit_scales_is_v1() -> None:
 
 
 def test_v2_by_hand() -> None:
-    """method.md section 3: O' = O_s + s_layer G Proj(s_head O_l)."""
+    """specification 3: O' = O_s + s_layer G Proj(s_head O_l)."""
     q, k, v, x, branch = operands()
     branch = branch._replace(**scales())
     assert branch.head_scale is not None

@@ -231,7 +231,7 @@ def test_full_size_wan_14b_in_seconds_and_without_memory() -> None:
     ids=str,
 )
 def test_the_parameter_counts_of_the_paper(settings: dict[str, Any], branch_parameters: int, share: str) -> None:
-    """method.md sections 3 and 6: +4.99 % on Wan2.1-T2V-1.3B for gates and projections, 70,871,070 parameters."""
+    """specification 3 and 6: +4.99 % on Wan2.1-T2V-1.3B for gates and projections, 70,871,070 parameters."""
     from diffusers import WanTransformer3DModel
 
     kwargs: dict[str, Any] = {"attention_head_dim": 128, "text_dim": 4096}

@@ -215,7 +215,7 @@ def test_heads_that_cannot_be_shared_evenly_stay_dense(heads: tuple[int, int, in
 
 
 class Prefixed(toys.SelfAttention):
-    """Keys and values of a context come before those of the video; the context asks nothing (method.md 4.4)."""
+    """Keys and values of a context come before those of the video; the context asks nothing (specification 4.4)."""
 
     first = True
 
