@@ -24,20 +24,13 @@ logger = logging.getLogger("mkdocs.hooks.salad_compile")
 
 
 def on_startup(command: str, dirty: bool) -> None:
-    """Lay the package out as setuptools does, for mkdocstrings, which reads files and imports nothing.
+    """Copy the package for mkdocstrings, which reads files and imports nothing.
 
-    On start-up, because its own on_config passes over a path that is not there. Copies, because griffe (2.4) follows a
-    symbolic link to the folder that it leads to, which has no kernels/ and passes/.
+    On start-up, because its own on_config skips a path that does not exist. A copy, in which passes/ and kernels/ are
+    folders, because griffe (2.4) takes a symbolic link for the folder that it leads to, and that one has no parent.
     """
     shutil.rmtree(PACKAGE, ignore_errors=True)
-    package = PACKAGE / "salad_compile"
-    ignored = shutil.ignore_patterns("__pycache__")
-    for source, target in (
-        ("salad_compile", package),
-        ("passes", package / "passes"),
-        ("kernels", package / "kernels"),
-    ):
-        shutil.copytree(ROOT / source, target, ignore=ignored)
+    shutil.copytree(ROOT / "salad_compile", PACKAGE / "salad_compile", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def on_files(files: Any, config: Any) -> Any:
