@@ -5,7 +5,7 @@ are printed and written as JSON, with everything needed to run it again. On Linu
 other processes took: on two cores a busy neighbour stalls every parallel region, and block-sparse attention has many.
 The second ratio is over the quiet rounds only; all timings are kept.
 
-    python benchmarks/attention_cpu.py            the shape of design/targets.md section 4: S 8192, H 4, D 128
+    python benchmarks/attention_cpu.py            S 8192, H 4, D 128
     python benchmarks/attention_cpu.py --quick    small sizes, two rounds: checks that it runs
 """
 

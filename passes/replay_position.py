@@ -1,6 +1,6 @@
 """The model's own position encoding, run once more in a graph on the features of a query and a key (map-then-rotate).
 
-What was found (position_slice.py) is copied node by node, each copy right behind its original: what it reads is then as
+What was found (position/slice.py) is copied node by node, each copy right behind its original: what it reads is then as
 the original found it, also where the model writes in place.
 """
 

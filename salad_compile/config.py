@@ -90,7 +90,7 @@ class AttentionSpec:
     permille. text: where the text of a joint sequence lies, "none", "before" or "after" the video, or "prefix": before
     the video, among keys and values only. single: whether video and text come through one projection. groups: query
     heads that share one key head. square_mask: whether a (B, 1, S, S) mask was seen to be key padding. group: the
-    processes that share the tokens (head_exchange.py), or nothing.
+    processes that share the tokens (kernels/exchange), or nothing.
     """
 
     pattern: str

@@ -10,7 +10,7 @@ _SCALE = 1_000_000
 
 
 def reach_per_million(density_permille: int) -> int:
-    """w / N in millionths: 1 - sqrt(sparsity), because a window clipped at the ends has density 2 a - a^2 (method 4.3).
+    """w / N in millionths: 1 - sqrt(sparsity), the density of a clipped window being 2 a - a^2 (specification 4.3).
 
     Args:
         density_permille: 1000 * (1 - sparsity), in 0..1000.

@@ -34,7 +34,7 @@ class AttentionArguments:
         batch: for "SHD": a tensor with one entry more than there are samples (cu_seqlens), or None for one sample.
         output: which element of the call's result is the attention's, or None where the result is a tensor.
         results: how many elements such a result has. Only for functions: an operator's schema tells.
-        by_hand: whether the model computes it by products and a softmax (manual_attention.py).
+        by_hand: whether the model computes it by products and a softmax (softmax_products.py).
         reason: why the call must stay dense whatever its tensors are, or the empty string.
     """
 

@@ -3,7 +3,7 @@
 diffusers' own engine (`enable_parallelism`) splits tokens at module boundaries and gathers them in the end, and that
 stays. What it does around attention happens inside an autograd function of its own, where SALAD would find all tokens
 of some heads, a gate for a part of the tokens, and no gradients. So converted sites get plain attention calls back, and
-the definition itself exchanges heads and tokens (head_exchange.py, `attention._across_processes`). Attention that
+the definition itself exchanges heads and tokens (definition/attention.py, kernels/exchange). Attention that
 the conversion left dense keeps diffusers' exchange.
 """
 

@@ -344,7 +344,7 @@ def find_grid_rule(
     patch_size_t: int | None = None,
     conv_grids: Iterable[Sequence[int]] = (),
 ) -> GridFinding:
-    """Find out from one call how a model's arguments show the token grid (models.md section 4).
+    """Find out from one call how a model's arguments show the token grid.
 
     A rule has to give `video_tokens` tokens, with the configured patch or with a grid that a patch convolution put out.
     Of several, prefer those with the configured patch, then those that a convolution confirms, then patches of one

@@ -1,7 +1,7 @@
 """Follows projected queries and keys through the operations of a forward, up to where position mixes in.
 
 Operations are nodes of an `fx.Graph`, added in the order in which they run: those of a graph that Dynamo or
-torch.export made (passes/replay_position.py), or those that the eager twin has seen (position_recording.py). Such
+torch.export made (passes/replay_position.py), or those that the eager twin has seen (position/recording.py). Such
 graphs are not functional. So what is followed are cells: a node's value as it was made, or as it is after a write into
 its memory.
 """

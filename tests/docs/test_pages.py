@@ -6,6 +6,7 @@ import builtins
 import dataclasses
 import importlib
 import re
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -68,6 +69,20 @@ def test_layouts_of_latents_are_all_there() -> None:
     assert [name for name, _, written, _ in rows if written == "yes"] == [name for name in SOURCES if name in TARGETS]
     for name, _, _, normalized in rows:
         assert (normalized == "yes") == SOURCES[name].normalized
+
+
+def test_the_rooms_are_those_that_lint_holds() -> None:
+    (contract,) = (
+        contract
+        for contract in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+            "contracts"
+        ]
+        if contract["name"] == "rooms"
+    )
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    assert "```text\n" + "\n".join(contract["layers"]) + "\n```" in text
+    rooms = {room for layer in contract["layers"] for room in layer.split(" | ")}
+    assert {room.strip("/") for room in re.findall(r"^\| `([\w/]+)` \|", text, re.MULTILINE)} == rooms
 
 
 def test_the_picture_needs_nothing_from_elsewhere() -> None:

@@ -93,7 +93,7 @@ def test_gradcheck() -> None:
     )
 
 
-# --- the variants of method.md: scaling, gates, patterns --------------------------------------------------------------
+# --- variants: scaling, gates, patterns -------------------------------------------------------------------------------
 
 
 def variant(**settings: Any) -> AttentionSpec:
