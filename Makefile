@@ -1,4 +1,4 @@
-# Two commands on a fresh clone: `make demo` and `make test`. Both set up .venv first, by themselves.
+# Two commands on a fresh clone: `make demo` and `make test`. Both set up .venv first, by themselves. `make help` lists all.
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
 WORKERS ?= 2
@@ -6,15 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-kernels gate quick-gate env lint docs bench bench-gpu clean
+.PHONY: help demo test test-kernels gate quick-gate env lint docs bench bench-gpu clean
 
-demo: env
+help:  ## this list (also what `make` alone does)
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: env  ## the whole way on a small model, then samples of a trained one
 	@echo "== demo: examples/quickstart.py"
 	$(BIN)/python examples/quickstart.py
 	@echo "== demo: examples/experiment/sample.py, trained weights: a clip restored dense and SALAD side by side"
 	$(BIN)/python examples/experiment/sample.py
 
-test: env
+test: env  ## all tests, two at a time, and the gate in part; PYTEST_ARGS="-k Wan" runs some of them
 	@echo "== tests, $(WORKERS) at a time"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 ifeq ($(strip $(PYTEST_ARGS)),)
@@ -23,44 +26,44 @@ endif
 
 # With a GPU the tests above have run the Triton kernels on it. Without one they are interpreted, in a process of their
 # own: Triton decides when it is imported.
-test-kernels: env
+test-kernels: env  ## the Triton kernels, interpreted where there is no GPU
 	@echo "== tests of the Triton kernels, interpreted"
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then echo "there is a GPU: they have run on it"; \
 	else TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/gpu; fi
 
 # what `make test` has time for: all kernels for Hopper, and for Ampere and Blackwell those of bf16 and head_dim 128
-quick-gate: env
+quick-gate: env  ## compile the kernels of Hopper, and a part of those of Ampere and Blackwell
 	@echo "== compiling every Triton kernel that ships for sm_90, and for sm_80 and sm_100 those of bf16 and head_dim 128"
 	$(BIN)/python -m salad_compile.kernels.inspect --arch 90
 	$(BIN)/python -m salad_compile.kernels.inspect --arch 80 100 --filter "bfloat16 d128"
 
-gate: env
+gate: env  ## compile every kernel that ships, for three GPU generations
 	@echo "== compiling every Triton kernel that ships for sm_80, sm_90 and sm_100"
 	$(BIN)/python -m salad_compile.kernels.inspect
 
-env: $(STAMP)
-
+env: $(STAMP)  ## make .venv, which every other target does by itself
 $(STAMP): pyproject.toml tools/setup_env.sh
 	PYTHON="$(PYTHON)" TORCH_VERSION="$(TORCH_VERSION)" bash tools/setup_env.sh $(VENV)
 	@touch $@
 
-lint: env
+lint: env  ## ruff, mypy, the import law, spelling, and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 	@$(MAKE) --no-print-directory docs
 
 # the site, in build/site; a broken link, a missing page or an unknown name in the reference is an error (with --quiet not)
-docs: env
+docs: env  ## the documentation, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: env
+bench: env  ## time the CPU engine
 	$(BIN)/python benchmarks/attention_cpu.py
 
 # everything that docs/kernels.md and the README say of a GPU; about twelve minutes
-bench-gpu: env
+bench-gpu: env  ## all measured numbers of a GPU, and the plots
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/transformer.py
 	$(BIN)/python benchmarks/tiles.py
@@ -69,5 +72,5 @@ bench-gpu: env
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python tools/measured.py
 
-clean:
+clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis out

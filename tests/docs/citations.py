@@ -32,7 +32,7 @@ ELSEWHERE = re.compile(r"\bSeen in [\w.-]+/[\w.-]+")
 
 NUMBER = r"\d+(?:\.\d+)?"
 SECTION = re.compile(
-    rf"\b[Ss]pecification (?P<first>{NUMBER})(?P<more>(?:(?:,| and| to) {NUMBER})*)(?:, step (?P<step>\d+))?"
+    rf"(?i:\bspecification) (?P<first>{NUMBER})(?P<more>(?:(?:,| and| to) {NUMBER})*)(?:, step (?P<step>\d+))?"
 )
 NUMBERED = re.compile(rf"\b(?P<page>method|[\w/]+\.md)(?:,? section|,)? (?P<number>{NUMBER})\b")
 HERE = re.compile(rf"\bsections? (?P<first>{NUMBER})")
