@@ -41,7 +41,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def mark_of(node: fx.Node) -> object:
-    """The graph input by which the tag and the entry marker of a site know each other (`SaladBranch.mark`)."""
+    """The graph input by which the tag and the entry marker of a site know each other (`BranchParameters.mark`)."""
     given = node.args[2] if node.target in TAGS else node.args[0]
     mark = given[0] if isinstance(given, (list, tuple)) else given
     # export takes a cast to the dtype that a tensor has for that tensor

@@ -140,7 +140,8 @@ def _failure(model: nn.Module, number: int, args: tuple[Any, ...], kwargs: Mappi
 @contextlib.contextmanager
 def _prepared(model: nn.Module) -> Iterator[None]:
     """Eval mode, SALAD switched on at all sites, and nothing compiled."""
-    from salad_compile.sites.branch import branches, held_dense
+    from salad_compile.sites.branch import branches
+    from salad_compile.sites.site import hold_dense
 
     known = branches(model).values()
     if any(branch.group for branch in known):
@@ -150,7 +151,7 @@ def _prepared(model: nn.Module) -> Iterator[None]:
     try:
         # before Dynamo was loaded nothing can be compiled, and loading it takes seconds
         eager = _forced_eager() if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-        with held_dense(known, False), eager:
+        with hold_dense(known, False), eager:
             yield
     finally:
         for module in training:

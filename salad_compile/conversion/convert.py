@@ -29,9 +29,10 @@ from salad_compile.errors import (
 from salad_compile.grid.geometry import GridSource
 from salad_compile.grid.video_grid import RootForward, VideoGrid
 from salad_compile.position.slice import position_error
-from salad_compile.sites.branch import BRANCH_NAME, DenseSwitch, SaladBranch, branches
+from salad_compile.sites.branch import BRANCH_NAME, SaladBranch, branches
 from salad_compile.sites.markers import leave_dense
 from salad_compile.sites.record import SiteRecord
+from salad_compile.sites.site import DenseSwitch
 
 ModelOrPipeline = TypeVar("ModelOrPipeline")
 

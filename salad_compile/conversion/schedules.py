@@ -16,7 +16,8 @@ import torch
 from salad_compile.common.wrappers import bare_components
 from salad_compile.config import density_permille
 from salad_compile.errors import ConfigError, did_you_mean
-from salad_compile.sites.branch import SaladBranch, branches_in, held_dense, require_switchable
+from salad_compile.sites.branch import SaladBranch, branches_in
+from salad_compile.sites.site import hold_dense, require_switchable
 
 __all__ = ["DenseSteps", "dense", "ramp_sparsity", "set_dense", "set_sparsity"]
 
@@ -86,7 +87,7 @@ def set_dense(model: Any, on: bool) -> None:
 @contextlib.contextmanager
 def dense(model: Any) -> Iterator[None]:
     """`with dense(model):` see :func:`set_dense`; afterwards every site is as it was before."""
-    with held_dense(_branches(model), True):
+    with hold_dense(_branches(model), True):
         yield
 
 

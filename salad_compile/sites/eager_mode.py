@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +35,7 @@ from salad_compile.kernels.exchange.api import members
 from salad_compile.kernels.measure import Execution, measure_executions
 from salad_compile.position.recording import PositionRecording, Recorded
 from salad_compile.sites import observers
-
-if TYPE_CHECKING:
-    from salad_compile.sites.branch import SaladBranch
+from salad_compile.sites.site import Site
 
 _NOT_MEASURED: contextlib.AbstractContextManager[list[Execution]] = contextlib.nullcontext([])
 
@@ -50,16 +48,16 @@ class SaladMode(Recorded, TorchFunctionMode):
     attend to one sample after another (Mochi) make one call for each.
 
     Args:
-        branch: of the site. text: the owner's argument that tells how much is text, or None.
+        site: whose forward runs. text: the owner's argument that tells how much is text, or None.
     """
 
-    def __init__(self, branch: SaladBranch, text: Tensor | None) -> None:
+    def __init__(self, site: Site, text: Tensor | None) -> None:
         super().__init__()
-        self.branch = branch
+        self.site = site
         self.text = text
         self.calls = 0
         self.replaced = 0
-        spec = branch.decoded_spec()
+        spec = site.decoded_spec()
         self.recording: PositionRecording | None
         self.recording = PositionRecording(spec.text == "prefix") if spec.maps_before_position else None
         self.by_hand = of_tensors(self.permute)
@@ -77,10 +75,10 @@ class SaladMode(Recorded, TorchFunctionMode):
                 self.by_hand.note(func, args, kwargs, out)
                 return out
         self.calls += 1
-        if self.calls - 1 != self.branch.record.call_index + self.replaced or self.branch.armed is None:
+        if self.calls - 1 != self.site.record.call_index + self.replaced or self.site.armed is None:
             return func(*args, **kwargs)
         call = by_hand or bind(func, args, kwargs, lambda tensor: tensor.dim())
-        gate_input = self._gate_input(call, self.branch.armed)
+        gate_input = self._gate_input(call, self.site.armed)
         if gate_input is None:
             return func(*args, **kwargs)
         return in_place_of(func, call, self._replace(call, gate_input))
@@ -96,24 +94,24 @@ class SaladMode(Recorded, TorchFunctionMode):
         elif self.replaced:
             return None
         rows = armed.shape[:-1].numel()
-        spec = self.branch.decoded_spec()
+        spec = self.site.decoded_spec()
         all_rows = spec.text in ("none", "prefix") or spec.single
         return armed if (rows == batch * queries if all_rows else rows <= batch * queries) else None
 
     def _replace(self, call: AttentionArguments, gate_input: Tensor) -> Tensor:
-        branch = self.branch
+        site = self.site
         query, key, value = (call.heads_first(tensor) for tensor in (call.query, call.key, call.value))
-        spec, kind = branch.decoded_spec(), mask_kind(call.attn_mask)
+        spec, kind = site.decoded_spec(), mask_kind(call.attn_mask)
         padding = spec.square_mask and kind == "square"
-        if padding and branch.measured_sparsity is None:  # once: reading values waits for the device
+        if padding and site.measured_sparsity is None:  # once: reading values waits for the device
             padding = is_padding(call.attn_mask)
         reason = dense_reason(call, [t.shape for t in (query, key, value)], kind, square_is_padding=padding)
-        reason = reason or _misfit(spec, query, key, branch.order(query.device), gate_input, self.text)
-        if branch.measured_sparsity is None:  # once: reading the lengths waits for the device
+        reason = reason or _misfit(spec, query, key, site.order(query.device), gate_input, self.text)
+        if site.measured_sparsity is None:  # once: reading the lengths waits for the device
             reason = reason or _ragged(call)
         if reason:
             raise SiteLostError(
-                f"the converted site {branch.record.owner!r} cannot run as SALAD: {reason}, which was not so at "
+                f"the converted site {site.record.owner!r} cannot run as SALAD: {reason}, which was not so at "
                 "conversion. Convert with example_inputs that show it, or leave it out of the call."
             )
         if call.dropout_p:
@@ -123,19 +121,19 @@ class SaladMode(Recorded, TorchFunctionMode):
         mask = key_padding(call.attn_mask, kind, query.shape[0]) if kind else None
         mapped = None
         if self.recording is not None:
-            mapped = self.recording.mapped(call.query, call.key, spec.feature_map, branch.record.owner)
+            mapped = self.recording.mapped(call.query, call.key, spec.feature_map, site.record.owner)
         if mapped is not None:
             mapped = Mapped(*(call.heads_first(operand) for operand in mapped))
-        dtype, order = _result_dtype(value if call.by_hand else query), branch.order(query.device)
-        tensors = branch.tensors()
+        dtype, order = _result_dtype(value if call.by_hand else query), site.order(query.device)
+        tensors = site.tensors()
         given = operands_of(query, key, value, gate_input, tensors, order, spec, dtype, mask, self.text, mapped)
         if observers.is_observed():
-            observers.notify(branch, given, spec, scale)
+            observers.notify(site, given, spec, scale)
         # measured once: counting waits for the device
-        with measure_executions() if branch.measured_sparsity is None else _NOT_MEASURED as executions:
+        with measure_executions() if site.measured_sparsity is None else _NOT_MEASURED as executions:
             out = salad_of(given, spec, scale)
         if executions:  # none on the meta device
-            branch.measured_sparsity = executions[0].sparsity
+            site.measured_sparsity = executions[0].sparsity
         result: Tensor = call.as_called(out)
         return result
 
@@ -152,11 +150,11 @@ class SaladMode(Recorded, TorchFunctionMode):
     def require_replaced(self) -> None:
         """Raises SiteLostError when the forward ran and its attention call was not met: never silently dense."""
         if not self.replaced:
-            site = self.branch.record
+            record = self.site.record
             raise SiteLostError(
-                f"the converted site {site.owner!r} ran without SALAD: of the {self.calls} attention calls of its "
-                f"forward, none was call number {site.call_index} with the queries of {site.query!r}. Its attention "
-                "processor or a projection was replaced after conversion (attention_backend(...), "
+                f"the converted site {record.owner!r} ran without SALAD: of the {self.calls} attention calls of its "
+                f"forward, none was call number {record.call_index} with the queries of {record.query!r}. Its "
+                "attention processor or a projection was replaced after conversion (attention_backend(...), "
                 "fuse_qkv_projections(), set_attn_processor(...)?). Convert the model after such changes; after "
                 "enable_parallelism(...) call salad_compile.parallelise(model)."
             )

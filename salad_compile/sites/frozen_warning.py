@@ -12,45 +12,43 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from salad_compile.common.logs import logger
-from salad_compile.sites import graph_breaks as split_frames
-
-if TYPE_CHECKING:
-    from salad_compile.sites.branch import DenseSwitch, SaladBranch
+from salad_compile.sites import graph_breaks
+from salad_compile.sites.site import DenseSwitch, Site
 
 # One switch for each model: those that were told of, or that are frozen on purpose.
 _settled: weakref.WeakSet[DenseSwitch] = weakref.WeakSet()
 
 
-def settle(branch: SaladBranch, settled: bool) -> None:
-    """Say nothing of this branch's model, or look again."""
-    (_settled.add if settled else _settled.discard)(branch.switch)
+def settle(site: Site, settled: bool) -> None:
+    """Say nothing of this site's model, or look again."""
+    (_settled.add if settled else _settled.discard)(site.switch)
 
 
 def tell_of_inputs(inputs: Iterable[Any]) -> None:
-    """:func:`tell`, of the branches whose tensors are among the inputs of a graph that is about to be compiled."""
+    """:func:`tell`, of the sites whose tensors are among the inputs of a graph that is about to be compiled."""
     if torch.is_grad_enabled():
         marks = {id(tensor) for tensor in inputs}
-        for branch in split_frames.attached():
-            if id(branch.mark) in marks:
-                tell(branch)
+        for site in graph_breaks.attached():
+            if id(site.mark) in marks:
+                tell(site)
 
 
-def tell(branch: SaladBranch) -> None:
-    """Warn if this branch is in training mode, gradients are enabled, and no branch of its model can be trained."""
-    if not branch.training or not torch.is_grad_enabled() or branch.switch in _settled:
+def tell(site: Site) -> None:
+    """Warn if this site is in training mode, gradients are enabled, and no site of its model can be trained."""
+    if not site.training or not torch.is_grad_enabled() or site.switch in _settled:
         return
-    if any(parameter.requires_grad for parameter in branch.parameters()):
+    if any(parameter.requires_grad for parameter in site.parameters()):
         return
-    alike = [other for other in split_frames.attached() if other.switch is branch.switch]
+    alike = [other for other in graph_breaks.attached() if other.switch is site.switch]
     parameters = [parameter for other in alike for parameter in other.parameters()]
     if not parameters or any(parameter.requires_grad for parameter in parameters):
         return
-    settle(branch, True)
+    settle(site, True)
     logger.warning(
         "nothing of SALAD is being trained: the model is in training mode with gradients enabled, and every parameter "
         "of its %d converted sites (%s, ...) is frozen. Adapter verbs such as load_lora_weights and add_adapter freeze "

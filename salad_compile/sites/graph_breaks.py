@@ -7,30 +7,28 @@ it here, before anything of the module has run; its second half finds the flag a
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from salad_compile.sites.branch import SaladBranch
+from salad_compile.sites.site import Site
 
-_branches: weakref.WeakSet[SaladBranch] = weakref.WeakSet()
-
-
-def remember(branch: SaladBranch) -> None:
-    """A branch that was attached to its owner, or copied or unpickled with it."""
-    _branches.add(branch)
+_sites: weakref.WeakSet[Site] = weakref.WeakSet()
 
 
-def attached() -> list[SaladBranch]:
-    """Every branch that is in use in this process."""
-    return list(_branches)
+def remember(site: Site) -> None:
+    """A site that was attached to its owner, or copied or unpickled with it."""
+    _sites.add(site)
+
+
+def attached() -> list[Site]:
+    """Every site that is in use in this process."""
+    return list(_sites)
 
 
 def any_converted() -> bool:
     """Whether a converted model is in use in this process."""
-    return bool(_branches)
+    return bool(_sites)
 
 
 def leave_uncompiled(mark: Tensor) -> list[str]:
@@ -39,25 +37,27 @@ def leave_uncompiled(mark: Tensor) -> list[str]:
     All at once, because blocks of one class share compiled code.
 
     Args:
-        mark: the tensor itself, as the entry marker mentions it (:attr:`SaladBranch.mark`).
+        mark: the tensor itself, as the entry marker mentions it (:attr:`BranchParameters.mark`).
 
     Returns:
-        Names of the owners, that one first; none if no attached branch has this mark.
+        Names of the owners, that one first; none if no attached site has this mark.
     """
-    found = next((branch for branch in _branches if branch.mark is mark), None)
+    found = next((site for site in _sites if site.mark is mark), None)
     if found is None:
         return []
     alike = [
-        b for b in _branches if b.owner_class is found.owner_class and b.grid is found.grid and b.config is found.config
+        site
+        for site in _sites
+        if site.owner_class is found.owner_class and site.grid is found.grid and site.config is found.config
     ]
     hide_from_dynamo(type(found))
-    for branch in alike:
-        branch.uncompiled = True
-    return sorted((b.record.owner for b in alike), key=lambda owner: (owner != found.record.owner, owner))
+    for site in alike:
+        site.uncompiled = True
+    return sorted((site.record.owner for site in alike), key=lambda owner: (owner != found.record.owner, owner))
 
 
-def hide_from_dynamo(branch_class: type[SaladBranch]) -> None:
+def hide_from_dynamo(site_class: type[Site]) -> None:
     """Here and not as a decorator: torch.compiler.disable loads Dynamo, which an import of this package must not."""
-    if not hasattr(branch_class.run_uncompiled, "_torchdynamo_disable"):
-        hidden = torch.compiler.disable(branch_class.run_uncompiled)  # type: ignore[no-untyped-call]
-        branch_class.run_uncompiled = hidden  # type: ignore[method-assign]
+    if not hasattr(site_class.run_uncompiled, "_torchdynamo_disable"):
+        hidden = torch.compiler.disable(site_class.run_uncompiled)  # type: ignore[no-untyped-call]
+        site_class.run_uncompiled = hidden  # type: ignore[method-assign]

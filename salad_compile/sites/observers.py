@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from salad_compile.config import AttentionSpec
 from salad_compile.definition.attention import Operands
 from salad_compile.kernels.listening import entered
+from salad_compile.sites.site import Site
 
-if TYPE_CHECKING:
-    from salad_compile.sites.branch import SaladBranch
-
-    # branch, operands, what the site computes, factor of the scores
-    Observer = Callable[[SaladBranch, Operands, AttentionSpec, float], None]
+# site, operands, what the site computes, factor of the scores
+Observer = Callable[[Site, Operands, AttentionSpec, float], None]
 
 _observers: list[Observer] = []
 
@@ -27,10 +24,10 @@ def is_observed() -> bool:
     return bool(_observers)
 
 
-def notify(branch: SaladBranch, given: Operands, spec: AttentionSpec, scale: float) -> None:
+def notify(site: Site, given: Operands, spec: AttentionSpec, scale: float) -> None:
     """Called by the eager twin for each attention call that it replaces, before it computes the call."""
     for observer in list(_observers):
-        observer(branch, given, spec, scale)
+        observer(site, given, spec, scale)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.sites.branch import SaladBranch, branches, held_dense
+from salad_compile.sites.branch import SaladBranch, branches
+from salad_compile.sites.site import hold_dense
 
 
 class SiteDistillation:
@@ -73,7 +74,7 @@ def _as_base(branch: SaladBranch) -> Iterator[None]:
     scale = branch.lora_scale.clone()
     try:
         branch.lora_scale.zero_()
-        with held_dense([branch], True):
+        with hold_dense([branch], True):
             yield
     finally:
         branch.lora_scale.copy_(scale)

@@ -93,7 +93,7 @@ def refuses(rank: int, folder: Path) -> None:
         branch = next(iter(branches(model).values()))
         branch.record = dataclasses.replace(branch.record, **record)
         branch.config = dataclasses.replace(branch.config, **config)
-        branch.spec = branch._spec_of_site().encode()
+        branch.spec = branch.spec_of_site().encode()
         with pytest.raises(ConfigError, match=complaint):
             salad_compile.parallelise(model)
         assert not branch.group

@@ -1,0 +1,210 @@
+"""The parameters of one converted site: their names, shapes and initialisation, and its low-rank updates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from salad_compile.config import AttentionSpec, SaladConfig, density_permille
+from salad_compile.definition.branch_tensors import BranchTensors
+from salad_compile.sites.record import SiteRecord
+
+
+class BranchParameters(nn.Module):
+    """Gate, projection, static scales and low-rank updates of one site; knows no hooks and no forward.
+
+    Everything is a bare `nn.Parameter`: peft's `target_modules="all-linear"` would wrap an `nn.Linear` in here and
+    rename its keys, and its suffix matching would hit child modules called `q`.
+
+    The projection starts at zero, so a freshly converted model computes pure block-sparse attention; the gate starts at
+    sigmoid(0) = 0.5, because two factors that both start at zero would never train (specification 3).
+
+    Args:
+        record: the site. config: the configuration; both are kept, shared between the sites of a model.
+        widths: role -> (in_features, out_features of this role) of the projections that get a low-rank update.
+        shares: role -> out_features of this role, of all projections that serve several.
+        gate_width: C, the width of the input of the query projection.
+        dtype, device: of the parameters.
+    """
+
+    lora_scale: Tensor
+    permille: Tensor
+    temporal_heads: Tensor
+
+    def __init__(
+        self,
+        record: SiteRecord,
+        config: SaladConfig,
+        *,
+        gate_width: int,
+        widths: Mapping[str, tuple[int, int]],
+        shares: Mapping[str, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.record = record
+        self.config = config
+        self.group = ""  # of the processes that share the tokens
+        self.roles = record.shared_roles()
+        self.shares = dict(shares)
+        self.lora_merged = False  # then these parameters fit only the base that holds their update
+        self.lora_roles = tuple(widths) if config.lora_rank else ()
+        self._take_spec(self.spec_of_site())
+        self._register_tensors(gate_width, dtype, device)
+        self._register_updates(widths, dtype, device)
+        self.reset_parameters()
+
+    def _take_spec(self, spec: AttentionSpec) -> None:
+        self.spec = spec.encode()
+        self.windowed = spec.pattern == "stswa"
+        self.maps_before_position = spec.maps_before_position
+        self.branch_names = BranchTensors.names(spec)
+
+    def _register_tensors(self, gate_width: int, dtype: torch.dtype, device: torch.device) -> None:
+        """What the definition takes of the site."""
+        heads, width = self.record.heads, self.record.width
+        gates: tuple[int, ...] = (heads,) if self.config.gate == "head" else ()
+        shapes: dict[str, tuple[int, ...]] = {
+            "gate_weight": (gate_width, *gates),
+            "gate_bias": gates or (1,),
+            "proj_weight": (width, width),
+            "proj_bias": (width,),
+            "layer_scale": (),
+            "head_scale": (heads,),
+        }
+        for name in self.branch_names:
+            if name in shapes:
+                self.register_parameter(name, nn.Parameter(torch.empty(shapes[name], dtype=dtype, device=device)))
+        if "permille" in self.branch_names:
+            self.register_buffer("permille", torch.empty((), dtype=torch.int32, device=device))
+        if "temporal_heads" in self.branch_names:
+            self.register_buffer("temporal_heads", torch.empty(heads, dtype=torch.bool, device=device))
+
+    def _register_updates(
+        self, widths: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        rank = self.config.lora_rank
+        for role in self.lora_roles:
+            in_features, out_features = widths[role]
+            for part, shape in (("down", (rank, in_features)), ("up", (out_features, rank))):
+                self.register_parameter(
+                    f"lora_{role}_{part}", nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+                )
+        # a tensor, because a Python number in a graph recompiles when it changes; fp32 whatever the parameters are
+        self.register_buffer("lora_scale", torch.empty((), dtype=torch.float32, device=device))
+
+    def reset_parameters(self) -> None:
+        """Initialise: zero, but Kaiming uniform for LoRA's `down` and 1 for static scales (specification 6)."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("_down"):
+                    nn.init.kaiming_uniform_(parameter, a=5**0.5)
+                elif name.endswith("_scale"):
+                    parameter.fill_(1.0)
+                else:
+                    parameter.zero_()
+            self.lora_scale.fill_(self.config.lora_scale)
+            if "permille" in self.branch_names:
+                self.permille.fill_(density_permille(self.config.of_site(self.record.owner).sparsity))
+            if "temporal_heads" in self.branch_names:  # odd heads look through time (specification 4.3)
+                self.temporal_heads.copy_(torch.arange(self.record.heads) % 2 == 1)
+
+    # --- what the site computes ---------------------------------------------------------------------------------------
+
+    def spec_of_site(self) -> AttentionSpec:
+        """What this site computes, by its record, the configuration and the processes that share its tokens."""
+        record, own = self.record, self.config.of_site(self.record.owner)
+        return dataclasses.replace(
+            self.config.spec,
+            pattern=own.pattern,
+            linear_branch=own.linear_branch and not record.dropped,
+            rope_placement="rotate-then-map" if record.rotated_first else self.config.spec.rope_placement,
+            text=record.text,
+            single=record.text in ("before", "after") and record.text_query is None,
+            groups=record.groups,
+            square_mask=record.square_mask,
+            group=self.group,
+        )
+
+    def decoded_spec(self) -> AttentionSpec:
+        """What this site computes: `spec`, decoded."""
+        return AttentionSpec.decode(self.spec)
+
+    @property
+    def target_sparsity(self) -> float:
+        """The sparsity asked for: what was set last, or the configuration's for this site."""
+        if "permille" in self.branch_names and self.permille.device.type != "meta":
+            return 1 - int(self.permille) / 1000
+        return self.config.of_site(self.record.owner).sparsity
+
+    def tensors(self) -> BranchTensors:
+        """What the definition takes of these parameters."""
+        return BranchTensors(**{name: getattr(self, name) for name in self.branch_names})
+
+    @property
+    def mark(self) -> Tensor:
+        """A tensor that every site has, of its own: by it the markers in a graph know each other."""
+        return self.lora_scale
+
+    def drop_linear(self) -> None:
+        """Give up gate, projection and static scales, in place (specification 7); sparse attention and LoRA stay.
+
+        Compiled code finds other settings here, and is compiled again once for all sites that are alike.
+        """
+        for name in self.linear_parameters():
+            delattr(self, name)
+        self.record = dataclasses.replace(self.record, dropped=True)
+        self._take_spec(self.spec_of_site())
+
+    def share_tokens(self, group: str) -> None:
+        """The tokens are split over these processes from now on (conversion/context_parallel.py)."""
+        self.group = group
+        self.spec = self.spec_of_site().encode()
+
+    def linear_parameters(self) -> dict[str, nn.Parameter]:
+        """What only the linear branch needs, by name; nothing where there is none."""
+        without = BranchTensors.names(dataclasses.replace(self.decoded_spec(), linear_branch=False))
+        return {name: getattr(self, name) for name in self.branch_names if name not in without}
+
+    # --- low-rank updates ---------------------------------------------------------------------------------------------
+
+    def add_updates(self, first: str, x: Tensor, out: Tensor) -> Tensor:
+        """The output of a projection with the low-rank update of each role that the projection serves.
+
+        Added to the output and not to the weight, so that quantised and wrapped projections work.
+
+        Args:
+            first: the first role of the projection. x: its input, (..., in_features).
+            out: its output, (..., out_features), of any dtype, which the result has too.
+        """
+        roles = self.roles[first]
+        if not any(role in self.lora_roles for role in roles):
+            return out
+        if len(roles) == 1:
+            return out + self._low_rank(roles[0], x).to(out.dtype)
+        shares = torch.split(out, [self.shares[role] for role in roles], dim=-1)
+        updated = [
+            share + self._low_rank(role, x).to(out.dtype) if role in self.lora_roles else share
+            for role, share in zip(roles, shares, strict=True)
+        ]
+        return torch.cat(updated, dim=-1)
+
+    def _low_rank(self, role: str, x: Tensor) -> Tensor:
+        down, up = (getattr(self, f"lora_{role}_{part}") for part in ("down", "up"))
+        # a copy: a cast without effect returns its operand, which in torch.export's graphs stands for the mark itself
+        scale = self.lora_scale.to(x.dtype, copy=True)
+        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * scale
+
+    def extra_repr(self) -> str:
+        """One line for `print(model)`: torchao's users complain that a printed model tells nothing."""
+        config = self.config
+        lora = f"lora_rank={config.lora_rank} on {'/'.join(self.lora_roles)}" if self.lora_roles else "no lora"
+        dropped = ", linear branch dropped" if self.record.dropped else ""
+        blocks = f"{config.query_block}x{config.key_block} blocks"
+        return f"{config.pattern}, sparsity={config.sparsity}, {blocks}, {lora}{dropped}"

@@ -1,0 +1,75 @@
+"""One converted site in its place in a model: its parameters, and what it shares with the model's other sites."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from salad_compile.errors import ConfigError
+from salad_compile.grid.video_grid import VideoGrid
+from salad_compile.position.recording import PositionRecording
+from salad_compile.sites.parameters import BranchParameters
+
+
+class DenseSwitch:
+    """Whether the sites of a model compute dense attention just now; one object for each model."""
+
+    def __init__(self) -> None:
+        self.dense = False  # not of the class: Dynamo would guard on where it was found
+
+
+class Site(BranchParameters):
+    """A site as the eager twin and the passes see it. Hooks and forward override are those of `SaladBranch`.
+
+    Attributes:
+        owner_class: of the attention module that this is hung on; set when it is.
+    """
+
+    owner_class: type[nn.Module]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.grid: VideoGrid | None = None  # shared by the sites of a model
+        self.switch = DenseSwitch()  # likewise
+        self.uncompiled = False  # set when a graph break inside the owner's forward was seen
+        self.measured_sparsity: float | None = None
+        self.recording: PositionRecording | None = None  # while the eager twin runs, where position is replayed
+        self.armed: Tensor | None = None  # the gate's input, between the query projection and the attention call
+
+    def order(self, device: torch.device) -> Tensor | None:
+        """int32 (2, V), the order of the video's tokens and its inverse; None where the grid is not known."""
+        if self.grid is None or not self.record.on_grid:
+            return None
+        order = self.grid.temporal_order if self.windowed else self.grid.order
+        # the arguments of the root may lie elsewhere than this layer
+        return order if order is None or order.device == device else order.to(device)
+
+    def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        """The owner's forward under the eager twin, also while its surroundings are compiled."""
+        raise NotImplementedError
+
+
+def require_switchable(sites: Iterable[Site], dense: bool) -> None:
+    """Raises ConfigError where dense attention would see the tokens of one process alone."""
+    if dense and any(site.group for site in sites):
+        raise ConfigError("sites whose tokens are split over processes (parallelise) cannot be dense for a while.")
+
+
+@contextlib.contextmanager
+def hold_dense(sites: Iterable[Site], on: bool) -> Iterator[None]:
+    """The switches of some sites in one position; afterwards they are as they were. Raises ConfigError."""
+    sites = list(sites)
+    require_switchable(sites, on)
+    before = {site.switch: site.switch.dense for site in sites}
+    for switch in before:
+        switch.dense = on
+    try:
+        yield
+    finally:
+        for switch, was in before.items():
+            switch.dense = was
