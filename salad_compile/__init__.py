@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from salad_compile.conversion.schedules import set_sparsity as set_sparsity
     from salad_compile.conversion.trainability import set_trainable as set_trainable
     from salad_compile.errors import *  # noqa: F403
-    from salad_compile.exchange.exporting import export as export
+    from salad_compile.exchange.export_directory import export as export
     from salad_compile.exchange.hub import push_to_hub as push_to_hub
 
 _HOMES = {
@@ -59,7 +59,7 @@ _HOMES = {
     "diagnose": "analysis.diagnosis",
     "drop_branches": "analysis.dropping",
     "explain": "analysis.inspection",
-    "export": "exchange.exporting",
+    "export": "exchange.export_directory",
     "load": "checkpoints.salad_file",
     "merge_lora": "conversion.merge",
     "package_exported": "backend.exported_programs",

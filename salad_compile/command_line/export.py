@@ -10,11 +10,12 @@ from typing import Any
 from salad_compile.command_line import model_arguments
 from salad_compile.command_line.output import show
 from salad_compile.common.files import read_json
+from salad_compile.exchange.formats import FORMATS
 
 HELP = """\
 Loads a base model and a SALAD file and writes them in the formats that other programs read, with a model card. LoRA
-and merged weights load without SALAD attention too, but are not the product then: gates and projections are in the
-SALAD file, the exact one. Without --formats it is all that the model can be written in.
+and merged weights also load without SALAD attention, but then they are not the fine-tuned model: its gates and
+projections are in the SALAD file alone.
 
 example:
     salad-compile export --model Wan2.1-T2V-1.3B-Diffusers --salad run/ --output exported
@@ -32,15 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--salad", required=True, metavar="FILE", help="a file, a directory or a Hub repository")
     group.add_argument("--salad-2", metavar="FILE", help="of the second expert, transformer_2 of the same pipeline")
     group = parser.add_argument_group("the export")
-    group.add_argument("--output", required=True, metavar="DIR", help="an export that is there is replaced, as a whole")
-    group.add_argument("--formats", nargs="+", metavar="NAME", help="of salad, diffusers, comfyui, peft, merged")
+    group.add_argument("--output", required=True, metavar="DIR", help="an earlier export there is replaced as a whole")
+    known = ", ".join(FORMATS)
+    group.add_argument("--formats", nargs="+", metavar="NAME", help=f"of {known}; default: all that can hold the model")
     group.add_argument("--base-model", metavar="NAME", help="for the card: Hub id or name of the base model")
     group.add_argument(
         "--training", metavar="FILE", help="for the card: JSON about the training; default: training.json beside FILE"
     )
     group.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of merged weights, 5GB")
     group.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the export afterwards")
-    group.add_argument("--private", action="store_true", help="a repository that is made for it is private")
+    group.add_argument("--private", action="store_true", help="make the repository private, if it is new")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,41 @@
 """Export to the formats that other tools read, names of parameters in other projects, and the Hugging Face Hub."""
 
-from salad_compile.exchange.export_report import ExportReport as ExportReport
-from salad_compile.exchange.exporting import FORMATS as FORMATS
-from salad_compile.exchange.exporting import export as export
-from salad_compile.exchange.hub import push_to_hub as push_to_hub
-from salad_compile.exchange.naming import to_diffusers_names as to_diffusers_names
-from salad_compile.exchange.naming import to_original_names as to_original_names
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from salad_compile.common.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from salad_compile.exchange.export_directory import export as export
+    from salad_compile.exchange.export_format import ExportFormat as ExportFormat
+    from salad_compile.exchange.export_report import ExportReport as ExportReport
+    from salad_compile.exchange.formats import FORMATS as FORMATS
+    from salad_compile.exchange.formats import register_format as register_format
+    from salad_compile.exchange.hub import push_to_hub as push_to_hub
+    from salad_compile.exchange.naming import to_diffusers_names as to_diffusers_names
+    from salad_compile.exchange.naming import to_original_names as to_original_names
+
+_HOMES = {
+    "ExportFormat": "export_format",
+    "ExportReport": "export_report",
+    "FORMATS": "formats",
+    "export": "export_directory",
+    "push_to_hub": "hub",
+    "register_format": "formats",
+    "to_diffusers_names": "naming",
+    "to_original_names": "naming",
+}
+
+__all__ = [
+    "FORMATS",
+    "ExportFormat",
+    "ExportReport",
+    "export",
+    "push_to_hub",
+    "register_format",
+    "to_diffusers_names",
+    "to_original_names",
+]
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from salad_compile.errors import ConfigError, HubError
-from salad_compile.exchange.exporting import HEADER_COPY
+from salad_compile.exchange.export_directory import HEADER_COPY
 
 
 def push_to_hub(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +108,7 @@ def is_fused_by_diffusers(model: nn.Module, name: str) -> bool:
     return leaf in FUSED_BY_DIFFUSERS and bool(getattr(model.get_submodule(parent), "fused_projections", False))
 
 
-def taken_apart(model: nn.Module, updates: list[LowRank]) -> list[LowRank]:
+def split_fused(model: nn.Module, updates: Sequence[LowRank]) -> list[LowRank]:
     """The updates by the names of a freshly loaded model: those of projections that diffusers fused, one for each."""
     apart: list[LowRank] = []
     for update in updates:

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from salad_compile.analysis.summary import Summary
 from salad_compile.config import SaladConfig
-
-if TYPE_CHECKING:
-    from salad_compile.exchange.export_report import ExportedFormat
-
-LOADING = {
-    "salad": 'model = salad_compile.load(base_model, "{set}")  # gates, projections and LoRA: the fine-tuned model',
-    "merged": 'model = salad_compile.load({cls}.from_pretrained("{set}/transformer"), "{set}/transformer")  # the same',
-    "diffusers": 'pipe.load_lora_weights("{set}/lora"{second})  # LoRA alone, into the base',
-    "peft": 'model = peft.PeftModel.from_pretrained(base_model, "{set}/lora/peft")  # LoRA alone, into the base',
-}
+from salad_compile.exchange.export_format import ExportFormat
+from salad_compile.exchange.export_report import ExportedFormat
+from salad_compile.exchange.formats import FORMATS
 
 
 def model_card(
@@ -32,12 +25,11 @@ def model_card(
 
     Args:
         summary: of all components. configs, classes: configuration and class name of each component ("" for a model).
-        formats: what was written and what was not. base_model: a Hub id or a name, None: not known.
-        training: anything to tell of the training: data, steps, metrics; nested mappings become nested lists.
+        formats: what was written and what was not. base_model: a Hub id or a name, None if it is not known.
+        training: what is known of the training: data, steps, metrics; nested mappings become nested lists.
     """
-    merged = any(entry.format == "merged" and entry.path for entry in formats)
     parts = [
-        front_matter(base_model, merged=merged, diffusers=any(entry.format == "diffusers" for entry in formats)),
+        front_matter(base_model, [FORMATS[entry.format] for entry in formats if entry.path]),
         "# SALAD attention" + (f" for {base_model}" if base_model else ""),
         "Self-attention of the base model is block-sparse softmax attention plus gated linear attention "
         "([SALAD](https://arxiv.org/abs/2601.16515)), made with `salad_compile`.",
@@ -52,15 +44,16 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(base_model: str | None, *, merged: bool, diffusers: bool) -> str:
+def front_matter(base_model: str | None, written: Sequence[ExportFormat]) -> str:
     """The YAML block that the Hub reads."""
     from huggingface_hub import ModelCardData
 
+    relation = "finetune" if any(known.holds_base for known in written) else "adapter"
     data = ModelCardData(
         base_model=base_model,
-        library_name="diffusers" if diffusers else None,
+        library_name=next((known.library for known in written if known.library), None),
         tags=["salad", "lora", "sparse-attention"],
-        base_model_relation=None if base_model is None else "finetune" if merged else "adapter",
+        base_model_relation=None if base_model is None else relation,
     )
     return f"---\n{data.to_yaml().strip()}\n---"
 
@@ -77,15 +70,13 @@ def _method(configs: Mapping[str, SaladConfig], classes: Mapping[str, str]) -> s
 
 
 def _loading(formats: Sequence[ExportedFormat], classes: Mapping[str, str]) -> str:
-    lines = []
-    for entry in formats:
-        if entry.path and entry.format in LOADING:
-            second = ", load_into_transformer_2=True" if entry.component == "transformer_2" else ""
-            folder = entry.set_path or "."
-            text = LOADING[entry.format].format(set=folder, cls=classes[entry.component], second=second)
-            lines.append(text)
+    written = [entry for entry in formats if entry.path]
+    lines = [
+        FORMATS[entry.format].loading(entry.component, classes[entry.component], entry.set_path or ".")
+        for entry in written
+    ]
     warning = "`salad.safetensors` holds the LoRA too: loading a LoRA file on top of it would add the update twice."
-    return "```python\n" + "\n".join(lines) + f"\n```\n\n{warning}"
+    return "```python\n" + "\n".join(line for line in lines if line) + f"\n```\n\n{warning}"
 
 
 def _files(formats: Sequence[ExportedFormat]) -> str:

@@ -29,7 +29,7 @@ from salad_compile.errors import (
 from tests.models.registry import ALL_CASES
 from tests.models.zoo import CASES
 from tests.salad_compile.conversion.test_convert import assert_unchanged, fingerprint
-from tests.salad_compile.exchange.test_exporting import forward, pipeline
+from tests.salad_compile.exchange.test_export_directory import forward, pipeline
 from tests.support import converted
 
 CASE = CASES["Wan"]

@@ -12,7 +12,7 @@ from torch import Tensor
 import salad_compile
 from salad_compile.checkpoints.salad_file import branch_state
 from salad_compile.common.sharding import whole_state
-from salad_compile.exchange.low_rank import LowRank, low_rank_updates, taken_apart
+from salad_compile.exchange.low_rank import LowRank, low_rank_updates, split_fused
 from salad_compile.sites.branch import branches
 from tests.models.zoo import CASES
 from tests.support import TINY, converted, randomise_branches
@@ -89,6 +89,6 @@ def test_projections_that_diffusers_fused_go_by_the_names_of_a_fresh_model() -> 
     randomise_branches(fused)
     updates = updates_of(fused)
     assert updates[0].name == "blocks.0.attn1.to_qkv"
-    apart = taken_apart(fused, updates)
+    apart = split_fused(fused, updates)
     assert [update.name for update in apart[:4]] == list(case.projections.values())
     torch.testing.assert_close(torch.cat([update.update() for update in apart[:3]]), updates[0].update())

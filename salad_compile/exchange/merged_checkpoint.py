@@ -1,10 +1,10 @@
-"""A checkpoint of the base model with the low-rank updates in its weights, and what SALAD needs beside it."""
+"""A checkpoint of the base model with the low-rank updates in its weights, and the SALAD file beside it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ from torch import Tensor
 
 from salad_compile.checkpoints.location import FILE_NAME
 from salad_compile.checkpoints.salad_file import FORMAT_VERSION, Header, weight_sum, write
-from salad_compile.common.sharding import whole
-from salad_compile.common.wrappers import plain_key
 from salad_compile.conversion.merge import MergedProjection, mergeable, merged_weight
 from salad_compile.errors import ExportError, MergeError
+from salad_compile.exchange.component import Component
 from salad_compile.exchange.low_rank import LowRank, is_fused_by_diffusers
-from salad_compile.sites.branch import BRANCH_NAME, branches
+from salad_compile.sites.branch import branches
 
 # short: diffusers prints all of it when it loads the configuration
 NOTE = "LoRA is merged; without salad_compile.load(model, directory) attention is dense, and this is another model"
@@ -45,67 +44,32 @@ def require_mergeable(model: nn.Module) -> None:
         raise MergeError(f"another adapter is in the model ({adapted[0]!r}): unload or fuse it first.")
 
 
-def gathered_base(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """Every tensor of the base model by plain name; sharded ones whole and on the CPU, others as they are.
-
-    Every rank must call it; without `keep` (on those that write nothing) the result is empty.
-    """
-    state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if BRANCH_NAME in name.split("."):
-            continue
-        gathered = whole(tensor) if hasattr(tensor, "full_tensor") else tensor.detach()
-        if keep:
-            state[plain_key(name)] = gathered
-    return state
-
-
-def merged_state(
-    state: Mapping[str, Tensor], updates: list[LowRank]
+def merge_updates(
+    state: Mapping[str, Tensor], updates: Sequence[LowRank]
 ) -> tuple[dict[str, Tensor], list[MergedProjection]]:
-    """`state` with W + scale * B A in place of the weights that have an update; nothing in `state` is written to."""
-    merged, report = dict(state), []
+    """`state` with W + scale * B A in place of the weights that have an update; `state` itself does not change."""
+    weights, report = dict(state), []
     for update in updates:
         key = f"{update.name}.weight"
-        merged[key], cast_error = merged_weight(state[key], update.update().to(state[key].device))
+        weights[key], cast_error = merged_weight(state[key], update.update().to(state[key].device))
         report.append(MergedProjection(update.name, update.roles, cast_error))
-    return merged, report
+    return weights, report
 
 
-def merged_header(header: Header, state: Mapping[str, Tensor], updates: list[LowRank]) -> Header:
-    """The header of the file beside a merged checkpoint: no LoRA, and by what its base is known."""
-    if not updates:
-        return header  # no update to hold, or merged before and known already
-    sums = tuple(
-        weight_sum(state[f"{name}.weight"].cpu() for name in record.projections().values()) for record in header.sites
-    )
-    return dataclasses.replace(header, config=dataclasses.replace(header.config, lora_rank=0), merged_weights=sums)
-
-
-def without_lora(branch_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The branch state as merge_lora leaves it: no factors, and a scale of zero."""
-    kept = {name: value for name, value in branch_state.items() if not name.endswith(("_down", "_up"))}
-    return {name: value * 0 if name.endswith(".lora_scale") else value for name, value in kept.items()}
-
-
-def write_merged(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    branch_state: Mapping[str, Tensor],
-    header: Header,
-    directory: Path,
-    max_shard_size: int | str,
+def write_checkpoint(
+    component: Component, weights: Mapping[str, Tensor], directory: Path, max_shard_size: int | str
 ) -> None:
-    """Write weights in shards, `config.json`, and the SALAD file, which the index of the shards does not name."""
+    """Write merged weights in shards with their index, `config.json`, and the SALAD file, which is not in the index."""
     from huggingface_hub import save_torch_state_dict
 
-    # hub refuses parts of a larger storage, which gathered shards are when they do not divide evenly
-    state = {name: value if _is_whole_storage(value) else value.clone() for name, value in state.items()}
-    config = _diffusers_config(model)
+    header = _header_after_merging(component, weights)
+    config = _diffusers_config(component.model)
     stem = "diffusion_pytorch_model" if config else "model"
     directory.mkdir(parents=True)
+    # hub refuses parts of a larger storage, which gathered shards are when they do not divide evenly
+    whole = {name: value if _is_whole_storage(value) else value.clone() for name, value in weights.items()}
     save_torch_state_dict(
-        state, directory, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size
+        whole, directory, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size
     )
     config["salad"] = {
         "merged": True,
@@ -117,7 +81,24 @@ def write_merged(
         "note": NOTE,
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write(branch_state, header, directory / FILE_NAME)
+    write(_drop_lora(component.branch_state), header, directory / FILE_NAME)
+
+
+def _header_after_merging(component: Component, weights: Mapping[str, Tensor]) -> Header:
+    """The header without LoRA, and with the checksums that identify the merged base."""
+    header = component.header
+    if not component.updates:
+        return header  # there was no LoRA, or it was merged before and the checksums are there
+    sums = tuple(
+        weight_sum(weights[f"{name}.weight"].cpu() for name in record.projections().values()) for record in header.sites
+    )
+    return dataclasses.replace(header, config=dataclasses.replace(header.config, lora_rank=0), merged_weights=sums)
+
+
+def _drop_lora(branch_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The branch state as merge_lora leaves it: no factors, and a scale of zero."""
+    kept = {name: value for name, value in branch_state.items() if not name.endswith(("_down", "_up"))}
+    return {name: value * 0 if name.endswith(".lora_scale") else value for name, value in kept.items()}
 
 
 def _is_whole_storage(tensor: Tensor) -> bool:
@@ -125,7 +106,7 @@ def _is_whole_storage(tensor: Tensor) -> bool:
 
 
 def _diffusers_config(model: nn.Module) -> dict[str, Any]:
-    """What diffusers would write to `config.json`; empty for a model that is none of its."""
+    """What diffusers would write to `config.json`; empty for a model of another library."""
     to_json = getattr(model, "to_json_string", None)
     known: dict[str, Any] = json.loads(to_json()) if callable(to_json) else {}
     return known
