@@ -67,7 +67,6 @@ bench-gpu: env  ## all measured numbers of a GPU, and the plots
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/transformer.py
 	$(BIN)/python benchmarks/tiles.py
-	$(BIN)/python benchmarks/one_pass_tiles.py
 	$(BIN)/python benchmarks/forward_variants.py
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python tools/measured.py

@@ -40,21 +40,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from salad_compile.config import AttentionSpec, density_permille
 from salad_compile.definition.attention import (
-    LINEAR_EPS,
     BranchTensors,
     Mapped,
     linear_attention,
     salad_attention,
-    sparse_and_linear_attention,
     sparse_attention,
 )
 from salad_compile.definition.token_layout import segments
 from salad_compile.kernels import (
     block_sparse_attention,
     measure_executions,
-    pool_and_read,
-    pool_and_summarise,
-    select_blocks,
 )
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
@@ -191,7 +186,7 @@ class Inputs:
             chosen = [select(q, k, query_block, key_block, permille) for q, k, _ in self.sets]
             with measure_executions() as executions:
                 for (q, k, v), pair in zip(self.sets, chosen, strict=True):
-                    block_sparse_attention(q, k, v, *pair, None, query_block, key_block, q.shape[-1] ** -0.5)
+                    block_sparse_attention(q, k, v, *pair, query_block, key_block, q.shape[-1] ** -0.5)
             pairs = sum(execution.computed_pairs for execution in executions) // len(executions)
             self._selections[wanted] = chosen, pairs
         return self._selections[wanted]
@@ -299,7 +294,7 @@ class Comparison:
             lut, count = chosen[number % len(chosen)]
 
             def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-                out: Tensor = block_sparse_attention(query, key, value, lut, count, None, *blocks, self.scale)[0]
+                out: Tensor = block_sparse_attention(query, key, value, lut, count, *blocks, self.scale)[0]
                 return out
 
             return attended
@@ -311,7 +306,7 @@ class Comparison:
     def _difference(self, chosen: tuple[Tensor, Tensor], blocks: tuple[int, int]) -> float:
         """Relative L2 distance of the kernel, with everything selected, to PyTorch's attention in the same dtype."""
         query, key, value = self.inputs.sets[0]
-        ours = block_sparse_attention(query, key, value, *chosen, None, *blocks, self.scale)[0].float()
+        ours = block_sparse_attention(query, key, value, *chosen, *blocks, self.scale)[0].float()
         theirs = F.scaled_dot_product_attention(query, key, value).float()
         return float((ours - theirs).norm() / theirs.norm())
 
@@ -337,13 +332,12 @@ class Comparison:
         return self._row("linear branch alone", "salad", FORWARD, prepare)
 
     def beside(self, sparsity: float) -> Row:
-        """All of the operator but block-sparse attention, as the operator runs it: every tensor is read once."""
+        """All of the operator but block-sparse attention."""
         spec = _spec(sparsity)
 
         def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-            means, state, key_sum = pool_and_summarise(key, value, None, KEY_BLOCK, spec.feature_map)
-            read = pool_and_read(query, state, key_sum, None, QUERY_BLOCK, spec.feature_map, LINEAR_EPS)
-            return read[1], *select_blocks(read[0], means, QUERY_BLOCK, KEY_BLOCK, spec.permille)
+            selected = select(query, key, QUERY_BLOCK, KEY_BLOCK, spec.permille)
+            return linear_attention(query, key, value, spec), *selected
 
         def prepare(facts: Facts) -> Run:
             facts["bytes"] = 4 * self.inputs.tensor_bytes
@@ -357,8 +351,8 @@ class Comparison:
         where = segments("none", self.case.tokens, self.case.tokens)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            sparse, linear = sparse_and_linear_attention(query, key, value, where, spec, scale)
-            return sparse + linear
+            sparse = sparse_attention(query, key, value, where, spec, scale)
+            return sparse + linear_attention(query, key, value, spec)
 
         def prepare(facts: Facts) -> Run:
             self._flops(facts, self.inputs.selection(QUERY_BLOCK, KEY_BLOCK, spec.permille)[1])

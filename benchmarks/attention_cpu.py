@@ -92,12 +92,12 @@ def make_rows(settings: Settings, dtype: torch.dtype) -> list[Row]:
     name = str(dtype).removeprefix("torch.")
 
     def sparse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = block_sparse_attention(q, k, v, *selection, None, settings.block, settings.block, scale)[0]
+        out: torch.Tensor = block_sparse_attention(q, k, v, *selection, settings.block, settings.block, scale)[0]
         return out
 
     def operator() -> torch.Tensor:
         lut, count = select(settings, query, key)
-        out, _ = block_sparse_attention(query, key, value, lut, count, None, settings.block, settings.block, scale)
+        out, _ = block_sparse_attention(query, key, value, lut, count, settings.block, settings.block, scale)
         linear: torch.Tensor = linear_output(query, *linear_state(key, value, "relu"), "relu", 1e-6)
         return linear.add_(out)
 
@@ -132,7 +132,7 @@ def measured_sparsity(settings: Settings) -> float:
     query, key, value = make_inputs(settings, torch.float32)
     with measure_executions() as executions:
         selection = select(settings, query, key)
-        block_sparse_attention(query, key, value, *selection, None, settings.block, settings.block, 1.0)
+        block_sparse_attention(query, key, value, *selection, settings.block, settings.block, 1.0)
     return 1 - executions[0].computed_pairs / executions[0].total_pairs
 
 

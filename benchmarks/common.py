@@ -130,7 +130,7 @@ def spread(times: Sequence[float]) -> Facts:
 
 def select(query: Tensor, key: Tensor, query_block: int, key_block: int, permille: int) -> tuple[Tensor, Tensor]:
     """Routing: pool queries and keys, choose the key blocks."""
-    pooled = pool_blocks(query, None, query_block), pool_blocks(key, None, key_block)
+    pooled = pool_blocks(query, query_block), pool_blocks(key, key_block)
     lut, count = select_blocks(*pooled, query_block, key_block, permille)
     return lut, count
 

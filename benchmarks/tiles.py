@@ -97,7 +97,7 @@ def make_rows(options: argparse.Namespace) -> tuple[Facts, list[list[Row]]]:
     query, key, value, grad = (torch.randn(shape, device="cuda").bfloat16().transpose(1, 2) for _ in range(4))
     blocks = (options.query_block, 64)
     lut, count = select(query, key, *blocks, options.permille)
-    arguments = (lut, count, None, *blocks, options.head_dim**-0.5)
+    arguments = (lut, count, *blocks, options.head_dim**-0.5)
     out, lse = cuda.forward(query, key, value, *arguments)
     key_blocks = -(-options.tokens // blocks[1])
     index = cuda.invert(lut, count, key_blocks)

@@ -12,7 +12,6 @@ if __name__ != "kernels":
     from .errors import KernelArgumentError, UnsupportedKernelError
     from .linear import linear_output, linear_state
     from .measure import Execution, measure_executions
-    from .one_pass import pool_and_read, pool_and_summarise
     from .routing import kept_blocks, pool_blocks, select_blocks
     from .rows import take_rows
     from .windows import window_blocks
@@ -26,8 +25,6 @@ __all__ = [
     "linear_output",
     "linear_state",
     "measure_executions",
-    "pool_and_read",
-    "pool_and_summarise",
     "pool_blocks",
     "select_blocks",
     "take_rows",

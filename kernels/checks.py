@@ -44,18 +44,15 @@ def check_block(name: str, block: int) -> None:
     require(block > 0, f"{name} must be at least 1 token, got {block}")
 
 
-def check_order_type(order: torch.Tensor | None) -> None:
-    """The token order is a 1-D int32 tensor, or None for the native order. Reads no sizes."""
-    if order is not None:
-        require(order.dtype == torch.int32, f"order must be int32, got {order.dtype}")
-        require(order.dim() == 1, f"order must have 1 dimension (S,), got {order.dim()}")
+def check_order_type(order: torch.Tensor) -> None:
+    """The token order is a 1-D int32 tensor. Reads no sizes."""
+    require(order.dtype == torch.int32, f"order must be int32, got {order.dtype}")
+    require(order.dim() == 1, f"order must have 1 dimension (S,), got {order.dim()}")
 
 
-def check_order(order: torch.Tensor | None, tokens: int) -> None:
+def check_order(order: torch.Tensor, tokens: int) -> None:
     """The token order has one entry per token; on the CPU also that it is a permutation (elsewhere that would sync)."""
     check_order_type(order)
-    if order is None:
-        return
     require(order.shape[0] == tokens, f"order has {order.shape[0]} entries but there are {tokens} tokens")
     if order.device.type == "cpu":
         low, high = (int(bound) for bound in order.aminmax())
@@ -65,7 +62,7 @@ def check_order(order: torch.Tensor | None, tokens: int) -> None:
 
 
 def check_key_mask(key_mask: torch.Tensor | None, batch: int, tokens: int) -> None:
-    """A key-padding mask is bool (B, S) in native order, True where a token is valid; or None. Reads no values."""
+    """A key-padding mask is bool (B, S), True where a token is valid; or None. Reads no values."""
     check_key_mask_type(key_mask)
     if key_mask is None:
         return

@@ -45,7 +45,6 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     head_dim: int = 128
     query_block: int = 128
-    order: bool = False
     mask: bool = False
     feature_map: str = "relu"
     rotated: bool = False
@@ -56,10 +55,6 @@ class Case:
         extra = int(self.unaligned)
         memory = torch.empty((BATCH, TOKENS, HEADS, self.head_dim + extra), dtype=self.dtype, device="meta")
         return memory[..., extra:].transpose(1, 2)
-
-    def order_tensor(self) -> torch.Tensor | None:
-        """int32 (S,) or None."""
-        return torch.empty(TOKENS, dtype=torch.int32, device="meta") if self.order else None
 
     def mask_tensor(self) -> torch.Tensor | None:
         """bool (B, S) or None."""
@@ -73,24 +68,23 @@ class Case:
 def _attention_cases(arch: int) -> Iterator[Case]:
     """Every dtype, head_dim, block size and option at least once, and what asks most of a GPU; most of it on Hopper.
 
-    Without an order tiles may be read as boxes, with one they are gathered: kernels of their own. A mask costs
-    registers; fp16 is compiled as bf16 is.
+    Aligned tiles may be read as boxes, others are read through pointers: kernels of their own. A mask costs registers;
+    fp16 is compiled as bf16 is.
     """
-    full = functools.partial(Case, order=True, mask=True)
+    hardest = functools.partial(Case, mask=True, unaligned=True)
     for head_dim in (64, 128):
         yield Case(torch.bfloat16, head_dim, mask=True)
-        yield full(torch.bfloat16, head_dim)
+        yield hardest(torch.bfloat16, head_dim)
     yield Case(torch.bfloat16, 80, mask=True)
-    yield full(torch.bfloat16, 96)
-    yield full(torch.float32, 128)
+    yield hardest(torch.bfloat16, 96)
+    yield hardest(torch.float32, 128)
     if arch == 90:
         yield Case(torch.bfloat16, 128)
-        yield Case(torch.bfloat16, 128, order=True)
-        yield Case(torch.bfloat16, 128, mask=True, unaligned=True)
+        yield Case(torch.bfloat16, 128, unaligned=True)
         yield Case(torch.bfloat16, 64, query_block=64)
         yield Case(torch.bfloat16, 128, query_block=64, mask=True)
-        yield full(torch.bfloat16, 128, query_block=64)
-        yield full(torch.float16, 128)
+        yield hardest(torch.bfloat16, 128, query_block=64)
+        yield hardest(torch.float16, 128)
         yield Case(torch.float32, 64, mask=True)
 
 
@@ -119,19 +113,18 @@ def routing(arch: int) -> Iterator[Call]:
     from .routing import cuda
 
     for case in _attention_cases(arch):
-        x, order, mask = case.tensor(), case.order_tensor(), case.mask_tensor()
-        yield _name("pool_blocks", case), functools.partial(cuda.pool_blocks, x, order, case.query_block, mask)
-    for case in (Case(torch.float32, order=order, mask=mask) for order in (False, True) for mask in (False, True)):
+        x, mask = case.tensor(), case.mask_tensor()
+        yield _name("pool_blocks", case), functools.partial(cuda.pool_blocks, x, case.query_block, mask)
+    for case in (Case(torch.float32, mask=mask) for mask in (False, True)):
         pooled_query, pooled_key = (
             torch.empty((BATCH, HEADS, block_count(TOKENS, block), 128), device="meta")
             for block in (case.query_block, KEY_BLOCK)
         )
-        settings = (case.query_block, KEY_BLOCK, DENSITY_PERMILLE, 0, 512, case.mask_tensor(), case.order_tensor())
+        settings = (case.query_block, KEY_BLOCK, DENSITY_PERMILLE, 0, 512, case.mask_tensor())
         yield _name("select_blocks", case), functools.partial(cuda.select_blocks, pooled_query, pooled_key, *settings)
-        if case.order == case.mask:
-            now = torch.empty((), dtype=torch.int32, device="meta")
-            adjustable = functools.partial(cuda.select_blocks, pooled_query, pooled_key, *settings, now)
-            yield _name("select_blocks permille", case), adjustable
+        now = torch.empty((), dtype=torch.int32, device="meta")
+        adjustable = functools.partial(cuda.select_blocks, pooled_query, pooled_key, *settings, now)
+        yield _name("select_blocks permille", case), adjustable
 
 
 def linear(arch: int) -> Iterator[Call]:
@@ -150,25 +143,6 @@ def linear(arch: int) -> Iterator[Call]:
         yield _name("output_backward", case), of_output
 
 
-def one_pass(arch: int) -> Iterator[Call]:
-    """Pooling and linear attention together; an order wherever there is a mask."""
-    from .one_pass import cuda
-
-    cases = [dataclasses.replace(case, order=case.mask) for case in _linear_cases(arch)]
-    if arch == 90:  # kernels of the plain case; fp16 and rows at odd addresses go to the general ones
-        cases += [Case(torch.bfloat16, 128, unaligned=True), Case(torch.float16, 64)]
-        cases.append(Case(torch.bfloat16, 128, query_block=64))
-    for case in cases:
-        x, order, mask, phi = case.tensor(), case.order_tensor(), case.mask_tensor(), case.feature_map
-        rotated = case.rotated_tensor()
-        state = torch.empty((BATCH, HEADS, case.head_dim, case.head_dim), device="meta")
-        key_sum = torch.empty((BATCH, HEADS, case.head_dim), device="meta")
-        keys = (x, x, order, KEY_BLOCK, phi, mask, rotated)
-        yield _name("pool_and_summarise", case), functools.partial(cuda.pool_and_summarise, *keys)
-        queries = (x, state, key_sum, order, case.query_block, phi, EPS, mask, rotated)
-        yield _name("pool_and_read", case), functools.partial(cuda.pool_and_read, *queries)
-
-
 def block_sparse(arch: int) -> Iterator[Call]:
     """Attention over selected blocks, forward and backward."""
     from .block_sparse import cuda
@@ -177,7 +151,7 @@ def block_sparse(arch: int) -> Iterator[Call]:
         x, query_blocks = case.tensor(), block_count(TOKENS, case.query_block)
         keep = kept_blocks(block_count(TOKENS, KEY_BLOCK), case.query_block, KEY_BLOCK, DENSITY_PERMILLE)
         lut = torch.empty((BATCH, HEADS, query_blocks, keep), dtype=torch.int32, device="meta")
-        selection = (lut, lut[..., 0], case.order_tensor(), case.query_block, KEY_BLOCK, SCALE, case.mask_tensor())
+        selection = (lut, lut[..., 0], case.query_block, KEY_BLOCK, SCALE, case.mask_tensor())
         lse = torch.empty((BATCH, HEADS, TOKENS), device="meta")
         yield _name("forward", case), functools.partial(cuda.forward, x, x, x, *selection)
         yield _name("backward", case), functools.partial(cuda.backward, x, x, x, x, x, lse, *selection)
@@ -186,13 +160,12 @@ def block_sparse(arch: int) -> Iterator[Call]:
 OPERATORS: dict[str, Callable[[int], Iterator[Call]]] = {
     "routing": routing,
     "linear": linear,
-    "one_pass": one_pass,
     "block_sparse": block_sparse,
 }
 
 
 def _name(function: str, case: Case) -> str:
-    options = [name for name in ("order", "mask", "rotated", "unaligned") if getattr(case, name)]
+    options = [name for name in ("mask", "rotated", "unaligned") if getattr(case, name)]
     if case.feature_map != "relu":
         options.append(case.feature_map)
     dtype = str(case.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Moving tokens between native order and blocks of the token order (specification 4.1)."""
+"""Blocks of tokens, and how tensors lie in memory."""
 
 import torch
 
@@ -9,11 +9,6 @@ ALL_BLOCKS = -1
 def block_count(tokens: int, block: int) -> int:
     """ceil(tokens / block), for ints and SymInts alike."""
     return (tokens + block - 1) // block
-
-
-def take_in_order(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """(..., S, D) in native order -> (..., S, D) in token order; the input itself where order is None."""
-    return x if order is None else x.index_select(-2, order)
 
 
 def empty_bshd(like: torch.Tensor, batch: int, heads: int, tokens: int, head_dim: int) -> torch.Tensor:

@@ -20,7 +20,6 @@ def block_sparse_attention(
     value: torch.Tensor,
     lut: torch.Tensor,
     count: torch.Tensor,
-    order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     scale: float,
@@ -37,26 +36,24 @@ def block_sparse_attention(
         lut: int32 (B, H, Mq, K), ascending ids of the selected key blocks, Mq = ceil(S / query_block).
         count: int32 (B, H, Mq), valid entries per row of lut; the others are ignored. ALL_BLOCKS (-1) instead: the
             query block attends to every key block and its row of lut is ignored; text rows of a joint sequence do.
-        order: int32 (S,), order[i] is the native index of the i-th token; blocks are consecutive runs in it. None is
-            the native order. Inputs and outputs are in native order either way.
-        query_block, key_block: tokens per block; only the last one is short.
+        query_block, key_block: tokens per block; blocks are consecutive runs of tokens, only the last one is short.
         scale: factor on the scores, usually D ** -0.5.
-        key_mask: bool (B, S) in native order, True where a key is valid; None where all are.
+        key_mask: bool (B, S), True where a key is valid; None where all are.
 
     Returns:
         out: (B, H, S, Dv) in the query's dtype, laid out as a contiguous (B, S, H, Dv) seen transposed.
         lse: (B, H, S), natural logarithm of the softmax denominator, fp32 (fp64 for fp64); not differentiable.
 
     Raises:
-        KernelArgumentError: on wrong ranks, shapes, dtypes, devices or block sizes; on the CPU also if lut, count or
-            order hold values they must not. On a GPU such values are read as others, and a later call raises: see
+        KernelArgumentError: on wrong ranks, shapes, dtypes, devices or block sizes; on the CPU also if lut or count
+            hold values they must not. On a GPU such values are read as others, and a later call raises: see
             `deferred.py`.
         UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, block size or GPU.
     """
-    check_arguments(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)
+    check_arguments(query, key, value, lut, count, query_block, key_block, scale, key_mask)
     record_execution(lut, count, query.shape[2], key.shape[2], query_block, key_block)
     engine = engine_for(__package__, query.device, ENGINES)
-    out, lse = engine.forward(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)
+    out, lse = engine.forward(query, key, value, lut, count, query_block, key_block, scale, key_mask)
     record_selection(lut, count, lse)
     return out, lse
 
@@ -68,13 +65,12 @@ def _(
     value: torch.Tensor,
     lut: torch.Tensor,
     count: torch.Tensor,
-    order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_types(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)
+    check_types(query, key, value, lut, count, query_block, key_block, scale, key_mask)
     batch, heads, tokens, _ = query.shape
     return (
         empty_bshd(query, batch, heads, tokens, value.shape[-1]),
@@ -93,7 +89,6 @@ def block_sparse_attention_backward(
     lse: torch.Tensor,
     lut: torch.Tensor,
     count: torch.Tensor,
-    order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     scale: float,
@@ -104,7 +99,7 @@ def block_sparse_attention_backward(
     Args:
         grad_out: (B, H, S, Dv) in the query's dtype, any strides, also expanded.
         out, lse: as `block_sparse_attention` returned them.
-        query, key, value, lut, count, order, query_block, key_block, scale, key_mask: as given to the forward.
+        query, key, value, lut, count, query_block, key_block, scale, key_mask: as given to the forward.
 
     Returns:
         grad_query, grad_key, grad_value in the dtypes and shapes of query, key and value, (B, S, H, D) in memory.
@@ -112,9 +107,9 @@ def block_sparse_attention_backward(
     Raises:
         KernelArgumentError: as `block_sparse_attention`, and if grad_out, out or lse do not fit.
     """
-    check_arguments(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)
+    check_arguments(query, key, value, lut, count, query_block, key_block, scale, key_mask)
     check_gradient(grad_out, query, value, out, lse)
-    selection = (lut, count, order, query_block, key_block, scale, key_mask)
+    selection = (lut, count, query_block, key_block, scale, key_mask)
     engine = engine_for(__package__, query.device, ENGINES)
     grad_query, grad_key, grad_value = engine.backward(grad_out, query, key, value, out, lse, *selection)
     return grad_query, grad_key, grad_value
@@ -130,28 +125,27 @@ def _(
     lse: torch.Tensor,
     lut: torch.Tensor,
     count: torch.Tensor,
-    order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_types(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)
+    check_types(query, key, value, lut, count, query_block, key_block, scale, key_mask)
     return empty_bshd(query, *query.shape), empty_bshd(key, *key.shape), empty_bshd(value, *value.shape)
 
 
 def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, lut, count, order, *settings, key_mask = inputs
+    query, key, value, lut, count, *settings, key_mask = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(query, key, value, out, lse, lut, count, order, key_mask)  # type: ignore[arg-type]
+    ctx.save_for_backward(query, key, value, out, lse, lut, count, key_mask)  # type: ignore[arg-type]
     ctx.settings = settings  # type: ignore[attr-defined]
 
 
 def _backward(ctx: FunctionCtx, grad_out: torch.Tensor, _grad_lse: object) -> tuple[torch.Tensor | None, ...]:
     *saved, key_mask = ctx.saved_tensors  # type: ignore[attr-defined]
     grads = block_sparse_attention_backward(grad_out, *saved, *ctx.settings, key_mask)  # type: ignore[attr-defined]
-    return (*grads, *(None,) * 7)
+    return (*grads, *(None,) * 6)
 
 
 block_sparse_attention.register_autograd(_backward, setup_context=_setup)

@@ -15,19 +15,17 @@ def check_types(
     value: torch.Tensor,
     lut: torch.Tensor,
     count: torch.Tensor,
-    order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> None:
     """What can be checked without reading a size; the fakes call it as well."""
-    checks.check_same_device(query=query, key=key, value=value, lut=lut, count=count, order=order, key_mask=key_mask)
+    checks.check_same_device(query=query, key=key, value=value, lut=lut, count=count, key_mask=key_mask)
     checks.check_float_4d(query=query, key=key, value=value)
     for name, tensor, rank, shape in (("lut", lut, 4, "(B, H, Mq, K)"), ("count", count, 3, "(B, H, Mq)")):
         require(tensor.dtype == torch.int32, f"{name} must be int32, got {tensor.dtype}")
         require(tensor.dim() == rank, f"{name} must have {rank} dimensions {shape}, got {tensor.dim()}")
-    checks.check_order_type(order)
     checks.check_key_mask_type(key_mask)
     checks.check_block("query_block", query_block)
     checks.check_block("key_block", key_block)
@@ -40,14 +38,13 @@ def check_arguments(
     value: torch.Tensor,
     lut: torch.Tensor,
     count: torch.Tensor,
-    order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> None:
-    """Every check. The contents of lut, count and order are read on the CPU only: elsewhere that would sync."""
-    check_types(query, key, value, lut, count, order, query_block, key_block, scale, key_mask)
+    """Every check. The contents of lut and count are read on the CPU only: elsewhere that would sync."""
+    check_types(query, key, value, lut, count, query_block, key_block, scale, key_mask)
     batch, heads, tokens, head_dim = query.shape
     require(tokens > 0 and head_dim > 0, f"query {tuple(query.shape)} needs at least one token and one channel")
     require(key.shape == query.shape, f"key {tuple(key.shape)} must have the shape of query {tuple(query.shape)}")
@@ -63,7 +60,6 @@ def check_arguments(
         f"tokens in query blocks of {query_block} and key blocks of {key_block}",
     )
     require(count.shape == rows, f"count {tuple(count.shape)} must be {rows}")
-    checks.check_order(order, tokens)
     checks.check_key_mask(key_mask, batch, tokens)
     if lut.device.type == "cpu":
         _check_contents(lut, count, key_blocks)

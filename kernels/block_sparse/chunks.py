@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..layout import block_count, take_in_order
+from ..layout import block_count
 
 _GROUP_BYTES = 16 << 20  # query, key and value of the heads worked on together: half of a common last-level cache
 _CHUNK_BYTES = 4 << 20  # gathered keys or values, and scores, of the query blocks worked on together; measured
@@ -72,14 +72,12 @@ class Scratch:
             buffer = self._buffers[name] = torch.empty(size, dtype=torch.uint8, device=self._device)
         return buffer[:size].view(dtype).view(shape)
 
-    def blocks(
-        self, name: str, x: torch.Tensor, order: torch.Tensor | None, block: int, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """(G, S, D) of any strides -> contiguous (G * M, block, D) in token order; the short last block ends in 0."""
+    def blocks(self, name: str, x: torch.Tensor, block: int, dtype: torch.dtype) -> torch.Tensor:
+        """(G, S, D) of any strides -> contiguous (G * M, block, D); the short last block ends in 0."""
         groups, tokens, head_dim = x.shape
         padded = block_count(tokens, block) * block
         blocks = self(name, (groups, padded, head_dim), dtype)
-        blocks[:, :tokens] = take_in_order(x, order)
+        blocks[:, :tokens] = x
         blocks[:, tokens:] = 0
         return blocks.view(-1, block, head_dim)
 
@@ -93,14 +91,10 @@ class Scratch:
         return torch.index_select(blocks, 0, index, out=out).view(-1, gathered, head_dim)
 
 
-def from_blocks(blocks: torch.Tensor, order: torch.Tensor | None, out: torch.Tensor) -> None:
+def from_blocks(blocks: torch.Tensor, out: torch.Tensor) -> None:
     """The inverse of `Scratch.blocks`, written into out: (G, S, D), any strides and dtype, or (G, S) for 2-D blocks."""
     groups, tokens = out.shape[:2]
-    rows = blocks.view(groups, -1, *out.shape[2:])[:, :tokens]
-    if order is None:
-        out.copy_(rows)
-    else:
-        out.index_copy_(1, order.long(), rows.to(out.dtype))
+    out.copy_(blocks.view(groups, -1, *out.shape[2:])[:, :tokens])
 
 
 class Selection:
@@ -159,10 +153,9 @@ class Selection:
         scores.masked_fill_(hidden.view(-1, 1, self.plan.gathered), float("-inf"))
 
 
-def valid_blocks(key_mask: torch.Tensor | None, order: torch.Tensor | None, key_block: int) -> torch.Tensor | None:
-    """bool (S,) in native order -> (Mk, key_block) in token order; the padding of the last block is not valid."""
+def valid_blocks(key_mask: torch.Tensor | None, key_block: int) -> torch.Tensor | None:
+    """bool (S,) -> (Mk, key_block); the padding of the last block is not valid."""
     if key_mask is None:
         return None
-    in_order = key_mask if order is None else key_mask.index_select(0, order)
-    padded = torch.nn.functional.pad(in_order, (0, -len(in_order) % key_block))
+    padded = torch.nn.functional.pad(key_mask, (0, -len(key_mask) % key_block))
     return padded.view(-1, key_block)

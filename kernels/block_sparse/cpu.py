@@ -17,7 +17,6 @@ def forward(
     value: torch.Tensor,
     lut: torch.Tensor,
     count: torch.Tensor,
-    order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     scale: float,
@@ -36,18 +35,18 @@ def forward(
     scratch, dense_scratch = Scratch(query.device), Scratch(query.device)
     any_dense = bool((count == ALL_BLOCKS).any())
     for b, group in head_groups(query, width, dtype.itemsize):
-        valid = valid_blocks(None if key_mask is None else key_mask[b], order, key_block)
-        queries = scratch.blocks("query", query[b, group], order, query_block, dtype)
-        keys = scratch.blocks("key", key[b, group], order, key_block, dtype)
-        values = scratch.blocks("value", value[b, group], order, key_block, value_dtype)
+        valid = valid_blocks(None if key_mask is None else key_mask[b], key_block)
+        queries = scratch.blocks("query", query[b, group], query_block, dtype)
+        keys = scratch.blocks("key", key[b, group], key_block, dtype)
+        values = scratch.blocks("value", value[b, group], key_block, value_dtype)
         selection = Selection.listed(plan, lut[b, group], count[b, group], valid)
         blocks_out, blocks_lse = _forward_group(queries, keys, values, selection, scale, scratch)
         if any_dense and len(rows := _dense_rows(count[b, group])):
             everything = Selection.everything(plan, rows, valid)
             dense = _forward_group(queries[rows], keys, values, everything, scale, dense_scratch)
             blocks_out[rows], blocks_lse[rows] = dense
-        from_blocks(blocks_out, order, out[b, group])
-        from_blocks(blocks_lse, order, lse[b, group])
+        from_blocks(blocks_out, out[b, group])
+        from_blocks(blocks_lse, lse[b, group])
     return out, lse
 
 
@@ -101,7 +100,6 @@ def backward(
     lse: torch.Tensor,
     lut: torch.Tensor,
     count: torch.Tensor,
-    order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     scale: float,
@@ -119,13 +117,13 @@ def backward(
         delta = (grad_out[b, group].to(dtype) * out[b, group].to(dtype)).sum(-1, keepdim=True)
         # a row without keys has lse -inf; +inf makes its weights exp(-inf) = 0 instead of NaN
         safe_lse = lse[b, group, :, None].masked_fill(lse[b, group, :, None] == float("-inf"), float("inf"))
-        keys = scratch.blocks("key", key[b, group], order, key_block, dtype)
-        values = scratch.blocks("value", value[b, group], order, key_block, dtype)
-        grads_out = scratch.blocks("grad_out", grad_out[b, group], order, query_block, dtype)
-        queries = scratch.blocks("query", query[b, group], order, query_block, dtype)
-        deltas = scratch.blocks("delta", delta, order, query_block, dtype)
-        lses = scratch.blocks("lse", safe_lse, order, query_block, dtype)
-        valid = valid_blocks(None if key_mask is None else key_mask[b], order, key_block)
+        keys = scratch.blocks("key", key[b, group], key_block, dtype)
+        values = scratch.blocks("value", value[b, group], key_block, dtype)
+        grads_out = scratch.blocks("grad_out", grad_out[b, group], query_block, dtype)
+        queries = scratch.blocks("query", query[b, group], query_block, dtype)
+        deltas = scratch.blocks("delta", delta, query_block, dtype)
+        lses = scratch.blocks("lse", safe_lse, query_block, dtype)
+        valid = valid_blocks(None if key_mask is None else key_mask[b], key_block)
         selection = Selection.listed(plan, lut[b, group], count[b, group], valid)
         blocks = _backward_group(grads_out, queries, deltas, lses, keys, values, selection, scale, scratch)
         if any_dense and len(rows := _dense_rows(count[b, group])):
@@ -136,7 +134,7 @@ def backward(
             for total, part in zip(blocks[1:], dense[1:], strict=True):
                 total += part
         for grad, block in zip(grads, blocks, strict=True):
-            from_blocks(block, order, grad[b, group])
+            from_blocks(block, grad[b, group])
     return grads
 
 

@@ -28,20 +28,19 @@ def forward(
     value: torch.Tensor,
     lut: torch.Tensor,
     count: torch.Tensor,
-    order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.block_sparse_attention`."""
-    call = _Call.of(query, value, query_block, key_block, order, key_mask)
+    call = _Call.of(query, value, query_block, key_block, key_mask)
     if scale < 0:  # the kernels take the largest score before they scale it
         query, scale = -query, -scale
     batch, heads, tokens, _ = query.shape
     lut, count = lut.contiguous(), count.contiguous()
-    order, key_mask = (None if x is None else x.contiguous() for x in (order, key_mask))
-    check_selection(lut, count, order, block_count(tokens, key_block), tokens)
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    check_selection(lut, count, block_count(tokens, key_block))
     out = empty_bshd(query, batch, heads, tokens, value.shape[-1])
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
 
@@ -54,7 +53,7 @@ def forward(
             forward_kernel,
             (block_count(tokens, tiling.query), heads, batch),
             query.device,
-            *(*sources, out, lse, lut, count, order, key_mask),
+            *(*sources, out, lse, lut, count, key_mask),
             *(stride for x in tensors for stride in x.stride()),
             *(heads, tokens, lut.shape[-1], lut.shape[2], block_count(tokens, key_block)),
             scale * math.log2(math.e),
@@ -74,17 +73,16 @@ def backward(
     lse: torch.Tensor,
     lut: torch.Tensor,
     count: torch.Tensor,
-    order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `forward`: one kernel over the lists of the query blocks, one over the lists of the key blocks."""
-    call = _Call.of(query, value, query_block, key_block, order, key_mask)
+    call = _Call.of(query, value, query_block, key_block, key_mask)
     batch, heads, tokens, _ = query.shape
     lut, count = lut.contiguous(), count.contiguous()
-    order, key_mask = (None if x is None else x.contiguous() for x in (order, key_mask))
+    key_mask = None if key_mask is None else key_mask.contiguous()
     lse = lse.contiguous()
     delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
     query_blocks, key_blocks = lut.shape[2], block_count(tokens, key_block)
@@ -101,7 +99,7 @@ def backward(
             query_gradient_kernel,
             (block_count(tokens, tiling.query), heads, batch),
             query.device,
-            *(*sources, lse, delta, lse_log2, grad_query, lut, count, order, key_mask),
+            *(*sources, lse, delta, lse_log2, grad_query, lut, count, key_mask),
             *(stride for x in tensors for stride in x.stride()),
             *(heads, tokens, lut.shape[-1], query_blocks, key_blocks),
             *(scale, scale * math.log2(math.e)),
@@ -118,7 +116,7 @@ def backward(
             (block_count(tokens, tiling.key), heads, batch),
             query.device,
             *(queries, key, value, grads, lse_log2, delta, grad_key, grad_value),
-            *(index.rows, index.start, order, key_mask),
+            *(index.rows, index.start, key_mask),
             *(stride for x in (query, key, value, grad_out) for stride in x.stride()),
             *(heads, tokens, key_blocks, index.rows.shape[-1]),
             *(scale, scale * math.log2(math.e)),
@@ -139,7 +137,6 @@ class _Call:
     value_dim: int
     query_block: int
     key_block: int
-    ordered: bool
     masked: bool
 
     def __post_init__(self) -> None:
@@ -153,16 +150,15 @@ class _Call:
         value: torch.Tensor,
         query_block: int,
         key_block: int,
-        order: torch.Tensor | None,
         key_mask: torch.Tensor | None,
     ) -> _Call:
         """Raises UnsupportedKernelError where there is no kernel."""
         dims, blocks = (query.shape[-1], value.shape[-1]), (query_block, key_block)
-        return _known_call(query.device, query.dtype, *dims, *blocks, order is not None, key_mask is not None)
+        return _known_call(query.device, query.dtype, *dims, *blocks, key_mask is not None)
 
     def describable(self, *tensors: torch.Tensor) -> bool:
         """Whether the bulk copy engine can read tiles of these tensors: consecutive rows, aligned."""
-        return not self.ordered and all(_describable(x) for x in tensors)
+        return all(_describable(x) for x in tensors)
 
     def choose(self, kernel: str, described: bool, run: Callable[[Tiling], None]) -> Tiling:
         """The default tiling, or the one that tuning found."""
@@ -182,7 +178,6 @@ class _Call:
             "TILE_K": tiling.key,
             "STAGES": tiling.stages,
             "DESCRIPTORS": tiling.descriptors,
-            "HAS_ORDER": self.ordered,
             "HAS_MASK": self.masked,
             "num_warps": tiling.warps,
             "num_stages": tiling.stages,
@@ -200,7 +195,7 @@ def _candidates(
     """The tilings to choose from, and what tuning knows them by. arch: part of the key, as the gate changes it."""
     blocks, widest = (call.query_block, call.key_block), max(call.head_dim, call.value_dim)
     candidates = tilings(kernel, call.device, call.dtype, widest, *blocks, described=described)
-    key = (call.dtype, call.head_dim, call.value_dim, *blocks, call.ordered, call.masked, described)
+    key = (call.dtype, call.head_dim, call.value_dim, *blocks, call.masked, described)
     return candidates, key
 
 

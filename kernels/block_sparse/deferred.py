@@ -14,21 +14,18 @@ import torch
 
 from ..errors import KernelArgumentError
 from ..launch import launch, recording
-from .triton_checks import check_order_kernel, check_selection_kernel
+from .triton_checks import check_selection_kernel
 
-_ROWS, _CHUNK, _TOKENS = 16, 64, 1024  # tile sizes
+_ROWS, _CHUNK = 16, 64  # tile sizes
 _WRONG = (
     "count has entries outside [-1 (all blocks), K]",
     "lut has entries outside [0, key blocks), or not each block once in ascending order",
-    "order has entries outside [0, tokens)",
 )
 _flags: dict[torch.device, torch.Tensor] = {}
 
 
-def check_selection(
-    lut: torch.Tensor, count: torch.Tensor, order: torch.Tensor | None, key_blocks: int, tokens: int
-) -> None:
-    """Look at the contents of lut (B, H, Mq, K), count and order (S,), all contiguous, on their device.
+def check_selection(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> None:
+    """Look at the contents of lut (B, H, Mq, K) and count, both contiguous, on their device.
 
     Raises:
         KernelArgumentError: an earlier call on this device was given wrong contents; with SALAD_CHECK_INDICES=1, this.
@@ -41,9 +38,6 @@ def check_selection(
     tiles = {"ROWS": _ROWS, "CHUNK": _CHUNK, "num_warps": 4}
     grid = (-(-rows // _ROWS),)
     launch(check_selection_kernel, grid, device, lut, count, flags, rows, slots, key_blocks, **tiles)
-    if order is not None:
-        grid = (-(-tokens // _TOKENS),)
-        launch(check_order_kernel, grid, device, order, flags, tokens, CHUNK=_TOKENS, num_warps=4)
     if os.environ.get("SALAD_CHECK_INDICES") == "1" and not recording():
         raise_pending(device, wait=True)
 

@@ -9,7 +9,7 @@ import torch
 
 from ..checks import accumulation_dtype
 from ..errors import UnsupportedKernelError
-from ..layout import block_count, empty_bshd, take_in_order
+from ..layout import block_count, empty_bshd
 from .reference import block_mask
 
 
@@ -19,7 +19,6 @@ def forward(
     value: torch.Tensor,
     lut: torch.Tensor,
     count: torch.Tensor,
-    order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     scale: float,
@@ -29,8 +28,6 @@ def forward(
     batch, heads, tokens, _ = query.shape
     member = block_mask(lut, count, block_count(tokens, key_block))
     valid = query.new_ones((batch, tokens), dtype=torch.bool) if key_mask is None else key_mask
-    if order is not None:
-        valid = valid.index_select(1, order)
 
     def visible(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         return member[b, h, i // query_block, j // key_block] & valid[b, j]
@@ -42,15 +39,12 @@ def forward(
     blocks = BlockMask.from_kv_blocks(
         listed, ids, BLOCK_SIZE=(query_block, key_block), mask_mod=visible, seq_lengths=(tokens, tokens)
     )
-    in_order = (take_in_order(x.detach(), order) for x in (query, key, value))
-    found, found_lse = _flex_attention(query.device.type)(*in_order, block_mask=blocks, scale=scale, return_lse=True)
+    tensors = (x.detach() for x in (query, key, value))
+    found, found_lse = _flex_attention(query.device.type)(*tensors, block_mask=blocks, scale=scale, return_lse=True)
     out = empty_bshd(query, batch, heads, tokens, value.shape[-1])
     lse = query.new_empty((batch, heads, tokens), dtype=accumulation_dtype(query.dtype))
     for target, result in ((out, found), (lse, found_lse)):
-        if order is None:
-            target.copy_(result)
-        else:
-            target.index_copy_(2, order.long(), result.to(target.dtype))
+        target.copy_(result)
     return out, lse
 
 

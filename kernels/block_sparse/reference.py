@@ -17,17 +17,14 @@ def block_mask(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> torch
 def token_mask(
     lut: torch.Tensor,
     count: torch.Tensor,
-    order: torch.Tensor | None,
     tokens: int,
     query_block: int,
     key_block: int,
     key_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """bool (B, H, S, S) in native order: True where query token i may attend to key token j."""
+    """bool (B, H, S, S): True where query token i may attend to key token j."""
     blocks = block_mask(lut, count, block_count(tokens, key_block))
     position = torch.arange(tokens, device=lut.device)
-    if order is not None:
-        position = torch.empty_like(position).scatter_(0, order.long(), position)  # native index -> place in the order
     mask = blocks[:, :, position // query_block][:, :, :, position // key_block]
     return mask if key_mask is None else mask & key_mask[:, None, None, :]
 
@@ -38,7 +35,6 @@ def block_sparse_attention(
     value: torch.Tensor,
     lut: torch.Tensor,
     count: torch.Tensor,
-    order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     scale: float,
@@ -49,7 +45,7 @@ def block_sparse_attention(
     Same arguments and results as `salad::block_sparse_attention`; differentiable by autograd.
     """
     dtype = accumulation_dtype(query.dtype)
-    mask = token_mask(lut, count, order, query.shape[2], query_block, key_block, key_mask)
+    mask = token_mask(lut, count, query.shape[2], query_block, key_block, key_mask)
     scores = (query.to(dtype) @ key.to(dtype).transpose(-1, -2)) * scale
     scores = scores.masked_fill(~mask, float("-inf"))
     lse = scores.logsumexp(dim=-1)

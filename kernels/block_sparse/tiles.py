@@ -42,7 +42,7 @@ _HOPPER: Table = {
         128: (Tiling(64, 64, 4, 2, True), Tiling(64, 64, 4, 1, True)),
     },
 }
-# The same where rows are gathered through an order, or inputs are not aligned.
+# The same where the inputs are not aligned, so that rows are read through pointers.
 _HOPPER_GATHERED: Table = {
     "forward": {64: (Tiling(64, 64, 4, 2),), 128: (Tiling(64, 64, 4, 2),)},
     "query_gradient": {64: (Tiling(64, 64, 4, 2),), 128: (Tiling(64, 64, 4, 2),)},

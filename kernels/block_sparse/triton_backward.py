@@ -7,7 +7,7 @@ dK = scale dS^T Q, dV = P^T g.
 import triton
 import triton.language as tl
 
-from .triton_tiles import block_id, listed_blocks, load_described, load_rows, token_rows
+from .triton_tiles import block_id, listed_blocks, load_described, load_rows
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -36,7 +36,6 @@ def query_gradient_kernel(
     grad_query_ptr,
     lut_ptr,
     count_ptr,
-    order_ptr,
     mask_ptr,
     query_stride_b,
     query_stride_h,
@@ -75,7 +74,6 @@ def query_gradient_kernel(
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
     """grad_query (B, S, H, D) and, for the other kernel, delta and lse in base 2 (B, H, S).
@@ -97,7 +95,7 @@ def query_gradient_kernel(
 
     positions = tile * TILE_Q + tl.arange(0, TILE_Q)
     in_range = positions < tokens
-    query_rows = token_rows(order_ptr, positions, in_range, tokens, HAS_ORDER)
+    query_rows = positions.to(tl.int64)
     if DESCRIPTORS:
         query = load_described(query_ptr, tile * TILE_Q, TILE_Q, TILE_D)
         out = load_described(out_ptr, tile * TILE_Q, TILE_Q, TILE_V)
@@ -128,7 +126,7 @@ def query_gradient_kernel(
     for part in tl.range(0, full_entries * PARTS, num_stages=STAGES):
         start = upcoming * KEY_BLOCK + part % PARTS * TILE_K
         upcoming = block_id(lut_ptr, tl.minimum((part + 1) // PARTS, final), everything, full_blocks, UNCHECKED)
-        key_rows = token_rows(order_ptr, start + columns, None, tokens, HAS_ORDER)
+        key_rows = (start + columns).to(tl.int64)
         if DESCRIPTORS:
             key = load_described(key_ptr, start, TILE_K, TILE_D)
             value = load_described(value_ptr, start, TILE_K, TILE_V)
@@ -140,7 +138,7 @@ def query_gradient_kernel(
     for part in tl.range(0, ragged.to(tl.int32) * PARTS, num_stages=1):
         start = last * KEY_BLOCK + part * TILE_K
         visible = start + columns < tokens
-        key_rows = token_rows(order_ptr, start + columns, visible, tokens, HAS_ORDER)
+        key_rows = (start + columns).to(tl.int64)
         if DESCRIPTORS:
             key = load_described(key_ptr, start, TILE_K, TILE_D)
             value = load_described(value_ptr, start, TILE_K, TILE_V)
@@ -170,7 +168,6 @@ def key_gradient_kernel(
     grad_value_ptr,
     rows_ptr,
     start_ptr,
-    order_ptr,
     mask_ptr,
     query_stride_b,
     query_stride_h,
@@ -204,7 +201,6 @@ def key_gradient_kernel(
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
     """grad_key (B, S, H, D) and grad_value (B, S, H, Dv). One program per tile of keys, over the query blocks that
@@ -231,7 +227,7 @@ def key_gradient_kernel(
 
     key_positions = tile * TILE_K + tl.arange(0, TILE_K)
     in_range = key_positions < tokens
-    key_rows = token_rows(order_ptr, key_positions, in_range, tokens, HAS_ORDER)
+    key_rows = key_positions.to(tl.int64)
     key = load_rows(key_ptr, key_rows, in_range, key_stride_s, key_stride_d, HEAD_DIM, TILE_D)
     value = load_rows(value_ptr, key_rows, in_range, value_stride_s, value_stride_d, VALUE_DIM, TILE_V)
     if HAS_MASK:
@@ -249,7 +245,7 @@ def key_gradient_kernel(
         following = tl.minimum((part + 1) // PARTS, final)
         upcoming = tl.load(rows_ptr + following + tl.where(following < listed, begin, dense_begin))
         attends = positions < tokens
-        query_rows = token_rows(order_ptr, positions, attends, tokens, HAS_ORDER)
+        query_rows = positions.to(tl.int64)
         if DESCRIPTORS:
             query = load_described(query_ptr, start, TILE_Q, TILE_D)
             grad = load_described(grad_ptr, start, TILE_Q, TILE_V)

@@ -1,4 +1,4 @@
-"""Kernels that look for entries that lists of blocks and orders of tokens must not have."""
+"""The kernel that looks for entries that lists of blocks must not have."""
 
 import triton
 import triton.language as tl
@@ -22,11 +22,3 @@ def check_selection_kernel(
         wrong = wrong | (listed & ((block < 0) | (block >= key_blocks) | (block <= before))).to(tl.int32)
     tl.store(flags_ptr, 1, mask=tl.max(wrong_count.to(tl.int32), 0) > 0)
     tl.store(flags_ptr + 1, 1, mask=tl.max(tl.max(wrong, 1), 0) > 0)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def check_order_kernel(order_ptr, flags_ptr, tokens, CHUNK: tl.constexpr):
-    """flags[2] becomes 1 if an index of the order is out of range."""
-    entry = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    row = tl.load(order_ptr + entry, mask=entry < tokens, other=0)
-    tl.store(flags_ptr + 2, 1, mask=tl.max(((row < 0) | (row >= tokens)).to(tl.int32), 0) > 0)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_tiles import block_id, listed_blocks, load_described, load_rows, token_rows
+from .triton_tiles import block_id, listed_blocks, load_described, load_rows
 
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -31,7 +31,6 @@ def forward_kernel(
     lse_ptr,
     lut_ptr,
     count_ptr,
-    order_ptr,
     mask_ptr,
     query_stride_b,
     query_stride_h,
@@ -61,12 +60,11 @@ def forward_kernel(
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
     """out (B, S, H, Dv) and lse (B, H, S) contiguous; lut (B, H, Mq, K), count (B, H, Mq), mask (B, S) contiguous.
 
-    query_ptr, key_ptr and value_ptr are tensor descriptors if DESCRIPTORS, which goes without an order only.
+    query_ptr, key_ptr and value_ptr are tensor descriptors if DESCRIPTORS.
     """
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if not DESCRIPTORS:
@@ -81,7 +79,7 @@ def forward_kernel(
 
     positions = tile * TILE_Q + tl.arange(0, TILE_Q)
     in_range = positions < tokens
-    query_rows = token_rows(order_ptr, positions, in_range, tokens, HAS_ORDER)
+    query_rows = positions.to(tl.int64)
     if DESCRIPTORS:
         query = load_described(query_ptr, tile * TILE_Q, TILE_Q, TILE_D)
     else:
@@ -106,7 +104,7 @@ def forward_kernel(
     for part in tl.range(0, full_entries * PARTS, num_stages=STAGES):
         start = upcoming * KEY_BLOCK + part % PARTS * TILE_K
         upcoming = block_id(lut_ptr, tl.minimum((part + 1) // PARTS, final), everything, full_blocks, UNCHECKED)
-        key_rows = token_rows(order_ptr, start + columns, None, tokens, HAS_ORDER)
+        key_rows = (start + columns).to(tl.int64)
         if DESCRIPTORS:
             key = load_described(key_ptr, start, TILE_K, TILE_D)
         else:
@@ -123,7 +121,7 @@ def forward_kernel(
     for part in tl.range(0, ragged.to(tl.int32) * PARTS, num_stages=1):
         start = last * KEY_BLOCK + part * TILE_K
         visible = start + columns < tokens
-        key_rows = token_rows(order_ptr, start + columns, visible, tokens, HAS_ORDER)
+        key_rows = (start + columns).to(tl.int64)
         if DESCRIPTORS:
             key = load_described(key_ptr, start, TILE_K, TILE_D)
             value = load_described(value_ptr, start, TILE_K, TILE_V)

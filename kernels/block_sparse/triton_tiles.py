@@ -1,6 +1,6 @@
 """Pieces that the forward and the backward kernels share: reading a list of blocks, and loading rows of tokens.
 
-Ids of blocks and tokens that come from memory are clamped to their range, or read through the bulk copy engine, which
+Ids of blocks that come from memory are clamped to their range, or read through the bulk copy engine, which
 has bounds of its own: a wrong list reads the wrong block and never foreign memory. `deferred.py` reports such lists.
 """
 
@@ -25,20 +25,6 @@ def block_id(list_ptr, entry, everything, blocks, UNCHECKED: tl.constexpr):
     """
     block = tl.where(everything, entry, tl.load(list_ptr + tl.where(everything, 0, entry)))
     return block if UNCHECKED else tl.minimum(tl.maximum(block, 0), blocks - 1)
-
-
-@triton.jit
-def token_rows(order_ptr, positions, in_range, tokens, HAS_ORDER: tl.constexpr):
-    """Native indices (int64) of the tokens at `positions` of the order. in_range: where positions < tokens, or None."""
-    if HAS_ORDER:
-        if in_range is None:
-            rows = tl.load(order_ptr + positions)
-        else:
-            rows = tl.load(order_ptr + positions, mask=in_range, other=0)
-        rows = tl.minimum(tl.maximum(rows, 0), tokens - 1)
-    else:
-        rows = positions
-    return rows.to(tl.int64)
 
 
 @triton.jit

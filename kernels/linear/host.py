@@ -18,15 +18,14 @@ _REDUCE_TILE = 512
 _REDUCE_GROUP = 8
 
 
-def split_count(x: torch.Tensor, settings: Tiling, share: int | None = None) -> int:
+def split_count(x: torch.Tensor, settings: Tiling) -> int:
     """Programs that share the tokens of one (batch, head) pair, so that all pairs together fill the GPU once.
 
-    More would write more partial sums, and the last of them would run alone. share: the fewest tokens that one program
-    can have; a tile where it is None.
+    More would write more partial sums, and the last of them would run alone.
     """
     batch, heads, tokens, _ = x.shape
     wanted = settings.programs * _multiprocessors(x.device) // max(1, batch * heads)
-    return max(1, min(wanted, block_count(tokens, share or settings.tokens)))
+    return max(1, min(wanted, block_count(tokens, settings.tokens)))
 
 
 @lru_cache(maxsize=64)

@@ -12,34 +12,31 @@ from .density import list_width
 
 @torch.library.custom_op("salad::pool_blocks", mutates_args=())
 @without_autocast
-def pool_blocks(
-    x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of the valid rows of each block of tokens (specification 4.2, step 1; our choice).
 
     The result never requires grad, also where `x` does: selection carries no gradient (specification 4.2, step 6).
 
     Args:
         x: (B, H, S, D), any strides; fp32, bf16, fp16 or fp64.
-        order: int32 (S,), a permutation; order[i] is the native index of the i-th token. None is the native order.
-        block: tokens per block; blocks are consecutive runs in `order`, and only the last one is short.
-        key_mask: bool (B, S) in native order, True where a row is valid; None where all are.
+        block: tokens per block; blocks are consecutive runs of tokens, and only the last one is short.
+        key_mask: bool (B, S), True where a row is valid; None where all are.
 
     Returns:
         (B, H, ceil(S / block), D), contiguous, fp32 (fp64 for fp64); 0 for a block without a valid row.
 
     Raises:
-        KernelArgumentError: on a wrong rank, dtype, device, block size, order or mask.
+        KernelArgumentError: on a wrong rank, dtype, device, block size or mask.
         UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, block size or GPU.
     """
-    check_pool(x, order, block, key_mask)
-    pooled: torch.Tensor = engine_for(__package__, x.device).pool_blocks(x, order, block, key_mask)
+    check_pool(x, block, key_mask)
+    pooled: torch.Tensor = engine_for(__package__, x.device).pool_blocks(x, block, key_mask)
     return pooled
 
 
 @pool_blocks.register_fake
-def _(x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
-    check_pool_types(x, order, block, key_mask)
+def _(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+    check_pool_types(x, block, key_mask)
     batch, heads, tokens, head_dim = x.shape
     return x.new_empty((batch, heads, block_count(tokens, block), head_dim), dtype=accumulation_dtype(x.dtype))
 
@@ -55,7 +52,6 @@ def select_blocks(
     sink_begin: int = 0,
     sink_end: int = 0,
     key_mask: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
     permille: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The key blocks with the best pooled scores, for every query block (specification 4.2; our choice).
@@ -71,9 +67,8 @@ def select_blocks(
         pooled_key: (B, H, Mk, D), same dtype.
         query_block, key_block: tokens per block; one divides the other.
         density_permille: 1000 * (1 - sparsity), in 0..1000; 1000 selects everything.
-        sink_begin, sink_end: positions [sink_begin, sink_end) in the order are text; none where they are equal.
-        key_mask: bool (B, S) in native order, True where a key is valid; None where all are.
-        order: int32 (S,), order[i] is the native index of the i-th token. Read with `key_mask`, for nothing else.
+        sink_begin, sink_end: tokens [sink_begin, sink_end) are text; none where they are equal.
+        key_mask: bool (B, S), True where a key is valid; None where all are.
         permille: int32 (), the density where it may change from call to call; `density_permille` is then the most that
             it may say, and decides the width of the lists. None: `density_permille`.
 
@@ -85,13 +80,13 @@ def select_blocks(
             of the row.
 
     Raises:
-        KernelArgumentError: on wrong ranks, dtypes, devices, shapes, block sizes, density, sinks, mask or order.
+        KernelArgumentError: on wrong ranks, dtypes, devices, shapes, block sizes, density, sinks or mask.
         UnsupportedKernelError: the engine has no kernel for this dtype or GPU.
     """
     settings = (query_block, key_block, density_permille)
-    check_select(pooled_query, pooled_key, *settings, sink_begin, sink_end, key_mask, order, permille)
+    check_select(pooled_query, pooled_key, *settings, sink_begin, sink_end, key_mask, permille)
     engine = engine_for(__package__, pooled_query.device)
-    given = (*settings, sink_begin, sink_end, key_mask, order, permille)
+    given = (*settings, sink_begin, sink_end, key_mask, permille)
     lut, count = engine.select_blocks(pooled_query, pooled_key, *given)
     return lut, count
 
@@ -106,10 +101,9 @@ def _(
     sink_begin: int = 0,
     sink_end: int = 0,
     key_mask: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
     permille: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille, key_mask, order, permille)
+    check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille, key_mask, permille)
     batch, heads, query_blocks, _ = pooled_query.shape
     slots = list_width(pooled_key.shape[2], query_block, key_block, density_permille, sink_begin, sink_end)
     return (
@@ -124,11 +118,11 @@ def _no_gradient(ctx: FunctionCtx, inputs: tuple[object, ...], output: object) -
 
 
 def _pool_backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[None, ...]:
-    return (None,) * 4
+    return (None,) * 3
 
 
 def _select_backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[None, ...]:
-    return (None,) * 10
+    return (None,) * 9
 
 
 pool_blocks.register_autograd(_pool_backward, setup_context=_no_gradient)

@@ -8,20 +8,18 @@ from ..layout import block_count
 from .density import check_density
 
 
-def check_pool_types(x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None) -> None:
+def check_pool_types(x: torch.Tensor, block: int, key_mask: torch.Tensor | None) -> None:
     """What can be checked without reading a size; the fake calls it as well."""
-    checks.check_same_device(x=x, order=order, key_mask=key_mask)
+    checks.check_same_device(x=x, key_mask=key_mask)
     checks.check_float_4d(x=x)
     checks.check_block("block", block)
-    checks.check_order_type(order)
     checks.check_key_mask_type(key_mask)
 
 
-def check_pool(x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None) -> None:
+def check_pool(x: torch.Tensor, block: int, key_mask: torch.Tensor | None) -> None:
     """Every check of `pool_blocks`."""
-    check_pool_types(x, order, block, key_mask)
+    check_pool_types(x, block, key_mask)
     require(x.shape[2] > 0, "x has no tokens: S must be at least 1")
-    checks.check_order(order, x.shape[2])
     checks.check_key_mask(key_mask, x.shape[0], x.shape[2])
 
 
@@ -32,13 +30,10 @@ def check_select_types(
     key_block: int,
     density_permille: int,
     key_mask: torch.Tensor | None,
-    order: torch.Tensor | None,
     permille: torch.Tensor | None,
 ) -> None:
     """What can be checked without reading a size; the fake calls it as well."""
-    checks.check_same_device(
-        pooled_query=pooled_query, pooled_key=pooled_key, key_mask=key_mask, order=order, permille=permille
-    )
+    checks.check_same_device(pooled_query=pooled_query, pooled_key=pooled_key, key_mask=key_mask, permille=permille)
     checks.check_float_4d(pooled_query=pooled_query, pooled_key=pooled_key)
     require(
         pooled_query.dtype in (torch.float32, torch.float64),
@@ -46,7 +41,6 @@ def check_select_types(
     )
     check_density(query_block, key_block, density_permille)
     checks.check_key_mask_type(key_mask)
-    checks.check_order_type(order)
     checks.check_permille_type(permille)
 
 
@@ -59,11 +53,10 @@ def check_select(
     sink_begin: int,
     sink_end: int,
     key_mask: torch.Tensor | None,
-    order: torch.Tensor | None,
     permille: torch.Tensor | None,
 ) -> None:
     """Every check of `select_blocks`."""
-    check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille, key_mask, order, permille)
+    check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille, key_mask, permille)
     checks.check_permille(permille, density_permille)
     (batch, heads, query_blocks, head_dim), (key_batch, key_heads, key_blocks, key_dim) = (
         pooled_query.shape,
@@ -83,32 +76,13 @@ def check_select(
     )
     require(
         0 <= sink_begin <= sink_end <= key_blocks * key_block,
-        f"the sink range [{sink_begin}, {sink_end}) must be ascending and lie within the order, "
-        f"[0, {key_blocks * key_block}]",
+        f"the sink range [{sink_begin}, {sink_end}) must be ascending and lie within [0, {key_blocks * key_block}]",
     )
-    _check_tokens(query_blocks, key_blocks, query_block, key_block, batch, key_mask, order)
-
-
-def _check_tokens(
-    query_blocks: int,
-    key_blocks: int,
-    query_block: int,
-    key_block: int,
-    batch: int,
-    key_mask: torch.Tensor | None,
-    order: torch.Tensor | None,
-) -> None:
-    """key_mask and order have as many tokens as the blocks were made of."""
-    for name, tensor in (("key_mask", key_mask), ("order", order)):
-        if tensor is not None:
-            tokens = tensor.shape[-1]
-            require(
-                (block_count(tokens, query_block), block_count(tokens, key_block)) == (query_blocks, key_blocks),
-                f"{name} has {tokens} tokens, which do not make {query_blocks} query blocks of {query_block} and "
-                f"{key_blocks} key blocks of {key_block}",
-            )
     if key_mask is not None:
-        checks.check_order(order, key_mask.shape[1])
-        checks.check_key_mask(key_mask, batch, key_mask.shape[1])
-    elif order is not None:
-        checks.check_order(order, order.shape[0])
+        tokens = key_mask.shape[1]
+        require(
+            (block_count(tokens, query_block), block_count(tokens, key_block)) == (query_blocks, key_blocks),
+            f"key_mask has {tokens} tokens, which do not make {query_blocks} query blocks of {query_block} and "
+            f"{key_blocks} key blocks of {key_block}",
+        )
+        checks.check_key_mask(key_mask, batch, tokens)

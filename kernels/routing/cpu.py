@@ -7,17 +7,12 @@ from ..layout import ALL_BLOCKS, block_count
 from .density import kept_now, list_width, touched_blocks
 
 
-def pool_blocks(
-    x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
     """See `reference.pool_blocks`. Full blocks are one strided reduction, the short last block a second one."""
     batch, heads, tokens, head_dim = x.shape
     dtype = accumulation_dtype(x.dtype)
     if key_mask is not None:
         x = x.masked_fill(~key_mask[:, None, :, None], 0)
-    if order is not None:
-        # (B, S, H, D) rows are contiguous in the usual layout, so the gather is made along S of that view
-        x = x.transpose(1, 2).index_select(1, order).transpose(1, 2)
     full = tokens // block
     pooled = x.new_empty((batch, heads, block_count(tokens, block), head_dim), dtype=dtype)
     if full:
@@ -26,9 +21,9 @@ def pool_blocks(
     if full * block < tokens:
         torch.sum(x[:, :, full * block :], dim=2, dtype=dtype, out=pooled[:, :, full])
     if key_mask is None:
-        seen = _rows(torch.ones(1, tokens, dtype=torch.bool, device=x.device), None, block)
+        seen = _rows(torch.ones(1, tokens, dtype=torch.bool, device=x.device), block)
     else:
-        seen = _rows(key_mask, order, block).clamp_(min=1)
+        seen = _rows(key_mask, block).clamp_(min=1)
     return pooled.div_(seen[:, None, :, None])
 
 
@@ -41,7 +36,6 @@ def select_blocks(
     sink_begin: int = 0,
     sink_end: int = 0,
     key_mask: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
     permille: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.select_blocks`. Forced blocks score +inf, masked ones -inf, all others lie between: one top-k."""
@@ -61,17 +55,15 @@ def select_blocks(
         lut = scores.topk(slots, dim=-1, sorted=False).indices.sort(dim=-1).values.to(torch.int32)
         count = torch.full(lut.shape[:3], slots, dtype=torch.int32, device=lut.device)
     else:
-        lut, count = _among_valid(scores, slots, keep, key_mask, order, key_block)
+        lut, count = _among_valid(scores, slots, keep, key_mask, key_block)
     text = slice(*touched_blocks(sink_begin, sink_end, query_block))
     lut[:, :, text] = torch.arange(slots, dtype=torch.int32, device=lut.device)
     count[:, :, text] = ALL_BLOCKS
     return lut, count
 
 
-def _rows(key_mask: torch.Tensor, order: torch.Tensor | None, block: int) -> torch.Tensor:
+def _rows(key_mask: torch.Tensor, block: int) -> torch.Tensor:
     """int64 (B, M): how many valid rows each block has."""
-    if order is not None:
-        key_mask = key_mask.index_select(1, order)
     tokens = key_mask.shape[1]
     blocks = block_count(tokens, block)
     padded = torch.nn.functional.pad(key_mask, (0, blocks * block - tokens))
@@ -83,14 +75,13 @@ def _among_valid(
     slots: int,
     keep: int,
     key_mask: torch.Tensor | None,
-    order: torch.Tensor | None,
     key_block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `keep` best of the blocks with a valid key; rows with fewer of them end in zeros. Changes `scores`."""
     key_blocks = scores.shape[-1]
     valid = torch.ones((), dtype=torch.bool, device=scores.device)
     if key_mask is not None:
-        valid = (_rows(key_mask, order, key_block) > 0)[:, None, None, :]
+        valid = (_rows(key_mask, key_block) > 0)[:, None, None, :]
     valid = valid.expand_as(scores)
     chosen = scores.masked_fill_(~valid, float("-inf")).topk(slots, dim=-1).indices
     found = valid.gather(-1, chosen)

@@ -19,25 +19,22 @@ SELECT_TILE, SELECT_TILES = 256, 8
 SCORES_AT_ONCE = 1 << 25
 
 
-def pool_blocks(
-    x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
     """See `reference.pool_blocks`."""
     batch, heads, tokens, head_dim = x.shape
     require_supported(x.device, x.dtype, head_dim, block=block)
     blocks = block_count(tokens, block)
     pooled = x.new_empty((batch, heads, blocks, head_dim), dtype=torch.float32)
-    order, mask = _contiguous(order, key_mask)
+    mask = _mask_bytes(key_mask)
     launch(
         pool_kernel,
         (batch * blocks * heads,),
         x.device,
-        *(x, order, mask, pooled, *x.stride(), heads, tokens, blocks),
+        *(x, mask, pooled, *x.stride(), heads, tokens, blocks),
         HEAD_DIM=head_dim,
         TILE_D=padded_head_dim(head_dim),
         BLOCK=block,
         ROWS=min(block, POOL_ROWS),
-        HAS_ORDER=order is not None,
         HAS_MASK=mask is not None,
         num_warps=4 if _aligned(x) else 8,  # narrow loads take registers
     )
@@ -58,7 +55,6 @@ def select_blocks(
     sink_begin: int = 0,
     sink_end: int = 0,
     key_mask: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
     permille: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.select_blocks`. Scores are one product of the library, in the precision that torch is set to."""
@@ -71,7 +67,7 @@ def select_blocks(
     width = block_count(key_blocks, 16) * 16  # of a row in memory: a vector never crosses its end
     valid = None
     if key_mask is not None:
-        valid = _valid_blocks(key_mask, order, key_block, width)
+        valid = _valid_blocks(key_mask, key_block, width)
         valid = valid[:, None].expand(batch, heads, width).reshape(batch * heads, width).contiguous()
     text = (*touched_blocks(sink_begin, sink_end, key_block), *touched_blocks(sink_begin, sink_end, query_block))
     query, key = pooled_query.flatten(0, 1), pooled_key.flatten(0, 1).transpose(1, 2)
@@ -97,27 +93,20 @@ def select_blocks(
     return lut, count
 
 
-def _valid_blocks(key_mask: torch.Tensor, order: torch.Tensor | None, block: int, width: int) -> torch.Tensor:
+def _valid_blocks(key_mask: torch.Tensor, block: int, width: int) -> torch.Tensor:
     """uint8 (B, width): 1 where a block has a valid key; the columns after the last block hold nothing."""
     batch, tokens = key_mask.shape
     valid = key_mask.new_empty((batch, width), dtype=torch.uint8)
-    order, mask = _contiguous(order, key_mask)
     launch(
         valid_blocks_kernel,
         (block_count(tokens, block), batch),
         key_mask.device,
-        *(mask, order, valid, tokens, width, block),
+        *(_mask_bytes(key_mask), valid, tokens, width, block),
         CHUNK=128,
-        HAS_ORDER=order is not None,
         num_warps=1,
     )
     return valid
 
 
-def _contiguous(
-    order: torch.Tensor | None, key_mask: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return (
-        None if order is None else order.contiguous(),
-        None if key_mask is None else key_mask.contiguous().view(torch.uint8),
-    )
+def _mask_bytes(key_mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if key_mask is None else key_mask.contiguous().view(torch.uint8)

@@ -3,18 +3,15 @@
 import torch
 
 from ..checks import accumulation_dtype
-from ..layout import ALL_BLOCKS, take_in_order
+from ..layout import ALL_BLOCKS
 
 
-def pool_blocks(
-    x: torch.Tensor, order: torch.Tensor | None, block: int, key_mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of the valid rows of each block: (B, H, S, D) -> (B, H, ceil(S/block), D) in fp32 (fp64 for fp64)."""
-    rows = take_in_order(x, order).to(accumulation_dtype(x.dtype))
+    rows = x.to(accumulation_dtype(x.dtype))
     if key_mask is None:
         key_mask = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device)
-    # (B, 1, S, 1), so that it is taken in order as the rows are
-    valid = take_in_order(key_mask[:, None, :, None], order)
+    valid = key_mask[:, None, :, None]
     return torch.stack(
         [
             run.masked_fill(~seen, 0).sum(dim=2) / seen.sum(dim=2).clamp(min=1)
@@ -37,10 +34,9 @@ def touched(blocks: int, block: int, begin: int, end: int) -> torch.Tensor:
     return (start < end) & (begin < start + block) & (begin < end)
 
 
-def valid_blocks(key_mask: torch.Tensor, order: torch.Tensor | None, block: int) -> torch.Tensor:
+def valid_blocks(key_mask: torch.Tensor, block: int) -> torch.Tensor:
     """bool (B, Mk): True where a block has a valid key."""
-    in_order = take_in_order(key_mask[:, :, None], order)
-    return torch.stack([run.any(dim=1) for run in torch.split(in_order[..., 0], block, dim=1)], dim=1)
+    return torch.stack([run.any(dim=1) for run in torch.split(key_mask, block, dim=1)], dim=1)
 
 
 def select_blocks(
@@ -52,7 +48,6 @@ def select_blocks(
     sink_begin: int = 0,
     sink_end: int = 0,
     key_mask: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
     permille: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rank the valid blocks, those that overlap the query block and sinks first, and keep ranks below K."""
@@ -69,7 +64,7 @@ def select_blocks(
     if key_mask is None:
         valid = torch.ones(batch, key_blocks, dtype=torch.bool, device=device)
     else:
-        valid = valid_blocks(key_mask, order, key_block)
+        valid = valid_blocks(key_mask, key_block)
     first = overlap(query_blocks, key_blocks, query_block, key_block).to(device) | sinks
     scores = pooled_query @ pooled_key.transpose(-1, -2)
     scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))

@@ -89,7 +89,7 @@ class SiteCall:
         count = torch.full(shape, ALL_BLOCKS, dtype=torch.int32, device=query.device)
         unread = torch.zeros((*shape, 1), dtype=torch.int32, device=query.device)
         out, lse = torch.ops.salad.block_sparse_attention.default(
-            query, key, value, unread, count, None, *blocks, self.scale, self.given.key_mask
+            query, key, value, unread, count, *blocks, self.scale, self.given.key_mask
         )
         return Dense(out, lse)
 

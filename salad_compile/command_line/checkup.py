@@ -312,7 +312,7 @@ def _attempt(device: Any) -> Finding:
     query, key, value = torch.randn(3, 1, 2, 300, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     count = torch.full((1, 2, 5), ALL_BLOCKS, dtype=torch.int32, device=device)
     lut = torch.zeros(1, 2, 5, 1, dtype=torch.int32, device=device)
-    out, _ = block_sparse_attention(query, key, value, lut, count, None, 64, 64, 64**-0.5)
+    out, _ = block_sparse_attention(query, key, value, lut, count, 64, 64, 64**-0.5)
     dense = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double())
     error = float((out.double() - dense).norm() / dense.norm())
     fine = error < bound

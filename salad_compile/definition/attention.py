@@ -27,7 +27,6 @@ __all__ = [
     "operands_of",
     "salad_attention",
     "salad_of",
-    "sparse_and_linear_attention",
     "sparse_attention",
     "update_of",
     "window_attention",
@@ -63,9 +62,17 @@ def sparse_attention(
     Returns:
         (B, H, S, value head_dim) in the dtype of query. No gradient flows through the selection.
     """
-    pooled_query = torch.ops.salad.pool_blocks.default(query.detach(), None, spec.query_block, key_mask)
-    pooled_key = torch.ops.salad.pool_blocks.default(key.detach(), None, spec.key_block, key_mask)
-    return _attend_selected(query, key, value, pooled_query, pooled_key, where, spec, scale, key_mask, permille)
+    pooled_query = torch.ops.salad.pool_blocks.default(query.detach(), spec.query_block, key_mask)
+    pooled_key = torch.ops.salad.pool_blocks.default(key.detach(), spec.key_block, key_mask)
+    blocks, sinks = (spec.query_block, spec.key_block), (where.sink_begin, where.sink_end)
+    selected = torch.ops.salad.select_blocks.default(
+        pooled_query, pooled_key, *blocks, spec.permille, *sinks, key_mask, permille
+    )
+    attended = torch.ops.salad.block_sparse_attention.default(
+        query, key, value, selected[0], selected[1], *blocks, scale, key_mask
+    )
+    out: Tensor = attended[0]
+    return out
 
 
 def window_attention(
@@ -96,7 +103,7 @@ def window_attention(
     blocks = (spec.query_block, spec.key_block)
     selected = torch.ops.salad.window_blocks.default(query, *blocks, spec.permille, spec.window, *where, permille)
     attended = torch.ops.salad.block_sparse_attention.default(
-        query, key, value, selected[0], selected[1], None, *blocks, scale, None
+        query, key, value, selected[0], selected[1], *blocks, scale, None
     )
     back = torch.ops.salad.take_rows.default(attended[0], order.inverse, order.order)
     return torch.where(chosen, back, attended[0])
@@ -145,56 +152,6 @@ def linear_attention(
     out: Tensor = torch.ops.salad.linear_output.default(
         query, state[0], state[1], spec.feature_map, LINEAR_EPS, rotated_query
     )
-    return out
-
-
-def sparse_and_linear_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    where: Segments,
-    spec: AttentionSpec,
-    scale: float,
-    key_mask: Tensor | None = None,
-    permille: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`sparse_attention` and :func:`linear_attention`, reading each tensor once for the means and the sums.
-
-    Args: see :func:`sparse_attention`.
-
-    Returns:
-        Both results, (B, H, S, value head_dim) in the dtype of query.
-    """
-    keys = torch.ops.salad.pool_and_summarise.default(key, value, None, spec.key_block, spec.feature_map, key_mask)
-    queries = torch.ops.salad.pool_and_read.default(
-        query, keys[1], keys[2], None, spec.query_block, spec.feature_map, LINEAR_EPS, key_mask
-    )
-    sparse = _attend_selected(query, key, value, queries[0], keys[0], where, spec, scale, key_mask, permille)
-    return sparse, queries[1]
-
-
-def _attend_selected(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pooled_query: Tensor,
-    pooled_key: Tensor,
-    where: Segments,
-    spec: AttentionSpec,
-    scale: float,
-    key_mask: Tensor | None,
-    permille: Tensor | None,
-) -> Tensor:
-    """Softmax attention over the key blocks that the means of the blocks select."""
-    blocks = (spec.query_block, spec.key_block)
-    sinks = (where.sink_begin, where.sink_end)
-    selected = torch.ops.salad.select_blocks.default(
-        pooled_query, pooled_key, *blocks, spec.permille, *sinks, key_mask, None, permille
-    )
-    attended = torch.ops.salad.block_sparse_attention.default(
-        query, key, value, selected[0], selected[1], None, *blocks, scale, key_mask
-    )
-    out: Tensor = attended[0]
     return out
 
 
@@ -345,11 +302,10 @@ def _routed(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
         query, key, value = (torch.ops.salad.take_rows.default(t, *moved) for t in (query, key, value))
         key_mask = None if key_mask is None else key_mask.index_select(1, moved.order)
         gate = None if gate is None else gate.index_select(1, order[0])
-    if spec.linear_branch and mapped is None:
-        out, linear = sparse_and_linear_attention(query, key, value, where, spec, scale, key_mask, branch.permille)
+    out = sparse_attention(query, key, value, where, spec, scale, key_mask, branch.permille)
+    if spec.linear_branch and mapped is None:  # of the rows as they were moved, which are in memory anyway
+        linear = linear_attention(query, key, value, spec, key_mask)
         out = out + _update(linear, gate, branch, side, where, tokens).to(out.dtype)
-    else:
-        out = sparse_attention(query, key, value, where, spec, scale, key_mask, branch.permille)
     out = out if moved is None else torch.ops.salad.take_rows.default(out, moved.inverse, moved.order)
     return out if mapped is None else out + update_of(given, spec).to(out.dtype)
 

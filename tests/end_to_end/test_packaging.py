@@ -57,7 +57,7 @@ def test_the_folder_found_as_a_top_level_package_registers_nothing() -> None:
         "q = torch.ones(1, 1, 32, 8); f = salad_compile.kernels.measure_executions\n"
         "with f() as seen:\n"
         "    lut, count = torch.zeros(1, 1, 2, 1, dtype=torch.int32), torch.ones(1, 1, 2, dtype=torch.int32)\n"
-        "    torch.ops.salad.block_sparse_attention(q, q, q, lut, count, None, 16, 16, 1.0)\n"
+        "    torch.ops.salad.block_sparse_attention(q, q, q, lut, count, 16, 16, 1.0)\n"
         "print(len(seen))"
     )
     assert run_clean(code).strip() == "1"

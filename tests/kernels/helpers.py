@@ -37,15 +37,9 @@ def make_qkv(
     return query, key, value
 
 
-def make_order(tokens: int, seed: int = 1) -> torch.Tensor:
-    """A random permutation as an order tensor."""
-    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed)).int()
-
-
 def make_selection(
     query: torch.Tensor,
     key: torch.Tensor,
-    order: torch.Tensor | None,
     query_block: int,
     key_block: int,
     density_permille: int = 400,
@@ -53,8 +47,8 @@ def make_selection(
     """lut and count of the reference's selection on these inputs."""
     query, key = query.detach().double(), key.detach().double()
     return routing.select_blocks(
-        routing.pool_blocks(query, order, query_block),
-        routing.pool_blocks(key, order, key_block),
+        routing.pool_blocks(query, query_block),
+        routing.pool_blocks(key, key_block),
         query_block,
         key_block,
         density_permille,

@@ -6,26 +6,25 @@ import torch
 from salad_compile.kernels import Execution, block_sparse_attention, measure, measure_executions
 from salad_compile.kernels.block_sparse import reference
 from salad_compile.kernels.measure import capture_selections
-from tests.kernels.helpers import BLOCKS, make_order, make_qkv, make_selection
+from tests.kernels.helpers import BLOCKS, make_qkv, make_selection
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("tokens", [1, 65, 203, 640])
 def test_counts_the_true_entries_of_the_mask(tokens: int, blocks: tuple[int, int]) -> None:
     qkv = make_qkv(tokens)
-    order = make_order(tokens)
-    lut, count = make_selection(*qkv[:2], order, *blocks)
+    lut, count = make_selection(*qkv[:2], *blocks)
     count = count.clone()
     count[0, 0] -= 1
     with measure_executions() as executions:
-        block_sparse_attention(*qkv, lut, count, order, *blocks, 0.25)
-    mask = reference.token_mask(lut, count, order, tokens, *blocks)
+        block_sparse_attention(*qkv, lut, count, *blocks, 0.25)
+    mask = reference.token_mask(lut, count, tokens, *blocks)
     assert executions == [Execution(computed_pairs=int(mask.sum()), total_pairs=mask.numel())]
 
 
 def test_contexts_nest_and_end() -> None:
     qkv = make_qkv(65)
-    arguments = (*qkv, *make_selection(*qkv[:2], None, 64, 64), None, 64, 64, 0.25)
+    arguments = (*qkv, *make_selection(*qkv[:2], 64, 64), 64, 64, 0.25)
     with measure_executions() as outer:
         block_sparse_attention(*arguments)
         with measure_executions() as inner:
@@ -37,12 +36,12 @@ def test_contexts_nest_and_end() -> None:
 
 def test_selections_are_captured_as_they_were_given_and_with_the_lse() -> None:
     qkv = make_qkv(65)
-    selection = make_selection(*qkv[:2], None, 64, 64)
+    selection = make_selection(*qkv[:2], 64, 64)
     with capture_selections() as captured:
-        _, lse = block_sparse_attention(*qkv, *selection, None, 64, 64, 0.25)
+        _, lse = block_sparse_attention(*qkv, *selection, 64, 64, 0.25)
         with capture_selections() as inner:
             pass
-    block_sparse_attention(*qkv, *selection, None, 64, 64, 0.25)
+    block_sparse_attention(*qkv, *selection, 64, 64, 0.25)
     assert inner == []
     (seen,) = captured
     for tensor, expected in zip((seen.lut, seen.count, seen.lse), (*selection, lse), strict=True):
@@ -51,7 +50,7 @@ def test_selections_are_captured_as_they_were_given_and_with_the_lse() -> None:
 
 def test_backward_is_not_counted() -> None:
     qkv = make_qkv(65, grad=True)
-    arguments = (*qkv, *make_selection(*qkv[:2], None, 64, 64), None, 64, 64, 0.25)
+    arguments = (*qkv, *make_selection(*qkv[:2], 64, 64), 64, 64, 0.25)
     with measure_executions() as executions:
         block_sparse_attention(*arguments)[0].sum().backward()
     assert len(executions) == 1
@@ -59,9 +58,9 @@ def test_backward_is_not_counted() -> None:
 
 def test_sees_calls_inside_compiled_graphs() -> None:
     qkv = make_qkv(203)
-    selection = make_selection(*qkv[:2], None, 64, 64)
+    selection = make_selection(*qkv[:2], 64, 64)
     compiled = torch.compile(
-        lambda *x: block_sparse_attention(*x, None, 64, 64, 0.25)[0] + 1, backend="aot_eager", fullgraph=True
+        lambda *x: block_sparse_attention(*x, 64, 64, 0.25)[0] + 1, backend="aot_eager", fullgraph=True
     )
     compiled(*qkv, *selection)
     with measure_executions() as executions:
@@ -77,7 +76,7 @@ def test_costs_nothing_when_not_active(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(measure, "block_count", counted)
     qkv = make_qkv(65)
-    arguments = (*qkv, *make_selection(*qkv[:2], None, 64, 64), None, 64, 64, 0.25)
+    arguments = (*qkv, *make_selection(*qkv[:2], 64, 64), 64, 64, 0.25)
     block_sparse_attention(*arguments)
     with measure_executions(), pytest.raises(AssertionError, match="nobody asked"):
         block_sparse_attention(*arguments)

@@ -11,14 +11,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from salad_compile.kernels import (
     block_sparse_attention,
     kept_blocks,
+    linear_output,
     linear_state,
-    pool_and_read,
-    pool_and_summarise,
     pool_blocks,
     select_blocks,
 )
 from salad_compile.kernels.layout import ALL_BLOCKS
-from tests.kernels.helpers import make_order, make_qkv, make_selection
+from tests.kernels.helpers import make_qkv, make_selection
 
 OPS = torch.ops.salad
 
@@ -26,13 +25,12 @@ OPS = torch.ops.salad
 def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     query, key, value = make_qkv(203, "fused", torch.float32, grad=True)
     plain = [x.detach() for x in (query, key, value)]
-    order = make_order(203)
-    selection = make_selection(query, key, order, 64, 32)
-    attention = (*selection, order, 64, 32, 0.25)
+    selection = make_selection(query, key, 64, 32)
+    attention = (*selection, 64, 32, 0.25)
     out, lse = block_sparse_attention(*plain, *attention)
     grad = torch.randn_like(out)
     state, key_sum = linear_state(*plain[1:], "relu")
-    pooled = pool_blocks(plain[0], None, 64), pool_blocks(plain[1], None, 32)
+    pooled = pool_blocks(plain[0], 64), pool_blocks(plain[1], 32)
     mask = torch.rand(2, 203) < 0.7
     mask[0, :70] = False
     with_text = selection[1].clone()
@@ -41,11 +39,11 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     turned = [x.detach().relu().requires_grad_() for x in (query, key)]
     leaves = state.clone().requires_grad_(), key_sum.clone().requires_grad_()
     return {
-        "pool": (OPS.pool_blocks, (query, order, 64)),
-        "pool_bf16": (OPS.pool_blocks, (plain[0].bfloat16(), None, 64)),
-        "pool_mask": (OPS.pool_blocks, (query, order, 64, mask)),
+        "pool": (OPS.pool_blocks, (query, 64)),
+        "pool_bf16": (OPS.pool_blocks, (plain[0].bfloat16(), 64)),
+        "pool_mask": (OPS.pool_blocks, (query, 64, mask)),
         "select_sinks": (OPS.select_blocks, (*pooled, 64, 32, 300, 170, 203)),
-        "select_sinks_mask": (OPS.select_blocks, (*pooled, 64, 32, 300, 170, 203, mask, order)),
+        "select_sinks_mask": (OPS.select_blocks, (*pooled, 64, 32, 300, 170, 203, mask)),
         "select": (OPS.select_blocks, (*pooled, 64, 32, 300)),
         "attention": (OPS.block_sparse_attention, (query, key, value, *attention)),
         "attention_text_mask": (OPS.block_sparse_attention, (query, key, value, *text)),
@@ -63,12 +61,6 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         ),
         "output": (OPS.linear_output, (query, *leaves, "softmax", 1e-6)),
         "output_bf16": (OPS.linear_output, (plain[0].bfloat16(), state, key_sum, "relu", 1e-6)),
-        "summarise": (OPS.pool_and_summarise, (key, value, order, 64, "relu")),
-        "summarise_bf16_mask": (OPS.pool_and_summarise, (*(x.bfloat16() for x in plain[1:]), None, 32, "elu", mask)),
-        "summarise_rotated": (OPS.pool_and_summarise, (key, value, order, 64, "softmax", None, query)),
-        "read": (OPS.pool_and_read, (query, *leaves, order, 64, "elu", 1e-6, mask)),
-        "read_bf16": (OPS.pool_and_read, (plain[0].bfloat16(), state, key_sum, None, 64, "relu", 1e-6)),
-        "read_rotated": (OPS.pool_and_read, (query, *leaves, None, 64, "relu", 1e-6, None, key)),
         "output_backward": (OPS.linear_output_backward, (grad, plain[0], state, key_sum, "relu", 1e-6)),
     }
 
@@ -82,15 +74,11 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(operator.default, arguments, atol=1e-4, rtol=1e-4)
 
 
-def operator_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, order: torch.Tensor | None
-) -> torch.Tensor:
+def operator_forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Everything SALAD puts in the place of one attention call, without projection and gate."""
-    pooled_key, state, key_sum = pool_and_summarise(key, value, order, 32, "relu")
-    pooled_query, linear = pool_and_read(query, state, key_sum, order, 64, "relu", 1e-6)
-    lut, count = select_blocks(pooled_query, pooled_key, 64, 32, 300)
-    sparse, _ = block_sparse_attention(query, key, value, lut, count, order, 64, 32, 0.25)
-    return sparse + 0.5 * linear
+    lut, count = select_blocks(pool_blocks(query.detach(), 64), pool_blocks(key.detach(), 32), 64, 32, 300)
+    sparse, _ = block_sparse_attention(query, key, value, lut, count, 64, 32, 0.25)
+    return sparse + 0.5 * linear_output(query, *linear_state(key, value, "relu"), "relu", 1e-6)
 
 
 @torch._inductor.config.patch(force_disable_caches=True)
@@ -101,8 +89,7 @@ def test_one_dynamic_compilation_serves_two_lengths() -> None:
     compiled = torch.compile(operator_forward, backend=counter, dynamic=True, fullgraph=True)
     for tokens in (203, 458):
         qkv = make_qkv(tokens, dtype=torch.float32, batch=1, heads=2, grad=True)
-        order = make_order(tokens)
-        out, expected = compiled(*qkv, order), operator_forward(*qkv, order)
+        out, expected = compiled(*qkv), operator_forward(*qkv)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         grad = torch.randn_like(out)
         for ours, theirs in zip(

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import salad_compile
 from salad_compile.kernels import measure_executions
 from salad_compile.sites.branch import branches
-from tests.models.expectations import DENSE, GAPS, WITHOUT_POSITION, converted_sites, seen_as
+from tests.models.expectations import DENSE, GAPS, converted_sites, seen_as
 from tests.models.registry import ALL_CASES
 from tests.models.zoo import Case
 from tests.support import TINY, Recorder, Result, assert_same, converted, randomise_branches, relative_error, run
@@ -122,7 +122,7 @@ def test_zero_projection_equals_training_free_compilation(name: str) -> None:
     unconverted = torch.compile(case.build(), backend=recorder, fullgraph=True)
     sparse = run(unconverted, inputs, case.output, gradients=False)
     assert recorder.after["salad.block_sparse_attention"] == len(case.sites)
-    assert recorder.after["salad.pool_and_summarise"] == 0
+    assert recorder.after["salad.linear_state"] == 0
     assert relative_error(salad.output, sparse.output) <= 1e-5
 
 
@@ -143,9 +143,7 @@ def test_eager_equals_compiled(case: Case) -> None:
     assert recorder.after["salad.tag"] == recorder.after["salad.site"] == 0
     if case.fullgraph:
         assert recorder.graphs == 1
-        in_one_pass = len(executions) if case.name in WITHOUT_POSITION else 0
-        assert recorder.after["salad.pool_and_summarise"] == in_one_pass
-        assert recorder.after["salad.linear_state"] == len(executions) - in_one_pass
+        assert recorder.after["salad.linear_state"] == len(executions)
 
 
 @every_case

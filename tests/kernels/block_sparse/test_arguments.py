@@ -11,8 +11,8 @@ from tests.kernels.helpers import make_qkv, make_selection
 
 def arguments(**change: Any) -> dict[str, Any]:
     query, key, value = make_qkv(203)
-    lut, count = make_selection(query, key, None, 64, 64, 600)
-    given = {"query": query, "key": key, "value": value, "lut": lut, "count": count, "order": None}
+    lut, count = make_selection(query, key, 64, 64, 600)
+    given = {"query": query, "key": key, "value": value, "lut": lut, "count": count}
     return given | {"query_block": 64, "key_block": 64, "scale": 0.25} | change
 
 
@@ -41,9 +41,6 @@ def with_entry(name: str, where: tuple[int, ...], entry: int) -> dict[str, torch
         ({"lut": arguments()["lut"][..., :0]}, "1 <= K"),
         ({"count": arguments()["count"].long()}, "int32"),
         ({"count": arguments()["count"][:, :1]}, "count"),
-        ({"order": torch.arange(203)}, "int32"),
-        ({"order": torch.arange(200).int()}, "200 entries"),
-        ({"order": torch.zeros(203).int()}, "permutation"),
         (with_entry("lut", (0, 0, 0, 1), 4), "outside"),
         (with_entry("lut", (0, 0, 0, 0), -1), "outside"),
         (with_entry("lut", (0, 0, 0), 2), "once, in ascending order"),

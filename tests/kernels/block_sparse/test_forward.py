@@ -12,7 +12,6 @@ from tests.kernels.helpers import (
     FORWARD_BAR,
     LAYOUTS,
     LENGTHS,
-    make_order,
     make_qkv,
     make_selection,
     relative_l2,
@@ -21,16 +20,14 @@ from tests.kernels.helpers import (
 SCALE = 0.25
 
 
-@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("tokens", LENGTHS)
-def test_equals_reference(tokens: int, blocks: tuple[int, int], ordered: bool) -> None:
-    order = make_order(tokens) if ordered else None
+def test_equals_reference(tokens: int, blocks: tuple[int, int]) -> None:
     for layout in LAYOUTS:
         qkv = make_qkv(tokens, layout)
-        selection = make_selection(*qkv[:2], order, *blocks)
-        out, lse = block_sparse_attention(*qkv, *selection, order, *blocks, SCALE)
-        expected, expected_lse = reference.block_sparse_attention(*qkv, *selection, order, *blocks, SCALE)
+        selection = make_selection(*qkv[:2], *blocks)
+        out, lse = block_sparse_attention(*qkv, *selection, *blocks, SCALE)
+        expected, expected_lse = reference.block_sparse_attention(*qkv, *selection, *blocks, SCALE)
         torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-11, atol=1e-12)
         assert out.transpose(1, 2).is_contiguous()
@@ -41,7 +38,7 @@ def masked_dense(
     qkv: tuple[torch.Tensor, ...], selection: tuple[torch.Tensor, ...], blocks: tuple[int, int]
 ) -> torch.Tensor:
     """PyTorch's own attention on the same selection, in the dtype of qkv."""
-    mask = reference.token_mask(*selection, None, qkv[0].shape[2], *blocks)
+    mask = reference.token_mask(*selection, qkv[0].shape[2], *blocks)
     return F.scaled_dot_product_attention(*qkv, attn_mask=mask)
 
 
@@ -50,10 +47,10 @@ def masked_dense(
 def test_accuracy_bars(dtype: torch.dtype, scale: float) -> None:
     for tokens, blocks in ((1023, (128, 64)), (640, (128, 128))):
         qkv = make_qkv(tokens, dtype=dtype, head_dim=64, scale=scale)
-        selection = make_selection(*qkv[:2], None, *blocks)
-        out, lse = block_sparse_attention(*qkv, *selection, None, *blocks, 0.125)
+        selection = make_selection(*qkv[:2], *blocks)
+        out, lse = block_sparse_attention(*qkv, *selection, *blocks, 0.125)
         wide = [x.double() for x in qkv]
-        expected, expected_lse = reference.block_sparse_attention(*wide, *selection, None, *blocks, 0.125)
+        expected, expected_lse = reference.block_sparse_attention(*wide, *selection, *blocks, 0.125)
         torch_error = relative_l2(masked_dense(qkv, selection, blocks), expected)
         bar = FORWARD_BAR[dtype] if scale == 1 else max(FORWARD_BAR[dtype], 1.5 * torch_error)
         assert out.dtype == dtype
@@ -66,40 +63,39 @@ def test_accuracy_bars(dtype: torch.dtype, scale: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_sparsity_zero_is_dense_attention(dtype: torch.dtype, scale: float) -> None:
     qkv = make_qkv(1023, dtype=dtype, head_dim=64, scale=scale)
-    selection = make_selection(*qkv[:2], None, 128, 64, 1000)
+    selection = make_selection(*qkv[:2], 128, 64, 1000)
     exact = F.scaled_dot_product_attention(*(x.double() for x in qkv))
     torch_error = relative_l2(F.scaled_dot_product_attention(*qkv), exact)
-    for order in (None, make_order(1023)):
-        out, _ = block_sparse_attention(*qkv, *selection, order, 128, 64, 0.125)
-        # PyTorch in fp64 is the yardstick itself, so its own error reads 0 there
-        assert relative_l2(out, exact) <= max(1.5 * torch_error, 1e-13)
+    out, _ = block_sparse_attention(*qkv, *selection, 128, 64, 0.125)
+    # PyTorch in fp64 is the yardstick itself, so its own error reads 0 there
+    assert relative_l2(out, exact) <= max(1.5 * torch_error, 1e-13)
 
 
 def test_lse_is_the_logarithm_of_the_denominator() -> None:
     qkv = make_qkv(203)
-    selection = make_selection(*qkv[:2], None, 64, 64, 1000)
-    _, lse = block_sparse_attention(*qkv, *selection, None, 64, 64, SCALE)
+    selection = make_selection(*qkv[:2], 64, 64, 1000)
+    _, lse = block_sparse_attention(*qkv, *selection, 64, 64, SCALE)
     torch.testing.assert_close(lse, (qkv[0] @ qkv[1].transpose(-1, -2) * SCALE).logsumexp(-1))
 
 
 def test_value_width_may_differ() -> None:
     query, key, value = make_qkv(203)
     qkv = query, key, value[..., :5]
-    selection = make_selection(query, key, None, 64, 64)
-    out, _ = block_sparse_attention(*qkv, *selection, None, 64, 64, SCALE)
-    expected, _ = reference.block_sparse_attention(*qkv, *selection, None, 64, 64, SCALE)
+    selection = make_selection(query, key, 64, 64)
+    out, _ = block_sparse_attention(*qkv, *selection, 64, 64, SCALE)
+    expected, _ = reference.block_sparse_attention(*qkv, *selection, 64, 64, SCALE)
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
 
 
 def test_entries_past_count_are_ignored() -> None:
     qkv = make_qkv(331)
-    lut, _ = make_selection(*qkv[:2], None, 64, 32, 700)
+    lut, _ = make_selection(*qkv[:2], 64, 32, 700)
     count = torch.randint(0, lut.shape[-1] + 1, lut.shape[:3], generator=torch.Generator().manual_seed(3)).int()
     count[0, 0, 0], count[0, 0, 1] = 0, 1
     past = torch.arange(lut.shape[-1]) >= count[..., None]
-    expected, expected_lse = reference.block_sparse_attention(*qkv, lut, count, None, 64, 32, SCALE)
+    expected, expected_lse = reference.block_sparse_attention(*qkv, lut, count, 64, 32, SCALE)
     for filler in (0, -7, 10_000):
-        out, lse = block_sparse_attention(*qkv, lut.masked_fill(past, filler), count, None, 64, 32, SCALE)
+        out, lse = block_sparse_attention(*qkv, lut.masked_fill(past, filler), count, 64, 32, SCALE)
         torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-11, atol=1e-12)
     assert (expected[0, 0, :64] == 0).all()  # a query block without keys
@@ -109,12 +105,12 @@ def test_entries_past_count_are_ignored() -> None:
 def test_scores_far_from_zero() -> None:
     # exp(lse) overflows on one side and underflows on the other; the softmax must not care
     query, key, value = make_qkv(203, dtype=torch.float32)
-    selection = make_selection(query, key, None, 64, 64)
+    selection = make_selection(query, key, 64, 64)
     for shift in (-40.0, 40.0):
         qkv = torch.full_like(query, shift) + query, torch.full_like(key, 10.0) + key, value
-        out, lse = block_sparse_attention(*qkv, *selection, None, 64, 64, SCALE)
+        out, lse = block_sparse_attention(*qkv, *selection, 64, 64, SCALE)
         wide = [x.double() for x in qkv]
-        expected, expected_lse = reference.block_sparse_attention(*wide, *selection, None, 64, 64, SCALE)
+        expected, expected_lse = reference.block_sparse_attention(*wide, *selection, 64, 64, SCALE)
         assert expected_lse.abs().min() > 1000
         assert relative_l2(lse, expected_lse) < 1e-6
         assert relative_l2(out, expected) < 2e-3  # scores of 1,600 carry 1e-4 of absolute error in fp32
@@ -124,20 +120,20 @@ def test_chunking_does_not_show() -> None:
     # small blocks make many query blocks: several chunks per group, and a chunk that ends inside a head
     qkv = make_qkv(1000, head_dim=8)
     for permille in (100, 1000):
-        selection = make_selection(*qkv[:2], None, 8, 16, permille)
-        out, _ = block_sparse_attention(*qkv, *selection, None, 8, 16, SCALE)
-        expected, _ = reference.block_sparse_attention(*qkv, *selection, None, 8, 16, SCALE)
+        selection = make_selection(*qkv[:2], 8, 16, permille)
+        out, _ = block_sparse_attention(*qkv, *selection, 8, 16, SCALE)
+        expected, _ = reference.block_sparse_attention(*qkv, *selection, 8, 16, SCALE)
         torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_head_groups_agree_with_one_head_at_a_time(dtype: torch.dtype) -> None:
     qkv = make_qkv(9000, dtype=dtype, batch=1, heads=4, head_dim=128)
-    selection = make_selection(*qkv[:2], None, 128, 128, 30)
-    out, lse = block_sparse_attention(*qkv, *selection, None, 128, 128, 0.1)
+    selection = make_selection(*qkv[:2], 128, 128, 30)
+    out, lse = block_sparse_attention(*qkv, *selection, 128, 128, 0.1)
     for h in range(4):
         one = [x[:, h : h + 1] for x in (*qkv, *selection)]
-        single, single_lse = block_sparse_attention(*one, None, 128, 128, 0.1)
+        single, single_lse = block_sparse_attention(*one, 128, 128, 0.1)
         assert torch.equal(out[:, h : h + 1], single)
         assert torch.equal(lse[:, h : h + 1], single_lse)
 
@@ -146,12 +142,11 @@ def test_several_head_groups_agree_with_one_head_at_a_time(dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_element_is_written(tokens: int, dtype: torch.dtype) -> None:
     qkv = make_qkv(tokens, dtype=dtype)
-    order = make_order(tokens)
-    selection = make_selection(*qkv[:2], order, 128, 64)
+    selection = make_selection(*qkv[:2], 128, 64)
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     try:
         assert torch.empty(3).isnan().all()
-        out, lse = block_sparse_attention(*qkv, *selection, order, 128, 64, SCALE)
+        out, lse = block_sparse_attention(*qkv, *selection, 128, 64, SCALE)
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.isfinite(out).all()
@@ -160,8 +155,8 @@ def test_every_element_is_written(tokens: int, dtype: torch.dtype) -> None:
 
 def test_two_runs_are_bitwise_equal() -> None:
     qkv = make_qkv(1023, dtype=torch.float32)
-    selection = make_selection(*qkv[:2], None, 128, 64)
-    runs = [block_sparse_attention(*qkv, *selection, None, 128, 64, SCALE) for _ in range(3)]
+    selection = make_selection(*qkv[:2], 128, 64)
+    runs = [block_sparse_attention(*qkv, *selection, 128, 64, SCALE) for _ in range(3)]
     for out, lse in runs[1:]:
         assert torch.equal(out, runs[0][0])
         assert torch.equal(lse, runs[0][1])

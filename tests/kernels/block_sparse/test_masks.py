@@ -6,7 +6,7 @@ import torch
 from salad_compile.kernels import block_sparse_attention, measure_executions
 from salad_compile.kernels.block_sparse import cpu, reference
 from salad_compile.kernels.layout import ALL_BLOCKS
-from tests.kernels.helpers import make_order, make_qkv, make_selection
+from tests.kernels.helpers import make_qkv, make_selection
 
 SCALE = 0.25
 
@@ -19,28 +19,26 @@ def random_mask(tokens: int) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("text_blocks", [0, 2])
 @pytest.mark.parametrize("blocks", [(64, 64), (128, 32), (32, 64)])
 def test_equals_reference(
-    blocks: tuple[int, int], text_blocks: int, masked: bool, ordered: bool, monkeypatch: pytest.MonkeyPatch
+    blocks: tuple[int, int], text_blocks: int, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from salad_compile.kernels.block_sparse import chunks
 
     monkeypatch.setattr(chunks, "_CHUNK_BYTES", 1 << 18)  # several chunks
     tokens = 333
     qkv = make_qkv(tokens, grad=True)
-    order = make_order(tokens) if ordered else None
     key_mask = random_mask(tokens) if masked else None
-    lut, count = make_selection(*qkv[:2], order, *blocks, 300)
+    lut, count = make_selection(*qkv[:2], *blocks, 300)
     count = count.clone()
     if text_blocks:
         count[:, :, -text_blocks:] = ALL_BLOCKS
         count[0, 1, 0] = ALL_BLOCKS
         lut = lut.clone()
         lut[0, 1, 0] = -7  # ignored where everything is attended to
-    arguments = (lut, count, order, *blocks, SCALE, key_mask)
+    arguments = (lut, count, *blocks, SCALE, key_mask)
     out, lse = block_sparse_attention(*qkv, *arguments)
     safe = lut.masked_fill(lut < 0, 0)
     expected, expected_lse = reference.block_sparse_attention(*qkv, safe, *arguments[1:])
@@ -55,11 +53,11 @@ def test_equals_reference(
 
 def test_dense_rows_count_as_computed() -> None:
     query, key, value = make_qkv(203)
-    lut, count = make_selection(query, key, None, 64, 64, 0)
+    lut, count = make_selection(query, key, 64, 64, 0)
     count = count.clone()
     count[:, :, 3] = ALL_BLOCKS
     with measure_executions() as executions:
-        block_sparse_attention(query, key, value, lut, count, None, 64, 64, SCALE)
+        block_sparse_attention(query, key, value, lut, count, 64, 64, SCALE)
     own = 3 * 64 * 64
     assert executions[0].computed_pairs == 2 * 3 * (own + 11 * 203)
 
@@ -69,5 +67,5 @@ def test_no_dense_row_costs_no_second_pass(monkeypatch: pytest.MonkeyPatch) -> N
     group = cpu._forward_group
     monkeypatch.setattr(cpu, "_forward_group", lambda *a: calls.append(a) or group(*a))
     query, key, value = make_qkv(203)
-    block_sparse_attention(query, key, value, *make_selection(query, key, None, 64, 64), None, 64, 64, SCALE)
+    block_sparse_attention(query, key, value, *make_selection(query, key, 64, 64), 64, 64, SCALE)
     assert len(calls) == 2  # one for each sample

@@ -35,8 +35,8 @@ def test_largest_tensor_is_linear_in_tokens(tokens: int, permille: int) -> None:
     lut = torch.arange(kept, dtype=torch.int32).expand(1, 1, key_blocks, kept)
     selection = lut, torch.full((1, 1, key_blocks), kept, dtype=torch.int32)
     with LargestTensor() as largest:
-        out, lse = cpu.forward(query, key, value, *selection, None, 64, 64, 0.35)
-        cpu.backward(grad, query, key, value, out, lse, *selection, None, 64, 64, 0.35)
+        out, lse = cpu.forward(query, key, value, *selection, 64, 64, 0.35)
+        cpu.backward(grad, query, key, value, out, lse, *selection, 64, 64, 0.35)
     assert largest.nbytes >= tokens * 8 * 4
     # one chunk, or one query block against all keys where that is more than a chunk
     assert largest.nbytes <= max(4 << 20, 64 * tokens * 4)

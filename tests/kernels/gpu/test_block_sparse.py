@@ -15,7 +15,7 @@ from salad_compile.kernels.block_sparse.deferred import raise_pending
 from salad_compile.kernels.block_sparse.inverted_index import invert
 from salad_compile.kernels.dispatch import interpreting
 from salad_compile.kernels.layout import ALL_BLOCKS
-from tests.kernels.helpers import FORWARD_BAR, LAYOUTS, cosine, make_order, make_qkv, make_selection, relative_l2
+from tests.kernels.helpers import FORWARD_BAR, LAYOUTS, cosine, make_qkv, make_selection, relative_l2
 
 GRADIENT_BAR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
@@ -34,13 +34,13 @@ class Case:
     layout: str = "bshd"
     scale: float = 1.0
     permille: int = 400
-    ordered: bool = False
     masked: bool = False
+    unaligned: bool = False  # no row begins where the bulk copy engine could read it
     text_blocks: int = 0  # query blocks at the end that attend to everything
     seed: int = 0
 
     def __str__(self) -> str:
-        flags = "".join(name for name, on in (("order", self.ordered), ("mask", self.masked)) if on)
+        flags = "".join(name for name, on in (("mask", self.masked), ("odd", self.unaligned)) if on)
         dtype = str(self.dtype).removeprefix("torch.")
         blocks = "x".join(map(str, self.blocks))
         return f"{self.tokens}-{dtype}-{blocks}-b{self.batch}-d{self.head_dim}-{self.layout}-x{self.scale:g}-{flags}"
@@ -53,7 +53,6 @@ class Inputs:
     qkv: tuple[torch.Tensor, ...]
     lut: torch.Tensor
     count: torch.Tensor
-    order: torch.Tensor | None
     key_mask: torch.Tensor | None
     grad: torch.Tensor
 
@@ -62,8 +61,9 @@ class Inputs:
         sizes = {"batch": case.batch, "heads": case.heads, "head_dim": max(case.head_dim, case.value_dim)}
         query, key, value = make_qkv(case.tokens, case.layout, case.dtype, scale=case.scale, seed=case.seed, **sizes)
         query, key, value = query[..., : case.head_dim], key[..., : case.head_dim], value[..., : case.value_dim]
-        order = make_order(case.tokens) if case.ordered else None
-        lut, count = make_selection(query, key, order, *case.blocks, case.permille)
+        if case.unaligned:
+            query, key, value = (odd_strides(x) for x in (query, key, value))
+        lut, count = make_selection(query, key, *case.blocks, case.permille)
         count = count.clone()
         if case.text_blocks:
             count[:, :, -case.text_blocks :] = ALL_BLOCKS
@@ -73,12 +73,12 @@ class Inputs:
             key_mask = torch.rand(case.batch, case.tokens, generator=generator) < 0.7
             key_mask[:, : case.tokens // 3] &= torch.rand(case.batch, 1, generator=generator) < 0.5
         grad = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(case.dtype)
-        return cls((query, key, value), lut, count, order, key_mask, grad)
+        return cls((query, key, value), lut, count, key_mask, grad)
 
     def run(self, case: Case) -> tuple[torch.Tensor, ...]:
         """out, lse, grad_query, grad_key, grad_value of the operator."""
         qkv = [x.detach().requires_grad_() for x in self.qkv]
-        arguments = (self.lut, self.count, self.order, *case.blocks, case.head_dim**-0.5, self.key_mask)
+        arguments = (self.lut, self.count, *case.blocks, case.head_dim**-0.5, self.key_mask)
         out, lse = block_sparse_attention(*qkv, *arguments)
         return (out.detach(), lse, *torch.autograd.grad(out, qkv, self.grad))
 
@@ -88,22 +88,28 @@ class Inputs:
         def moved(x: torch.Tensor) -> torch.Tensor:
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
-        order, key_mask = (None if x is None else x.to(device) for x in (self.order, self.key_mask))
+        key_mask = None if self.key_mask is None else self.key_mask.to(device)
         qkv = tuple(moved(x) for x in self.qkv)
-        return Inputs(qkv, self.lut.to(device), self.count.to(device), order, key_mask, moved(self.grad))
+        return Inputs(qkv, self.lut.to(device), self.count.to(device), key_mask, moved(self.grad))
 
     def expected(self, case: Case) -> tuple[torch.Tensor, ...]:
         """The same by the definition, in fp64 on the rounded inputs."""
         wide = [x.detach().double().requires_grad_() for x in self.qkv]
-        arguments = (self.lut, self.count, self.order, *case.blocks, case.head_dim**-0.5, self.key_mask)
+        arguments = (self.lut, self.count, *case.blocks, case.head_dim**-0.5, self.key_mask)
         out, lse = reference.block_sparse_attention(*wide, *arguments)
         return (out.detach(), lse, *torch.autograd.grad(out, wide, self.grad.double()))
 
     def dense_gradients(self, case: Case) -> tuple[torch.Tensor, ...]:
         """Gradients of PyTorch's own attention on the same selection and in the same dtype: the yardstick."""
-        mask = reference.token_mask(self.lut, self.count, self.order, case.tokens, *case.blocks, self.key_mask)
+        mask = reference.token_mask(self.lut, self.count, case.tokens, *case.blocks, self.key_mask)
         narrow = [x.detach().requires_grad_() for x in self.qkv]
         return torch.autograd.grad(F.scaled_dot_product_attention(*narrow, attn_mask=mask), narrow, self.grad)
+
+
+def odd_strides(x: torch.Tensor) -> torch.Tensor:
+    """x (B, H, S, D) in rows of D + 1 channels, tokens before heads."""
+    batch, heads, tokens, head_dim = x.shape
+    return x.new_empty(batch, tokens, heads, head_dim + 1)[..., 1:].transpose(1, 2).copy_(x)
 
 
 def check(case: Case, device: str) -> None:
@@ -139,11 +145,12 @@ CASES = [
     Case(64, BF16, (64, 64), batch=3),
     Case(65, FP32, (64, 64), layout="bhsd"),
     Case(203, BF16, batch=2, layout="fused", head_dim=128, value_dim=128),
-    Case(203, BF16, (64, 64), ordered=True, masked=True, batch=2),
-    Case(203, FP32, ordered=True, head_dim=16, value_dim=16),
+    Case(203, BF16, (64, 64), unaligned=True, masked=True, batch=2),
+    Case(203, FP16, unaligned=True, head_dim=128, value_dim=128, heads=1),
+    Case(203, FP32, head_dim=16, value_dim=16),
     Case(257, FP16, masked=True, batch=3, heads=1),
     Case(257, BF16, text_blocks=1, permille=200),
-    Case(258, BF16, (64, 64), text_blocks=2, permille=200, ordered=True, masked=True, batch=2, heads=1),
+    Case(258, BF16, (64, 64), text_blocks=2, permille=200, unaligned=True, masked=True, batch=2, heads=1),
     Case(300, BF16, head_dim=80, value_dim=80, layout="fused"),
     Case(300, FP16, head_dim=96, value_dim=96, heads=1),
     Case(190, FP32, head_dim=40, value_dim=24, heads=1),
@@ -153,7 +160,7 @@ CASES = [
     Case(333, FP32, (64, 64), scale=16.0, heads=1),
     Case(150, BF16, (64, 128), heads=1),
     Case(150, BF16, (32, 16), heads=1),
-    Case(150, FP16, (16, 32), heads=1, ordered=True),
+    Case(150, FP16, (16, 32), heads=1, unaligned=True),
     Case(700, BF16, (256, 128), heads=1, permille=1000),
 ]
 
@@ -181,7 +188,7 @@ def draw(seed: int) -> Case:
         layout=rng.choice(LAYOUTS),
         scale=rng.choice((1.0, 4.0, 16.0)),
         permille=rng.choice((1000, 500, 200, 100, 30)),
-        ordered=rng.random() < 0.4,
+        unaligned=rng.random() < 0.4,
         masked=rng.random() < 0.4,
         text_blocks=rng.choice((0, 0, 1)),
         seed=seed,
@@ -210,7 +217,7 @@ def test_a_list_longer_than_the_sequence_reads_nothing_else(head_dim: int, maske
     lut = torch.tensor([0, 0], dtype=torch.int32, device=device).view(1, 1, 1, 2)
     count = torch.full((1, 1, 1), 2, dtype=torch.int32, device=device)
     key_mask = torch.ones(1, 40, dtype=torch.bool, device=device) if masked else None
-    arguments = (lut, count, None, 64, 64, 0.1, key_mask)
+    arguments = (lut, count, 64, 64, 0.1, key_mask)
     out, lse = cuda.forward(query, key, value, *arguments)
     grads = cuda.backward(torch.ones_like(out), query, key, value, out, lse, *arguments)
     with pytest.raises(KernelArgumentError, match="ascending"):
@@ -255,11 +262,11 @@ def test_keys_that_are_all_masked_give_zero(device: str) -> None:
 
 def test_expanded_gradients_and_negative_scale(device: str) -> None:
     qkv = [x.to(device).requires_grad_() for x in make_qkv(130, dtype=FP32, head_dim=16)]
-    lut, count = (x.to(device) for x in make_selection(qkv[0].cpu(), qkv[1].cpu(), None, 64, 64))
+    lut, count = (x.to(device) for x in make_selection(qkv[0].cpu(), qkv[1].cpu(), 64, 64))
     wide = [x.detach().cpu().double().requires_grad_() for x in qkv]
     for scale in (0.25, -0.25):
-        out, _ = block_sparse_attention(*qkv, lut, count, None, 64, 64, scale)
-        exact, _ = reference.block_sparse_attention(*wide, lut.cpu(), count.cpu(), None, 64, 64, scale)
+        out, _ = block_sparse_attention(*qkv, lut, count, 64, 64, scale)
+        exact, _ = reference.block_sparse_attention(*wide, lut.cpu(), count.cpu(), 64, 64, scale)
         ours = torch.autograd.grad(out.sum(), qkv)  # the gradient of a sum has stride 0
         for grad, theirs in zip(ours, torch.autograd.grad(exact.sum(), wide), strict=True):
             torch.testing.assert_close(grad.cpu().double(), theirs, rtol=1e-3, atol=1e-4)
@@ -268,9 +275,9 @@ def test_expanded_gradients_and_negative_scale(device: str) -> None:
 def test_a_transposed_head_dim(device: str) -> None:
     """The channels need not be contiguous."""
     qkv = [x.transpose(2, 3).contiguous().transpose(2, 3).to(device) for x in make_qkv(100, dtype=FP32, head_dim=16)]
-    lut, count = make_selection(qkv[0].cpu(), qkv[1].cpu(), None, 64, 64)
-    out, _ = block_sparse_attention(*qkv, lut.to(device), count.to(device), None, 64, 64, 0.25)
-    expected, _ = reference.block_sparse_attention(*(x.cpu().double() for x in qkv), lut, count, None, 64, 64, 0.25)
+    lut, count = make_selection(qkv[0].cpu(), qkv[1].cpu(), 64, 64)
+    out, _ = block_sparse_attention(*qkv, lut.to(device), count.to(device), 64, 64, 0.25)
+    expected, _ = reference.block_sparse_attention(*(x.cpu().double() for x in qkv), lut, count, 64, 64, 0.25)
     assert relative_l2(out.cpu(), expected) <= 1e-5
 
 
@@ -286,9 +293,9 @@ def test_unsupported_arguments_say_what_is_supported(change: dict[str, object], 
     arguments = {"dtype": FP32, "head_dim": 16, "blocks": (64, 64)} | change
     blocks: tuple[int, int] = arguments["blocks"]  # type: ignore[assignment]
     qkv = make_qkv(100, dtype=arguments["dtype"], head_dim=arguments["head_dim"])  # type: ignore[arg-type]
-    lut, count = make_selection(qkv[0], qkv[1], None, *blocks)
+    lut, count = make_selection(qkv[0], qkv[1], *blocks)
     with pytest.raises(UnsupportedKernelError, match=message):
-        block_sparse_attention(*(x.to(device) for x in qkv), lut.to(device), count.to(device), None, *blocks, 0.25)
+        block_sparse_attention(*(x.to(device) for x in qkv), lut.to(device), count.to(device), *blocks, 0.25)
 
 
 def test_every_element_is_written(device: str) -> None:
@@ -329,8 +336,6 @@ def test_the_inverted_index(device: str) -> None:
         ("lut", (0, 0, 2), 1, "ascending"),
         ("count", (0, 1, 0), 9, "count has entries outside"),
         ("count", (0, 1, 0), -2, "count has entries outside"),
-        ("order", (3,), 203, "order has entries outside"),
-        ("order", (3,), -1, "order has entries outside"),
     ],
 )
 @pytest.mark.parametrize("at_once", [False, True])
@@ -344,14 +349,13 @@ def test_wrong_contents_are_reported_and_harmless(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever the lists say, the kernels stay within their tensors; the error comes with the call or with the next."""
-    case = Case(203, BF16, (64, 64), permille=600, ordered=name == "order", masked=at_once)
+    case = Case(203, BF16, (64, 64), permille=600, masked=at_once)
     inputs = Inputs.of(case)
-    lists = {"lut": inputs.lut, "count": inputs.count, "order": inputs.order}
-    lists[name][where] = entry  # type: ignore[index]
+    getattr(inputs, name)[where] = entry
     qkv = [x.to(device) for x in inputs.qkv]
-    lut, count, order = (None if x is None else x.to(device) for x in lists.values())
+    lut, count = inputs.lut.to(device), inputs.count.to(device)
     key_mask = None if inputs.key_mask is None else inputs.key_mask.to(device)
-    arguments = (lut, count, order, *case.blocks, 0.125, key_mask)
+    arguments = (lut, count, *case.blocks, 0.125, key_mask)
     if at_once:
         monkeypatch.setenv("SALAD_CHECK_INDICES", "1")
         with pytest.raises(KernelArgumentError, match=message):

@@ -11,7 +11,7 @@ from salad_compile.kernels import UnsupportedKernelError, pool_blocks, select_bl
 from salad_compile.kernels.launch import record_launches
 from salad_compile.kernels.layout import ALL_BLOCKS
 from salad_compile.kernels.routing import cuda, reference
-from tests.kernels.helpers import FORWARD_BAR, make_order, make_qkv, relative_l2
+from tests.kernels.helpers import FORWARD_BAR, make_qkv, relative_l2
 from tests.kernels.routing.selection import check_selection, make_mask, pooled
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -43,12 +43,11 @@ class Pool:
     layout: str = "bshd"
     batch: int = 2
     heads: int = 3
-    ordered: bool = False
     masked: bool = False
     scale: float = 1.0
 
     def __str__(self) -> str:
-        flags = "".join(name for name, on in (("order", self.ordered), ("mask", self.masked)) if on)
+        flags = "mask" if self.masked else ""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.tokens}-{dtype}-{self.block}-d{self.head_dim}-{self.layout}-x{self.scale:g}-{flags}"
 
@@ -57,14 +56,14 @@ POOLS = [
     Pool(1, BF16),
     Pool(63, FP32, layout="bhsd"),
     Pool(64, FP16, 128, layout="fused"),
-    Pool(65, BF16, ordered=True, masked=True, batch=1),
-    Pool(113, FP32, 32, 24, ordered=True),
+    Pool(65, BF16, masked=True, batch=1),
+    Pool(113, FP32, 32, 24),
     Pool(203, BF16, 128, 128, "fused", masked=True),
-    Pool(203, FP32, 64, 80, ordered=True, masked=True, batch=3, heads=2),
+    Pool(203, FP32, 64, 80, masked=True, batch=3, heads=2),
     Pool(203, FP16, 64, 1, scale=16.0),
     Pool(300, BF16, 256, 96, "bhsd", scale=4.0),
-    Pool(300, BF16, 16, 16, ordered=True, masked=True, heads=1),
-    Pool(1023, BF16, 128, 128, "fused", ordered=True, masked=True, batch=1, heads=2),
+    Pool(300, BF16, 16, 16, masked=True, heads=1),
+    Pool(1023, BF16, 128, 128, "fused", masked=True, batch=1, heads=2),
 ]
 
 
@@ -72,50 +71,37 @@ POOLS = [
 def test_pool(case: Pool, device: str) -> None:
     sizes = {"batch": case.batch, "heads": case.heads, "head_dim": case.head_dim}
     x, _, _ = make_qkv(case.tokens, case.layout, case.dtype, scale=case.scale, **sizes)
-    order = make_order(case.tokens) if case.ordered else None
     mask = make_mask(case.tokens, case.block, case.batch) if case.masked else None
-    expected = reference.pool_blocks(x.double(), order, case.block, mask)
+    expected = reference.pool_blocks(x.double(), case.block, mask)
     if mask is not None:
         x = x.masked_fill(~mask[:, None, :, None], float("nan"))  # what is masked must not be seen
-    arguments = [None if t is None else t.to(device) for t in (x, order, mask)]
-    means = pool_blocks(arguments[0], arguments[1], case.block, arguments[2])
+    arguments = [None if t is None else t.to(device) for t in (x, mask)]
+    means = pool_blocks(arguments[0], case.block, arguments[1])
     assert means.dtype == torch.float32
     assert means.is_contiguous()
     assert relative_l2(means.cpu(), expected) <= FORWARD_BAR[FP32]
     assert torch.equal(means.cpu() == 0, expected == 0)
-    assert torch.equal(means, pool_blocks(arguments[0], arguments[1], case.block, arguments[2]))
+    assert torch.equal(means, pool_blocks(arguments[0], case.block, arguments[1]))
 
 
 def test_pool_does_not_overflow_in_16_bits(device: str) -> None:
     x = make_qkv(128, dtype=FP16)[0].abs() * 1000 + 30_000
-    means = pool_blocks(x.to(device), None, 64).cpu()
-    torch.testing.assert_close(means.double(), reference.pool_blocks(x.double(), None, 64), rtol=1e-5, atol=0)
+    means = pool_blocks(x.to(device), 64).cpu()
+    torch.testing.assert_close(means.double(), reference.pool_blocks(x.double(), 64), rtol=1e-5, atol=0)
 
 
 def test_pool_of_expanded_and_of_transposed_memory(device: str) -> None:
     x = make_qkv(70, dtype=FP32, heads=1)[0]
     shared = x.to(device).expand(2, 3, 70, 16)
-    expected = reference.pool_blocks(x.double().expand(2, 3, 70, 16), None, 32)
-    assert relative_l2(pool_blocks(shared, None, 32).cpu(), expected) <= FORWARD_BAR[FP32]
+    expected = reference.pool_blocks(x.double().expand(2, 3, 70, 16), 32)
+    assert relative_l2(pool_blocks(shared, 32).cpu(), expected) <= FORWARD_BAR[FP32]
     columns = x.to(device).transpose(2, 3).contiguous().transpose(2, 3)  # channels lie far apart
-    expected = reference.pool_blocks(x.double(), None, 32)
-    assert relative_l2(pool_blocks(columns, None, 32).cpu(), expected) <= FORWARD_BAR[FP32]
+    expected = reference.pool_blocks(x.double(), 32)
+    assert relative_l2(pool_blocks(columns, 32).cpu(), expected) <= FORWARD_BAR[FP32]
     mask = make_mask(70, 32, batch=1)
-    masked = pool_blocks(columns, None, 32, mask.to(device).expand(2, 70))
-    expected = reference.pool_blocks(x.double(), None, 32, mask.expand(2, 70))
+    masked = pool_blocks(columns, 32, mask.to(device).expand(2, 70))
+    expected = reference.pool_blocks(x.double(), 32, mask.expand(2, 70))
     assert relative_l2(masked.cpu(), expected) <= FORWARD_BAR[FP32]
-
-
-def test_wrong_orders_never_read_foreign_memory(device: str) -> None:
-    x = make_qkv(70, dtype=FP32)[0].to(device)
-    order = make_order(70).to(device)
-    order[3], order[40] = 2**31 - 1, -5
-    means = cuda.pool_blocks(x, order, 32)
-    assert torch.equal(means, cuda.pool_blocks(x, order.clamp(0, 69), 32))
-    query, key = (t.to(device) for t in pooled(70, 32, 32, dtype=FP32))
-    mask = make_mask(70, 32).to(device)
-    _, count = cuda.select_blocks(query, key, 32, 32, 500, 0, 0, mask, order)
-    assert torch.equal(count, cuda.select_blocks(query, key, 32, 32, 500, 0, 0, mask, order.clamp(0, 69))[1])
 
 
 # --- selection --------------------------------------------------------------------------------------------------------
@@ -130,20 +116,19 @@ class Selection:
     density: int
     sinks: tuple[int, int] = (0, 0)
     masked: bool = False
-    ordered: bool = False
     batch: int = 1
     heads: int = 1
 
     def __str__(self) -> str:
-        flags = "".join(name for name, on in (("order", self.ordered), ("mask", self.masked)) if on)
+        flags = "mask" if self.masked else ""
         sinks = "-".join(map(str, self.sinks))
         return f"{self.tokens}-{'x'.join(map(str, self.blocks))}-{self.density}-sinks{sinks}-{flags}"
 
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """pooled_query, pooled_key, key_mask and order, on the CPU."""
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """pooled_query, pooled_key, key_mask, on the CPU."""
         query, key = pooled(self.tokens, *self.blocks, batch=self.batch, heads=self.heads, dtype=FP32)
         mask = make_mask(self.tokens, self.blocks[1], self.batch) if self.masked else None
-        return query, key, mask, make_order(self.tokens) if self.ordered else None
+        return query, key, mask
 
 
 SELECTIONS = [
@@ -163,8 +148,8 @@ SELECTIONS = [
     Selection(113, (32, 16), 200, (0, 113)),
     Selection(113, (16, 8), 300, masked=True, batch=3),
     Selection(203, (32, 8), 300, (163, 203), masked=True, batch=2, heads=2),
-    Selection(113, (16, 16), 700, (20, 40), masked=True, ordered=True, batch=3),
-    Selection(113, (8, 16), 1000, (83, 113), masked=True, ordered=True),
+    Selection(113, (16, 16), 700, (20, 40), masked=True, batch=3),
+    Selection(113, (8, 16), 1000, (83, 113), masked=True),
 ]
 
 
@@ -173,16 +158,16 @@ def run(
     device: str,
     inputs: tuple[torch.Tensor | None, ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    query, key, mask, order = (None if t is None else t.to(device) for t in inputs or case.inputs())
+    query, key, mask = (None if t is None else t.to(device) for t in inputs or case.inputs())
     assert query is not None
     assert key is not None
-    return select_blocks(query, key, *case.blocks, case.density, *case.sinks, mask, order)
+    return select_blocks(query, key, *case.blocks, case.density, *case.sinks, mask)
 
 
 @pytest.mark.parametrize("case", SELECTIONS, ids=str)
 def test_selection(case: Selection, device: str) -> None:
-    query, key, mask, order = case.inputs()
-    check_selection(query, key, case.blocks, case.density, run(case, device), case.sinks, mask, order)
+    query, key, mask = case.inputs()
+    check_selection(query, key, case.blocks, case.density, run(case, device), case.sinks, mask)
 
 
 @pytest.mark.parametrize("case", [SELECTIONS[9], SELECTIONS[14]], ids=str)
@@ -195,7 +180,7 @@ def test_rows_longer_than_the_registers(case: Selection, device: str, monkeypatc
 
 def test_a_row_of_thousands(device: str) -> None:
     case = Selection(4800, (800, 2), 400, (4700, 4800), heads=1)  # beyond the registers as they are
-    query, key, _, _ = case.inputs()
+    query, key, _ = case.inputs()
     check_selection(query, key, case.blocks, case.density, run(case, device), case.sinks)
 
 
@@ -213,7 +198,7 @@ def test_ties_go_to_the_first_blocks(device: str) -> None:
     query = torch.randint(-1, 2, (1, 2, 10, 2), generator=generator).float()
     key = torch.randint(-1, 2, (1, 2, 40, 2), generator=generator).float()
     expected = reference.select_blocks(query, key, *case.blocks, case.density)
-    selection = run(case, device, (query, key, None, None))
+    selection = run(case, device, (query, key, None))
     assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(selection, expected, strict=True))
 
 
@@ -264,7 +249,7 @@ def test_nothing_valid_selects_nothing(device: str) -> None:
 
 def test_results_carry_no_gradient(device: str) -> None:
     x = make_qkv(65, dtype=FP32)[0].to(device).requires_grad_()
-    assert not pool_blocks(x, None, 64).requires_grad
+    assert not pool_blocks(x, 64).requires_grad
     query, key = (t.to(device).requires_grad_() for t in pooled(65, 64, 32, batch=1, heads=1, dtype=FP32))
     assert not any(t.requires_grad for t in select_blocks(query, key, 64, 32, 400))
 
@@ -280,7 +265,7 @@ def test_fp64_is_for_the_other_engine(device: str) -> None:
     with pytest.raises(UnsupportedKernelError, match="use_engine"):
         select_blocks(query, key, 8, 8, 400)
     with pytest.raises(UnsupportedKernelError, match="use_engine"):
-        pool_blocks(query, None, 16)
+        pool_blocks(query, 16)
 
 
 # --- compilation ------------------------------------------------------------------------------------------------------
@@ -289,11 +274,10 @@ def test_fp64_is_for_the_other_engine(device: str) -> None:
 def test_a_new_length_compiles_no_new_kernel() -> None:
     def launches(tokens: int, density: int, sinks: tuple[int, int]) -> list[tuple[object, ...]]:
         x = torch.empty(1, tokens, 2, 64, dtype=BF16, device="meta").transpose(1, 2)
-        order = torch.empty(tokens, dtype=torch.int32, device="meta")
         mask = torch.empty(1, tokens, dtype=torch.bool, device="meta")
         with record_launches() as recorded:
-            query, key = cuda.pool_blocks(x, order, 128, mask), cuda.pool_blocks(x, order, 64, mask)
-            cuda.select_blocks(query, key, 128, 64, density, *sinks, mask, order)
+            query, key = cuda.pool_blocks(x, 128, mask), cuda.pool_blocks(x, 64, mask)
+            cuda.select_blocks(query, key, 128, 64, density, *sinks, mask)
         return [(launch.kernel, launch.constants, launch.options) for launch in recorded]
 
     assert len(launches(203, 100, (0, 0))) == 4
@@ -310,8 +294,8 @@ def test_a_density_that_is_a_tensor(tokens: int, masked: bool, device: str) -> N
         for permille in (0, 100, 400):
             now = torch.tensor(permille, dtype=torch.int32)
             settings = (64, 32, 400, *sinks)
-            lut, count = select_blocks(*on_device[:2], *settings, on_device[2], None, now.to(device))
-            expected, expected_count = reference.select_blocks(query.double(), key.double(), *settings, mask, None, now)
+            lut, count = select_blocks(*on_device[:2], *settings, on_device[2], now.to(device))
+            expected, expected_count = reference.select_blocks(query.double(), key.double(), *settings, mask, now)
             assert lut.shape == expected.shape
             assert torch.equal(count.cpu(), expected_count)
             narrow = select_blocks(*on_device[:2], 64, 32, permille, *sinks, on_device[2])[0].cpu()

@@ -26,7 +26,7 @@ def pooled(
 
 
 def make_mask(tokens: int, block: int, batch: int = 2, seed: int = 2) -> torch.Tensor:
-    """A key mask whose valid tokens leave some blocks of the native order without any; sequence 0 has few of them."""
+    """A key mask whose valid tokens leave some blocks without any; sequence 0 has few of them."""
     generator = torch.Generator().manual_seed(seed)
     blocks = -(-tokens // block)
     shares = torch.linspace(0.25, 0.8, batch)[:, None] if batch > 1 else torch.full((1, 1), 0.5)
@@ -46,12 +46,11 @@ def check_selection(
     selection: tuple[torch.Tensor, torch.Tensor],
     sinks: tuple[int, int] = (0, 0),
     key_mask: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
 ) -> None:
     """The selection is as good as the reference's, and as the operator says: ascending, forced, masked, dense."""
     lut, count = (x.cpu() for x in selection)
     query, key = query.cpu().double(), key.cpu().double()
-    expected, expected_count = reference.select_blocks(query, key, *blocks, density, *sinks, key_mask, order)
+    expected, expected_count = reference.select_blocks(query, key, *blocks, density, *sinks, key_mask)
     assert lut.dtype == count.dtype == torch.int32
     assert lut.shape == expected.shape
     assert torch.equal(count, expected_count)
@@ -71,7 +70,7 @@ def check_selection(
     wanted = reference.overlap(query_blocks, key_blocks, *blocks) | reference.touched(key_blocks, blocks[1], *sinks)
     wanted = (wanted & ~dense[:, None]).expand_as(chosen)
     if key_mask is not None:
-        possible = reference.valid_blocks(key_mask, order, blocks[1])[:, None, None]
+        possible = reference.valid_blocks(key_mask, blocks[1])[:, None, None]
         assert not (chosen & ~possible).any()
         wanted = wanted & possible
     assert (chosen | ~wanted).all()

@@ -6,7 +6,7 @@ import torch
 from salad_compile.kernels import KernelArgumentError, kept_blocks, pool_blocks, select_blocks
 from salad_compile.kernels.layout import ALL_BLOCKS
 from salad_compile.kernels.routing import reference
-from tests.kernels.helpers import BLOCKS, LAYOUTS, LENGTHS, make_order, make_qkv
+from tests.kernels.helpers import BLOCKS, LAYOUTS, LENGTHS, make_qkv
 from tests.kernels.routing.selection import check_selection, make_mask, pooled
 
 
@@ -23,15 +23,13 @@ def sink_ranges(tokens: int) -> tuple[tuple[int, int], ...]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("tokens", LENGTHS)
-def test_masked_pool_equals_reference(tokens: int, ordered: bool, layout: str) -> None:
+def test_masked_pool_equals_reference(tokens: int, layout: str) -> None:
     x, _, _ = make_qkv(tokens, layout)
-    order = make_order(tokens) if ordered else None
     for block in (32, 64):
         mask = make_mask(tokens, block)
-        expected = reference.pool_blocks(x, order, block, mask)
-        torch.testing.assert_close(pool_blocks(x, order, block, mask), expected, rtol=1e-12, atol=1e-13)
+        expected = reference.pool_blocks(x, block, mask)
+        torch.testing.assert_close(pool_blocks(x, block, mask), expected, rtol=1e-12, atol=1e-13)
 
 
 def test_masked_rows_leave_the_mean() -> None:
@@ -39,7 +37,7 @@ def test_masked_rows_leave_the_mean() -> None:
     mask = make_mask(203, 32)
     mask[:, 64:96] = False
     poisoned = x.masked_fill(~mask[:, None, :, None], float("nan"))
-    means = pool_blocks(poisoned, None, 32, mask)
+    means = pool_blocks(poisoned, 32, mask)
     for b in range(2):
         for i in range(7):
             rows = x[b, :, 32 * i : 32 * (i + 1)][:, mask[b, 32 * i : 32 * (i + 1)]]
@@ -50,11 +48,11 @@ def test_masked_rows_leave_the_mean() -> None:
 
 def test_a_full_mask_is_no_mask() -> None:
     x, _, _ = make_qkv(203, dtype=torch.bfloat16)
-    order, mask = make_order(203), torch.ones(2, 203, dtype=torch.bool)
-    assert torch.equal(pool_blocks(x, order, 64, mask), pool_blocks(x, order, 64))
+    mask = torch.ones(2, 203, dtype=torch.bool)
+    assert torch.equal(pool_blocks(x, 64, mask), pool_blocks(x, 64))
     query, key = pooled(203, 64, 32)
     plain = select_blocks(query, key, 64, 32, 300)
-    masked = select_blocks(query, key, 64, 32, 300, 0, 0, mask, order)
+    masked = select_blocks(query, key, 64, 32, 300, 0, 0, mask)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(masked, plain, strict=True))
 
 
@@ -69,14 +67,13 @@ def test_sinks_equal_reference(tokens: int, blocks: tuple[int, int], density: in
 
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("tokens", LENGTHS)
-@pytest.mark.parametrize("ordered", [False, True])
-def test_masked_selection_equals_reference(tokens: int, blocks: tuple[int, int], ordered: bool) -> None:
+def test_masked_selection_equals_reference(tokens: int, blocks: tuple[int, int]) -> None:
     query, key = pooled(tokens, *blocks)
-    mask, order = make_mask(tokens, blocks[1]), make_order(tokens) if ordered else None
+    mask = make_mask(tokens, blocks[1])
     for density in (0, 300, 1000):
         for sinks in ((0, 0), (tokens - min(tokens, 40), tokens)):
-            selection = select_blocks(query, key, *blocks, density, *sinks, mask, order)
-            check_selection(query, key, blocks, density, selection, sinks, mask, order)
+            selection = select_blocks(query, key, *blocks, density, *sinks, mask)
+            check_selection(query, key, blocks, density, selection, sinks, mask)
 
 
 def test_sinks_come_on_top() -> None:
@@ -89,13 +86,12 @@ def test_sinks_come_on_top() -> None:
     assert torch.equal(lut[:, :, :17, -3:], torch.tensor([17, 18, 19], dtype=torch.int32).expand(2, 3, 17, 3))
 
 
-def test_masks_and_sinks_follow_the_order() -> None:
+def test_a_block_without_a_valid_key_is_never_selected() -> None:
     tokens = 64 * 12
     query, key = pooled(tokens, 64, 64)
-    order = make_order(tokens)
-    hidden = order[64 * 5 : 64 * 6].long()  # the sixth block of the order, all over the native sequence
-    mask = torch.ones(2, tokens, dtype=torch.bool).index_fill_(1, hidden, False)
-    lut, count = select_blocks(query, key, 64, 64, 1000, 64 * 2, 64 * 3, mask, order)
+    mask = torch.ones(2, tokens, dtype=torch.bool)
+    mask[:, 64 * 5 : 64 * 6] = False
+    lut, count = select_blocks(query, key, 64, 64, 1000, 64 * 2, 64 * 3, mask)
     expected = torch.tensor([j for j in range(12) if j != 5] + [0], dtype=torch.int32)
     assert torch.equal(lut[:, :, 0], expected.expand(2, 3, 12))
     assert count[0, 0].tolist() == [11, 11, ALL_BLOCKS] + [11] * 9
@@ -130,17 +126,13 @@ def test_bad_scores_outrank_neither_forced_blocks_nor_masks(poison: float) -> No
     ("changes", "message"),
     [
         ({"sink_begin": 3, "sink_end": 2}, "ascending"),
-        ({"sink_begin": -1, "sink_end": 2}, "within the order"),
-        ({"sink_begin": 0, "sink_end": 257}, "within the order"),
+        ({"sink_begin": -1, "sink_end": 2}, "within"),
+        ({"sink_begin": 0, "sink_end": 257}, "within"),
         ({"key_mask": torch.ones(1, 256)}, "bool"),
         ({"key_mask": torch.ones(256, dtype=torch.bool)}, "2 dimensions"),
         ({"key_mask": torch.ones(2, 256, dtype=torch.bool)}, r"\(B, S\)"),
         ({"key_mask": torch.ones(1, 192, dtype=torch.bool)}, "key_mask has 192 tokens"),
         ({"key_mask": torch.ones(1, 256, dtype=torch.bool, device="meta")}, "one device"),
-        ({"order": torch.arange(256)}, "int32"),
-        ({"order": torch.arange(100).int()}, "order has 100 tokens"),
-        ({"order": torch.zeros(256).int()}, "permutation"),
-        ({"key_mask": torch.ones(1, 256, dtype=torch.bool), "order": torch.arange(255).int()}, "255 entries"),
     ],
 )
 def test_selection_rejects(changes: dict[str, object], message: str) -> None:
@@ -160,7 +152,7 @@ def test_selection_rejects(changes: dict[str, object], message: str) -> None:
 )
 def test_pool_rejects(mask: torch.Tensor, message: str) -> None:
     with pytest.raises(KernelArgumentError, match=message):
-        pool_blocks(torch.randn(2, 1, 8, 4), None, 4, mask)
+        pool_blocks(torch.randn(2, 1, 8, 4), 4, mask)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -172,14 +164,14 @@ def test_a_density_that_is_a_tensor(tokens: int, masked: bool) -> None:
     for sinks in ((0, 0), (0, 40), (tokens - 30, tokens)):
         for permille in (0, 100, 333, 600):
             now = torch.tensor(permille, dtype=torch.int32)
-            lut, count = select_blocks(query, key, 64, 32, 600, *sinks, mask, None, now)
+            lut, count = select_blocks(query, key, 64, 32, 600, *sinks, mask, now)
             widest = select_blocks(query, key, 64, 32, 600, *sinks, mask)[0]
             expected, expected_count = select_blocks(query, key, 64, 32, permille, *sinks, mask)
             assert lut.shape == widest.shape
             assert torch.equal(count, expected_count)
             valid = torch.arange(expected.shape[-1]) < count[..., None]
             assert torch.equal(lut[..., : expected.shape[-1]].masked_fill(~valid, 0), expected.masked_fill(~valid, 0))
-            reference_lut, reference_count = reference.select_blocks(query, key, 64, 32, 600, *sinks, mask, None, now)
+            reference_lut, reference_count = reference.select_blocks(query, key, 64, 32, 600, *sinks, mask, now)
             assert torch.equal(lut, reference_lut)
             assert torch.equal(count, reference_count)
 
@@ -192,4 +184,4 @@ def test_wrong_densities() -> None:
         (torch.tensor(301, dtype=torch.int32), "0..300"),
     ):
         with pytest.raises(KernelArgumentError, match=message):
-            select_blocks(query, key, 32, 32, 300, 0, 0, None, None, wrong)
+            select_blocks(query, key, 32, 32, 300, 0, 0, None, wrong)

@@ -244,7 +244,7 @@ def test_quantised_projections_are_converted_and_trained() -> None:
     salad_compile.convert(model, CONFIG, example_inputs=(X,))
     randomise_branches(model)
     recorder = check_rewrite(model, {"x": X}, sites=1)
-    assert recorder.after["salad.pool_and_summarise"] == 1
+    assert recorder.after["salad.linear_state"] == 1
 
 
 def test_branch_parameters_follow_the_projections_dtype() -> None:
