@@ -1,4 +1,4 @@
-"""`--support-table`: write docs/models.md and the block of README.md from the outcomes of tests/models."""
+"""Options of the whole suite: every case, the support table."""
 
 from __future__ import annotations
 
@@ -23,103 +23,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Ways in which a model can be built that matter to activation checkpointing and to a second resolution: attention
-# modules and inline attention, one stream, joint streams on either side, two streams, masks, grouped heads, a call for
-# each sample, graphs that break.
-KINDS = frozenset(
-    {
-        "handwritten_fused",
-        "handwritten_inline",
-        "handwritten_multihead",
-        "Wan",
-        "Latte",
-        "CogVideoX",
-        "HunyuanVideo",
-        "EasyAnimate",
-        "Mochi",
-        "Cosmos3Omni",
-        "WanAnimate2",
-    }
-)
-
-# One for each way of rotating: in place, complex numbers, views, matrices, halves, a part of the tokens, two streams.
-ROTATIONS = frozenset(
-    {
-        "Wan",
-        "AnyFlow",
-        "LTX2Video",
-        "Kandinsky5",
-        "ConsisID",
-        "HunyuanVideo",
-        "MotifVideo",
-        "Mochi",
-        "Cosmos3Omni",
-        "handwritten_rearrange",
-    }
-)
-# Inductor takes up to a minute for a case; GPU runs and the compile matrix go through it as well.
-PER_BLOCK_INDUCTOR = frozenset({"Wan", "handwritten_inline", "CogVideoX"})
-# Ten seconds each: a plain model, text in one stream, a key prefix, a call for each sample, no attention module.
-RESOLUTIONS = frozenset({"Wan", "CogVideoX", "Cosmos3Omni", "Mochi", "handwritten_inline"})
-VARIANT_PAIRS = frozenset({"CogVideoX-windows", "Cosmos3Omni-v2", "EasyAnimate-adjustable_windows"})
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes long runs on fewer models, unless the table is written or every case is asked for.
-
-    Second cases of one model class compile nothing, and the rest of what compiles has one case for each kind of model.
-    """
+    """Leave out what only `--all-cases` runs; the table needs it too."""
     if config.getoption("--support-table") or config.getoption("--all-cases"):
         return
-    from tests.models.expectations import VARIANTS
-
-    def left(item: pytest.Item) -> bool:
-        case = _case_of(item)
-        if "models/" not in item.nodeid.partition("::")[0]:
-            return False
-        if "either_placement_compiles" in item.nodeid:
-            return not case.startswith("Wan-")
-        if "models/test_position.py" in item.nodeid:
-            return case not in KINDS | ROTATIONS
-        if "test_variants.py::test_compiled" in item.nodeid:
-            return not case.startswith("Wan-") and case not in VARIANT_PAIRS
-        if "per_block_through_inductor" in item.nodeid:
-            return case not in PER_BLOCK_INDUCTOR
-        if "whole_model_through_inductor" in item.nodeid:
-            return case != "Wan"
-        if "equals_compiled[" in item.nodeid:
-            return case not in ROTATIONS
-        if "equals_compiled_per_block[" in item.nodeid:
-            return case not in KINDS | ROTATIONS
-        if "second_resolution" in item.nodeid:
-            return case not in RESOLUTIONS
-        if "test_zoo.py" not in item.nodeid:
-            return False
-        return (_compiles(item) and case in VARIANTS) or (_is_slow(item) and case not in KINDS)
-
-    left_out = [item for item in items if left(item)]
+    left_out = [item for item in items if item.get_closest_marker("all_cases")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
-
-
-def _compiles(item: pytest.Item) -> bool:
-    return any(part in item.nodeid for part in ("compile", "checkpointing"))
-
-
-def _is_slow(item: pytest.Item) -> bool:
-    return "checkpointing" in item.nodeid
-
-
-def _case_of(item: pytest.Item) -> str:
-    return item.nodeid.rpartition("[")[2].removesuffix("]")
+        items[:] = [item for item in items if not item.get_closest_marker("all_cases")]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "all_cases: slow, and one of many: runs with --all-cases or --support-table alone"
+    )
     settings.register_profile("default", max_examples=10 if config.getoption("--all-cases") else 5)
     settings.load_profile("default")
     # under pytest-xdist the controller sees the reports of all workers
-    if config.getoption("--support-table") and not hasattr(config, "workerinput"):
+    is_worker = hasattr(config, "workerinput")
+    if config.getoption("--support-table") and not is_worker:
         config.pluginmanager.register(_SupportTable())
 
 
@@ -158,7 +80,7 @@ def _outcome(report: pytest.TestReport) -> str:
 
 def _models() -> list[Model]:
     from tests.models.expectations import converted_sites
-    from tests.models.test_zoo import CONVERTED
+    from tests.models.kinds import CONVERTED
 
     return [Model(case.name, _class_of(case), converted_sites(case), case.note) for case in CONVERTED.values()]
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.models import test_zoo
 from tests.models.expectations import DENSE, converted_sites
+from tests.models.kinds import CONVERTED as CASES
 from tests.models.registry import WITHOUT_CASE
-from tests.models.test_zoo import CONVERTED as CASES
 from tools import support_table
 from tools.support_table import COLUMNS, COMMAND, TABLE, cell_of, read_readme_block, read_rows
 

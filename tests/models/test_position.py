@@ -13,7 +13,8 @@ from salad_compile.definition.attention import Mapped
 from salad_compile.position.recording import PositionRecording
 from salad_compile.position.slice import Entry
 from tests.models.expectations import WITHOUT_POSITION, converted_sites
-from tests.models.test_zoo import CONVERTED, _flex_under_autograd, _fresh_dynamo, bounds
+from tests.models.kinds import CONVERTED, KINDS, ROTATIONS, by_default, marks_of
+from tests.models.test_zoo import _flex_under_autograd, _fresh_dynamo, bounds
 from tests.models.zoo import Case
 from tests.support import Recorder, converted, relative_error, run, seeded
 
@@ -71,7 +72,7 @@ def _unit(value: Tensor) -> Tensor:
     return value / value.norm()
 
 
-@pytest.mark.parametrize("case", CONVERTED.values(), ids=CONVERTED.keys())
+@by_default(KINDS | ROTATIONS)
 def test_position_is_replayed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = converted(case, sparsity=0.5), case.inputs(0)
     checked = _Checked(0.1 if case.name in NO_ROTATIONS else bounds(case)["bound"])
@@ -87,7 +88,7 @@ def test_position_is_replayed(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("placement", ["map-then-rotate", "rotate-then-map"])
-@pytest.mark.parametrize("name", THROUGH_AOT)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name, ["Wan"])) for name in THROUGH_AOT])
 def test_either_placement_compiles(name: str, placement: str) -> None:
     case = CONVERTED[name]
     model, inputs = converted(case, sparsity=0.5, rope_placement=placement), case.inputs(0)

@@ -16,6 +16,7 @@ import salad_compile
 from salad_compile.kernels import measure_executions
 from salad_compile.sites.branch import branches
 from tests.models.expectations import converted_sites
+from tests.models.kinds import marks_of
 from tests.models.registry import ALL_CASES
 from tests.models.test_zoo import _fresh_dynamo
 from tests.support import Recorder, assert_same, converted, relative_error, run
@@ -39,9 +40,18 @@ PAIRS = [
     ("HunyuanVideo", "head_gate"),
     *(("Cosmos3Omni", variant) for variant in ("v2", "no_branch")),
 ]
+# Without `--all-cases` those of the plainest model, and one for text in the same stream, a prefix and two streams.
+BY_DEFAULT = [
+    *(f"Wan-{variant}" for variant in VARIANTS),
+    "CogVideoX-windows",
+    "Cosmos3Omni-v2",
+    "EasyAnimate-adjustable_windows",
+]
 
 
-@pytest.mark.parametrize(("name", "variant"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
+@pytest.mark.parametrize(
+    ("name", "variant"), [pytest.param(*pair, marks=marks_of("-".join(pair), BY_DEFAULT)) for pair in PAIRS]
+)
 def test_compiled_equals_uncompiled_and_is_saved(name: str, variant: str, tmp_path: Path) -> None:
     case, settings = ALL_CASES[name], VARIANTS[variant]
     model = converted(case, **settings)
