@@ -1,14 +1,16 @@
-"""Options of the whole suite: every case, the support table."""
+"""Options of the whole suite: every case, the support table, the cost of each test."""
 
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+from tools.cost_of_tests import CostOfTests
 from tools.support_table import DenseModel, Model, UnusableError, cell_of, write
 
 
@@ -21,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-cases", action="store_true", help="run every check on every model, not the slow ones on one of each kind"
     )
+    parser.addoption("--cost", type=Path, metavar="FILE", help="write down what each test cost in CPU seconds")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -43,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")
     if config.getoption("--support-table") and not is_worker:
         config.pluginmanager.register(_SupportTable())
+    if config.getoption("--cost"):
+        config.pluginmanager.register(CostOfTests(config.getoption("--cost"), writes=not is_worker))
 
 
 class _SupportTable:
