@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import shared
 from tools.cost_of_tests import CostOfTests
 from tools.support_table import DenseModel, Model, UnusableError, cell_of, write
 
@@ -44,6 +45,9 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("default")
     # under pytest-xdist the controller sees the reports of all workers
     is_worker = hasattr(config, "workerinput")
+    if not is_worker:
+        shared.open_session()
+        config.add_cleanup(shared.close_session)
     if config.getoption("--support-table") and not is_worker:
         config.pluginmanager.register(_SupportTable())
     if config.getoption("--cost"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -16,7 +18,10 @@ from torch import Tensor, fx
 
 import salad_compile
 from salad_compile.backend.dynamo import salad
+from salad_compile.conversion import convert
+from salad_compile.discovery.discover import Discovery, discover
 from salad_compile.sites.branch import branches
+from tests import shared
 
 if TYPE_CHECKING:
     from tests.models.zoo import Case
@@ -43,13 +48,27 @@ def randomise_branches(model: nn.Module, seed: int = 0, scale: float = 0.2) -> N
 
 
 def converted(case: Case, *, randomise: bool = True, **changes: Any) -> nn.Module:
-    """A case of the zoo, converted as :data:`TINY` says but for some changes, with branches that all contribute."""
-    model = salad_compile.convert(
-        case.build(), dataclasses.replace(TINY, **changes), example_inputs=dict(case.inputs(0))
-    )
+    """A case of the zoo, converted as :data:`TINY` says but for some changes, with branches that all contribute.
+
+    The model is probed once in a session, whatever the configuration; everything after the probe is done anew.
+    """
+    with mock.patch.object(convert, "discover", functools.partial(_discover_once, case)):
+        model = salad_compile.convert(
+            case.build(), dataclasses.replace(TINY, **changes), example_inputs=dict(case.inputs(0))
+        )
     if randomise:
         randomise_branches(model)
     return model
+
+
+def _discover_once(case: Case, model: nn.Module, inputs: Any, **settings: Any) -> Discovery:
+    """What `discover` finds. A probe that sees to positions sees everything that one without does."""
+    everything = {**settings, "replay_position": True}
+    name = "-".join([case.name, *(f"{key}={value}" for key, value in sorted(everything.items()))])
+    found = shared.once(name, lambda: discover(model, inputs, **everything))
+    if settings["replay_position"]:
+        return found
+    return dataclasses.replace(found, sites=[dataclasses.replace(site, position_fault=None) for site in found.sites])
 
 
 @dataclass
