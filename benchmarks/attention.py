@@ -1,10 +1,10 @@
-"""The kernels against dense attention on a GPU, one comparison per shape, all rows of a comparison timed in turn.
+"""The kernels against dense attention on a GPU: a comparison for each shape, its rows timed in turn.
 
     python benchmarks/attention.py                          everything, the most important shapes first
     python benchmarks/attention.py --shapes 1.3B-480p       one comparison
     python benchmarks/attention.py --quick --device cpu     small sizes, two rounds: checks that it runs
 
-benchmarks/README.md says what the rows are and how they are timed.
+benchmarks/README.md describes the rows and the timing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from salad_compile.kernels import (
 )
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
-# How many times the forward's matrix products each pass needs; the backward needs five for the forward's two.
+# Matrix products of each pass over those of the forward; the backward needs five for the forward's two.
 PASSES = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}
 QUERY_BLOCK, KEY_BLOCK = 128, 64
 STRUCTURE_RANK, STRUCTURE_RUN = 4, 256
@@ -80,7 +80,7 @@ class Case:
         return dataclasses.replace(self, tokens=max(self.tokens // 64, 80), heads=2, head_dim=self.head_dim // 4)
 
 
-# In the order of importance: what the budget does not reach is left out.
+# In the order of importance: what exceeds the budget is left out.
 CASES = (
     Case("1.3B-480p", 32_760),
     Case("14B-720p", 75_600, heads=40, rows="large"),
@@ -95,7 +95,7 @@ CASES = (
 
 
 def sdpa(backend: SDPBackend | None = None) -> Attend:
-    """PyTorch's attention, on one of its kernels or on its own choice."""
+    """PyTorch's attention, with one of its kernels or the kernel it chooses."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if backend is None:
@@ -123,7 +123,7 @@ class Inputs:
         self.generator = torch.Generator(device).manual_seed(seed)
         size = case.batch * case.tokens * case.heads * case.head_dim * self.dtype.itemsize
         self.tensor_bytes = size
-        # four small sets are more than any L2 cache holds; large ones do not fit a cache anyway
+        # four small sets exceed any L2 cache; large ones do anyway
         self.sets = [self._structured() for _ in range(4 if size < 2**27 else 2)]
         self._selections: dict[tuple[int, int, int], tuple[list[tuple[Tensor, Tensor]], int]] = {}
 
@@ -132,7 +132,7 @@ class Inputs:
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=self.dtype)
 
     def _structured(self) -> tuple[Tensor, Tensor, Tensor]:
-        """query, key, value as permuted views of (B, S, H, D), which is what reaches attention in a model.
+        """query, key, value as permuted views of (B, S, H, D), as they reach attention in a model.
 
         A few directions per head with a strength of their own in every run of tokens: pure noise would make all pooled
         scores alike, and the selected blocks would spread evenly over the keys.
@@ -242,7 +242,7 @@ class Comparison:
     # --- rows ---------------------------------------------------------------------------------------------------
 
     def ceilings(self) -> Iterator[Row]:
-        """What the device reaches: a large matrix product, and a large copy (bytes read plus bytes written)."""
+        """The limits of the device: a large matrix product, and a large copy (bytes read plus bytes written)."""
         big = self.inputs.device.type == "cuda"
         size = 8192 if big else 256
 
@@ -264,7 +264,7 @@ class Comparison:
         """PyTorch's attention, once for every kernel that it has for this device, and FlashAttention-3."""
         cuda = self.inputs.device.type == "cuda"
         for name, make in (DENSE_ON_CUDA if cuda else DENSE).items():
-            # a package that is missing is said once, beside the forward
+            # report a missing package once, with the forward
             if step == FORWARD or make is not rivals.flash_attention_3 or rivals.has_flash_attention_3():
                 yield self._row(f"dense {name}", "dense", step, self._dense(make, step), sparsity=0.0)
 
@@ -276,7 +276,7 @@ class Comparison:
         return prepare
 
     def sparse(self, step: str, sparsity: float, blocks: tuple[int, int] = (QUERY_BLOCK, KEY_BLOCK)) -> Row:
-        """The block-sparse kernel alone, on a selection that is there already."""
+        """The block-sparse kernel alone, on an existing selection."""
         permille = density_permille(sparsity)
 
         def prepare(facts: Facts) -> Run:
@@ -322,7 +322,7 @@ class Comparison:
         return self._row("routing alone", "salad", FORWARD, prepare, sparsity=sparsity)
 
     def linear(self) -> Row:
-        """The linear branch: its state, and the result read out for every query."""
+        """The linear branch: its state, and the output for every query."""
 
         def prepare(facts: Facts) -> Run:
             facts["bytes"] = 4 * self.inputs.tensor_bytes  # key, value and query read once, the result written once
@@ -332,7 +332,7 @@ class Comparison:
         return self._row("linear branch alone", "salad", FORWARD, prepare)
 
     def beside(self, sparsity: float) -> Row:
-        """All of the operator but block-sparse attention."""
+        """The operator without block-sparse attention."""
         spec = _spec(sparsity)
 
         def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -361,7 +361,7 @@ class Comparison:
         return self._row(f"operator {step}", "salad", step, prepare, sparsity=sparsity)
 
     def operator_on_features(self, sparsity: float) -> Row:
-        """The same with map-then-rotate: the linear branch reads four tensors of its own, which the model makes."""
+        """The same with map-then-rotate: the linear branch reads four more tensors, which the model makes."""
         spec, scale = dataclasses.replace(_spec(sparsity), rope_placement="map-then-rotate"), self.scale
         where = segments("none", self.case.tokens, self.case.tokens)
 
@@ -380,7 +380,7 @@ class Comparison:
 
     def operator_with_projection(self, sparsity: float) -> Row:
         """All of SALAD before the output projection, as models run it: with the gate and the D x D projection."""
-        spec, scale = _spec(sparsity), self.scale  # not self: what Dynamo caches would keep the inputs alive
+        spec, scale = _spec(sparsity), self.scale  # not self: Dynamo's caches would keep the inputs alive
 
         def attend(query: Tensor, key: Tensor, value: Tensor, x: Tensor, branch: BranchTensors) -> Tensor:
             return salad_attention(query, key, value, x, branch, None, spec, scale=scale, dtype=query.dtype)
@@ -553,13 +553,13 @@ def main(arguments: list[str] | None = None) -> None:
     common = describe(device) | {"seed": options.seed, "quick": options.quick}
     results = Results(options.output or default_output("attention", device), common)
     print(f"{common['device']}, torch {common['torch']}, Triton {common['triton']}; rows in {results.path}", flush=True)
-    # every comparison compiles the operator anew, and fullgraph turns a silent fall back into an error
+    # every comparison compiles the operator again, and fullgraph turns a silent fallback into an error
     torch._dynamo.config.recompile_limit = 64
     clock = clock_for(device)
     for case in wanted_cases(options.shapes):
         try:
             run_case(case.quick() if options.quick else case, options, clock, budget, results)
-        except Exception as error:  # out of memory while the inputs are made, say: the next comparison may still fit
+        except Exception as error:  # for example out of memory for the inputs: the next comparison may still fit
             facts = {"row": "all rows", "case": case.name, "kind": "none", "pass": FORWARD, "tokens": case.tokens}
             results.add([facts | {"timings_ms": [], "error": f"{type(error).__name__}: {error}"[:600]}])
             print(f"  {type(error).__name__}: {error}", flush=True)

@@ -46,13 +46,13 @@ class Settings:
     density_permille: int
     threads: int
     rounds: int
-    slow_every: int  # the dense forward + backward rows take seconds: they run once in so many rounds
+    slow_every: int  # rounds between two timings of the dense forward + backward rows, which take seconds
     seed: int
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing timed, and the row it is compared with."""
+    """One timed call, and the row it is compared with."""
 
     name: str
     dtype: torch.dtype
@@ -61,7 +61,7 @@ class Row:
 
 
 def make_inputs(settings: Settings, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """query, key, value as permuted views of (B, S, H, D), which is what reaches attention in a model."""
+    """query, key, value as permuted views of (B, S, H, D), as they reach attention in a model."""
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (3, 1, settings.tokens, settings.heads, settings.head_dim)
     query, key, value = torch.randn(shape, generator=generator).to(dtype).transpose(2, 3).unbind(0)
@@ -137,7 +137,7 @@ def measured_sparsity(settings: Settings) -> float:
 
 
 def busy_seconds() -> tuple[float, float]:
-    """CPU seconds taken so far by everybody, and by this process; zeros where /proc/stat does not exist."""
+    """CPU seconds used so far by all processes, and by this one; zeros if /proc/stat does not exist."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0, 0.0
@@ -148,13 +148,13 @@ def busy_seconds() -> tuple[float, float]:
 
 @dataclass
 class Timings:
-    """What the rounds left behind: milliseconds by row and round, and by round the CPU share of other processes."""
+    """Results of the rounds: milliseconds by row and round, and by round the CPU share of other processes."""
 
     milliseconds: dict[str, dict[int, float]]
     others: dict[int, float]
 
     def of(self, name: str, *, quiet: bool = False) -> list[float]:
-        """The timings of a row, of all rounds or of those that others left alone."""
+        """The timings of a row, of all rounds or of the quiet ones."""
         return [ms for n, ms in self.milliseconds[name].items() if not quiet or self.others[n] < QUIET]
 
 
@@ -178,7 +178,7 @@ def time_rows(settings: Settings, rows: list[Row]) -> Timings:
 
 
 def describe(settings: Settings, load: float) -> dict[str, object]:
-    """What every JSON row repeats, so that a row can be read alone."""
+    """Facts that every JSON row repeats, so that it can be read by itself."""
     return {
         "command": common.command(),
         "commit": common.commit(),

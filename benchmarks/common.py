@@ -1,6 +1,6 @@
-"""What the benchmarks share: where a row was measured, timing in turns, statistics, and JSON that survives a kill.
+"""Shared by the benchmarks: where a row was measured, timing in turns, statistics, and JSON that survives a kill.
 
-A row is one thing that is timed. All rows of a comparison are timed in turn, round after round, so that drift, heat and
+A row is one timed call. All rows of a comparison are timed in turn, round after round, so that drift, heat and
 neighbours hit all of them alike. A row that fails is kept, with its error.
 """
 
@@ -40,9 +40,9 @@ Run = Callable[[int], object]  # called with the number of the timing, so that i
 
 
 def commit() -> str:
-    """The commit this runs from, with a mark if the tree has changes; or what `BENCHMARK_COMMIT` says.
+    """The commit of these files, with a mark if the tree has changes; or `BENCHMARK_COMMIT`.
 
-    On a lent machine git may stand elsewhere than the files, or not be there.
+    The variable is for machines without the git history.
     """
     if given := os.environ.get("BENCHMARK_COMMIT"):
         return given
@@ -58,7 +58,7 @@ def commit() -> str:
 
 
 def command() -> str:
-    """The command line, as one would type it again."""
+    """The command line, to be typed again."""
     return " ".join(["python", *sys.argv])
 
 
@@ -76,14 +76,14 @@ def device_kind(name: str) -> str:
 
 
 def default_output(script: str, device: torch.device) -> Path:
-    """Where a script's rows go. A CPU run only checks that the script works, and is not kept."""
+    """The file of a script's rows. A CPU run only checks that the script works, and is not kept."""
     if device.type == "cuda":
         return RESULTS / f"{script}_{device_kind(torch.cuda.get_device_name(device))}.json"
     return BENCHMARKS.parent / "out" / f"{script}.json"
 
 
 def describe(device: torch.device) -> Facts:
-    """What every JSON row repeats, so that a row can be read alone."""
+    """Facts that every JSON row repeats, so that it can be read by itself."""
     cuda = device.type == "cuda"
     return {
         "command": command(),
@@ -163,7 +163,7 @@ class CudaClock:
     """
 
     def __init__(self) -> None:
-        # private (torch 2.11): spins on the device for so many cycles
+        # private (torch 2.11): spins on the device for a number of cycles
         self._spin: Any = torch.cuda._sleep
         cycles = 10_000_000
         torch.cuda.synchronize()
@@ -212,7 +212,7 @@ def clock_for(device: torch.device) -> Clock:
 
 
 class Budget:
-    """Seconds that a run may take before it stops to start new rows."""
+    """Seconds after which a run starts no new rows."""
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
@@ -233,10 +233,10 @@ class Budget:
 
 @dataclass
 class Row:
-    """One thing that is timed.
+    """One timed call.
 
     Attributes:
-        facts: what the JSON row says beside the timings: at least "row", "case", "kind" and "pass".
+        facts: fields of the JSON row beside the timings: at least "row", "case", "kind" and "pass".
         prepare: builds the call; may allocate and compile, may add facts, may raise.
     """
 
@@ -249,17 +249,17 @@ class Row:
     milliseconds: list[float] = field(default_factory=list)
 
     def fail(self, error: BaseException | str) -> None:
-        """Keep the error, and let go of what the row holds."""
+        """Keep the error, and release what the row holds."""
         text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
         self.error, self.run = text[:600], None
 
     def release(self) -> None:
-        """Let go of inputs and graphs; the timings stay."""
+        """Release inputs and graphs; the timings stay."""
         self.run = None
         self.prepare = _released
 
     def to_json(self) -> Facts:
-        """The row without what is compared with other rows."""
+        """The row, without comparisons with other rows."""
         timed = spread(self.milliseconds) if self.milliseconds else {}
         rounded = [round(ms, 5) for ms in self.milliseconds]
         return {**self.facts, **timed, "timings_ms": rounded, "error": self.error}
@@ -270,7 +270,7 @@ def _released(_: Facts) -> Run:
 
 
 def warm_up(row: Row, clock: Clock, budget: Budget) -> None:
-    """Prepare a row, run it, check its result, and note its memory and about how long it takes."""
+    """Prepare a row, run it, check its result, and record its memory and approximate duration."""
     if budget.spent():
         row.fail(budget.excuse())
         return
@@ -287,7 +287,7 @@ def warm_up(row: Row, clock: Clock, budget: Budget) -> None:
         if row.estimate_ms < 1000:
             row.estimate_ms, row.host_ms = _estimate(run, clock)
         row.run = run
-    except Exception as error:  # a row that fails is a result, and must not take the others with it
+    except Exception as error:  # a row that fails is a result, and must not stop the others
         row.fail(error)
         free_memory()
 
@@ -332,7 +332,7 @@ def take_turns(
 
     Args:
         rounds: how often the fast rows are timed.
-        row_seconds: a slow row is timed in so many rounds, evenly spread, as fit into this, but `FEWEST` at least.
+        row_seconds: a slow row is timed in as many rounds, evenly spread, as fit into this, at least in `FEWEST`.
         after_round: called after every round, to keep what was measured so far.
     """
     for number in range(rounds):
@@ -341,7 +341,7 @@ def take_turns(
                 continue
             run, index = row.run, number
             try:
-                # at most 50 ms: a call whose queueing takes longer than that is slow enough not to mind the gaps
+                # at most 50 ms: for a call that takes longer to queue the gaps do not matter
                 ahead = min(1.5 * row.host_ms + 0.1, 50.0) if row.estimate_ms < 100 else 0.0
                 row.milliseconds.append(clock.milliseconds(lambda: run(index), ahead))  # noqa: B023
             except Exception as error:
@@ -359,7 +359,7 @@ def _due(row: Row, number: int, rounds: int, row_seconds: float) -> bool:
 
 
 class Results:
-    """The rows of one run in one file, written anew after every change, so that a kill loses nothing."""
+    """The rows of one run in one file, rewritten after every change, so that a kill loses nothing."""
 
     def __init__(self, path: Path, common: Facts) -> None:
         self.path, self.common = path, common
@@ -381,7 +381,7 @@ class Results:
         self._written = time.perf_counter()
 
     def write_sometimes(self, unfinished: Callable[[], Iterable[Facts]], seconds: float = 5.0) -> None:
-        """The same, if the last time is long ago."""
+        """The same, unless it was written a short time ago."""
         if time.perf_counter() - self._written > seconds:
             self.write(unfinished())
 

@@ -1,4 +1,4 @@
-"""Forms of the block-sparse forward that were tried beside the shipped one: rows for docs/kernels.md.
+"""Variants of the block-sparse forward beside the shipped one: rows for docs/kernels.md.
 
     python benchmarks/forward_variants.py --output benchmarks/results/forward_variants_h100.json
 
@@ -167,7 +167,7 @@ def make_runs() -> tuple[dict[str, Callable[[], torch.Tensor]], int]:
 
 
 def checked(name: str, run: Callable[[], torch.Tensor], expected: torch.Tensor) -> Callable[[Facts], Run]:
-    """A row's preparation that refuses a variant that computes something else."""
+    """Preparation of a row: raises if the variant computes a different result."""
 
     def prepare(_: Facts) -> Run:
         difference = float((run().float() - expected).norm() / expected.norm())

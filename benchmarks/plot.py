@@ -3,7 +3,7 @@
     python benchmarks/plot.py                                       every attention_<GPU>.json in benchmarks/results/
     python benchmarks/plot.py rows.json --folder pictures           one file
 
-Nothing is drawn that is not in a row. matplotlib is needed for this script alone.
+It draws only what is in the rows. Only this script needs matplotlib.
 """
 
 from __future__ import annotations

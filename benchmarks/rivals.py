@@ -1,7 +1,7 @@
 """Attention kernels of other projects, timed beside ours where they are installed.
 
-Each maker takes permuted (B, H, S, D) views and returns a call. Layout changes and feature maps that a kernel asks for
-are made before the timing, to its advantage. A missing package raises ImportError, which becomes the row's text.
+Each function takes permuted (B, H, S, D) views and returns a call. Layout changes and feature maps that a kernel needs
+are computed before the timing, to its advantage. A missing package raises ImportError, which becomes the row's error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Call = Callable[[], object]
 
 
 def installed(module: str) -> Any:
-    """The module; ImportError if it is not there or does not load."""
+    """The module. Raises ImportError if it is missing or does not load."""
     return importlib.import_module(module)
 
 

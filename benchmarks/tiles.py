@@ -56,7 +56,7 @@ Call = Callable[[], object]
 
 
 def only(kernel: str, tiling: Tiling, run: Call, index: object) -> Call:
-    """`run` with one tiling for one kernel; the backward's other kernel and the inversion are left out."""
+    """`run` with one tiling for one kernel; without the backward's other kernel and the inversion."""
     launch: Any = cuda.launch
 
     def launched(launched_kernel: Any, *arguments: Any, **options: Any) -> None:
@@ -86,12 +86,12 @@ def dense(backend: SDPBackend, tensors: tuple[torch.Tensor, ...]) -> Call:
 
 
 def row(name: str, flops: float, call: Call, **facts: object) -> Row:
-    """One thing to time."""
+    """One row."""
     return Row({"row": name, "flops": flops} | facts, lambda _: lambda _: call())
 
 
 def make_rows(options: argparse.Namespace) -> tuple[Facts, list[list[Row]]]:
-    """What all rows share, and the rows: the yardsticks, then each kernel's tilings."""
+    """Facts of all rows, and the rows: the yardsticks, then each kernel's tilings."""
     torch.manual_seed(0)
     shape = (1, options.tokens, options.heads, options.head_dim)
     query, key, value, grad = (torch.randn(shape, device="cuda").bfloat16().transpose(1, 2) for _ in range(4))

@@ -5,7 +5,7 @@
     python benchmarks/transformer.py --quick --device cpu --compiler aot_eager     a tiny model: checks that it runs
 
 The models are diffusers' WanTransformer3DModel at full size with random weights: they show speed, not quality.
-benchmarks/README.md says what the rows are and what they leave out.
+benchmarks/README.md describes the rows and what they leave out.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-# What of SaladConfig can be varied from the command line; the default first.
+# Settings of SaladConfig that the command line can vary; the default first.
 VARIANTS = {
     "token_order": ("tiles", "flat"),
     "pattern": ("topk", "stswa"),
@@ -110,7 +110,7 @@ class Comparison:
 
 
 def comparisons(models: list[Model], sparsities: list[float], *, training: bool) -> Iterator[Comparison]:
-    """In the order of importance: what the budget does not reach is left out."""
+    """In the order of importance: what exceeds the budget is left out."""
     main, others = tuple(sparsities[:1]), tuple(sparsities[1:])
     for number, model in enumerate(models[:2]):
         yield Comparison(model, main, FORWARD, compile_again=number == 0)
@@ -129,7 +129,7 @@ def comparisons(models: list[Model], sparsities: list[float], *, training: bool)
 def build(model: Model, device: torch.device, dtype: torch.dtype) -> Wan:
     """A frozen base model with random weights, made on the device in its dtype.
 
-    What diffusers keeps in fp32 when it loads weights (norms, times, modulation) is in fp32 here too.
+    Modules that diffusers keeps in fp32 when it loads weights (norms, times, modulation) are in fp32 here too.
     """
     torch.manual_seed(0)
     before = torch.get_default_dtype()
@@ -152,7 +152,7 @@ def build(model: Model, device: torch.device, dtype: torch.dtype) -> Wan:
 
 
 def share(base: Wan) -> Wan:
-    """A copy of the module tree over the same tensors: dense and SALAD then fit beside each other."""
+    """A copy of the module tree with the same tensors, so that dense and SALAD fit into memory together."""
     tensors = [*base.parameters(), *base.buffers()]
     return copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
 
@@ -171,7 +171,7 @@ def make_inputs(model: Model, device: torch.device, dtype: torch.dtype) -> dict[
 def convert(
     base: Wan, model: Model, sparsity: float, inputs: dict[str, Any], *, merge: bool, settings: dict[str, str]
 ) -> Wan:
-    """Converted by salad_compile, with random branches in the place of trained ones."""
+    """A conversion by salad_compile, with random branches instead of trained ones."""
     rank = 64 if model.tokens > 4096 else 4
     config = salad_compile.SaladConfig(
         sparsity=sparsity, min_tokens=min(8192, model.tokens), lora_rank=rank, **settings
@@ -208,7 +208,7 @@ def time_sdpa(model: Model, device: torch.device, clock: Clock) -> dict[str, flo
 
 
 def preferring(times: dict[str, float]) -> contextlib.AbstractContextManager[Any]:
-    """The fastest kernel first, the others where it does not apply; PyTorch's choice if nothing was timed."""
+    """Prefer the fastest kernel, then the others; PyTorch's choice if nothing was timed."""
     if not times:
         return contextlib.nullcontext()
     order = [*sorted(times, key=times.__getitem__), *(name for name in SDPA if name not in times)]
@@ -339,13 +339,13 @@ def top_kernels(run: Run) -> list[tuple[str, float]]:
 
 
 def note_kernels(rows: list[Row]) -> None:
-    """Which kernels ran: it says which dense attention was the baseline. Slow steps are left out: it costs one more."""
+    """Which kernels ran, to show which dense attention was the baseline. Not for slow steps: it takes one more."""
     for row in rows:
         if row.run is None or row.estimate_ms > 3000:
             continue
         try:
             row.facts["top_kernels"] = top_kernels(row.run)
-        except Exception as error:  # a profiler that does not work costs no row
+        except Exception as error:  # a profiler that fails must not lose the row
             row.facts["top_kernels"] = f"{type(error).__name__}: {error}"[:200]
 
 
@@ -386,7 +386,7 @@ def run_comparison(
     torch._dynamo.reset()
     try:
         stage = Stage(plan, options, clock)
-    except Exception as error:  # out of memory, say: the next model may be smaller
+    except Exception as error:  # for example out of memory: the next model may be smaller
         results.add([about | {"error": f"{type(error).__name__}: {error}"[:600]}])
         print(f"  {type(error).__name__}: {error}", flush=True)
         return

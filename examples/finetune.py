@@ -2,10 +2,10 @@
 
     accelerate launch examples/finetune.py --model Wan2.1-T2V-1.3B-Diffusers/transformer --latents data --output run
 
-One process, DDP and FSDP2 are what `accelerate launch` makes of it (`accelerate config`, or `--use_fsdp --fsdp_version
-2`). Stop it with Ctrl-C or SIGTERM, or let it be killed: the same command goes on from the newest checkpoint, exactly.
-`salad-compile latents` looks at data of other trainers and converts it; `salad-compile train` is this script as a
-command. Copy it where your loop has to differ: everything used here is public.
+`accelerate launch` chooses between one process, DDP and FSDP2 (`accelerate config`, or `--use_fsdp --fsdp_version 2`).
+After Ctrl-C, SIGTERM or a kill, the same command continues exactly from the newest checkpoint. `salad-compile latents`
+inspects and converts data of other trainers; `salad-compile train` is this script as a command. Copy the script if you
+need another loop: everything used here is public.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
 
 
 def settings_of(arguments: argparse.Namespace) -> TrainSettings:
-    """The paper's recipe by default: 1,600 steps of 8 samples at 90 % sparsity; what it does not say is our choice."""
+    """The paper's recipe by default: 1,600 steps of 8 samples at 90 % sparsity; the rest is our choice."""
     settings = TrainSettings.from_file(arguments.settings) if arguments.settings else TrainSettings()
     return settings if arguments.steps is None else settings.with_changes({"steps": arguments.steps})
 
@@ -55,14 +55,14 @@ def main() -> None:
     latents = open_latents(arguments.latents)
     validation = open_latents(arguments.validation) if arguments.validation else None
 
-    # Converts the model for the largest latent of the data. Another way: model = salad_compile.convert(model, config,
-    # example_inputs=...) here, and no config= below; salad_compile.plan(model, ...) tells which sites it takes.
+    # Converts the model for the largest latent of the data. Alternatively, call model = salad_compile.convert(model,
+    # config, example_inputs=...) here and omit config= below; salad_compile.plan(model, ...) lists the sites.
     result = train(model, latents, settings, arguments.output, validation=validation, config=config)
     if not result.finished:
-        print(f"stopped after step {result.step} of {settings.steps}: the same command goes on")
+        print(f"stopped after step {result.step} of {settings.steps}: the same command continues")
         return
 
-    # Every process calls it: FSDP2 gathers what it has sharded.
+    # Every process calls export: FSDP2 gathers the shards.
     summary = json.loads((Path(arguments.output) / "training.json").read_text())
     report = salad_compile.export(model, Path(arguments.output) / "export", training=summary)
     if torch.distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""The whole story on one screen: plan, compile dense and SALAD side by side, fine-tune, save, reload, compare.
+"""Everything on one screen: plan, compile dense and SALAD side by side, fine-tune, save, reload, compare.
 
     python examples/quickstart.py                 # what `make demo` runs
     python examples/quickstart.py --tiny          # seconds, without Inductor; the speed-up means nothing
@@ -32,7 +32,7 @@ from torch import Tensor
 
 import salad_compile
 
-# a pipe has no width: tables must not fold there
+# a pipe has no width, and tables should not wrap there
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 
@@ -51,8 +51,8 @@ class Size:
     config: salad_compile.SaladConfig
 
 
-# 11,988 tokens on the CPU, in a grid of 9 x 36 x 37: nothing has to be divisible by anything. Self-attention is about
-# three quarters of the dense FLOPs there, as it is in Wan2.1-1.3B between 480p and 720p.
+# 11,988 tokens on the CPU, in a grid of 9 x 36 x 37: no size has to be divisible by anything. Self-attention has about
+# three quarters of the dense FLOPs there, as in Wan2.1-1.3B between 480p and 720p.
 SIZES = {
     "cuda": Size(12, 30, 8960, (21, 60, 104), 512, torch.bfloat16, 10, 10, salad_compile.SaladConfig()),
     "cpu": Size(4, 2, 2048, (9, 72, 74), 64, torch.float32, 5, 5, salad_compile.SaladConfig(key_block=128)),
@@ -95,7 +95,7 @@ def make_inputs(size: Size, device: str) -> dict[str, Tensor]:
 
 @contextmanager
 def step(text: str) -> Iterator[None]:
-    """Show what is going on, and how long it took."""
+    """Show the current step, and how long it took."""
     start = time.perf_counter()
     with console.status(f"{text} ..."):
         yield
@@ -112,7 +112,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 
 def compile_both(base: torch.nn.Module, model: torch.nn.Module, *, tiny: bool) -> tuple[Any, Any]:
-    """The dense model by stock torch.compile, the converted one by this backend."""
+    """Compile the dense model with stock torch.compile, the converted one with this backend."""
     if tiny:
         options = {"lowering": "aot_eager"}
         return torch.compile(base, backend="aot_eager"), torch.compile(model, backend="salad", options=options)
@@ -129,7 +129,7 @@ def compare_speed(
 
 
 def write_row(path: Path, size: Size, device: str, row: dict[str, object]) -> None:
-    """Keep a measurement with what is needed to repeat it."""
+    """Write a measurement with everything needed to repeat it."""
     row |= {
         "command": f"python examples/quickstart.py --device {device} --json {path}",
         "tokens": math.prod(size.latent) // 4,
@@ -166,7 +166,9 @@ def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tiny", action="store_true", help="a size for tests, lowered by aot_eager")
-    parser.add_argument("--json", type=Path, help="write the timings to this file, as benchmarks/results/ keeps them")
+    parser.add_argument(
+        "--json", type=Path, help="write the timings to this file, in the format of benchmarks/results/"
+    )
     arguments = parser.parse_args(argv)
     device, size = arguments.device, SIZES["tiny" if arguments.tiny else arguments.device]
 
@@ -209,7 +211,7 @@ def main(argv: list[str] | None = None) -> float:
         difference = (fresh(**inputs).sample - model(**inputs).sample).abs().max().item()
     console.print(f"   {megabytes:.1f} MB; largest difference of the outputs: {difference:.1e}")
     if difference > 0:
-        raise SystemExit("the reloaded model computes something else")
+        raise SystemExit("the reloaded model computes a different output")
     return speed_up
 
 

@@ -1,4 +1,4 @@
-"""The rows of the experiment: what each one changes, and the model that it trains. All start from one dense model."""
+"""The rows of the experiment: what each one changes, and the model it trains. All start from the same dense model."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Arm:
     Attributes:
         kind: plain attention, linear attention alone, or a model that `salad_compile.convert` converted.
         settings: fields of SaladConfig that differ from the experiment's defaults.
-        query_blocks: query blocks are so many times as long as key blocks.
-        smallest_blocks: blocks are of 16 tokens, in the place of the preset's.
+        query_blocks: length of a query block in key blocks.
+        smallest_blocks: whether blocks have 16 tokens instead of the preset's number.
         trained: whether anything is trained.
-        of, drop: share of the linear branches that are dropped from the trained arm `of`; 1 is all of them.
-        longer: it is trained for so many times as many steps.
+        of, drop: the share `drop` of the linear branches is dropped from the trained arm `of`; 1 is all of them.
+        longer: factor of the number of training steps.
     """
 
     name: str
@@ -164,7 +164,7 @@ def example_inputs(preset: Preset, device: torch.device) -> dict[str, torch.Tens
 
 
 def build(arm: Arm, base: VideoDiT, preset: Preset, device: torch.device, seed: int) -> nn.Module:
-    """What the arm trains, made of `base`, which it changes; the seed draws the new parameters."""
+    """The model that the arm trains, made from `base` in place; the seed draws the new parameters."""
     torch.manual_seed(seed)
     if arm.kind == "dense":
         return add_low_rank(base, preset.rank) if arm.trained else base.requires_grad_(False)
@@ -192,7 +192,7 @@ def recipe_of(arm: Arm, preset: Preset, seed: int) -> Recipe:
 
 
 def settings_of(arm: Arm, preset: Preset, seed: int) -> dict[str, Any]:
-    """What a row says of itself; every number in it decides the result."""
+    """The settings of a row: everything that the result depends on."""
     shared: dict[str, Any] = {
         "kind": arm.kind,
         "trained": arm.trained,

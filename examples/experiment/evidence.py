@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, written between their markers from the raw rows and from nothing else."""
+"""The tables of docs/evidence.md, written between their markers from the raw rows alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLUMNS = (
 
 
 class MissingRowsError(ValueError):
-    """The tables need rows that are not there."""
+    """Rows that the tables need are missing."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def render(rows: Sequence[Row], rate: float = FULL.tune.rate) -> str:
         rows: of one device. rate: the learning rate of the tables; other rows are those of the sweep.
 
     Raises:
-        MissingRowsError: dense, dense-tuned or sparse-only is missing, which everything is compared with.
+        MissingRowsError: dense, dense-tuned or sparse-only is missing; everything is compared with these.
     """
     main = [row for row in rows if row["settings"]["tune"]["rate"] == rate]
     found = summarise(main)
@@ -155,7 +155,7 @@ def _claims(found: dict[str, Summary]) -> list[str]:
 
 
 def _levels(rows: Sequence[Row], found: dict[str, Summary]) -> list[str]:
-    """Where along the noise levels the losses differ: means over the seeds."""
+    """The loss at each range of noise levels: means over the seeds."""
     arms = [
         name
         for name in ("dense", "sparse-only", "sparse-lora", "salad", "rope-after-map", "linear-only")
@@ -187,7 +187,7 @@ def _rates(rows: Sequence[Row]) -> list[str]:
 
 
 def newest_rows() -> list[Row]:
-    """The rows of the device whose file is the fullest.
+    """The rows of the device whose file has most rows.
 
     Raises:
         MissingRowsError: there is none.
@@ -199,7 +199,7 @@ def newest_rows() -> list[Row]:
 
 
 def write(page: Path = PAGE, rows: Sequence[Row] | None = None) -> None:
-    """Rewrite what stands between the markers of the page.
+    """Rewrite the text between the markers of the page.
 
     Raises:
         MissingRowsError: see :func:`render`. ValueError: the page has no markers.

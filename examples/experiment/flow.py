@@ -1,4 +1,4 @@
-"""Flow matching: the loss, the loss over fixed held-out triples, the Euler sampler, and how alike two clips are."""
+"""Flow matching: the loss, the loss over fixed held-out triples, the Euler sampler, and similarity of clips."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from videos import COLOURS, ClipSize, draw
 
-HELD_OUT_SEED = 2_000_003  # no training set has this one
+HELD_OUT_SEED = 2_000_003  # of no training set
 BINS = 5  # of the noise level, in the held-out loss
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -1,6 +1,6 @@
 """A small video diffusion transformer in the style of Wan: what the experiment trains, converts and compares.
 
-Written as such models are written elsewhere: nothing in here knows of SALAD.
+Written like other such models: nothing here knows about SALAD.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ModelSize:
 def rotation_table(size: ModelSize) -> Tensor:
     """fp32 (2, 1, 1, tokens, head_dim / 2): cosines and sines of the three-dimensional rotary encoding.
 
-    The base is 100 and not 10,000: the grid has 16 tokens along an axis, and slower rotations would be all the same.
+    The base is 100, not 10,000: an axis of the grid has 16 tokens, over which slower rotations would hardly differ.
     """
     half = size.width // size.heads // 2
     shares = (half - 2 * (half // 3), half // 3, half // 3)

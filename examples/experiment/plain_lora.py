@@ -1,6 +1,6 @@
 """Low-rank updates and linear attention written plainly, for the arms that are not SALAD.
 
-The updates start and act as those of `salad_compile.convert`: `down` Kaiming uniform, `up` zero, scale 1.
+The updates start and scale like those of `salad_compile.convert`: `down` Kaiming uniform, `up` zero, scale 1.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def add_low_rank(model: VideoDiT, rank: int) -> VideoDiT:
 
 
 class LinearAttention(nn.Module):
-    """Linear attention in the place of softmax attention, on the projections of a :class:`SelfAttention`.
+    """Linear attention instead of softmax attention, on the projections of a :class:`SelfAttention`.
 
-    It has a projection of its own, as SALAD's linear branch has, so that both have equally many parameters; it starts
-    as the identity, because here nothing else computes.
+    Like SALAD's linear branch it has a projection, so that both have equally many parameters. It starts as the
+    identity, because there is no sparse branch beside it.
     """
 
     def __init__(self, attn: SelfAttention) -> None:

@@ -1,4 +1,4 @@
-"""What was expected, written down before the rows were measured; `evidence.py` puts the measured numbers beside it.
+"""Predictions, written down before the rows were measured; `evidence.py` puts the measured numbers beside them.
 
 Known when these were written (2026-11-26, 04:15 UTC): the dense loss, that of the converted and untrained model, and
 seed 0 of "salad" and "sparse-lora" at learning rates 3e-4, 1e-3 and 3e-3. Everything else was open. "blocks-16" was
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prediction:
-    """The mean held-out loss of an arm over that of the dense model as it is: expected within [low, high]."""
+    """The mean held-out loss of an arm over that of the dense model: expected within [low, high]."""
 
     arm: str
     low: float

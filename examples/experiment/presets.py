@@ -14,8 +14,8 @@ class Preset:
     """Everything that all arms share.
 
     Attributes:
-        block: tokens of a block, of queries as of keys. rank: of all low-rank updates.
-        held_out: how many triples the held-out loss is taken over. samples, sampler_steps: for PSNR and SSIM.
+        block: tokens per block of queries and of keys. rank: of all low-rank updates.
+        held_out: number of triples in the held-out loss. samples, sampler_steps: for PSNR and SSIM.
     """
 
     model: ModelSize

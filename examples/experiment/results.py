@@ -1,4 +1,4 @@
-"""Rows as JSON lines: appended whole, so that several processes may write and a kill loses nothing but its own row."""
+"""Rows as JSON lines, each appended in one write: several processes may write, and a kill loses only its own row."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def default_path(device: torch.device) -> Path:
 
 
 def about_this_run(device: torch.device) -> Row:
-    """What every row repeats, so that it can be read alone."""
+    """Facts that every row repeats, so that it can be read by itself."""
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": _commit(),
@@ -52,7 +52,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def key(row: Row) -> tuple[str, int, float]:
-    """Arm, seed and learning rate: what there is one row of."""
+    """Arm, seed and learning rate: each combination has one row."""
     return row["arm"], row["seed"], row["settings"]["tune"]["rate"]
 
 
@@ -60,7 +60,7 @@ def read(path: Path) -> list[Row]:
     """All rows; of rows with one :func:`key` the last.
 
     Raises:
-        ValueError: a line that is no JSON and not the last one, which a kill may have cut.
+        ValueError: a line is not JSON. The last line may be cut off, by a kill.
     """
     if not path.exists():
         return []
@@ -78,7 +78,7 @@ def read(path: Path) -> list[Row]:
 
 
 def _commit() -> str:
-    """What EXPERIMENT_COMMIT says (a lent machine has no history), or the commit and whether the tree has changes."""
+    """EXPERIMENT_COMMIT (for machines without the history), or the commit and whether the tree has changes."""
     if given := os.environ.get("EXPERIMENT_COMMIT"):
         return given
     git = ["git", "-C", str(ROOT)]

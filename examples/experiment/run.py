@@ -5,7 +5,7 @@
     python examples/experiment/run.py all --seeds 0 1 2          all rows that are not in the results yet
     python examples/experiment/run.py table                      docs/evidence.md from the results
 
-`--tiny` runs everything in seconds on a CPU; its numbers mean nothing and go to out/. docs/evidence.md says more.
+`--tiny` runs everything in seconds on a CPU; its numbers mean nothing and go to out/. See docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a run takes place and what it may touch.
+    """Device, sizes and files of a run.
 
     Attributes:
         base: the dense weights. tuned: folder of trained branches. kept: folder of checkpoints to resume from.
@@ -118,7 +118,7 @@ def run_arm(arm: Arm, seeds: Sequence[int], place: Place) -> None:
         if arm.trained:
             last = _tune(arm, model, seed, place)
         elif arm.of:
-            model = _dropped(arm, seed, place)
+            model = _load_and_drop(arm, seed, place)
         tuned_at = time.perf_counter()
         with torch.compiler.set_stance("force_eager"):  # other batch sizes would be compiled anew
             judged = _judge(model, place)
@@ -151,7 +151,7 @@ def _tune(arm: Arm, model: nn.Module, seed: int, place: Place) -> float:
 
 
 def _judge(model: nn.Module, place: Place) -> dict[str, Any]:
-    """The held-out loss, and how like the dense model's samples the arm's are, from the same noise."""
+    """The held-out loss, and how similar the arm's samples are to the dense model's, from the same noise."""
     preset, clip = place.preset, place.preset.model.clip
     loss, by_level = held_out_loss(
         model, held_out_triples(preset.held_out, clip, place.device), preset.evaluation_batch
@@ -164,8 +164,8 @@ def _judge(model: nn.Module, place: Place) -> dict[str, Any]:
     return {"held_out_loss": loss, "held_out_by_level": by_level, **alike}
 
 
-def _dropped(arm: Arm, seed: int, place: Place) -> nn.Module:
-    """The trained model of the arm that this one drops branches from."""
+def _load_and_drop(arm: Arm, seed: int, place: Place) -> nn.Module:
+    """The trained model of another arm, without the branches that this one drops."""
     path = place.tuned / f"{arm.of}-{seed}.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: run `python examples/experiment/run.py arm {arm.of}` first.")
@@ -175,7 +175,7 @@ def _dropped(arm: Arm, seed: int, place: Place) -> nn.Module:
 
 
 def _sparsity(model: nn.Module) -> float | None:
-    """Measured over the sites that are converted."""
+    """The mean measured sparsity of the converted sites."""
     found = [getattr(m, "measured_sparsity", None) for m in model.modules()]
     known = [value for value in found if value is not None]
     return sum(known) / len(known) if known else None
@@ -194,7 +194,7 @@ def missing(names: Sequence[str], seeds: Sequence[int], place: Place) -> list[tu
 
 
 def run_all(names: Sequence[str], seeds: Sequence[int], place: Place) -> int:
-    """Run what is missing; an arm that fails is said and does not stop the others. Returns how many failed."""
+    """Run what is missing; report an arm that fails and go on with the others. Returns how many failed."""
     failed = 0
     for arm, rest in missing(names, seeds, place):
         try:
@@ -211,8 +211,8 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="sizes that only check that it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="run uncompiled")
-    parser.add_argument("--steps", type=int, help="training steps, in the place of the preset's")
-    parser.add_argument("--rate", type=float, help="highest learning rate, in the place of the preset's")
+    parser.add_argument("--steps", type=int, help="training steps, instead of the preset's")
+    parser.add_argument("--rate", type=float, help="highest learning rate, instead of the preset's")
     parser.add_argument("--base", type=Path, help="the dense weights; default assets/dense.safetensors")
     parser.add_argument("--tuned", type=Path, help="folder of trained branches; default out/experiment")
     parser.add_argument(

@@ -1,7 +1,7 @@
-"""Restore a noisy held-out clip dense, converted without training, and as fine-tuned SALAD; draws them as rows.
+"""Restore a noisy held-out clip with the dense model, with untrained sparse attention and with fine-tuned SALAD.
 
     python examples/experiment/sample.py                    out/experiment/sample.png; under a minute on two cores
-    python examples/experiment/sample.py --level 1 --steps 30      from pure noise: samples, and no clip to compare with
+    python examples/experiment/sample.py --level 1 --steps 30      from pure noise: samples, no clip to compare with
     python examples/experiment/sample.py --look out/look           draws what SALAD attends to: masks, recall, gates
 
 The weights are those in assets/: `dense.safetensors` by `run.py dense`, `salad.safetensors` by the arm "salad-long".
@@ -83,7 +83,7 @@ def main(given: Sequence[str] | None = None) -> int:
         seen = {"hidden_states": noised, "timestep": torch.tensor([options.level]), "label": clip.labels}
         print(f"wrote {salad_compile.save_pictures(models()['90 % sparse, SALAD'], seen, options.look)}")
         return 0
-    rows = {"clip": clip.video} if options.level < 1 else {}  # of pure noise nothing is the right answer
+    rows = {"clip": clip.video} if options.level < 1 else {}  # pure noise has no original
     print(f"held-out clip {options.clip}, noise level {options.level:g}, {options.steps} Euler steps", flush=True)
     for title, model in models().items():
         start = time.perf_counter()

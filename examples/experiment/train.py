@@ -1,6 +1,6 @@
 """The training loop of every arm: AdamW, an average of the weights, a progress line, and a checkpoint to resume from.
 
-What step n sees is a function of (seed, n): a run that was killed and resumed ends with the same weights.
+The data of step n is a function of (seed, n): a run that was killed and resumed ends with the same weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Recipe:
     Attributes:
         steps, batch: of clips.
         rate: the highest learning rate, after `warm_up` steps; then a cosine to zero.
-        clips: so many fixed clips, shuffled anew in every pass over them; None draws fresh ones for ever.
+        clips: number of fixed clips, shuffled again in every pass; None draws new ones in every step.
         average: decay of the running mean of the weights, 0 for none.
     """
 
@@ -56,16 +56,16 @@ class Recipe:
 
 
 class Batches:
-    """What each step sees: clips, labels, noise and noise level, shapes as in :func:`flow.flow_losses`.
+    """The data of each step: clips, labels, noise and noise level, shapes as in :func:`flow.flow_losses`.
 
-    Nothing in here waits for the device.
+    Nothing here waits for the device.
     """
 
     def __init__(self, recipe: Recipe, size: ClipSize, device: torch.device) -> None:
         self.recipe, self.size, self.device = recipe, size, device
-        self.order = None if recipe.clips is None else self._shuffled(recipe.clips).to(device)
+        self.order = None if recipe.clips is None else self._shuffle(recipe.clips).to(device)
 
-    def _shuffled(self, clips: int) -> Tensor:
+    def _shuffle(self, clips: int) -> Tensor:
         """int64 (steps * batch or more,): pass after pass over the fixed clips."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
         passes = -(-self.recipe.steps * self.recipe.batch // clips)
@@ -80,14 +80,14 @@ class Batches:
             clips = draw(FIXED_SEED, self.order[first:last], self.size)
         generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_000 + step)
         noise = torch.randn(clips.video.shape, generator=generator, device=device)
-        # evenly spread levels: every step sees low and high noise alike
+        # evenly spread levels, so that every step has both low and high noise
         level = torch.rand(recipe.batch, generator=generator, device=device)
         level = (level + torch.arange(recipe.batch, device=device)) / recipe.batch
         return clips.video, clips.labels, noise, level
 
 
 class Training:
-    """A model in training, with all that a checkpoint holds."""
+    """A model in training: everything that a checkpoint holds."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -116,7 +116,7 @@ class Training:
 
     @torch.no_grad()
     def use_mean(self) -> None:
-        """Put the running mean in the place of the weights."""
+        """Replace the weights by their running mean."""
         for name, value in self.mean.items():
             self.trained[name].copy_(value)
 
@@ -163,12 +163,12 @@ def train(
     """Train to the end of the recipe.
 
     Args:
-        model: what is called, compiled or not; its parameters are those of `training`.
-        checkpoint: where the state is kept while it runs; what lies there is continued. log: JSON lines.
-        stop_after: leave after so many steps, as a kill would.
+        model: the callable, compiled or not; its parameters are those of `training`.
+        checkpoint: file of the state, written during the run; an existing one is continued. log: JSON lines.
+        stop_after: number of steps after which to return, as if the run had been killed.
 
     Returns:
-        The mean loss of the last tenth of the steps that were run.
+        The mean loss over the last tenth of the steps of this call.
     """
     recipe = training.recipe
     if checkpoint is not None and checkpoint.exists():

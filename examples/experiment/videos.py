@@ -2,13 +2,13 @@
 
 A clip shows, in pixels of [-1, 1]:
 
-* a background of random cells. The camera pans over it and comes back, so that what leaves the picture returns, and
-  what a patch shows is found at another place in another frame;
+* a background of random cells. The camera pans over it and comes back, so cells that leave the picture return, and the
+  content of a patch is found at another place in another frame;
 * a sprite with a random texture that passes behind a bar and reappears with the same texture, and another one in front;
 * light that changes over time in the whole frame.
 
-The label says the shape of the sprites. Random numbers are integer hashes and no generator's state: the same on every
-device, and a clip costs no loop.
+The label says the shape of the sprites. Random numbers are integer hashes without a generator's state: they are
+the same on every device, and need no loop.
 """
 
 from __future__ import annotations
@@ -95,13 +95,13 @@ def draw(seed: int, indices: Tensor, size: ClipSize) -> Clips:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """An integer hash of 32 bits, kept in int64; no product leaves 63 bits."""
+    """An integer hash of 32 bits, kept in int64; no product exceeds 63 bits."""
     x = ((x ^ (x >> 16)) * 0x45D9F3B) & _MASK
     x = ((x ^ (x >> 16)) * 0x45D9F3B) & _MASK
     return x ^ (x >> 16)
 
 
-def _hashed(key: Tensor, stream: int, counter: Tensor) -> Tensor:
+def _hash(key: Tensor, stream: int, counter: Tensor) -> Tensor:
     """32 random bits in int64, of the shape of `counter`, int64 (B or 1, ...); `key` is int64 (B,)."""
     key = _mix(key ^ _mix(torch.full_like(key, stream)))
     return _mix(_mix(counter & _MASK) ^ key.view(-1, *[1] * (counter.ndim - 1)))
@@ -109,7 +109,7 @@ def _hashed(key: Tensor, stream: int, counter: Tensor) -> Tensor:
 
 def _uniform(key: Tensor, stream: int, count: int) -> Tensor:
     """fp32 (B, count) in [0, 1)."""
-    return (_hashed(key, stream, torch.arange(count, device=key.device)[None]) >> 8).float() / 2**24
+    return (_hash(key, stream, torch.arange(count, device=key.device)[None]) >> 8).float() / 2**24
 
 
 # ---------------------------------------------------------------- the parts of a picture
@@ -117,7 +117,7 @@ def _uniform(key: Tensor, stream: int, count: int) -> Tensor:
 
 def _texture(key: Tensor, stream: int, row: Tensor, column: Tensor) -> Tensor:
     """fp32 (B, ..., 3) in [-1, 1): random colours of the cells at int64 coordinates (B or 1, ...)."""
-    bits = _hashed(key, stream, (row & 0xFFFF) * 65_536 + (column & 0xFFFF))
+    bits = _hash(key, stream, (row & 0xFFFF) * 65_536 + (column & 0xFFFF))
     shifts = torch.arange(COLOURS, device=key.device) * 10 + 2  # ten bits for each colour
     return ((bits.unsqueeze(-1) >> shifts) & 1023).float() / 512 - 1
 
@@ -129,7 +129,7 @@ def _camera(key: Tensor, time: Tensor) -> Tensor:
     turn = (frames / 2 + (chance[:, :1] - 0.5) * frames / 4).floor()
     rate = torch.where(chance[:, 1:2] < 0.5, 0.5, 1.0)  # patches for each frame
     steps = ((turn - (time - turn).abs()) * rate).floor().long()
-    eighth = (chance[:, 2] * 8).long() * 45  # degrees; no table, because a copy to a GPU would wait for it
+    eighth = (chance[:, 2] * 8).long() * 45  # degrees; a table would have to be copied to the GPU
     angle = torch.deg2rad(eighth.float())
     direction = torch.stack([angle.sin(), angle.cos()], dim=-1).mul(1.5).round().long()
     return PATCH * steps[..., None] * direction[:, None]
@@ -152,12 +152,12 @@ def _sprite_edge(edge: int) -> int:
 
 
 def _bar_width(edge: int) -> int:
-    """Wider than a sprite and its step, so that the sprite is out of sight for a frame or more."""
+    """Wider than a sprite and its step, so that the sprite is hidden for at least one frame."""
     return edge * 5 // 16
 
 
 def _bar(key: Tensor, edge: int) -> tuple[Tensor, Tensor]:
-    """int64 (B,), where the middle of the bar is, and bool (B,), whether it stands upright."""
+    """int64 (B,), the middle of the bar, and bool (B,), whether it is upright."""
     chance = _uniform(key, 21, 2)
     return ((0.4 + 0.2 * chance[:, 0]) * edge).long(), chance[:, 1] < 0.5
 
