@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from salad_compile.backend.pipelines import compile_pipeline as compile_pipeline
     from salad_compile.calls.adapters import AttentionArguments as AttentionArguments
     from salad_compile.calls.adapters import attention_adapter as attention_adapter
-    from salad_compile.checkpoints.salad_file import load as load
-    from salad_compile.checkpoints.salad_file import save as save
     from salad_compile.config import SaladConfig as SaladConfig
     from salad_compile.conversion.context_parallel import parallelise as parallelise
     from salad_compile.conversion.convert import convert as convert
@@ -45,6 +43,8 @@ if TYPE_CHECKING:
     from salad_compile.errors import *  # noqa: F403
     from salad_compile.exchange.export_directory import export as export
     from salad_compile.exchange.hub import push_to_hub as push_to_hub
+    from salad_compile.salad_files.salad_file import load as load
+    from salad_compile.salad_files.salad_file import save as save
 
 _HOMES = {
     "AttentionArguments": "calls.adapters",
@@ -60,7 +60,7 @@ _HOMES = {
     "drop_branches": "analysis.dropping",
     "explain": "analysis.inspection",
     "export": "exchange.export_directory",
-    "load": "checkpoints.salad_file",
+    "load": "salad_files.salad_file",
     "merge_lora": "conversion.merge",
     "package_exported": "backend.exported_programs",
     "parallelise": "conversion.context_parallel",
@@ -68,7 +68,7 @@ _HOMES = {
     "push_to_hub": "exchange.hub",
     "ramp_sparsity": "conversion.schedules",
     "rewrite_exported": "backend.exported_programs",
-    "save": "checkpoints.salad_file",
+    "save": "salad_files.salad_file",
     "save_pictures": "analysis.pictures",
     "set_dense": "conversion.schedules",
     "set_sparsity": "conversion.schedules",

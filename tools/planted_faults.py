@@ -202,7 +202,7 @@ FAULTS = (
         "text in front takes the video's places",
         "grid",
         ("begin = 0 if text_first else order.shape[0]", "begin = order.shape[0] if text_first else 0"),
-        tests="tests/salad_compile/**/test_geometry.py tests/salad_compile/grid/*.py",
+        tests="tests/salad_compile/grid/*.py",
     ),
     _fault(
         "order of the previous video kept",
@@ -221,7 +221,7 @@ FAULTS = (
         "incomplete patches at the border forgotten",
         "grid",
         ("(shape[axis] + patch - 1) // patch", "shape[axis] // patch"),
-        tests="tests/salad_compile/**/test_geometry.py tests/salad_compile/grid/*.py",
+        tests="tests/salad_compile/grid/*.py",
     ),
     # --------------------------------------------------------------------------------------------- sites and position
     _fault(
@@ -296,12 +296,12 @@ FAULTS = (
         ("(up @ down) * parameters.lora_scale", "(up @ down) * parameters.lora_scale.sign()"),
         tests="tests/salad_compile/**/test_merge.py",
     ),
-    # ------------------------------------------------------------------------- checkpoints, exchange, latents, training
+    # ------------------------------------------------------------------------- salad_files, exchange, latents, training
     _fault(
         "a file of another base is taken",
-        "checkpoints",
+        "salad_files",
         ("return hashlib.sha256(json.dumps(parts).encode()).hexdigest()", "return hashlib.sha256(b'').hexdigest()"),
-        tests="tests/salad_compile/**/test_checkpoint.py tests/salad_compile/checkpoints/*.py",
+        tests="tests/salad_compile/**/test_checkpoint.py tests/salad_compile/salad_files/*.py",
     ),
     _fault(
         "exported LoRA without its scale",

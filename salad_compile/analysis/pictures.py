@@ -25,7 +25,7 @@ from salad_compile.analysis.site_call import SiteCall
 from salad_compile.common.files import written_at_once
 from salad_compile.common.reports import Report
 from salad_compile.errors import MissingPackageError
-from salad_compile.grid.geometry import Grid
+from salad_compile.grid.sizes import Grid
 from salad_compile.kernels.layout import ALL_BLOCKS, block_count
 
 if TYPE_CHECKING:

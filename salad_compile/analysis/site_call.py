@@ -19,7 +19,7 @@ from salad_compile.definition.attention import Operands, salad_of, update_of
 from salad_compile.definition.branch_tensors import BranchTensors
 from salad_compile.definition.token_layout import reordering, reordering_in_place, segments
 from salad_compile.errors import PatternError
-from salad_compile.grid.geometry import cached_order, temporal_order, tile_order
+from salad_compile.grid.orders import cached_order, temporal_order, tile_order
 from salad_compile.kernels.layout import ALL_BLOCKS, block_count
 from salad_compile.kernels.measure import capture_selections
 from salad_compile.sites import observers

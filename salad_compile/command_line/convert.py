@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from salad_compile.checkpoints.location import FILE_NAME
 from salad_compile.command_line import model_arguments
 from salad_compile.command_line.output import plural, tell
+from salad_compile.salad_files.location import FILE_NAME
 
 if TYPE_CHECKING:
     import torch

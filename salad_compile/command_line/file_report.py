@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from salad_compile.checkpoints.salad_file import HEADER_KEY, Header, opened
 from salad_compile.common.reports import Report, Row
 from salad_compile.config import SaladConfig
+from salad_compile.salad_files.header import HEADER_KEY, Header
+from salad_compile.salad_files.salad_file import opened
 from salad_compile.sites.branch import BRANCH_NAME
 from salad_compile.sites.record import SiteRecord
 

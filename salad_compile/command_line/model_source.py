@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from salad_compile.checkpoints.location import is_repository_id
 from salad_compile.common.files import read_json
 from salad_compile.errors import HubError, MissingPackageError, ModelSourceError, did_you_mean
+from salad_compile.salad_files.location import is_repository_id
 
 if TYPE_CHECKING:
     import torch

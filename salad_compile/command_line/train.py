@@ -115,8 +115,8 @@ def config_of(arguments: argparse.Namespace) -> SaladConfig | None:
 
 
 def _model(arguments: argparse.Namespace, settings: TrainSettings) -> nn.Module:
-    from salad_compile.checkpoints.salad_file import load
     from salad_compile.command_line.model_source import load_model
+    from salad_compile.salad_files.salad_file import load
     from salad_compile.training.preparation import DTYPES
 
     model = load_model(arguments.model, dtype=DTYPES[settings.precision], component=arguments.component)

@@ -26,7 +26,7 @@ from salad_compile.errors import (
     UnknownProjectionError,
     WrappedModelError,
 )
-from salad_compile.grid.geometry import GridSource
+from salad_compile.grid.rule import GridSource
 from salad_compile.grid.video_grid import RootForward, VideoGrid
 from salad_compile.position.slice import position_error
 from salad_compile.sites.branch import BRANCH_NAME, SaladBranch, branches

@@ -205,7 +205,7 @@ def salad_attention(
             video's tokens; with `spec.single` x holds the text as well, S tokens.
         branch: gate and projection of the site.
         order: int32 (2, V), the order of the video's tokens and its inverse; None is the native order. With the pattern
-            "stswa" it is :func:`salad_compile.grid.geometry.temporal_order`, and never None.
+            "stswa" it is :func:`salad_compile.grid.orders.temporal_order`, and never None.
         spec, scale: see :func:`sparse_attention`.
         dtype: dtype of the attention result that is replaced. Inside autocast query, key and value may differ from it,
             and operators of torch.library are not autocast.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from salad_compile.grid.geometry import joint_order
+from salad_compile.grid.orders import joint_order
 
 __all__ = ["Reordering", "Segments", "reordering", "reordering_in_place", "segments"]
 

@@ -11,7 +11,7 @@ from salad_compile.config import SaladConfig
 
 if TYPE_CHECKING:
     from salad_compile.discovery.discover import AttentionSite
-    from salad_compile.grid.geometry import GridSource
+    from salad_compile.grid.rule import GridSource
 from salad_compile.common.reports import Report, Row, site_path
 
 

@@ -9,10 +9,11 @@ from functools import cached_property
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.checkpoints.salad_file import Header, branch_state, describe
 from salad_compile.common.sharding import is_first_rank, whole, whole_state
 from salad_compile.common.wrappers import plain_key
 from salad_compile.exchange.low_rank import LowRank, low_rank_updates
+from salad_compile.salad_files.contents import branch_state, describe
+from salad_compile.salad_files.header import Header
 from salad_compile.sites.branch import BRANCH_NAME
 
 

@@ -15,8 +15,6 @@ import torch.nn as nn
 
 from salad_compile.analysis.inspection import summary
 from salad_compile.analysis.summary import Summary
-from salad_compile.checkpoints.location import is_repository_id
-from salad_compile.checkpoints.salad_file import describe
 from salad_compile.common.files import directory_written_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.sharding import is_first_rank
@@ -27,6 +25,8 @@ from salad_compile.exchange.export_format import ExportFormat, ExportOptions
 from salad_compile.exchange.export_report import ExportedFormat, ExportReport, SiteCastError
 from salad_compile.exchange.formats import FORMATS, choose_formats
 from salad_compile.exchange.model_card import model_card
+from salad_compile.salad_files.contents import describe
+from salad_compile.salad_files.location import is_repository_id
 from salad_compile.sites.branch import branches
 
 Result = TypeVar("Result")

@@ -11,12 +11,14 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.checkpoints.location import FILE_NAME
-from salad_compile.checkpoints.salad_file import FORMAT_VERSION, Header, weight_sum, write
 from salad_compile.conversion.merge import MergedProjection, mergeable, merged_weight
 from salad_compile.errors import ExportError, MergeError
 from salad_compile.exchange.component import Component
 from salad_compile.exchange.low_rank import LowRank, is_fused_by_diffusers
+from salad_compile.salad_files.contents import weight_sum
+from salad_compile.salad_files.header import FORMAT_VERSION, Header
+from salad_compile.salad_files.location import FILE_NAME
+from salad_compile.salad_files.salad_file import write
 from salad_compile.sites.branch import branches
 
 # short: diffusers prints all of it when it loads the configuration

@@ -15,7 +15,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.grid.geometry import Grid, GridSource, cached_order, read_grid, temporal_order, tile_order
+from salad_compile.grid.orders import cached_order, temporal_order, tile_order
+from salad_compile.grid.rule import GridSource, read_grid
+from salad_compile.grid.sizes import Grid
 
 
 class VideoGrid:

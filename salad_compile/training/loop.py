@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from salad_compile.checkpoints.salad_file import FILE_NAME, save
 from salad_compile.common.files import written_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.wrappers import single_model
@@ -22,8 +21,10 @@ from salad_compile.config import SaladConfig
 from salad_compile.conversion.schedules import ramp_sparsity
 from salad_compile.errors import ResumeError, TrainingError
 from salad_compile.latents import LatentDataset
+from salad_compile.salad_files.location import FILE_NAME
+from salad_compile.salad_files.salad_file import save
 from salad_compile.sites.branch import branches
-from salad_compile.training.checkpointing import (
+from salad_compile.training.checkpoints import (
     Checkpoint,
     CheckpointWriter,
     Fingerprint,

@@ -33,7 +33,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         "kernels",
         "conversion.convert",
         "discovery.discover",
-        "checkpoints.salad_file",
+        "salad_files.salad_file",
         "backend.dynamo",
         "analysis.inspection",
     ],

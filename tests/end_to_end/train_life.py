@@ -12,7 +12,7 @@ import diffusers.models.transformers.transformer_wan  # noqa: F401
 import torch
 import torch.distributed.launcher.api
 
-import salad_compile.checkpoints.salad_file
+import salad_compile.salad_files.salad_file
 import salad_compile.training.loop  # noqa: F401
 from salad_compile.command_line import main, train
 

@@ -24,8 +24,8 @@ class ComfyUI(ExportFormat):
     place = "lora/comfyui_lora.safetensors"
 
     def require(self, model: nn.Module) -> None:
-        from salad_compile.checkpoints.salad_file import base_class
         from salad_compile.exchange.lora_files import require_lora
+        from salad_compile.salad_files.contents import base_class
 
         require_lora(model)
         cls = base_class(model)

@@ -28,8 +28,8 @@ class Diffusers(ExportFormat):
     library = "diffusers"
 
     def require(self, model: nn.Module) -> None:
-        from salad_compile.checkpoints.salad_file import base_class
         from salad_compile.exchange.lora_files import require_lora
+        from salad_compile.salad_files.contents import base_class
 
         require_lora(model)
         if not hasattr(model, "load_lora_adapter"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from salad_compile.checkpoints.location import FILE_NAME
 from salad_compile.exchange.export_format import ExportFormat, ExportOptions, Written
+from salad_compile.salad_files.location import FILE_NAME
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -25,7 +25,7 @@ class Salad(ExportFormat):
         """Every converted model fits."""
 
     def write(self, component: Component, path: Path, options: ExportOptions) -> Written:
-        from salad_compile.checkpoints.salad_file import write
+        from salad_compile.salad_files.salad_file import write
 
         write(component.branch_state, component.header, path)
         return Written(len(component.branch_state))

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.testing import assert_close
 
-from salad_compile.grid.geometry import Grid, temporal_order
+from salad_compile.grid.orders import temporal_order
+from salad_compile.grid.sizes import Grid
 from salad_compile.kernels import KernelArgumentError, block_sparse_attention, measure_executions, window_blocks
 from salad_compile.kernels.layout import ALL_BLOCKS
 from salad_compile.kernels.windows.reach import doubled_reach, doubled_reach_of, reach_in_tokens

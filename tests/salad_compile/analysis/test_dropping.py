@@ -203,18 +203,6 @@ def test_what_is_dropped_does_not_come_back(dropped: nn.Module, tmp_path: Path) 
     assert_unchanged(dropped, before)
 
 
-def test_files_of_format_version_2_are_read(tmp_path: Path) -> None:
-    model = converted()
-    path = salad_compile.save(model, tmp_path)
-    with safe_open(path, "pt") as content:
-        header = json.loads(content.metadata()["salad_config"])
-    header["format_version"] = 2
-    for site in header["sites"]:
-        del site["dropped"]
-    save_file(load_file(path), path, metadata={"salad_config": json.dumps(header)})
-    assert torch.equal(output(salad_compile.load(ALL_CASES["Wan"].build(), path)), output(model))
-
-
 def test_other_tools_go_on_with_a_dropped_model(dropped: nn.Module) -> None:
     sites = salad_compile.summary(dropped).sites
     assert [site.dropped for site in sites] == [False, True]

@@ -13,7 +13,7 @@ from salad_compile.errors import NotConvertedError
 from salad_compile.sites.branch import branches
 from tests import toys
 from tests.models.zoo import CASES
-from tests.salad_compile.checkpoints.test_salad_file import converted
+from tests.salad_compile.salad_files.test_salad_file import converted
 from tests.support import TINY, relative_error
 
 CASE = CASES["Wan"]

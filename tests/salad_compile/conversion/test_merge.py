@@ -11,8 +11,8 @@ import salad_compile
 from salad_compile.errors import BaseModelMismatchError, MergeError, NotConvertedError
 from salad_compile.sites.branch import branches
 from tests.models.zoo import CASES
-from tests.salad_compile.checkpoints.test_salad_file import converted
 from tests.salad_compile.conversion.test_convert import assert_unchanged, fingerprint
+from tests.salad_compile.salad_files.test_salad_file import converted
 from tests.support import TINY, Recorder, randomise_branches, relative_error, run
 
 

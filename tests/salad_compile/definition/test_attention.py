@@ -14,7 +14,7 @@ from salad_compile.config import AttentionSpec, SaladConfig
 from salad_compile.definition.attention import LINEAR_EPS, Mapped, linear_attention, salad_attention, sparse_attention
 from salad_compile.definition.branch_tensors import BranchTensors
 from salad_compile.definition.token_layout import Segments
-from salad_compile.grid.geometry import order_and_inverse, temporal_order
+from salad_compile.grid.orders import order_and_inverse, temporal_order
 from salad_compile.kernels.linear.feature_maps import feature_map_named
 from tests.support import relative_error, seeded
 

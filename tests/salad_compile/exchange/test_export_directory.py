@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import salad_compile
-from salad_compile.checkpoints import salad_file as checkpoint
 from salad_compile.exchange import ExportReport, to_diffusers_names, to_original_names
+from salad_compile.salad_files.contents import describe
 from salad_compile.sites.branch import branches
 from tests.models.zoo import CASES, from_diffusers
 from tests.salad_compile.conversion.test_convert import assert_unchanged, fingerprint
@@ -84,7 +84,7 @@ def test_the_exact_file_is_that_of_save(exported: Exported, tmp_path: Path) -> N
     assert all(torch.equal(tensors[name], saved[name]) for name in saved)
     loaded = salad_compile.load(CASE.build(), exported.directory)
     assert torch.equal(forward(loaded), exported.fine_tuned)
-    assert checkpoint.describe(loaded) == checkpoint.describe(exported.model)
+    assert describe(loaded) == describe(exported.model)
     with safe_open(exported.directory / "salad.safetensors", framework="pt") as content:
         header = content.metadata()["salad_config"]
     assert json.loads((exported.directory / "salad_config.json").read_text()) == json.loads(header)

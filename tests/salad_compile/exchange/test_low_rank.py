@@ -10,9 +10,9 @@ import torch.nn as nn
 from torch import Tensor
 
 import salad_compile
-from salad_compile.checkpoints.salad_file import branch_state
 from salad_compile.common.sharding import whole_state
 from salad_compile.exchange.low_rank import LowRank, low_rank_updates, split_fused
+from salad_compile.salad_files.contents import branch_state
 from salad_compile.sites.branch import branches
 from tests.models.zoo import CASES
 from tests.support import TINY, converted, randomise_branches

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import salad_compile
 from salad_compile.errors import ConfigError, GridMismatchError, SaladError
-from salad_compile.grid.geometry import GridRule, tile_order
+from salad_compile.grid.orders import tile_order
+from salad_compile.grid.rule import GridRule
 from salad_compile.grid.video_grid import RootForward
 from salad_compile.sites.branch import branches
 from tests import toys

@@ -249,16 +249,16 @@ def test_what_does_not_fit_is_told_before_anything_is_written(data: Path, tmp_pa
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import salad_compile.training.checkpointing as checkpointing
+    import salad_compile.training.checkpoints as checkpoints
 
-    real = checkpointing.flush_to_disk
+    real = checkpoints.flush_to_disk
 
     def full(path: Path) -> None:
         if path.parent.name.startswith(".step-00000004"):
             raise OSError(28, "No space left on device")
         real(path)
 
-    monkeypatch.setattr(checkpointing, "flush_to_disk", full)
+    monkeypatch.setattr(checkpoints, "flush_to_disk", full)
     with pytest.raises(TrainingError, match=r"step 4 could not be written.*No space left"):
         run(data, tmp_path)
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000002"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from salad_compile.checkpoints.salad_file import branch_state
+from salad_compile.salad_files.salad_file import branch_state
 from salad_compile.sites.branch import branches
 from salad_compile.training.flow_matching import wan_forward
 from salad_compile.training.preparation import make_trainable, require_converted

@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import salad_compile
-from salad_compile.checkpoints.location import file_at
 from salad_compile.errors import CorruptFileError, HubError
+from salad_compile.salad_files.location import file_at
 from tests.models.zoo import CASES
 from tests.salad_compile.conversion.test_convert import assert_unchanged, fingerprint
 from tests.support import converted

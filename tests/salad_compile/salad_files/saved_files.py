@@ -2,8 +2,8 @@
 
 Written at commit d389b51 (format version 4), before the package was arranged in rooms, by
 
-    python tests/salad_compile/checkpoints/saved_files.py write      # never again for an existing case
-    python tests/salad_compile/checkpoints/saved_files.py compare    # bit for bit, on a machine of the same kind
+    python tests/salad_compile/salad_files/saved_files.py write      # never again for an existing case
+    python tests/salad_compile/salad_files/saved_files.py compare    # bit for bit, on a machine of the same kind
 
 `<case>.safetensors` is what `salad_compile.save` wrote; `<case>.output.safetensors` has the output of the model in fp32
 and, for a merged base, its merged weights. Weights and inputs come from integer arithmetic, equal on every machine.

@@ -7,12 +7,9 @@ checks everything, names and shapes included, before it touches the model; savin
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,98 +17,29 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.calls.multihead import projection
-from salad_compile.checkpoints.location import FILE_NAME as FILE_NAME
-from salad_compile.checkpoints.location import file_at
 from salad_compile.common.files import failures_named, flush_to_disk, written_at_once
 from salad_compile.common.logs import logger
-from salad_compile.common.sharding import is_first_rank, shard_like, whole, whole_state
+from salad_compile.common.sharding import is_first_rank, shard_like, whole_state
 from salad_compile.common.wrappers import plain_key, single_model
-from salad_compile.config import SaladConfig
-from salad_compile.conversion.convert import attach, dense_projections, prepare
+from salad_compile.conversion.convert import attach, prepare
 from salad_compile.errors import (
     AlreadyConvertedError,
     BaseModelMismatchError,
     CheckpointError,
     CorruptFileError,
-    FormatVersionError,
     MissingKeysError,
     NotASaladFileError,
-    NotConvertedError,
-    SaladError,
     ShapeMismatchError,
     UnexpectedKeysError,
     UnknownProjectionError,
 )
-from salad_compile.grid.geometry import GridRule, GridSource
+from salad_compile.grid.rule import GridSource
+from salad_compile.salad_files.contents import base_class, base_digest, branch_state, describe, weight_sums
+from salad_compile.salad_files.header import HEADER_KEY, Header
+from salad_compile.salad_files.location import FILE_NAME, file_at
 from salad_compile.sites.branch import BRANCH_NAME, SaladBranch, branches
-from salad_compile.sites.record import SiteRecord
-
-FORMAT_VERSION = 4
-READABLE_VERSIONS = (2, 3, 4)  # 2 knew no dropped branches, 3 no rotated_first: SiteRecord's defaults say so
-HEADER_KEY = "salad_config"
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a SALAD file says about itself."""
-
-    config: SaladConfig
-    base_class: str
-    base_digest: str
-    sites: tuple[SiteRecord, ...]
-    dense_projections: tuple[str, ...]
-    versions: Mapping[str, str]
-    # after merge_lora: sums of the absolute weights of each site's projections, since only that base fits the file
-    merged_weights: tuple[float, ...] = ()
-    # how to read the video's token grid; None: not known, or a function of the user, which no file can hold
-    grid: GridRule | None = None
-
-    def to_json(self) -> str:
-        """The text stored under `salad_config` in the file's metadata."""
-        return json.dumps(
-            {
-                "format_version": FORMAT_VERSION,
-                "versions": dict(self.versions),
-                "config": self.config.to_dict(),
-                "base_class": self.base_class,
-                "base_digest": self.base_digest,
-                "sites": [site.to_dict() for site in self.sites],
-                "dense_projections": list(self.dense_projections),
-                "merged_weights": list(self.merged_weights),
-                "grid": None if self.grid is None else self.grid.to_dict(),
-            }
-        )
-
-    @classmethod
-    def from_json(cls, text: str, path: Path) -> Header:
-        """Raises FormatVersionError or CorruptFileError."""
-        try:
-            values = json.loads(text)
-            version = values["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptFileError(f"{path}: the header is not readable: {error!r}") from error
-        if version not in READABLE_VERSIONS:
-            readable = " and ".join(map(str, READABLE_VERSIONS))
-            raise FormatVersionError(
-                f"{path} has format version {version}, this release of salad_compile reads {readable}. "
-                f"It was written by {values.get('versions')}: use that release, or a newer one."
-            )
-        try:
-            return cls(
-                config=SaladConfig.from_dict(values["config"]),
-                base_class=values["base_class"],
-                base_digest=values["base_digest"],
-                sites=tuple(SiteRecord.from_dict(site) for site in values["sites"]),
-                dense_projections=tuple(values["dense_projections"]),
-                versions=values["versions"],
-                merged_weights=tuple(values["merged_weights"]),
-                grid=None if values["grid"] is None else GridRule.from_dict(values["grid"]),
-            )
-        except (KeyError, TypeError, SaladError) as error:
-            raise CorruptFileError(f"{path}: the header is damaged: {error!r}") from error
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------
@@ -143,78 +71,6 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         write(state, header, target)
         logger.info("saved %d tensors of %d sites to %s", len(state), len(header.sites), target)
     return target
-
-
-def describe(model: nn.Module) -> Header:
-    """The header for a converted model.
-
-    Raises:
-        NotConvertedError: the model has no branch.
-    """
-    known = list(branches(model).values())
-    if not known:
-        raise NotConvertedError(
-            f"{type(model).__name__} has no SALAD branch to save: call salad_compile.convert(model) before fine-tuning."
-        )
-    from salad_compile.common.version import __version__
-
-    records = tuple(branch.record for branch in known)
-    return Header(
-        config=known[0].config,
-        base_class=base_class(model),
-        base_digest=base_digest(model, records),
-        sites=records,
-        dense_projections=tuple(dense_projections(model)),
-        versions={"salad_compile": __version__, "torch": torch.__version__},
-        merged_weights=tuple(_weight_sums(model, records)) if any(branch.lora_merged for branch in known) else (),
-        grid=_saved_grid(known[0]),
-    )
-
-
-def _saved_grid(branch: SaladBranch) -> GridRule | None:
-    source = None if branch.grid is None else branch.grid.source
-    if source is not None and not isinstance(source, GridRule):
-        logger.warning("grid= was a function, which the file cannot hold: pass it again, load(model, path, grid=...)")
-        return None
-    return source
-
-
-def branch_state(model: nn.Module) -> dict[str, Tensor]:
-    """Plain name (`blocks.0.attn1.salad.gate_weight`) -> parameter or buffer of every branch."""
-    return {
-        plain_key(f"{name}.{key}"): tensor
-        for name, branch in branches(model).items()
-        for key, tensor in branch.state_dict(keep_vars=True).items()
-    }
-
-
-def base_class(model: nn.Module) -> str:
-    """The class's name; FSDP2 puts a generated subclass in front of it."""
-    return type(model).__name__.removeprefix("FSDP")
-
-
-def base_digest(model: nn.Module, records: tuple[SiteRecord, ...]) -> str:
-    """A digest of the structure that branches depend on: class, sites, projections and their widths.
-
-    Structure and not values: a file fits every fine-tune of its base, and a quantised base too.
-    """
-    parts: list[Any] = [base_class(model)]
-    for record in records:
-        projections = {role: projection(model, name) for role, name in record.projections().items()}
-        widths = {role: [int(m.in_features), int(m.out_features)] for role, m in projections.items()}  # type: ignore[arg-type]
-        parts.append([plain_key(record.owner), record.heads, record.head_dim, record.value_dim, widths])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _weight_sums(model: nn.Module, records: tuple[SiteRecord, ...]) -> Iterator[float]:
-    for record in records:
-        weights: list[Any] = [model.get_submodule(name).weight for name in record.projections().values()]
-        yield weight_sum(whole(weight) for weight in weights)
-
-
-def weight_sum(weights: Iterable[Tensor]) -> float:
-    """By what a base that holds a merged update is known: the sum of the absolute values, in fp64."""
-    return sum(float(weight.abs().sum(dtype=torch.float64)) for weight in weights)
 
 
 def write(state: Mapping[str, Tensor], header: Header, target: Path) -> None:
@@ -341,7 +197,7 @@ def _check_base(model: nn.Module, header: Header, file: Path) -> None:
             f"{file} belongs to a {header.base_class} with other widths or heads: it has {len(header.sites)} sites, "
             f"the first with {header.sites[0].heads} heads of {header.sites[0].head_dim}."
         )
-    here = _weight_sums(model, header.sites) if header.merged_weights else ()
+    here = weight_sums(model, header.sites) if header.merged_weights else ()
     if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(here, header.merged_weights, strict=True)):
         raise BaseModelMismatchError(
             f"{file} was saved after merge_lora, and this model's projections do not hold that update: load it into "

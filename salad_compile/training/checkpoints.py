@@ -22,11 +22,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.checkpoints.salad_file import FILE_NAME, describe, load, save
 from salad_compile.common.files import failures_named, flush_to_disk
 from salad_compile.common.logs import logger
 from salad_compile.errors import ResumeError, SaladError, TrainingError
 from salad_compile.latents import LatentDataset
+from salad_compile.salad_files.contents import describe
+from salad_compile.salad_files.location import FILE_NAME
+from salad_compile.salad_files.salad_file import load, save
 from salad_compile.training.ema import MovingAverage
 from salad_compile.training.settings import MAY_CHANGE, TrainSettings
 from salad_compile.training.tensors import optimizer_tensors, restore_optimizer, trained_parameters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.salad_compile.checkpoints.saved_files import FILES, SAVED, base, load, output
+from tests.salad_compile.salad_files.saved_files import FILES, SAVED, base, load, output
 from tests.support import relative_error
 
 # Rounding differs between processors; a branch parameter changed by a tenth moves an output by 1e-4 or more.

@@ -1,0 +1,95 @@
+"""What of a converted model goes into its SALAD file: the header and the state of its branches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from salad_compile.calls.multihead import projection
+from salad_compile.common.logs import logger
+from salad_compile.common.sharding import whole
+from salad_compile.common.version import __version__
+from salad_compile.common.wrappers import plain_key
+from salad_compile.conversion.convert import dense_projections
+from salad_compile.errors import NotConvertedError
+from salad_compile.grid.rule import GridRule
+from salad_compile.salad_files.header import Header
+from salad_compile.sites.branch import SaladBranch, branches
+from salad_compile.sites.record import SiteRecord
+
+
+def describe(model: nn.Module) -> Header:
+    """The header for a converted model.
+
+    Raises:
+        NotConvertedError: the model has no branch.
+    """
+    known = list(branches(model).values())
+    if not known:
+        raise NotConvertedError(
+            f"{type(model).__name__} has no SALAD branch to save: call salad_compile.convert(model) before fine-tuning."
+        )
+    records = tuple(branch.record for branch in known)
+    return Header(
+        config=known[0].config,
+        base_class=base_class(model),
+        base_digest=base_digest(model, records),
+        sites=records,
+        dense_projections=tuple(dense_projections(model)),
+        versions={"salad_compile": __version__, "torch": torch.__version__},
+        merged_weights=tuple(weight_sums(model, records)) if any(branch.lora_merged for branch in known) else (),
+        grid=_saved_grid(known[0]),
+    )
+
+
+def _saved_grid(branch: SaladBranch) -> GridRule | None:
+    source = None if branch.grid is None else branch.grid.source
+    if source is not None and not isinstance(source, GridRule):
+        logger.warning("grid= was a function, which the file cannot hold: pass it again, load(model, path, grid=...)")
+        return None
+    return source
+
+
+def branch_state(model: nn.Module) -> dict[str, Tensor]:
+    """Plain name (`blocks.0.attn1.salad.gate_weight`) -> parameter or buffer of every branch."""
+    return {
+        plain_key(f"{name}.{key}"): tensor
+        for name, branch in branches(model).items()
+        for key, tensor in branch.state_dict(keep_vars=True).items()
+    }
+
+
+def base_class(model: nn.Module) -> str:
+    """The class's name; FSDP2 puts a generated subclass in front of it."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
+def base_digest(model: nn.Module, records: tuple[SiteRecord, ...]) -> str:
+    """A digest of the structure that branches depend on: class, sites, projections and their widths.
+
+    Structure and not values: a file fits every fine-tune of its base, and a quantised base too.
+    """
+    parts: list[Any] = [base_class(model)]
+    for record in records:
+        projections = {role: projection(model, name) for role, name in record.projections().items()}
+        widths = {role: [int(m.in_features), int(m.out_features)] for role, m in projections.items()}  # type: ignore[arg-type]
+        parts.append([plain_key(record.owner), record.heads, record.head_dim, record.value_dim, widths])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def weight_sums(model: nn.Module, records: tuple[SiteRecord, ...]) -> Iterator[float]:
+    """:func:`weight_sum` of each site's projections; of sharded weights every rank must call it."""
+    for record in records:
+        weights: list[Any] = [model.get_submodule(name).weight for name in record.projections().values()]
+        yield weight_sum(whole(weight) for weight in weights)
+
+
+def weight_sum(weights: Iterable[Tensor]) -> float:
+    """The checksum that identifies a merged base: the sum of the absolute values, in fp64."""
+    return sum(float(weight.abs().sum(dtype=torch.float64)) for weight in weights)
