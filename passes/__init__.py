@@ -1,1 +1,1 @@
-"""Graph passes: one concern per file, run in the order that `driver.PASSES` lists."""
+"""Graph passes: one file each, run in the order of `driver.PASSES`."""

@@ -1,8 +1,4 @@
-"""What happens to a graph, in order. Every nested graph (bodies of activation checkpoints) goes the same way.
-
-    find attention      which calls are converted sites, which could be block-sparse, which stay dense and why
-    rewrite             splice the SALAD or block-sparse subgraph in their place
-    erase tags          remove the markers; a marker without a rewrite is an error
+"""The passes in order, and what runs them over a graph and its nested graphs (bodies of activation checkpoints).
 
 Nothing is decided by module names, nothing per layer is written into a graph, and no dead code is eliminated:
 AOTAutograd cleans up.
@@ -10,51 +6,40 @@ AOTAutograd cleans up.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
 
 from salad_compile.common.logs import logger
-from salad_compile.config import AttentionSpec, BackendOptions, SaladConfig
-from salad_compile.errors import ConfigError, SiteLostError
-from salad_compile.passes.erase_tags import erase_tags
-from salad_compile.passes.find_attention import CONVERTED, LEFT_DENSE, AttentionCall, find_attention, has_converted_tags
-from salad_compile.passes.provenance import mark_of
-from salad_compile.passes.rewrite import rewrite
-from salad_compile.sites.graph_breaks import leave_uncompiled
+from salad_compile.config import BackendOptions
+from salad_compile.kernels.listening import entered
+from salad_compile.passes import erase_markers, find_attention, replay_position, rewrite_attention, settle_calls
+from salad_compile.passes.attention_call import CONVERTED, LEFT_DENSE, TRAINING_FREE
+from salad_compile.passes.context import Context, Pass, graph_modules, has_converted_tags
+from salad_compile.passes.graph_dump import GraphDump, ReadableGraph
+from salad_compile.passes.report import CallReport, GraphReport, PassReport, require_no_loss
 
-_NOT_CONVERTED = "not a converted site of this converted model"
+PASSES: tuple[Pass, ...] = (
+    find_attention.PASS,
+    settle_calls.PASS,
+    replay_position.PASS,
+    rewrite_attention.PASS,
+    erase_markers.PASS,
+)
+
+Watcher = Callable[[fx.GraphModule, Context], None]
+_watchers: list[Watcher] = []
 
 
-@dataclass(frozen=True)
-class CallReport:
-    """What became of one attention call: status is "salad", "block-sparse" or "dense" (then with a reason)."""
-
-    module: str
-    query_shape: str
-    status: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class GraphReport:
-    """What the passes did to one graph that Dynamo handed over.
-
-    lost: a sentence for each converted site that would run dense. uncompiled: owners that run under the eager twin from
-    now on, because the graph breaks inside them.
-    """
-
-    calls: tuple[CallReport, ...]
-    lost: tuple[str, ...]
-    seconds: float
-    uncompiled: tuple[str, ...] = ()
-
-    def count(self, status: str) -> int:
-        """Attention calls with this status."""
-        return sum(call.status == status for call in self.calls)
+@contextlib.contextmanager
+def watch_passes(watcher: Watcher) -> Iterator[None]:
+    """Meanwhile call `watcher` after each pass; `context.done[-1]` is its name. Tests check the graph's spec so."""
+    with entered(_watchers, watcher):
+        yield
 
 
 def run_passes(gm: fx.GraphModule, options: BackendOptions, inputs: Sequence[Any] = ()) -> GraphReport:
@@ -66,102 +51,60 @@ def run_passes(gm: fx.GraphModule, options: BackendOptions, inputs: Sequence[Any
     Raises:
         SiteLostError: a converted site would run dense and `options.strict` is set.
         ConfigError: the options contradict what a converted site carries.
+        PositionReplayError: the position encoding of a converted site could not be determined.
     """
     start = time.perf_counter()
-    logger.debug("before:\n%s", _Readable(gm))
-    modules = list(_nested(gm))
-    converted = any(has_converted_tags(module.graph) for module in modules)
-    calls: list[CallReport] = []
-    lost: list[str] = []
-    uncompiled: list[str] = []
+    logger.debug("before:\n%s", ReadableGraph(gm))
+    modules = list(graph_modules(gm))
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    parameters = dict(zip(placeholders, inputs, strict=False))
+    context = Context(
+        options,
+        converted=any(has_converted_tags(module.graph) for module in modules),
+        parameters=dict(zip(placeholders, inputs, strict=False)),
+    )
+    dump = GraphDump(options.dump_graphs, gm)
+    passes = []
+    for entry in PASSES:
+        passes.append(_run_pass(entry, modules, context))
+        dump.write(entry.name)
+        for watcher in _watchers:
+            watcher(gm, context)
+    dump.finish(passes)
     for module in modules:
-        found = [_settle(call, converted, options) for call in find_attention(module.graph, options)]
-        calls += [CallReport(c.module, c.shape, c.status, c.reason) for c in found]
-        lost += [f"{call.module or 'the compiled module'}: {call.reason}" for call in found if call.lost]
-        for call in found:
-            rewrite(call, options)
-        used = {call.tag for call in found if call.tag is not None}
-        lost += erase_tags(module.graph, used, lambda site: _leave_uncompiled(site, parameters, uncompiled))
         module.graph.lint()
         module.recompile()
-    report = GraphReport(tuple(calls), tuple(lost), time.perf_counter() - start, tuple(uncompiled))
-    logger.info(
-        "graph: %d attention calls, %d salad, %d block-sparse, %d dense, %d lost, %.3f s",
-        *(len(calls), report.count(CONVERTED), report.count("block-sparse"), report.count(LEFT_DENSE), len(lost)),
-        report.seconds,
-    )
-    logger.debug("after:\n%s", _Readable(gm))
-    _complain(report, options)
+    report = _report(context, modules, passes, time.perf_counter() - start)
+    logger.debug("after:\n%s", ReadableGraph(gm))
+    require_no_loss(report, options.strict)
     return report
 
 
-def _leave_uncompiled(site: fx.Node, parameters: Mapping[fx.Node, Any], uncompiled: list[str]) -> bool:
-    """Let a site run under the eager twin whose graph breaks between projection and attention."""
-    mark = parameters.get(mark_of(site))  # type: ignore[call-overload]
-    owners = [] if mark is None else leave_uncompiled(mark)
-    if owners:
-        logger.warning(
-            "the graph breaks inside %s%s: these attention modules run uncompiled, as SALAD all the same. "
-            'TORCH_LOGS="graph_breaks" says where it breaks.',
-            *(owners[0] or "the model", f" and {len(owners) - 1} more of its class" if len(owners) > 1 else ""),
-        )
-    uncompiled += owners
-    return bool(owners)
+def _run_pass(entry: Pass, modules: Sequence[fx.GraphModule], context: Context) -> PassReport:
+    start, counts = time.perf_counter(), Counter[str]()
+    for module in modules:
+        counts.update(entry.run(module.graph, context))
+    context.done.append(entry.name)
+    report = PassReport(entry.name, time.perf_counter() - start, dict(counts))
+    logger.debug("pass: %s", report)
+    return report
 
 
-def _nested(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    return (module for module in gm.modules() if isinstance(module, fx.GraphModule))
-
-
-def _settle(call: AttentionCall, converted: bool, options: BackendOptions) -> AttentionCall:
-    """In a converted model only what the conversion chose is rewritten, as the conversion says."""
-    import dataclasses
-
-    if call.status == CONVERTED:
-        assert call.tag is not None
-        _check_options(AttentionSpec.decode(str(call.tag.args[4])), options)
-        return call
-    if converted and call.status != LEFT_DENSE:
-        return dataclasses.replace(call, status=LEFT_DENSE, reason=_NOT_CONVERTED)
-    return call
-
-
-def _check_options(spec: AttentionSpec, options: BackendOptions) -> None:
-    asked = options.spec
-    fields = {"sparsity": "permille", "pattern": "pattern", "query_block": "query_block", "key_block": "key_block"}
-    for name, field in fields.items():
-        if name in options.given and getattr(asked, field) != getattr(spec, field):
-            raise ConfigError(
-                f"options say {name}={getattr(options, name)!r}, but the model was converted with another value, and "
-                f"uncompiled it would compute that one. Leave {name} out of options, or convert with "
-                f"{SaladConfig.__name__}({name}={getattr(options, name)!r})."
-            )
-
-
-def _complain(report: GraphReport, options: BackendOptions) -> None:
-    if not report.lost:
-        return
-    total = report.count(CONVERTED) + len(report.lost)
-    message = (
-        f"{len(report.lost)} of {total} converted sites of this graph would run dense: {'; '.join(report.lost)}.\n"
-        "Known causes: an attention backend that calls its own kernels (set_attention_backend, "
-        "DIFFUSERS_ATTN_BACKEND) or fuse_qkv_projections() after conversion: convert afterwards; DDP that cuts a "
-        "whole-model graph into buckets: compile per block (compile_repeated_blocks) or set "
-        "torch._dynamo.config.optimize_ddp = False; a graph break between projection and attention: leave that "
-        "module uncompiled. options={'strict': False} turns this error into a warning."
+def _report(
+    context: Context, modules: Sequence[fx.GraphModule], passes: Sequence[PassReport], seconds: float
+) -> GraphReport:
+    calls = [call for module in modules for call in context.calls.get(module.graph, ())]
+    report = GraphReport(
+        tuple(CallReport(call.module, call.shape, call.status, call.reason) for call in calls),
+        tuple(context.lost),
+        seconds,
+        tuple(context.uncompiled),
+        tuple(passes),
     )
-    if options.strict:
-        raise SiteLostError(message)
-    logger.warning(message)
-
-
-class _Readable:
-    """Prints a graph when a log record is formatted, and not before."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm = gm
-
-    def __str__(self) -> str:
-        return "\n".join(module.print_readable(print_output=False) for module in _nested(self.gm))
+    logger.info(
+        "graph: %d attention calls, %d salad, %d block-sparse, %d dense, %d lost, %.3f s",
+        len(calls),
+        *(report.count(status) for status in (CONVERTED, TRAINING_FREE, LEFT_DENSE)),
+        len(report.lost),
+        seconds,
+    )
+    return report

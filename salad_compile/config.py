@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from os import PathLike
 from typing import Any
 
 from salad_compile.errors import ConfigError, did_you_mean
@@ -310,6 +311,7 @@ class BackendOptions:
         strict: for a converted model: a site that does not run as SALAD is an error (True) or a warning (False).
         lowering: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         inductor: configuration patches for Inductor, as `torch._inductor.config` names them.
+        dump_graphs: a folder; each graph gets a folder in it with the graph as captured and after each of our passes.
 
     Raises:
         ConfigError: a value is out of range or of the wrong kind.
@@ -323,6 +325,7 @@ class BackendOptions:
     strict: bool = True
     lowering: str = "inductor"
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dump_graphs: str | PathLike[str] | None = None
     given: frozenset[str] = dataclasses.field(default=frozenset(), init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -335,6 +338,10 @@ class BackendOptions:
         check_choice("lowering", self.lowering, LOWERINGS)
         _require(
             isinstance(self.inductor, Mapping), f"inductor is a dictionary of Inductor options, got {self.inductor!r}."
+        )
+        _require(
+            self.dump_graphs is None or isinstance(self.dump_graphs, (str, PathLike)),
+            f"dump_graphs is the path of a folder, got {self.dump_graphs!r}.",
         )
 
     @property

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from salad_compile.analysis.cost import SiteCost
+from salad_compile.common.reports import Report, Row, site_path
 
 if TYPE_CHECKING:
-    from salad_compile.passes.driver import GraphReport
-from salad_compile.common.reports import Report, Row, site_path
+    from salad_compile.passes.report import GraphReport
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,13 @@ class Explanation(Report):
         return not any(graph.lost for graph in self.graphs) and self.executions >= self.converted_sites
 
     def notes(self) -> list[str]:
+        from salad_compile.passes.report import add_up  # loads the passes, and `summary` needs none
+
         measured = "" if self.measured_sparsity is None else f", measured sparsity {self.measured_sparsity:.3f}"
         return [
             f"{len(self.graphs)} graphs; {self.converted_sites} converted sites; block-sparse attention ran "
-            f"{self.executions} times in the forward{measured}."
+            f"{self.executions} times in the forward{measured}.",
+            f"Passes: {', '.join(map(str, add_up(self.graphs)))}.",
         ]
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from salad_compile.config import BackendOptions
 from salad_compile.errors import ConfigError
 from salad_compile.kernels.listening import entered
 from salad_compile.kernels.rows import decompositions
-from salad_compile.passes.driver import GraphReport, run_passes
+from salad_compile.passes.attention_call import CONVERTED, TRAINING_FREE
+from salad_compile.passes.driver import run_passes
 from salad_compile.passes.find_attention import CROSS_ATTENTION, LEFT_BY_CONVERSION
+from salad_compile.passes.report import GraphReport
 from salad_compile.sites import frozen_warning as frozen
 from salad_compile.sites.graph_breaks import any_converted
 
@@ -101,14 +103,14 @@ def _teach_inductor() -> None:
 
 def _announce(report: GraphReport, options: BackendOptions) -> None:
     """Tell, once, what happens to a model that was never converted."""
-    if count := report.count("block-sparse"):
+    if count := report.count(TRAINING_FREE):
         _say_once(
             f"this model was never converted: {count} self-attention calls of this graph became block-sparse at "
             f"sparsity {options.sparsity} without any training, which may change the quality of what it makes. "
             "options={'sparsity': ...} sets it (0 computes everything); salad_compile.convert(model) and fine-tuning "
             "adds what repairs the quality."
         )
-    elif report.calls and not report.count("salad"):
+    elif report.calls and not report.count(CONVERTED):
         reasons = dict.fromkeys(call.reason for call in report.calls)
         if any_converted() and set(reasons) <= {CROSS_ATTENTION, LEFT_BY_CONVERSION}:
             return  # a graph of a converted model, of cross-attention alone say

@@ -13,7 +13,7 @@ Python, so the process that loads a package needs Python and that import; a proc
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -25,9 +25,8 @@ from salad_compile.backend.cpu_fusion import no_outer_loop_fusion
 from salad_compile.config import BackendOptions
 from salad_compile.errors import NotConvertedError, SiteLostError
 from salad_compile.kernels.rows import decompositions
+from salad_compile.passes.context import graph_modules, has_converted_tags, has_sites
 from salad_compile.passes.driver import run_passes
-from salad_compile.passes.find_attention import has_converted_tags
-from salad_compile.sites.markers import SITES
 
 __all__ = ["package_exported", "rewrite_exported"]
 
@@ -47,8 +46,8 @@ def rewrite_exported(program: ExportedProgram) -> ExportedProgram:
         NotConvertedError: nothing in the program is a converted site.
         SiteLostError: a converted site would run dense.
     """
-    graphs = [module.graph for module in _nested(program.graph_module)]
-    if not any(has_converted_tags(graph) or _has_sites(graph) for graph in graphs):
+    graphs = [module.graph for module in graph_modules(program.graph_module)]
+    if not any(has_converted_tags(graph) or has_sites(graph) for graph in graphs):
         raise NotConvertedError(
             "this exported program has no converted site. Convert the model before exporting it: "
             "torch.export.export(salad_compile.convert(model), ...). A program that was rewritten needs no second time."
@@ -110,14 +109,6 @@ def _copy(program: ExportedProgram) -> ExportedProgram:
         program.constants,
         verifiers=program.verifiers,
     )
-
-
-def _nested(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    return (part for part in module.modules() if isinstance(part, fx.GraphModule))
-
-
-def _has_sites(graph: fx.Graph) -> bool:
-    return any(node.target in SITES for node in graph.nodes)
 
 
 def _output_names(module: fx.GraphModule) -> list[str]:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import salad_compile
 from salad_compile.backend.dynamo import record_graphs
-from salad_compile.passes.driver import GraphReport
+from salad_compile.passes.report import GraphReport
 from tests import toys
 from tests.models.zoo import CASES
 from tests.support import TINY, assert_same, randomise_branches, relative_error, run, seeded

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
+import operator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed
 
 import salad_compile
 from salad_compile.backend.dynamo import record_graphs
 from salad_compile.calls import adapters as attention_call
+from salad_compile.config import BackendOptions
 from salad_compile.errors import ConfigError, SaladError, SiteLostError
 from salad_compile.kernels import measure_executions
+from salad_compile.passes import driver
+from salad_compile.passes.context import Context, Counts, Pass
 from tests import toys
 from tests.support import assert_same, check_rewrite, randomise_branches, relative_error, run
 
@@ -240,3 +245,71 @@ def test_graphs_are_logged_before_and_after(caplog: pytest.LogCaptureFixture) ->
     assert "salad.block_sparse_attention" in after
     assert "salad.tag" not in after
     assert "1 attention calls, 1 salad, 0 block-sparse, 0 dense, 0 lost" in caplog.text
+    passes = [r.message.split()[1] for r in caplog.records if r.message.startswith("pass: ")]
+    assert passes == [entry.name for entry in driver.PASSES]
+
+
+def count_linears(graph: fx.Graph, context: Context) -> Counts:
+    """A pass as somebody would add one: counts projections, and replaces their results by themselves, twice negated."""
+    linears = [node for node in graph.nodes if node.target is F.linear]
+    for node in linears:
+        with graph.inserting_after(node):
+            negated = graph.call_function(operator.neg, (node,))
+        with graph.inserting_after(negated):
+            again = graph.call_function(operator.neg, (negated,))
+        for new in (negated, again):
+            new.meta["example_value"] = node.meta["example_value"]
+        node.replace_all_uses_with(again, delete_user_cb=lambda user, kept=negated: user is not kept)
+    return {"linears": len(linears), "calls": len(context.calls[graph])}
+
+
+def test_a_pass_is_added_by_one_entry_in_the_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It runs over nested graphs too, and appears in the report, in `explain` and among the dumped graphs."""
+    monkeypatch.setattr(driver, "PASSES", (*driver.PASSES, Pass("count_linears", count_linears)))
+    model = converted()
+    model.recompute = True
+    expected = model(toys.tokens())
+    torch._dynamo.reset()
+    options = {"lowering": "aot_eager", "dump_graphs": str(tmp_path)}
+    with record_graphs() as graphs:
+        actual = torch.compile(model, backend="salad", options=options, fullgraph=True)(toys.tokens())
+    assert relative_error(actual, expected) < 1e-6
+    (graph,) = graphs
+    *_, erased, added = graph.passes
+    # two layers of four projections, three of them with an update of two products, the output's as well
+    assert added.counts == {"linears": 2 * (4 + 4 * 2 + 1), "calls": 2}
+    assert erased.counts == {"tags": 2, "sites": 2, "projected": 2}
+    assert [report.name for report in graph.passes] == [entry.name for entry in driver.PASSES]
+    assert 0 < sum(report.seconds for report in graph.passes) < graph.seconds
+    explanation = salad_compile.explain(model, toys.tokens())
+    assert "count_linears" in explanation.notes()[-1]
+    assert f"({added.counts['linears']} linears, 2 calls)" in explanation.notes()[-1]
+    assert explanation.to_dict()["graphs"][0]["passes"][0]["counts"] == {"salad": 2}
+    files = sorted(file.name for file in (tmp_path / "graph_0").iterdir())
+    assert files == [
+        *("0_captured.txt", "4_rewrite_attention.txt", "5_erase_markers.txt", "6_count_linears.txt", "passes.txt"),
+    ]
+    before, after = ((tmp_path / "graph_0" / name).read_text() for name in files[2:4])
+    assert "neg" not in before
+    assert "neg" in after
+
+
+def test_each_graph_is_dumped_into_a_folder_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "graph_1").mkdir()  # of another run
+    model = converted()
+    torch._dynamo.reset()
+    for tokens in (70, 90, 110):  # the second time sizes become symbols
+        compiled = torch.compile(model, backend="salad", options={"lowering": "eager", "dump_graphs": tmp_path})
+        compiled(toys.tokens(tokens))
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["graph_0", "graph_1", "graph_2"]
+    assert not list((tmp_path / "graph_1").iterdir())
+    assert "replay_position" in (tmp_path / "graph_2" / "passes.txt").read_text()
+    captured, erased = ((tmp_path / "graph_0" / name).read_text() for name in ("0_captured.txt", "5_erase_markers.txt"))
+    assert "salad.tag" in captured
+    assert "salad.tag" not in erased
+    assert "salad.block_sparse_attention" in erased
+
+
+def test_a_folder_for_graphs_is_a_path() -> None:
+    with pytest.raises(ConfigError, match="dump_graphs is the path of a folder, got 3"):
+        BackendOptions.from_options({"dump_graphs": 3})

@@ -10,7 +10,8 @@ import torch.nn as nn
 from torch import Tensor, fx
 
 from salad_compile.config import BackendOptions
-from salad_compile.passes.find_attention import LEFT_DENSE, TRAINING_FREE, AttentionCall, find_attention
+from salad_compile.passes.attention_call import LEFT_DENSE, TRAINING_FREE, AttentionCall
+from salad_compile.passes.find_attention import find_attention
 from tests import toys
 
 OPTIONS = BackendOptions(min_tokens=64)

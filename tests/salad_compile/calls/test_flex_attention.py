@@ -16,7 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 import salad_compile
 from salad_compile.calls.flex_attention import real_flex_attention, seen_by_modes, stand_in
 from salad_compile.config import BackendOptions
-from salad_compile.passes.find_attention import LEFT_DENSE, TRAINING_FREE, find_attention
+from salad_compile.passes.attention_call import LEFT_DENSE, TRAINING_FREE
+from salad_compile.passes.find_attention import find_attention
 from tests.support import TINY
 
 Attend = Callable[[Tensor, Tensor, Tensor], Any]

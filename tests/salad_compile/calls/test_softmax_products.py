@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 import salad_compile
 from salad_compile.config import BackendOptions
-from salad_compile.passes.find_attention import LEFT_DENSE, TRAINING_FREE, AttentionCall, find_attention
+from salad_compile.passes.attention_call import LEFT_DENSE, TRAINING_FREE, AttentionCall
+from salad_compile.passes.find_attention import find_attention
 from tests.support import TINY, Recorder, assert_same, randomise_branches, run
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
