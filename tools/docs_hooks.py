@@ -1,8 +1,8 @@
-"""Hooks of mkdocs: what the pages of docs/ take from elsewhere in the repository.
+"""Hooks of mkdocs: what the pages of docs/ use from elsewhere in the repository.
 
-Pages are read on the site and in the repository. A link that leaves docs/ leads to a file in the repository, and to
-nothing on the site, where its text is left; a picture from there is taken along. A file that does not exist is an
-error in either case, as any broken link is (`mkdocs build --strict`).
+Pages are read on the site and in the repository. A link that leaves docs/ leads to a file of the repository; on the
+site only its text stays, and a picture is copied. A file that does not exist is an error in either case, like any
+broken link (`mkdocs build --strict`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "build" / "docs_package"
-# <!-- README: Limitations --> becomes what stands under that heading
+# <!-- README: Limitations --> becomes the section under that heading
 INCLUDE = re.compile(r"<!-- README: (?P<heading>.+?) -->")
 LINK = re.compile(r"(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?P<target>(?!\w+:|#)[^)\s]+)\)")
 
@@ -34,7 +34,7 @@ def on_startup(command: str, dirty: bool) -> None:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Take along the pictures that pages show and that lie outside docs/."""
+    """Copy the pictures that pages show and that lie outside docs/."""
     from mkdocs.structure.files import File
 
     for page in files.documentation_pages():
@@ -48,13 +48,13 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Fill in sections of the README, and mend links that leave docs/."""
+    """Insert sections of the README, and mend links that leave docs/."""
     source = page.file.src_uri
-    return INCLUDE.sub(lambda match: readme_section(match["heading"]), mended(markdown, source))
+    return INCLUDE.sub(lambda match: readme_section(match["heading"]), mend_links(markdown, source))
 
 
 def readme_section(heading: str) -> str:
-    """What stands in README.md under a heading, with links as seen from docs/.
+    """The section of README.md under a heading, with links as seen from docs/.
 
     Raises:
         ValueError: no such heading.
@@ -63,17 +63,17 @@ def readme_section(heading: str) -> str:
     for section in sections[1:]:
         title, _, text = section.partition("\n")
         if title.strip() == heading:
-            return mended(text.strip(), "../README.md")
+            return mend_links(text.strip(), "../README.md")
     raise ValueError(f"README.md has no heading {heading!r}")
 
 
-def mended(markdown: str, source: str) -> str:
-    """Links of a page `source`, seen from docs/, as the site has them."""
+def mend_links(markdown: str, source: str) -> str:
+    """Rewrite the links of a page `source`, seen from docs/, for the site."""
 
     def replace(match: re.Match[str]) -> str:
         path, _, anchor = match["target"].partition("#")
         target = in_repository(path, source)
-        if target is None:  # within docs/: mkdocs looks after it
+        if target is None:  # within docs/: mkdocs checks it
             if not source.startswith("../"):
                 return match[0]
             inside = posixpath.relpath(posixpath.join("docs", posixpath.dirname(source), path), "docs")
@@ -88,6 +88,6 @@ def mended(markdown: str, source: str) -> str:
 
 
 def in_repository(target: str, source: str) -> str | None:
-    """The path in the repository of what a page links to, or None if it is in docs/."""
+    """The path in the repository of a link's target, or None if it is in docs/."""
     path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(source), target.partition("#")[0]))
     return None if path == "docs" or path.startswith("docs/") else path

@@ -15,7 +15,7 @@ class Block:
     """One block.
 
     Attributes:
-        page: the file. line: of its first line of code, from 1. language: what stands behind the fence.
+        page: the file. line: of its first line of code, from 1. language: the word after the fence.
         not_run: the reason in a comment directly before it, `<!-- not run: reason -->`, or None.
     """
 

@@ -1,4 +1,4 @@
-"""What the documents say of names, defaults and files is so."""
+"""Names, defaults and files in the documents exist."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from salad_compile.latents.converting import TARGETS
 from salad_compile.latents.opening import SOURCES
 from salad_compile.training import TrainSettings
 from tests.docs.test_snippets import PAGES, ROOT
-from tools.docs_hooks import in_repository, mended, readme_section
+from tools.docs_hooks import in_repository, mend_links, readme_section
 
 DOCS = ROOT / "docs"
 OURS = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, errors.SaladError)}
@@ -97,17 +97,17 @@ def test_the_picture_needs_nothing_from_elsewhere() -> None:
 def test_links_that_leave_the_documents() -> None:
     assert in_repository("method.md#x", "index.md") is None
     assert in_repository("../README.md", "index.md") == "README.md"
-    assert mended("see [kernels](kernels.md#floors)", "index.md") == "see [kernels](kernels.md#floors)"
-    assert mended("[README.md](../README.md)", "index.md") == "`README.md`"
-    assert mended("[the script](../tools/measured.py)", "index.md") == "the script"
+    assert mend_links("see [kernels](kernels.md#floors)", "index.md") == "see [kernels](kernels.md#floors)"
+    assert mend_links("[README.md](../README.md)", "index.md") == "`README.md`"
+    assert mend_links("[the script](../tools/measured.py)", "index.md") == "the script"
     picture = "../benchmarks/results/attention_h100_length.png"
-    assert mended(f"![x]({picture})", "kernels.md") == f"![x](repository/{picture.removeprefix('../')})"
-    assert mended("[web](https://example.org/a.md)", "index.md") == "[web](https://example.org/a.md)"
+    assert mend_links(f"![x]({picture})", "kernels.md") == f"![x](repository/{picture.removeprefix('../')})"
+    assert mend_links("[web](https://example.org/a.md)", "index.md") == "[web](https://example.org/a.md)"
 
 
 def test_a_link_to_a_file_that_is_gone_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """Which `mkdocs build --strict` counts."""
-    mended("[gone](../gone.py)", "index.md")
+    mend_links("[gone](../gone.py)", "index.md")
     assert "gone.py, which is not in the repository" in caplog.text
 
 

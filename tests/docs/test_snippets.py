@@ -1,4 +1,4 @@
-"""Every python and bash block of the documents runs; what cannot is listed here, with the reason."""
+"""Every python and bash block of the documents runs, unless a comment before it says why not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.docs import world
 from tests.docs.blocks import Block, Command, blocks_of, commands_of
 
 ROOT = Path(__file__).resolve().parents[2]
-# docs/command_line.md is written from the parsers; the other pages have no snippets that were written for readers
+# docs/command_line.md is written from the parsers; the other pages have no snippets to run
 PAGES = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("index", "getting_started", "how_it_works", "fine_tuning")),
@@ -53,8 +53,8 @@ def _in_small_world(small_world: Path, tmp_path: Path, monkeypatch: pytest.Monke
     _ADAPTERS.update(adapters)
 
 
-# with a GPU, accelerate and FSDP2 would take it, and the process group here is one of CPUs
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what snippets do with a GPU, other tests do")
+# with a GPU, accelerate and FSDP2 would use it, and the process group here is one of CPUs
+@pytest.mark.skipif(torch.cuda.is_available(), reason="other tests do on a GPU what snippets do")
 @pytest.mark.usefixtures("_in_small_world")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_snippets(page: Path) -> None:
@@ -70,7 +70,7 @@ def test_snippets(page: Path) -> None:
 
 
 def run_python(block: Block, known: dict[str, Any]) -> None:
-    for fragment, made in world.ANEW.items():
+    for fragment, made in world.FRESH.items():
         if block.page.name == "README.md" and fragment in block.code:
             known.update(made())
     # the traceback of a failure shows the page and its line
@@ -80,7 +80,7 @@ def run_python(block: Block, known: dict[str, Any]) -> None:
 
 def run_command(block: Block, command: Command) -> None:
     program, *words = command.words
-    assert program in CHECKS, f"{block}: nobody knows how to check {program!r}"
+    assert program in CHECKS, f"{block}: CHECKS has no {program!r}"
     try:
         CHECKS[program](words, command.code)
     except AssertionError as error:
@@ -91,7 +91,7 @@ def run_command(block: Block, command: Command) -> None:
 
 
 def ours(words: list[str], code: int) -> None:
-    """salad-compile: run in this process, except for what starts processes of its own, in which nothing is small."""
+    """salad-compile: run in this process, unless it starts other processes, where nothing would be small."""
     parser = build_parser(words[0])
     parsed = parser.parse_args([word for word in words if word not in ("--json", "--debug")])
     if getattr(parsed, "processes", 1) == 1 and not getattr(parsed, "push_to_hub", None):
@@ -99,7 +99,7 @@ def ours(words: list[str], code: int) -> None:
 
 
 def make(words: list[str], code: int) -> None:
-    """Not run: they run the tests. The target exists."""
+    """Not run, because they run the tests. The target exists."""
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert words[0] in targets, f"the Makefile has no target {words[0]}"
 
@@ -126,21 +126,21 @@ def python(words: list[str], code: int) -> None:
 
 
 def accelerate(words: list[str], code: int) -> None:
-    """Not run: it starts processes. What it takes is parsed, and so is what it hands on."""
+    """Not run, because it starts processes. Its own arguments and those of the script are parsed."""
     from accelerate.commands.launch import launch_command_parser
 
     assert words[0] == "launch"
-    handed_on(launch_command_parser().parse_args(words[1:]))
+    check_script(launch_command_parser().parse_args(words[1:]))
 
 
 def torchrun(words: list[str], code: int) -> None:
     """As :func:`accelerate`."""
     from torch.distributed.run import get_args_parser
 
-    handed_on(get_args_parser().parse_args(words))
+    check_script(get_args_parser().parse_args(words))
 
 
-def handed_on(launched: argparse.Namespace) -> None:
+def check_script(launched: argparse.Namespace) -> None:
     words = launched.training_script_args
     if launched.module:
         assert launched.training_script == "salad_compile.command_line"
@@ -180,13 +180,13 @@ def test_few_blocks_are_not_run_and_each_says_why() -> None:
 
 
 def test_blocks_have_a_language() -> None:
-    """A block of Python without one would be run by nobody."""
+    """A block of Python without one would not run."""
     for page in PAGES[1:]:
         for block in blocks_of(page):
             assert block.language in ("python", "bash", "text", "json"), f"{block}: {block.language!r}"
 
 
-def test_what_is_made_anew_is_in_the_readme() -> None:
+def test_blocks_with_fresh_names_are_in_the_readme() -> None:
     blocks = [block.code for block in blocks_of(PAGES[0]) if block.language == "python"]
-    for fragment in world.ANEW:
+    for fragment in world.FRESH:
         assert sum(fragment in code for code in blocks) == 1, f"README.md has no block, or several, with {fragment!r}"

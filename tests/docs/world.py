@@ -1,9 +1,9 @@
-"""The world in which the snippets of the documents run: what they call by name, tiny, and small defaults.
+"""The world in which the snippets of the documents run: tiny files and models under the names they use, small defaults.
 
-Snippets say what a user says. They name checkpoints, data and models that are here, in a directory of their own, a
-thousand times smaller; and they leave out what has a default. Those defaults are the one thing that is changed
-(:func:`small_defaults`), and what would take minutes for nothing: graphs are rewritten and run, and not compiled by
-Inductor (`tests/salad_compile/backend/test_exported_programs.py` and `tests/models` do that).
+Snippets are written for users. The checkpoints, data and models that they name exist in a directory of the test, a
+thousand times smaller. Only defaults are changed (:func:`small_defaults`), and steps that would take minutes without
+testing more: graphs are rewritten and run, but not compiled by Inductor
+(`tests/salad_compile/backend/test_exported_programs.py` and `tests/models` do that).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CALL = {
     "output_type": "latent",
 }
 
-# What is smaller here than users have it, where a snippet does not say it.
+# Defaults that are smaller here than for users; snippets that set a value keep it.
 CONVERSION = {"query_block": 32, "key_block": 16, "lora_rank": 3, "min_tokens": 90}
 BACKEND = {"query_block": 32, "key_block": 16, "min_tokens": 90, "lowering": "eager"}
 TRAINING = {
@@ -70,21 +70,21 @@ TRAINING = {
 
 def base(seed: int = 0, **changes: Any) -> Any:
     """A Wan of one block, always with the same weights."""
-    return copy.deepcopy(_base(seed)) if not changes else _built(seed, changes)
+    return copy.deepcopy(_base(seed)) if not changes else _build_wan(seed, changes)
 
 
 @functools.cache
 def _base(seed: int) -> Any:
-    return _built(seed, {})
+    return _build_wan(seed, {})
 
 
-def _built(seed: int, changes: dict[str, Any]) -> Any:
+def _build_wan(seed: int, changes: dict[str, Any]) -> Any:
     with seeded(seed):
         return randomise(from_diffusers("WanTransformer3DModel", WAN | changes), seed).eval()
 
 
 def inputs() -> dict[str, Tensor]:
-    """Of one forward."""
+    """Inputs of one forward."""
     draw = torch.Generator().manual_seed(0)
     return {
         "hidden_states": torch.randn(1, *LATENT, generator=draw),
@@ -93,13 +93,13 @@ def inputs() -> dict[str, Tensor]:
     }
 
 
-def converted(**changes: Any) -> Any:
-    """A converted model, as after fine-tuning: every part of its branches contributes."""
-    return fine_tuned(base(), **changes)
+def convert_base(**changes: Any) -> Any:
+    """A converted model in which every part of the branches contributes, as after fine-tuning."""
+    return fine_tune(base(), **changes)
 
 
-def fine_tuned(model: Any, **changes: Any) -> Any:
-    """A model, converted, with branches that contribute."""
+def fine_tune(model: Any, **changes: Any) -> Any:
+    """Convert a model, and let its branches contribute."""
     model = salad_compile.convert(model, dataclasses.replace(TINY, **changes), example_inputs=inputs())
     randomise_branches(model)
     return model
@@ -114,7 +114,7 @@ def pipeline(transformer: Any, transformer_2: Any = None) -> Any:
 
 
 def build(directory: Path) -> None:
-    """What snippets find in their working directory."""
+    """Write the files that snippets find in their working directory."""
     pipeline(base()).save_pretrained(directory / "Wan2.1-T2V-1.3B-Diffusers")
     pipeline(base(), base(1)).save_pretrained(directory / "Wan2.2-T2V-A14B-Diffusers")
     write_latents(_clips(8, "clip"), directory / "data", statistics=WAN_2_1)
@@ -123,7 +123,7 @@ def build(directory: Path) -> None:
         convert_latents(directory / "data", directory / f"{name}_data", to=name, progress=False)
     _damaged(directory / "damaged_data")
     _style(directory / "style")
-    salad_compile.save(converted(), directory / "run" / "salad.safetensors")
+    salad_compile.save(convert_base(), directory / "run" / "salad.safetensors")
     (directory / "step.py").write_text("from tests.docs.world import inputs\n")
 
 
@@ -142,14 +142,14 @@ def _clips(count: int, name: str) -> list[LatentItem]:
 
 
 def _damaged(directory: Path) -> None:
-    """One item of two is cut short."""
+    """Write two items and cut one short."""
     write_latents(_clips(2, "clip"), directory)
     file = directory / "items" / "clip-0.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
 
 def _style(directory: Path) -> None:
-    """A LoRA of somebody else's, as diffusers writes it."""
+    """Write a LoRA that is not ours, as diffusers does."""
     from diffusers import WanPipeline
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -163,7 +163,7 @@ def _style(directory: Path) -> None:
 
 
 def names() -> dict[str, Any]:
-    """What the python blocks of a page may use without making it; blocks of one page share these and what they make.
+    """Names that the python blocks of a page may use; blocks of one page share these and the names that they make.
 
     `model`, `base_model`: a Wan that was never converted. `pipe`: a pipeline with a fine-tuned transformer. `inputs`:
     of one forward. `latents`, `timestep`, `text`: the same one by one.
@@ -174,7 +174,7 @@ def names() -> dict[str, Any]:
         "torch": torch,
         "model": base(),
         "base_model": base(),
-        "pipe": pipeline(converted()),
+        "pipe": pipeline(convert_base()),
         "prompt": "a cat walks on grass",
         "inputs": given,
         "latents": given["hidden_states"],
@@ -184,19 +184,19 @@ def names() -> dict[str, Any]:
     }
 
 
-# In the README alternatives stand one after the other. A fragment of a block -> names that it finds made anew.
-ANEW: dict[str, Callable[[], dict[str, Any]]] = {
+# The README has alternatives one after the other. A fragment of a block -> names that are made afresh for it.
+FRESH: dict[str, Callable[[], dict[str, Any]]] = {
     "salad_compile.plan(model)": lambda: {"model": base()},
-    "salad_compile.set_sparsity(model, 0.8)": lambda: {"model": converted(sparsity=0.9, lowest_sparsity=0.5)},
+    "salad_compile.set_sparsity(model, 0.8)": lambda: {"model": convert_base(sparsity=0.9, lowest_sparsity=0.5)},
     '"x": latents': lambda: handwritten(),
     "attention_adapter(torch.ops.my_ops": lambda: my_operators(),
     "salad_compile.diagnose(model, inputs)": lambda: {
-        "model": fine_tuned(base(num_layers=2), overrides={"blocks.1.*": {"pattern": "stswa"}}),
+        "model": fine_tune(base(num_layers=2), overrides={"blocks.1.*": {"pattern": "stswa"}}),
         "inputs": inputs(),
     },
-    'salad_compile.save(model, "salad.safetensors")': lambda: {"model": converted()},
+    'salad_compile.save(model, "salad.safetensors")': lambda: {"model": convert_base()},
     "compile_pipeline(salad_compile.convert(pipe))": lambda: another_file(),
-    "torch.export.export(model": lambda: {"model": converted(), "inputs": inputs()},
+    "torch.export.export(model": lambda: {"model": convert_base(), "inputs": inputs()},
 }
 
 
@@ -207,7 +207,7 @@ def another_file() -> dict[str, Any]:
 
 
 def handwritten() -> dict[str, Any]:
-    """A model of one's own, of the forward x, t, text."""
+    """A hand-written model, called with x, t and text."""
     case = CASES["handwritten_inline"]
     given = case.inputs(0)
     return {"model": case.build(), "latents": given["x"], "timestep": given["t"], "text": given["text"]}
@@ -226,7 +226,7 @@ def my_operators() -> dict[str, Any]:
 
 
 class Hub:
-    """In the place of the Hugging Face Hub."""
+    """Stands in for the Hugging Face Hub."""
 
     def __init__(self, token: str | None = None) -> None:
         self.repositories: set[str] = set()
@@ -244,11 +244,11 @@ class Hub:
 
 
 def small_defaults(patch: pytest.MonkeyPatch) -> None:
-    """The only place in which something differs from what a user of the snippets has."""
+    """Change what differs from a user's environment; nothing else does."""
     for cls, changes in ((salad_compile.SaladConfig, CONVERSION), (BackendOptions, BACKEND), (TrainSettings, TRAINING)):
         fields = [field.name for field in dataclasses.fields(cls) if field.init]
         patched = dict(zip(fields, cls.__init__.__defaults__, strict=True)) | changes
-        assert patched.keys() == set(fields), "a default that is to be changed has another name now"
+        assert patched.keys() == set(fields), "a default that is changed here has another name now"
         patch.setattr(cls.__init__, "__defaults__", tuple(patched.values()))
     _small_pipelines(patch)
     _without_inductor(patch)
