@@ -30,15 +30,15 @@ Written by `python tools/command_line_docs.py` from the parsers; `salad-compile 
 
 A model is a directory that diffusers' `save_pretrained` wrote, a pipeline's directory, a `config.json`, a class of your
 own (`module:Class` or `file.py:Class`, found from the working directory), or the id of a Hub repository. Results go to
-stdout, everything else to stderr: warnings always, progress and what is going on only on a terminal. Tables in pipes
+stdout, everything else to stderr: warnings always, progress only on a terminal. Tables in pipes
 have no colour. `SALAD FILE` means a file, a directory with `salad.safetensors`, or a Hub repository.
 
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | the answer is no: nothing can be converted, `doctor` found a fault, items are damaged |
-| 2 | wrong usage or input: one line on stderr says what and how to mend it |
-| 3 | a failure that nobody foresaw, with its traceback |
+| 1 | a negative result: nothing can be converted, `doctor` found a fault, items are damaged |
+| 2 | wrong usage or input: one line on stderr says what is wrong and how to fix it |
+| 3 | an unexpected error, with its traceback |
 | 130 | interrupted |
 | 141 | the reader of the pipe went away |
 

@@ -8,8 +8,8 @@ A command is a module of this package with
 
 Modules are imported when their command is asked for, and import torch when they run: `--help` is quick.
 
-Exit codes: 0 done; 1 the answer is no (nothing to convert, a fault found); 2 wrong usage or input; 3 a failure that
-nobody foresaw, with its traceback; 130 interrupted; 141 the reader of a pipe went away, as with other tools.
+Exit codes: 0 done; 1 a negative result (nothing to convert, a fault found); 2 wrong usage or input; 3 an unexpected
+error, with its traceback; 130 interrupted; 141 the reader of a pipe went away, as with other tools.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ example:
     salad-compile plan Wan-AI/Wan2.1-T2V-1.3B-Diffusers
     salad-compile plan --help
 
-exit codes: 0 done; 1 the answer is no; 2 wrong usage or input; 3 an unforeseen failure; 130 interrupted
+exit codes: 0 done; 1 a negative result; 2 wrong usage or input; 3 an unexpected error; 130 interrupted
 """
 
 
@@ -156,7 +156,7 @@ def _told(error: Exception, *, debug: bool) -> int:
     if debug or own is None:
         traceback.print_exception(error)
     if own is None:
-        print(f"{PROGRAM}: error: nobody foresaw this failure: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: unexpected error: {type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
     print(f"{PROGRAM}: error: {str(own) or type(own).__name__}", file=sys.stderr)
     return NO if type(own).__name__ in ("NoEligibleSiteError", "NoAttentionError") else WRONG

@@ -98,7 +98,7 @@ def test_debug_shows_the_traceback(command: Run, monkeypatch: pytest.MonkeyPatch
     assert outcome.err.endswith("salad-compile: error: no such setting.\n")
 
 
-def test_what_nobody_foresaw_has_a_traceback_and_a_code_of_its_own(
+def test_an_unexpected_error_has_a_traceback_and_a_code_of_its_own(
     command: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_command(monkeypatch, ZeroDivisionError("by zero"))
