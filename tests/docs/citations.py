@@ -1,6 +1,6 @@
 """What comments, docstrings and documents cite, and whether it is there.
 
-A citation is a section of docs/specification.md, a file, a test, one of our names in a role (as Sphinx calls it), or an
+A citation is a section of docs/specification.md, a file, a test, one of our names from `salad_compile` on, or an
 arXiv id.
 """
 
@@ -40,7 +40,7 @@ FILE = re.compile(r"(?<![\w/.<>*~-])(?P<path>(?:[\w.<>*-]+/)*[\w<>*-]+\.(?:py|md
 PLACE = re.compile(rf"(?<![\w/.<>*~-])(?P<path>(?:{'|'.join(FOLDERS)})/[\w.<>*/-]*[\w>*])")
 WRITTEN = re.compile(r"(?:--(?:output|json)|>) $")  # what stands before a file that a command is to write
 TEST = re.compile(r"(?P<file>[\w/]+\.py)?::(?P<test>test_\w+)")
-ROLE = re.compile(r":(?:func|class|meth|data|mod):`~?(?P<name>salad_compile\.[\w.]+)`")
+NAME = re.compile(r"(?<![\w./-])salad_compile(?:\.(?!NAME\b)[A-Za-z_]\w*)+")
 ARXIV = re.compile(r"\barXiv[: ]+(?P<id>[\w./-]*\d[\w./-]*)")
 ARXIV_ID = re.compile(r"\d{2}(?:0[1-9]|1[0-2])\.\d{5}(?:v\d+)?")
 
@@ -190,10 +190,8 @@ def missing_tests(text: str) -> Iterator[str]:
 
 
 def missing_names(text: str) -> Iterator[str]:
-    """Roles with a whole name: modules, classes, functions and attributes of ours."""
-    for match in ROLE.finditer(text):
-        if not resolves(match["name"]):
-            yield f"{match['name']} does not exist"
+    """Whole names of our modules, classes, functions and attributes. NAME stands for any."""
+    yield from (f"{match[0]} does not exist" for match in NAME.finditer(text) if not resolves(match[0]))
 
 
 @lru_cache

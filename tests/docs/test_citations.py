@@ -53,6 +53,7 @@ def test_exceptions_are_needed(name: str) -> None:
         ("tests/docs/test_pages.py::test_gone", "tests/docs/test_pages.py::test_gone is no test"),
         ("and `::test_gone`", "::test_gone is no test"),
         (":func:`salad_compile.gone`", "salad_compile.gone does not exist"),
+        ("in salad_compile.grid.gone", "salad_compile.grid.gone does not exist"),
         (":class:`salad_compile.config.SaladConfig.gone`", "salad_compile.config.SaladConfig.gone does not exist"),
         ("of arXiv 2613.16515", "2613.16515 is not an arXiv id"),
         ("of arXiv 2601.1651", "2601.1651 is not an arXiv id"),
@@ -72,6 +73,7 @@ def test_a_citation_of_nothing_is_seen(text: str, fault: str) -> None:
         "Seen in kohya-ss/musubi-tuner: dataset/cache_io.py at 07f78ab",
         "tests/docs/test_citations.py::test_every_citation_resolves",
         ":class:`salad_compile.config.SaladConfig` and :func:`~salad_compile.convert`",
+        "everything here is salad_compile.NAME, as salad_compile.grid is.",
         "arXiv 2601.16515, arXiv 2509.24695.",
     ],
 )
