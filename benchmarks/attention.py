@@ -38,14 +38,11 @@ from common import (
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from salad_compile.config import AttentionSpec, density_permille
-from salad_compile.definition.attention import (
-    BranchTensors,
-    Mapped,
-    linear_attention,
-    salad_attention,
-    sparse_attention,
-)
+from salad_compile.definition.attention import salad_attention, sparse_attention
+from salad_compile.definition.linear_branch import linear_attention
+from salad_compile.definition.operands import Mapped
+from salad_compile.definition.spec import AttentionSpec, density_permille
+from salad_compile.definition.tensors import BranchTensors
 from salad_compile.definition.token_layout import segments
 from salad_compile.kernels import (
     block_sparse_attention,
@@ -171,12 +168,12 @@ class Inputs:
     def branch(self) -> tuple[Tensor, BranchTensors]:
         """The gate's input, and the gate and projection of a site."""
         width = self.case.heads * self.case.head_dim
-        tensors = BranchTensors(
-            self.normal(width) * width**-0.5,
-            self.normal(1),
-            self.normal(width, width) * width**-0.5,
-            self.normal(width),
-        )
+        tensors = {
+            "gate_weight": self.normal(width) * width**-0.5,
+            "gate_bias": self.normal(1),
+            "proj_weight": self.normal(width, width) * width**-0.5,
+            "proj_bias": self.normal(width),
+        }
         return self.normal(self.case.batch, self.case.tokens, width), tensors
 
     def selection(self, query_block: int, key_block: int, permille: int) -> tuple[list[tuple[Tensor, Tensor]], int]:

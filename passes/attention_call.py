@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from salad_compile.calls.adapters import AttentionArguments, default_scale, mask_kind
-from salad_compile.config import AttentionSpec
-from salad_compile.definition.attention import Mapped
+from salad_compile.definition.operands import Mapped
+from salad_compile.definition.spec import AttentionSpec
 from salad_compile.passes.provenance import erase_dead, example_value, module_path
 from salad_compile.sites.markers import DENSE
 

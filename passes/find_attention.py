@@ -24,7 +24,8 @@ from salad_compile.calls import flex_attention as flex  # register their nodes
 from salad_compile.calls import multihead  # register their nodes
 from salad_compile.calls.adapters import AttentionArguments, bind, dense_reason, is_attention
 from salad_compile.calls.softmax_products import ManualAttention
-from salad_compile.config import AttentionSpec, BackendOptions
+from salad_compile.config import BackendOptions
+from salad_compile.definition.spec import AttentionSpec
 from salad_compile.passes.attention_call import (
     CONVERTED,
     LEFT_DENSE,

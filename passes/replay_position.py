@@ -27,7 +27,7 @@ from torch.fx.proxy import Proxy
 from torch.utils._pytree import tree_map
 
 from salad_compile.calls.adapters import is_attention
-from salad_compile.definition.attention import Mapped
+from salad_compile.definition.operands import Mapped
 from salad_compile.passes.attention_call import CONVERTED, AttentionCall
 from salad_compile.passes.context import Context, Counts, Pass
 from salad_compile.passes.provenance import PROJECTIONS, example_value, projection_inputs

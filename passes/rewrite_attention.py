@@ -22,9 +22,10 @@ from torch import fx
 from torch.fx.proxy import Proxy
 
 from salad_compile.calls.adapters import AttentionArguments, key_padding, warn_of_dropout
-from salad_compile.config import AttentionSpec
-from salad_compile.definition.attention import Mapped, salad_attention, sparse_attention, with_all_heads
-from salad_compile.definition.branch_tensors import BranchTensors
+from salad_compile.definition import branch_tensors
+from salad_compile.definition.attention import salad_attention, sparse_attention
+from salad_compile.definition.operands import Mapped, with_all_heads
+from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.token_layout import segments
 from salad_compile.passes.attention_call import CONVERTED, TRAINING_FREE, AttentionCall
 from salad_compile.passes.context import Context, Counts, Pass
@@ -75,7 +76,7 @@ def _define_salad(call: AttentionCall, proxy: Wrap) -> Any:
         key,
         value,
         rows if call.sample is None else rows[call.sample : call.sample + 1],
-        BranchTensors.from_flat([proxy(node) for node in tensors[1:]], call.spec),
+        branch_tensors.from_flat([proxy(node) for node in tensors[1:]], call.spec),
         None if order is None else proxy(order),
         call.spec,
         scale=call.scale,

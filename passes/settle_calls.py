@@ -13,7 +13,8 @@ from collections import Counter
 
 from torch import fx
 
-from salad_compile.config import AttentionSpec, BackendOptions, SaladConfig
+from salad_compile.config import BackendOptions, SaladConfig
+from salad_compile.definition.spec import AttentionSpec
 from salad_compile.errors import ConfigError
 from salad_compile.passes.attention_call import CONVERTED, LEFT_DENSE, AttentionCall
 from salad_compile.passes.context import Context, Counts, Pass

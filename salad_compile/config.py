@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from os import PathLike
 from typing import Any
 
-from salad_compile.errors import ConfigError, did_you_mean
+from salad_compile.common.checks import check_choice, check_names, is_int, require
+from salad_compile.definition import patterns
+from salad_compile.definition.spec import (
+    BLOCK_SIZES,
+    FEATURE_MAPS,
+    GATES,
+    SCALINGS,
+    TOKEN_ORDERS,
+    AttentionSpec,
+    density_permille,
+)
 
-PATTERNS = ("topk", "stswa")
 ROPE_PLACEMENTS = ("auto", "map-then-rotate", "rotate-then-map")
-GATES = ("token", "head", "none")
-SCALINGS = ("v1", "v2")
 OVERRIDES = ("sparsity", "pattern", "linear_branch")
-TOKEN_ORDERS = ("tiles", "flat")
-FEATURE_MAPS = ("relu", "elu", "softmax")
-BLOCK_SIZES = (16, 32, 64, 128, 256)
 PROJECTIONS = ("query", "key", "value", "out")
 LOWERINGS = ("inductor", "aot_eager", "eager")
 
@@ -32,100 +35,24 @@ TRAINING_FREE_SPARSITY = 0.5
 MIN_TOKENS = 8192
 
 
-def density_permille(sparsity: float) -> int:
-    """Blocks to keep per thousand. Integer, because in floating point (1 - 0.9) * 10 is below 1 (specification 4.2)."""
-    return round(1000 * (1 - sparsity))
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_sparsity(value: object) -> None:
-    _require(
+    require(
         isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1,
         f"sparsity is the share of attention that is left out: a number in [0, 1), got {value!r}. "
         "0 computes everything, 0.9 computes a tenth.",
     )
 
 
-def check_choice(name: str, value: object, valid: tuple[Any, ...]) -> None:
-    """Raises ConfigError unless `value` is one of `valid`, naming the nearest."""
-    hint = did_you_mean(value, valid) if isinstance(value, str) else ""
-    fits = type(value) is type(valid[0]) and value in valid  # 128.0 equals 128, and is no block size
-    _require(fits, f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}.{hint}")
-
-
 def _check_attention_options(options: SaladConfig | BackendOptions) -> None:
     """The checks that conversion and training-free compilation share."""
     _check_sparsity(options.sparsity)
-    check_choice("pattern", options.pattern, PATTERNS)
+    check_choice("pattern", options.pattern, patterns.names())
     check_choice("query_block", options.query_block, BLOCK_SIZES)
     check_choice("key_block", options.key_block, BLOCK_SIZES)  # powers of two: one of the sizes divides the other
-    _require(
-        _is_int(options.min_tokens) and options.min_tokens >= 0,
+    require(
+        is_int(options.min_tokens) and options.min_tokens >= 0,
         f"min_tokens is a number of tokens, 0 or more, got {options.min_tokens!r}.",
     )
-
-
-def check_names(cls: type, given: Mapping[str, Any], what: str) -> None:
-    """Reject names that the dataclass `cls` does not have, naming the nearest valid one."""
-    valid = [field.name for field in dataclasses.fields(cls) if field.init]
-    for name in given:
-        _require(name in valid, f"unknown {what} {name!r}.{did_you_mean(name, valid)} Valid: {', '.join(valid)}.")
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """What one attention site computes, without its parameters: the part of the configuration that a graph depends on.
-
-    It travels through traced graphs as one short string, so that sites with equal settings share one compiled graph.
-
-    Those up to `window` are the user's; the others describe the site. permille: blocks kept per thousand, the most of
-    them where `adjustable` says that a tensor tells how many. window: see :class:`SaladConfig`; 0 derives it from
-    permille. text: where the text of a joint sequence lies, "none", "before" or "after" the video, or "prefix": before
-    the video, among keys and values only. single: whether video and text come through one projection. groups: query
-    heads that share one key head. square_mask: whether a (B, 1, S, S) mask was seen to be key padding. group: the
-    processes that share the tokens (kernels/exchange), or nothing.
-    """
-
-    pattern: str
-    permille: int
-    query_block: int
-    key_block: int
-    feature_map: str
-    token_order: str = "flat"
-    linear_branch: bool = True
-    rope_placement: str = "rotate-then-map"
-    gate: str = GATES[0]
-    scaling: str = SCALINGS[0]
-    adjustable: bool = False
-    window: int = 0
-    text: str = "none"
-    single: bool = False
-    groups: int = 1
-    square_mask: bool = False
-    group: str = ""
-
-    @property
-    def maps_before_position(self) -> bool:
-        """Whether query and key are needed as they are before the position encoding."""
-        return self.linear_branch and self.rope_placement == "map-then-rotate"
-
-    def encode(self) -> str:
-        return "|".join(str(getattr(self, field.name)) for field in dataclasses.fields(self))
-
-    @classmethod
-    @lru_cache(maxsize=256)
-    def decode(cls, text: str) -> AttentionSpec:
-        parse: dict[str, Callable[[str], Any]] = {"int": int, "bool": lambda value: value == "True", "str": str}
-        fields = dataclasses.fields(cls)
-        return cls(*(parse[str(f.type)](value) for f, value in zip(fields, text.split("|"), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -195,36 +122,34 @@ class SaladConfig:
         check_choice("gate", self.gate, GATES)
         check_choice("scaling", self.scaling, SCALINGS)
         self._check_schedule()
-        _require(
-            _is_int(self.lora_rank) and self.lora_rank >= 0, f"lora_rank must be 0 or more, got {self.lora_rank!r}."
-        )
-        _require(
+        require(is_int(self.lora_rank) and self.lora_rank >= 0, f"lora_rank must be 0 or more, got {self.lora_rank!r}.")
+        require(
             self.lora_alpha is None or (isinstance(self.lora_alpha, (int, float)) and self.lora_alpha > 0),
             f"lora_alpha must be a positive number or None, got {self.lora_alpha!r}.",
         )
-        _require(
+        require(
             not isinstance(self.lora_targets, str),
             f"lora_targets is a tuple of names, got the string {self.lora_targets!r}: write ({self.lora_targets!r},).",
         )
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for target in self.lora_targets:
             check_choice("each of lora_targets", target, PROJECTIONS)
-        _require(isinstance(self.train_base, bool), f"train_base must be True or False, got {self.train_base!r}.")
-        _require(
+        require(isinstance(self.train_base, bool), f"train_base must be True or False, got {self.train_base!r}.")
+        require(
             isinstance(self.linear_branch, bool), f"linear_branch must be True or False, got {self.linear_branch!r}."
         )
 
     def _check_schedule(self) -> None:
         """The settings that differ between sites, or change after conversion."""
-        _require(
-            self.window is None or (_is_int(self.window) and self.window > 0),
+        require(
+            self.window is None or (is_int(self.window) and self.window > 0),
             f"window is a number of tokens, 1 or more, or None, got {self.window!r}.",
         )
-        _require(
-            _is_int(self.dense_layers) and self.dense_layers >= 0,
+        require(
+            is_int(self.dense_layers) and self.dense_layers >= 0,
             f"dense_layers is a number of sites, 0 or more, got {self.dense_layers!r}.",
         )
-        _require(
+        require(
             isinstance(self.overrides, Mapping)
             and all(isinstance(k, str) and isinstance(v, Mapping) for k, v in self.overrides.items()),
             f'overrides maps globs of site names to settings, {{"blocks.0.*": {{"sparsity": 0.5}}}}, got '
@@ -238,7 +163,7 @@ class SaladConfig:
         if self.lowest_sparsity is not None:
             _check_sparsity(self.lowest_sparsity)
             for sparsity in self.sparsities():
-                _require(
+                require(
                     self.lowest_sparsity <= sparsity,
                     f"lowest_sparsity ({self.lowest_sparsity}) is above a sparsity that the sites start with "
                     f"({sparsity}).",
@@ -330,16 +255,14 @@ class BackendOptions:
 
     def __post_init__(self) -> None:
         _check_attention_options(self)
-        _require(
-            self.pattern == "topk",
-            'without conversion the pattern is "topk": "stswa" needs the token grid, which conversion finds.',
-        )
-        _require(isinstance(self.strict, bool), f"strict must be True or False, got {self.strict!r}.")
+        reason = patterns.find(self.pattern).needs_conversion()
+        require(not reason, f'pattern "{self.pattern}" cannot run without conversion: {reason}.')
+        require(isinstance(self.strict, bool), f"strict must be True or False, got {self.strict!r}.")
         check_choice("lowering", self.lowering, LOWERINGS)
-        _require(
+        require(
             isinstance(self.inductor, Mapping), f"inductor is a dictionary of Inductor options, got {self.inductor!r}."
         )
-        _require(
+        require(
             self.dump_graphs is None or isinstance(self.dump_graphs, (str, PathLike)),
             f"dump_graphs is the path of a folder, got {self.dump_graphs!r}.",
         )

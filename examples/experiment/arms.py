@@ -15,7 +15,7 @@ from presets import Preset
 from train import Batches, Recipe
 
 import salad_compile
-from salad_compile.config import BLOCK_SIZES
+from salad_compile.definition.spec import BLOCK_SIZES
 
 Kind = Literal["dense", "linear", "salad"]
 SPARSITY = 0.9

@@ -14,7 +14,7 @@ from model import SelfAttention, VideoDiT
 from torch import Tensor
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
-FEATURE_MAP, EPS = "relu", 1e-6  # as in salad_compile/definition/attention.py
+FEATURE_MAP, EPS = "relu", 1e-6  # as in salad_compile/definition/linear_branch.py
 
 
 class LowRankLinear(nn.Module):

@@ -15,9 +15,10 @@ from torch import Tensor
 from salad_compile.analysis.diagnosis import distance, recall_of
 from salad_compile.analysis.forwards import converted_branches, forward_inputs, run_observed
 from salad_compile.analysis.site_call import SiteCall
+from salad_compile.common.checks import check_choice
 from salad_compile.common.reports import Report, Row
 from salad_compile.common.wrappers import single_model
-from salad_compile.config import SaladConfig, check_choice
+from salad_compile.config import SaladConfig
 from salad_compile.conversion.schedules import set_sparsity
 from salad_compile.errors import ConfigError
 from salad_compile.sites.branch import SaladBranch, branches
@@ -80,11 +81,12 @@ def _mean_of(site: CalibratedHeads, through_time: Sequence[bool]) -> float:
 
 
 def calibrate_heads(model: Any, inputs: Any, *, measure: str = "error") -> HeadCalibration:
-    """Choose for each head of the sites with pattern "stswa" whether its window runs in space or through time.
+    """Choose for each head of the sites with sliding windows whether its window runs in space or through time.
 
     The order of lower relative MSE of O_s against dense attention, mean over the inputs (specification 4.3); a tie
-    stays in space. All sites are measured in the model as it was before. Sets the buffer `temporal_heads` of each
-    branch in place, which `save` stores. Compiled code reads it as data and is not compiled again.
+    stays in space. All sites are measured in the model as it was before. Sets the pattern's `head_choice` of each
+    branch in place ("stswa": `temporal_heads`), which `save` stores. Compiled code reads it as data and is not compiled
+    again.
 
     Args:
         model: a converted model, wrapped or not; of a pipeline, its transformer.
@@ -97,10 +99,10 @@ def calibrate_heads(model: Any, inputs: Any, *, measure: str = "error") -> HeadC
     """
     check_choice("measure", measure, MEASURES)
     bare, known = converted_branches(model, "calibrate_heads")
-    windowed = {branch.record.owner: branch for branch in known if branch.windowed}
-    if not windowed:
+    choosing = {branch.record.owner: branch for branch in known if branch.pattern.head_choice}
+    if not choosing:
         raise ConfigError('no site has sliding windows: convert with SaladConfig(pattern="stswa").')
-    measured: dict[str, list[Tensor]] = {owner: [] for owner in windowed}
+    measured: dict[str, list[Tensor]] = {owner: [] for owner in choosing}
 
     def look(step: int, call: SiteCall) -> None:
         if call.branch.record.owner in measured:
@@ -108,13 +110,13 @@ def calibrate_heads(model: Any, inputs: Any, *, measure: str = "error") -> HeadC
 
     run_observed(bare, forward_inputs(bare, inputs), look, "windows")
     sites = []
-    for owner, branch in windowed.items():
+    for owner, branch in choosing.items():
         spatial, temporal = torch.stack(measured[owner]).mean(dim=0)
         chosen = temporal < spatial if measure == "error" else temporal > spatial
-        before = branch.temporal_heads.tolist()
+        now = branch.tensors()[str(branch.pattern.head_choice)]
+        values = (spatial.tolist(), temporal.tolist(), now.tolist(), chosen.tolist())
         with torch.no_grad():
-            branch.temporal_heads.copy_(chosen)
-        values = (spatial.tolist(), temporal.tolist(), before, chosen.tolist())
+            now.copy_(chosen)
         sites.append(CalibratedHeads(owner, *map(tuple, values)))
     return HeadCalibration(tuple(sites), measure)
 
@@ -123,8 +125,9 @@ def calibrate_heads(model: Any, inputs: Any, *, measure: str = "error") -> HeadC
 def _of_both_orders(call: SiteCall, measure: str) -> Tensor:
     """fp64 (2, H): the measure of each head with all windows in space, then with all through time."""
     dense, rows = call.dense(), call.rows()
-    in_space = torch.zeros(call.given.query.shape[1], dtype=torch.bool, device=call.given.query.device)
-    both = [call.sparse(temporal_heads=heads) for heads in (in_space, ~in_space)]
+    name = str(call.branch.pattern.head_choice)
+    in_space = torch.zeros_like(call.given.branch[name])
+    both = [call.sparse(tensors={name: heads}) for heads in (in_space, ~in_space)]
     if measure == "recall":
         return torch.stack([recall_of(sparse, dense, rows) for sparse in both])
     return torch.stack([distance(sparse.out, dense.out, rows).mse for sparse in both])
@@ -255,7 +258,7 @@ def calibrate(
     bare = single_model(model, "calibrate")
     given = forward_inputs(bare, inputs)
     bare, known = _converted(bare, given, config)
-    if fixed := [branch.record.owner for branch in known if branch.windowed and branch.decoded_spec().window]:
+    if fixed := [branch.record.owner for branch in known if not branch.pattern.follows_sparsity(branch.decoded_spec())]:
         raise ConfigError(
             f"the window of {fixed[0]!r} is fixed at {known[0].config.window} tokens, whatever the sparsity: convert "
             "with window=None to calibrate it."

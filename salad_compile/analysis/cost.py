@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from salad_compile.config import AttentionSpec, density_permille
-from salad_compile.kernels import kept_blocks
+from salad_compile.definition.pattern import CallSize
+from salad_compile.definition.spec import density_permille
 from salad_compile.sites.branch import SaladBranch
 
 
@@ -28,22 +28,20 @@ class SiteCost:
 
 def site_cost(branch: SaladBranch) -> SiteCost:
     """The cost at the batch size and token count that the conversion saw."""
-    record, spec = branch.record, AttentionSpec.decode(branch.spec)
-    tokens, batch = record.tokens, record.batch
-    key_blocks, query_blocks = -(-tokens // spec.key_block), -(-tokens // spec.query_block)
-    permille = density_permille(branch.target_sparsity)
-    kept = int(kept_blocks(key_blocks, spec.query_block, spec.key_block, permille))
-    keys = min(tokens, kept * spec.key_block)
-    qk_width = record.heads * record.head_dim
-    per_pair = 2 * (qk_width + record.width)
-    gate_weight = branch.tensors().gate_weight
-    gate = 0 if gate_weight is None else gate_weight.numel()
-    lora = sum(p.numel() for name, p in branch.named_parameters() if name.startswith("lora_"))
+    record, spec, pattern = branch.record, branch.decoded_spec(), branch.pattern
+    video = record.tokens if record.text == "prefix" else record.tokens - record.text_tokens
+    size = CallSize(record.batch, record.tokens, video, record.heads * record.head_dim)
+    pairs = pattern.computed_pairs(size, spec, density_permille(branch.target_sparsity))
+    per_pair = 2 * (size.query_width + record.width)
+    elements = {"linear": 0, "projection": 0, "lora": 0}
+    for row in branch.rows():
+        if row.cost is not None:
+            elements[row.cost] += getattr(branch, row.name).numel()
+    if spec.linear_branch:  # K^T V, and Q times it
+        elements["linear"] += 2 * record.head_dim * record.width
     return SiteCost(
-        dense=batch * tokens * tokens * per_pair,
-        sparse=batch * tokens * keys * per_pair,
-        routing=batch * 2 * (tokens * qk_width + query_blocks * key_blocks * qk_width),
-        linear=batch * tokens * (4 * record.head_dim * record.width + 2 * gate) if spec.linear_branch else 0,
-        projection=batch * 2 * tokens * record.width * record.width if spec.linear_branch else 0,
-        lora=batch * 2 * tokens * lora,
+        dense=size.batch * size.tokens * size.tokens * per_pair,
+        sparse=size.batch * pairs * per_pair,
+        routing=pattern.selection_flops(size, spec),
+        **{name: 2 * size.batch * size.tokens * count for name, count in elements.items()},
     )

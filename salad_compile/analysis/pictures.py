@@ -51,7 +51,7 @@ class _SiteView:
     mask: Tensor
     gate: Tensor | None
     grid: Grid | None
-    through_time: list[bool] | None
+    labels: tuple[str, ...]  # of the heads, where they are not alike
     text: str
 
 
@@ -132,7 +132,7 @@ def _view(call: SiteCall) -> _SiteView:
         mask=mask.cpu(),
         gate=None if gate is None else gate[0].float().mean(dim=-1).cpu(),
         grid=grid,
-        through_time=branch.temporal_heads.tolist() if branch.windowed else None,
+        labels=branch.pattern.head_labels(branch.tensors()),
         text=call.given.side,
     )
 
@@ -158,7 +158,7 @@ def _mask_figure(name: str, view: _SiteView, calls: list[SiteDiagnosis]) -> Figu
     figure = _figure(max(2.3 * columns, 4.2), 2.5 * lines + 0.5)
     colours = LinearSegmentedColormap.from_list("blocks", [EMPTY, COMPUTED])
     share = float(view.mask.float().mean())
-    orders = "" if view.through_time is None else "; each head in its own order of the tokens"
+    orders = "; each head in its own order of the tokens" if view.labels else ""
     figure.suptitle(f"{name or 'model'}: {share:.1%} of the blocks are computed{orders}", fontsize=10)
     interpolation = "nearest" if key_blocks <= SHARP_BLOCKS else "antialiased"
     for head in range(heads):
@@ -166,7 +166,7 @@ def _mask_figure(name: str, view: _SiteView, calls: list[SiteDiagnosis]) -> Figu
         image = view.mask[head].float().numpy()
         axes.imshow(image, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation=interpolation)
         recall = sum(call.heads[head].recall for call in calls) / len(calls)
-        kind = "" if view.through_time is None else (", through time" if view.through_time[head] else ", in space")
+        kind = f", {view.labels[head]}" if view.labels else ""
         axes.set_title(f"head {head}{kind}: recall {recall:.2f}", fontsize=8)
         _plain_ticks(axes)
         if head % columns == 0:

@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from salad_compile.config import AttentionSpec, density_permille
-from salad_compile.definition.attention import Operands, salad_of, update_of
-from salad_compile.definition.branch_tensors import BranchTensors
-from salad_compile.definition.token_layout import reordering, reordering_in_place, segments
+from salad_compile.definition import patterns
+from salad_compile.definition.attention import salad_of
+from salad_compile.definition.linear_branch import update_of
+from salad_compile.definition.operands import Operands
+from salad_compile.definition.pattern import Pattern
+from salad_compile.definition.spec import AttentionSpec, density_permille
+from salad_compile.definition.tensors import BranchTensors
+from salad_compile.definition.token_layout import segments
 from salad_compile.errors import PatternError
-from salad_compile.grid.orders import cached_order, temporal_order, tile_order
+from salad_compile.grid.orders import cached_order
 from salad_compile.kernels.layout import ALL_BLOCKS, block_count
 from salad_compile.kernels.measure import capture_selections
 from salad_compile.sites import observers
@@ -95,39 +99,43 @@ class SiteCall:
 
     @torch.no_grad()
     def sparse(
-        self, sparsity: float | None = None, *, pattern: str | None = None, temporal_heads: Tensor | None = None
+        self, sparsity: float | None = None, *, pattern: str | None = None, tensors: BranchTensors | None = None
     ) -> Sparse:
         """The sparse branch alone, O_s, as the site would compute it with other settings.
 
         Args:
             sparsity: in [0, 1). None: the site's, as it is set now.
-            pattern: "topk" or "stswa". None: the site's.
-            temporal_heads: bool (H,), with "stswa" the heads whose window runs through time. None: the site's, or the
-                odd heads if it has none.
+            pattern: name of a sparse pattern. None: the site's.
+            tensors: those that the pattern brings, by name. One that is not given is the site's, or has its initial
+                value if the site has none.
 
         Raises:
-            PatternError: "stswa" without a token grid or with a mask.
+            ConfigError: an unknown pattern. PatternError: it needs the token grid, and there is none, or takes no mask,
+                and there is one.
         """
-        given, pattern = self.given, pattern or self.spec.pattern
-        order = self._order(pattern)
-        if pattern == "stswa":
-            if order is None or given.key_mask is not None:
-                raise PatternError(
-                    f'pattern "stswa" needs the token grid and takes no mask: look at {self.branch.record.owner!r} '
-                    'with "topk".'
-                )
-            temporal_heads = given.branch.temporal_heads if temporal_heads is None else temporal_heads
-            if temporal_heads is None:
-                temporal_heads = torch.arange(given.query.shape[1], device=given.query.device) % 2 == 1
+        chosen = patterns.find(pattern or self.spec.pattern)
+        order = self._order(chosen)
+        if (chosen.needs_grid and order is None) or not (chosen.takes_mask or self.given.key_mask is None):
+            raise PatternError(
+                f'pattern "{chosen.name}" needs the token grid and takes no mask: look at {self.branch.record.owner!r} '
+                'with "topk".'
+            )
         permille = density_permille(self.branch.target_sparsity if sparsity is None else sparsity)
         spec = dataclasses.replace(
-            self.spec, pattern=pattern, permille=permille, linear_branch=False, adjustable=False, text=self.given.side
+            self.spec,
+            pattern=chosen.name,
+            permille=permille,
+            linear_branch=False,
+            adjustable=False,
+            text=self.given.side,
         )
-        tensors = BranchTensors(temporal_heads=temporal_heads)
+        branch = {**self._tensors(chosen, spec), **(tensors or {})}
+        given = self.given._replace(gate=None, mapped=None, branch=branch, order=order)
         with capture_selections() as captured:
-            out = salad_of(given._replace(gate=None, mapped=None, branch=tensors, order=order), spec, self.scale)
+            out = salad_of(given, spec, self.scale)
         (selected,) = captured
-        lse = self._in_native_order(selected.lse, spec, order, temporal_heads)
+        arranged = chosen.arrange(order, branch, spec, given.side, given.tokens, given.video)
+        lse = arranged.move_back(selected.lse.unsqueeze(-1)).squeeze(-1)
         return Sparse(out, lse, selected.lut, selected.count)
 
     @torch.no_grad()
@@ -139,25 +147,18 @@ class SiteCall:
         """G, (B, V, 1), or (B, V, H) with one gate per head, for the video's tokens; None without a gate."""
         return None if self.given.gate is None else self.given.gate.detach()
 
-    def _order(self, pattern: str) -> Tensor | None:
-        grid = self.branch.grid
-        if pattern == self.spec.pattern or grid is None or grid.size is None or not self.branch.record.on_grid:
-            return self.given.order if pattern == self.spec.pattern else None
-        return cached_order(temporal_order if pattern == "stswa" else tile_order, grid.size, self.given.key.device)
+    def _tensors(self, pattern: Pattern, spec: AttentionSpec) -> dict[str, Tensor]:
+        """What the pattern brings to a site: the site's own, or with their initial values."""
+        own, site, device = self.given.branch, self.branch.branch_site(), self.given.query.device
+        return {row.name: own.get(row.name, row.initial(site, spec, device)) for row in pattern.tensors}
 
-    def _in_native_order(
-        self, lse: Tensor, spec: AttentionSpec, order: Tensor | None, temporal_heads: Tensor | None
-    ) -> Tensor:
-        """Sparse attention ran with its tokens moved: into one order, or (windows) with some heads in another."""
-        side, tokens = self.given.side, lse.shape[2]
-        if spec.pattern == "stswa":
-            assert order is not None
-            assert temporal_heads is not None
-            back = lse.index_select(2, reordering_in_place(order, side, tokens).inverse)
-            return torch.where(temporal_heads[:, None], back, lse)
-        if spec.token_order == "flat" or order is None:
-            return lse
-        return lse.index_select(2, reordering(order, side, tokens).inverse)
+    def _order(self, pattern: Pattern) -> Tensor | None:
+        if pattern.name == self.spec.pattern:
+            return self.given.order
+        grid = self.branch.grid
+        if grid is None or grid.size is None or not self.branch.record.on_grid:
+            return None
+        return cached_order(pattern.order, grid.size, self.given.key.device)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from salad_compile.command_line.model_source import find_model, imported, load_model, stored_dtype
 from salad_compile.common.files import read_json
-from salad_compile.config import PATTERNS, ROPE_PLACEMENTS, SaladConfig
+from salad_compile.config import ROPE_PLACEMENTS, SaladConfig
+from salad_compile.definition import patterns
 from salad_compile.errors import ConfigError, InputsError, ProbeError
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         help="any field, its value as JSON or a plain word: --set gate=head --set lowest_sparsity=0.5",
     )
     group.add_argument("--sparsity", type=float, help="share of attention that is left out, 0.9")
-    group.add_argument("--pattern", choices=PATTERNS, help="how blocks are chosen")
+    group.add_argument("--pattern", choices=patterns.names(), help="how blocks are chosen")
     group.add_argument("--lora-rank", type=int, metavar="N", help="rank of the low-rank updates, 64; 0 for none")
     group.add_argument("--rope-placement", choices=ROPE_PLACEMENTS, help="where the linear branch sees positions")
     group.add_argument("--min-tokens", type=int, metavar="N", help="attention over fewer tokens stays dense, 8192")

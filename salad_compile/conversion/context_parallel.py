@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.nn as nn
 
 from salad_compile.common.wrappers import single_model
+from salad_compile.definition import patterns
 from salad_compile.errors import ConfigError, NotConvertedError
 from salad_compile.kernels.exchange import api as head_exchange
 from salad_compile.sites.branch import SaladBranch, branches
@@ -93,8 +94,9 @@ def _fault(branch: SaladBranch, processes: int) -> str:
         return f"its {record.heads} heads do not divide by {processes} processes"
     if spec.text != "none":
         return "it attends to text and video at once"
-    if spec.pattern != "topk":
-        return f"the pattern is {spec.pattern!r}, and only 'topk' can"
+    if not patterns.find(spec.pattern).crosses_processes:
+        able = [name for name in patterns.names() if patterns.find(name).crosses_processes]
+        return f"the pattern is {spec.pattern!r}, and only {', '.join(map(repr, able))} can"
     if spec.square_mask:
         return "it has an attention mask"
     return "its attention is dense just now (set_dense, DenseSteps)" if branch.switch.dense else ""

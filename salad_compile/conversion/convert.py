@@ -13,8 +13,7 @@ from salad_compile.calls.multihead import in_projection_owner, projection, take_
 from salad_compile.common.logs import logger
 from salad_compile.common.wrappers import components
 from salad_compile.config import SaladConfig
-from salad_compile.conversion.site_filter import filtered
-from salad_compile.conversion.site_settings import apply_settings
+from salad_compile.conversion.selection import apply_settings, filter_sites
 from salad_compile.discovery.discover import AttentionSite, Discovery, discover
 from salad_compile.discovery.plan import Plan
 from salad_compile.discovery.probe import is_linear
@@ -69,7 +68,7 @@ def plan(
 def _discover(module: nn.Module, example_inputs: Any, config: SaladConfig, grid: Any, sites: Any) -> Discovery:
     replay = config.spec.maps_before_position
     found = discover(module, example_inputs, min_tokens=config.min_tokens, grid=grid, replay_position=replay)
-    chosen = filtered([_fitting(module, site) for site in found.sites], sites)
+    chosen = filter_sites([_fitting(module, site) for site in found.sites], sites)
     return dataclasses.replace(found, sites=apply_settings(chosen, config))
 
 
@@ -166,7 +165,7 @@ def attach(
         dense: query projections of self-attention that stays dense; the backend must not take it for unconverted.
         rule: how to read the video's token grid from the arguments of the model's forward.
     """
-    grid = None if rule is None else VideoGrid(rule, any(branch.windowed for branch in prepared))
+    grid = None if rule is None else VideoGrid(rule, [branch.pattern.order for branch in prepared])
     switch = DenseSwitch()
     if not config.train_base:
         for parameter in model.parameters():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from salad_compile.common.wrappers import bare_components
-from salad_compile.config import density_permille
+from salad_compile.definition.spec import density_permille
 from salad_compile.errors import ConfigError, did_you_mean
 from salad_compile.sites.branch import SaladBranch, branches_in
 from salad_compile.sites.site import hold_dense, require_switchable

@@ -1,56 +1,70 @@
-"""The tensors of one site's branch, by name: an attention function's argument, and a flat list in traced graphs."""
+"""The table of a branch's tensors: what a site has is what the rows of this table say.
+
+A row stands beside the formula that reads it: the gate's in gate.py, those of projection and scales in
+linear_branch.py, a pattern's in its file. The low-rank updates belong to projections and not to the attention call, so
+their rows are made for each projection (:func:`low_rank_rows`) and do not travel through graphs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
+import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.config import AttentionSpec
+from salad_compile.definition import patterns
+from salad_compile.definition.gate import GATE
+from salad_compile.definition.linear_branch import PROJECTION, SCALES
+from salad_compile.definition.spec import AttentionSpec
+from salad_compile.definition.tensors import BranchSite, BranchTensors, TensorRow
 
-__all__ = ["BranchTensors"]
+__all__ = ["PERMILLE", "flat", "from_flat", "low_rank_rows", "names", "rows"]
 
 
-class BranchTensors(NamedTuple):
-    """What one site brings along. C is the width of the layer's input, H its heads, D = H * value head_dim.
+def _start_permille(tensor: Tensor, site: BranchSite) -> None:
+    tensor.fill_(site.permille)
 
-    Parameters may have any floating dtype: they are cast to the activations' where they are used, so fp32 masters under
-    16-bit activations work without autocast. Those that the site's settings have no use for are None.
 
-    Attributes:
-        gate_weight, gate_bias: (C,) and (1,), or (C, H) and (H,) with one gate per head.
-        proj_weight, proj_bias: (D, D) and (D,).
-        layer_scale, head_scale: () and (H,), the static scales of the "v2" scaling.
-        permille: int32 (), key blocks kept per thousand, where that is not fixed.
-        temporal_heads: bool (H,), which heads have their sliding window through time.
-    """
+PERMILLE = TensorRow(
+    "permille",
+    shape=lambda site, spec: (),
+    when=lambda spec: spec.adjustable,
+    initialise=_start_permille,
+    dtype=torch.int32,
+)
+"""Key blocks kept per thousand, where that may change from call to call."""
 
-    gate_weight: Tensor | None = None
-    gate_bias: Tensor | None = None
-    proj_weight: Tensor | None = None
-    proj_bias: Tensor | None = None
-    layer_scale: Tensor | None = None
-    head_scale: Tensor | None = None
-    permille: Tensor | None = None
-    temporal_heads: Tensor | None = None
 
-    @staticmethod
-    def names(spec: AttentionSpec) -> tuple[str, ...]:
-        """The fields that a site with these settings has, in the order of :meth:`flat`."""
-        names: tuple[str, ...] = ()
-        if spec.linear_branch:
-            names += () if spec.gate == "none" else ("gate_weight", "gate_bias")
-            names += ("proj_weight", "proj_bias")
-            names += ("layer_scale", "head_scale") if spec.scaling == "v2" else ()
-        names += ("permille",) if spec.adjustable else ()
-        return names + (("temporal_heads",) if spec.pattern == "stswa" else ())
+def rows(spec: AttentionSpec) -> tuple[TensorRow, ...]:
+    """The tensors of a site with these settings, in the order of :func:`flat`."""
+    table = (*GATE, *PROJECTION, *SCALES, PERMILLE, *patterns.find(spec.pattern).tensors)
+    return tuple(row for row in table if row.when(spec))
 
-    def flat(self) -> list[Tensor]:
-        """Those that are there."""
-        return [tensor for tensor in self if tensor is not None]
 
-    @classmethod
-    def from_flat(cls, tensors: Sequence[Any], spec: AttentionSpec) -> BranchTensors:
-        """Inverse of :meth:`flat`; of proxies as well."""
-        return cls(**dict(zip(cls.names(spec), tensors, strict=True)))
+def names(spec: AttentionSpec) -> tuple[str, ...]:
+    """The names of :func:`rows`."""
+    return tuple(row.name for row in rows(spec))
+
+
+def flat(tensors: BranchTensors, spec: AttentionSpec) -> list[Tensor]:
+    """Those of :func:`rows`, as a traced graph lists them."""
+    return [tensors[name] for name in names(spec)]
+
+
+def from_flat(tensors: Sequence[Any], spec: AttentionSpec) -> BranchTensors:
+    """Inverse of :func:`flat`; of proxies as well."""
+    return dict(zip(names(spec), tensors, strict=True))
+
+
+def low_rank_rows(role: str, in_features: int, out_features: int, rank: int) -> tuple[TensorRow, TensorRow]:
+    """The pair of a projection's low-rank update: `down` (rank, in) at random, `up` (out, rank) at zero."""
+    return (
+        TensorRow(f"lora_{role}_down", lambda site, spec: (rank, in_features), initialise=_kaiming, cost="lora"),
+        TensorRow(f"lora_{role}_up", lambda site, spec: (out_features, rank), cost="lora"),
+    )
+
+
+def _kaiming(tensor: Tensor, site: BranchSite) -> None:
+    nn.init.kaiming_uniform_(tensor, a=5**0.5)

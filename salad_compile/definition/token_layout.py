@@ -12,7 +12,16 @@ from torch import Tensor
 
 from salad_compile.grid.orders import joint_order
 
-__all__ = ["Reordering", "Segments", "reordering", "reordering_in_place", "segments"]
+__all__ = [
+    "Arrangement",
+    "Reordering",
+    "Segments",
+    "arrange_all",
+    "arrange_heads",
+    "reordering",
+    "reordering_in_place",
+    "segments",
+]
 
 
 class Segments(NamedTuple):
@@ -73,3 +82,56 @@ def reordering_in_place(order: Tensor, text: str, tokens: int) -> Reordering:
     count = tokens - order.shape[1]
     at = torch.arange(count, dtype=torch.int32, device=order.device)
     return Reordering(torch.cat((at, order[0] + count)), torch.cat((at, order[1] + count)))
+
+
+class Arrangement(NamedTuple):
+    """How the tokens of a call are moved before blocks are made of them, and back.
+
+    Attributes:
+        moved: the order they are moved into, or None if they stay.
+        heads: bool (H, 1, 1), which heads are moved; None for all of them.
+        where: video and text among the moved tokens.
+    """
+
+    moved: Reordering | None
+    heads: Tensor | None
+    where: Segments
+
+    def move(self, tensor: Tensor) -> Tensor:
+        """(B, H, S, any), native -> moved."""
+        return self._taken(tensor, inverse=False)
+
+    def move_back(self, tensor: Tensor) -> Tensor:
+        """(B, H, S, any), moved -> native."""
+        return self._taken(tensor, inverse=True)
+
+    def _taken(self, tensor: Tensor, inverse: bool) -> Tensor:
+        if self.moved is None:
+            return tensor
+        order, back = reversed(self.moved) if inverse else self.moved
+        taken: Tensor = torch.ops.salad.take_rows.default(tensor, order, back)
+        return taken if self.heads is None else torch.where(self.heads, taken, tensor)
+
+
+def arrange_all(order: Tensor | None, text: str, tokens: int, video: int) -> Arrangement:
+    """All heads alike: the video in its order, the text behind it; or all as it is where there is no order.
+
+    Args:
+        order: int32 (2, V), see :func:`reordering`, or None.
+        text, tokens, video: see :func:`segments`.
+    """
+    if order is None:
+        return Arrangement(None, None, segments(text, tokens, video))
+    where = segments("none" if text == "none" else "after", tokens, video)
+    return Arrangement(reordering(order, text, tokens), None, where)
+
+
+def arrange_heads(heads: Tensor, order: Tensor, text: str, tokens: int, video: int) -> Arrangement:
+    """Some heads: the video in its order, the text where it is. The other heads: all as it is.
+
+    Args:
+        heads: bool (H,), those whose tokens are moved.
+        order, text, tokens, video: see :func:`arrange_all`.
+    """
+    moved = reordering_in_place(order, text, tokens)
+    return Arrangement(moved, heads[:, None, None], segments(text, tokens, video))

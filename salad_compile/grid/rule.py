@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from salad_compile.config import check_names
+from salad_compile.common.checks import check_names
 from salad_compile.errors import ConfigError, GridMismatchError
 from salad_compile.grid.sizes import HINT, Grid, check_grid, three_sizes
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.grid.orders import cached_order, temporal_order, tile_order
+from salad_compile.grid.orders import OrderOf, cached_order
 from salad_compile.grid.rule import GridSource, read_grid
 from salad_compile.grid.sizes import Grid
 
@@ -25,29 +25,26 @@ class VideoGrid:
 
     Args:
         source: how to read the grid from the arguments of the root's forward.
-        windowed: whether a site has sliding windows, which run through time in an order of their own.
+        makers: make the orders that its sites ask for, see :data:`salad_compile.grid.orders.OrderOf`.
     """
 
-    def __init__(self, source: GridSource, windowed: bool = False) -> None:
+    def __init__(self, source: GridSource, makers: Iterable[OrderOf]) -> None:
         self.source = source
-        self.windowed = windowed
+        self.makers = {make.__name__: make for make in makers}
         # of the latest forward; kept for recomputation under checkpointing
         self.size: Grid | None = None
-        self.order: Tensor | None = None
-        self.temporal_order: Tensor | None = None
+        self.orders: dict[str, Tensor] = {}
 
     def update(self, inputs: dict[str, Any]) -> None:
-        """Set the order for a forward with these arguments."""
+        """Set the orders for a forward with these arguments."""
         grid = read_grid(self.source, inputs)
         if not torch.compiler.is_compiling():  # symbolic sizes would outlive their graph
             self.size = grid
         device = next((v.device for v in inputs.values() if isinstance(v, Tensor)), torch.device("cpu"))
-        self.order = cached_order(tile_order, grid, device)
-        if self.windowed:
-            self.temporal_order = cached_order(temporal_order, grid, device)
+        self.orders = {name: cached_order(make, grid, device) for name, make in self.makers.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "order": None, "temporal_order": None}
+        return {**self.__dict__, "orders": {}}
 
 
 class RootForward:

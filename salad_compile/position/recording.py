@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from salad_compile.definition.attention import Mapped
+from salad_compile.definition.operands import Mapped
 from salad_compile.position.flow import Cell, Flow, TensorInfo
 from salad_compile.position.operations import PROJECTIONS, data_arguments, operation, writes
 from salad_compile.position.slice import Entry, PositionSlice, UndeterminedError, features, find_slice, told_of

@@ -77,7 +77,7 @@ class SaladBranch(Site):
         if self.switch.dense:
             return leave_dense(module, args, out)
         if torch.compiler.is_compiling():
-            tensors = [self.mark, *self.tensors().flat()]
+            tensors = [self.mark, *self.tensors().values()]
             tagged: Tensor = torch.ops.salad.tag(out, args[0], tensors, self.order(out.device), self.spec)
             return tagged
         self.armed = args[0]

@@ -28,8 +28,9 @@ from salad_compile.calls.adapters import (
 )
 from salad_compile.calls.flex_attention import real_flex_attention, seen_by_modes
 from salad_compile.calls.softmax_products import of_tensors
-from salad_compile.config import AttentionSpec
-from salad_compile.definition.attention import Mapped, operands_of, salad_of
+from salad_compile.definition.attention import salad_of
+from salad_compile.definition.operands import Mapped, operands_of
+from salad_compile.definition.spec import AttentionSpec
 from salad_compile.errors import SiteLostError
 from salad_compile.kernels.exchange.api import members
 from salad_compile.kernels.measure import Execution, measure_executions
@@ -171,7 +172,7 @@ def _misfit(
         return "neither the token grid nor an argument tells how much of it is text (call the whole model)"
     if order is None:
         return ""
-    rows = gate_input.shape[:-1].numel() // query.shape[0] * members(spec.group)
+    rows = gate_input.shape[:-1].numel() // query.shape[0] * members(spec.process_group)
     if order.shape[1] > rows or (not spec.single and order.shape[1] != rows):
         return f"the token grid has {order.shape[1]} tokens and the site {rows}"
     return ""

@@ -28,7 +28,7 @@ _MESSAGE = (
 def tag(out: Tensor, gate_input: Tensor, tensors: list[Tensor], order: Tensor | None, spec: str) -> Tensor:
     """Identity on `out`, the query projection's output. See the module's text.
 
-    tensors: the branch's mark, then its tensors as `BranchTensors.names` lists them.
+    tensors: the branch's mark, then its tensors in the order of `branch_tensors.names`.
     """
     raise WrongBackendError(_MESSAGE)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from salad_compile.config import AttentionSpec
-from salad_compile.definition.attention import Operands
+from salad_compile.definition.operands import Operands
+from salad_compile.definition.spec import AttentionSpec
 from salad_compile.kernels.listening import entered
 from salad_compile.sites.site import Site
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -10,8 +11,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from salad_compile.config import AttentionSpec, SaladConfig, density_permille
-from salad_compile.definition.branch_tensors import BranchTensors
+from salad_compile.config import SaladConfig
+from salad_compile.definition import branch_tensors, patterns
+from salad_compile.definition.pattern import Pattern
+from salad_compile.definition.spec import AttentionSpec, density_permille
+from salad_compile.definition.tensors import BranchSite, BranchTensors, TensorRow
 from salad_compile.sites.record import SiteRecord
 
 
@@ -34,7 +38,6 @@ class BranchParameters(nn.Module):
 
     lora_scale: Tensor
     permille: Tensor
-    temporal_heads: Tensor
 
     def __init__(
         self,
@@ -54,66 +57,45 @@ class BranchParameters(nn.Module):
         self.roles = record.shared_roles()
         self.shares = dict(shares)
         self.lora_merged = False  # then these parameters fit only the base that holds their update
+        self.gate_width = gate_width
+        self.lora_widths = dict(widths)
         self.lora_roles = tuple(widths) if config.lora_rank else ()
         self._take_spec(self.spec_of_site())
-        self._register_tensors(gate_width, dtype, device)
-        self._register_updates(widths, dtype, device)
+        for row in self.rows():
+            tensor = torch.empty(
+                row.shape(self.branch_site(), self.decoded_spec()), dtype=row.dtype or dtype, device=device
+            )
+            if row.dtype is None:
+                self.register_parameter(row.name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(row.name, tensor)
+        # a tensor, because a Python number in a graph recompiles when it changes; fp32 whatever the parameters are
+        self.register_buffer("lora_scale", torch.empty((), dtype=torch.float32, device=device))
         self.reset_parameters()
 
     def _take_spec(self, spec: AttentionSpec) -> None:
         self.spec = spec.encode()
-        self.windowed = spec.pattern == "stswa"
+        self.order_name = self.pattern.order.__name__
         self.maps_before_position = spec.maps_before_position
-        self.branch_names = BranchTensors.names(spec)
+        self.branch_names = branch_tensors.names(spec)
 
-    def _register_tensors(self, gate_width: int, dtype: torch.dtype, device: torch.device) -> None:
-        """What the definition takes of the site."""
-        heads, width = self.record.heads, self.record.width
-        gates: tuple[int, ...] = (heads,) if self.config.gate == "head" else ()
-        shapes: dict[str, tuple[int, ...]] = {
-            "gate_weight": (gate_width, *gates),
-            "gate_bias": gates or (1,),
-            "proj_weight": (width, width),
-            "proj_bias": (width,),
-            "layer_scale": (),
-            "head_scale": (heads,),
-        }
-        for name in self.branch_names:
-            if name in shapes:
-                self.register_parameter(name, nn.Parameter(torch.empty(shapes[name], dtype=dtype, device=device)))
-        if "permille" in self.branch_names:
-            self.register_buffer("permille", torch.empty((), dtype=torch.int32, device=device))
-        if "temporal_heads" in self.branch_names:
-            self.register_buffer("temporal_heads", torch.empty(heads, dtype=torch.bool, device=device))
-
-    def _register_updates(
-        self, widths: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def rows(self) -> tuple[TensorRow, ...]:
+        """The rows of all these tensors but `lora_scale`."""
         rank = self.config.lora_rank
-        for role in self.lora_roles:
-            in_features, out_features = widths[role]
-            for part, shape in (("down", (rank, in_features)), ("up", (out_features, rank))):
-                self.register_parameter(
-                    f"lora_{role}_{part}", nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-                )
-        # a tensor, because a Python number in a graph recompiles when it changes; fp32 whatever the parameters are
-        self.register_buffer("lora_scale", torch.empty((), dtype=torch.float32, device=device))
+        pairs = (branch_tensors.low_rank_rows(role, *self.lora_widths[role], rank) for role in self.lora_roles)
+        return (*branch_tensors.rows(self.decoded_spec()), *itertools.chain.from_iterable(pairs))
 
+    def branch_site(self) -> BranchSite:
+        """What their shapes and initial values depend on."""
+        permille = density_permille(self.config.of_site(self.record.owner).sparsity)
+        return BranchSite(self.gate_width, self.record.heads, self.record.width, permille)
+
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise: zero, but Kaiming uniform for LoRA's `down` and 1 for static scales (specification 6)."""
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.endswith("_down"):
-                    nn.init.kaiming_uniform_(parameter, a=5**0.5)
-                elif name.endswith("_scale"):
-                    parameter.fill_(1.0)
-                else:
-                    parameter.zero_()
-            self.lora_scale.fill_(self.config.lora_scale)
-            if "permille" in self.branch_names:
-                self.permille.fill_(density_permille(self.config.of_site(self.record.owner).sparsity))
-            if "temporal_heads" in self.branch_names:  # odd heads look through time (specification 4.3)
-                self.temporal_heads.copy_(torch.arange(self.record.heads) % 2 == 1)
+        """Write the initial values (specification 6)."""
+        for row in self.rows():
+            row.initialise(getattr(self, row.name), self.branch_site())
+        self.lora_scale.fill_(self.config.lora_scale)
 
     # --- what the site computes ---------------------------------------------------------------------------------------
 
@@ -127,14 +109,19 @@ class BranchParameters(nn.Module):
             rope_placement="rotate-then-map" if record.rotated_first else self.config.spec.rope_placement,
             text=record.text,
             single=record.text in ("before", "after") and record.text_query is None,
-            groups=record.groups,
+            heads_per_key=record.groups,
             square_mask=record.square_mask,
-            group=self.group,
+            process_group=self.group,
         )
 
     def decoded_spec(self) -> AttentionSpec:
         """What this site computes: `spec`, decoded."""
         return AttentionSpec.decode(self.spec)
+
+    @property
+    def pattern(self) -> Pattern:
+        """Its sparse pattern."""
+        return patterns.find(self.decoded_spec().pattern)
 
     @property
     def target_sparsity(self) -> float:
@@ -145,7 +132,7 @@ class BranchParameters(nn.Module):
 
     def tensors(self) -> BranchTensors:
         """What the definition takes of these parameters."""
-        return BranchTensors(**{name: getattr(self, name) for name in self.branch_names})
+        return {name: getattr(self, name) for name in self.branch_names}
 
     @property
     def mark(self) -> Tensor:
@@ -169,7 +156,7 @@ class BranchParameters(nn.Module):
 
     def linear_parameters(self) -> dict[str, nn.Parameter]:
         """What only the linear branch needs, by name; nothing where there is none."""
-        without = BranchTensors.names(dataclasses.replace(self.decoded_spec(), linear_branch=False))
+        without = branch_tensors.names(dataclasses.replace(self.decoded_spec(), linear_branch=False))
         return {name: getattr(self, name) for name in self.branch_names if name not in without}
 
     # --- low-rank updates ---------------------------------------------------------------------------------------------

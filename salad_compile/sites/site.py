@@ -45,7 +45,7 @@ class Site(BranchParameters):
         """int32 (2, V), the order of the video's tokens and its inverse; None where the grid is not known."""
         if self.grid is None or not self.record.on_grid:
             return None
-        order = self.grid.temporal_order if self.windowed else self.grid.order
+        order = self.grid.orders.get(self.order_name)
         # the arguments of the root may lie elsewhere than this layer
         return order if order is None or order.device == device else order.to(device)
 

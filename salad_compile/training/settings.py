@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from salad_compile.common.checks import check_choice, check_names
 from salad_compile.common.files import read_json
-from salad_compile.config import check_choice, check_names
 from salad_compile.errors import ConfigError
 
 SCHEMA_VERSION = 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from salad_compile.definition.attention import Mapped
+from salad_compile.definition.operands import Mapped
 from salad_compile.position.recording import PositionRecording
 from salad_compile.position.slice import Entry
 from tests.models.expectations import WITHOUT_POSITION, converted_sites

@@ -17,7 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import salad_compile
 from salad_compile.backend.exported_programs import rewrite_exported
-from salad_compile.definition.attention import LINEAR_EPS
+from salad_compile.definition.linear_branch import LINEAR_EPS
 from salad_compile.errors import PositionReplayError
 from salad_compile.kernels.linear.feature_maps import feature_map_named
 from salad_compile.kernels.linear.reference import quadratic_attention

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from salad_compile.config import AttentionSpec, BackendOptions, SaladConfig, density_permille
+from salad_compile.config import BackendOptions, SaladConfig
+from salad_compile.definition.spec import AttentionSpec, density_permille
 from salad_compile.errors import ConfigError
 
 
@@ -51,7 +52,7 @@ def test_specs_travel_as_text() -> None:
     made = AttentionSpec("topk", 100, 64, 128, "softmax", "tiles", rope_placement="map-then-rotate")
     assert AttentionSpec.decode(spec.encode()) == spec == made
     given = {"linear_branch": False, "rope_placement": "rotate-then-map", "gate": "head", "scaling": "v2"}
-    found = {"text": "before", "single": True, "groups": 4, "square_mask": True, "group": "0+1"}
+    found = {"text": "before", "single": True, "heads_per_key": 4, "square_mask": True, "process_group": "0+1"}
     site = dataclasses.replace(spec, token_order="flat", adjustable=True, window=300, **given, **found)
     assert AttentionSpec.decode(site.encode()) == site
     assert all(getattr(site, f.name) != getattr(spec, f.name) for f in dataclasses.fields(spec)[5:])

@@ -92,7 +92,7 @@ def test_the_choice_is_the_lower_error_by_definition() -> None:
     for call in calls:
         dense = call.dense().out.double()
         errors = [
-            (call.sparse(temporal_heads=torch.full((2,), through_time)).out.double() - dense)
+            (call.sparse(tensors={"temporal_heads": torch.full((2,), through_time)}).out.double() - dense)
             .square()
             .sum(dim=(0, 2, 3))
             / dense.square().sum(dim=(0, 2, 3))

@@ -40,7 +40,7 @@ def test_every_number_by_hand(name: str, changes: dict[str, Any]) -> None:
     measured = diagnose(model, inputs_of(name)).calls[0]
     assert (measured.name, measured.step) == (call.branch.record.owner, 0)
     weights, value, rows = softmax_matrix(call), call.given.value.double(), call.rows()
-    kept = weights * computed_pairs(call, call.sparse(), call.given.branch.temporal_heads)
+    kept = weights * computed_pairs(call, call.sparse(), call.given.branch.get("temporal_heads"))
     update, gate = call.update(), call.gate()
     assert update is not None
     assert gate is not None

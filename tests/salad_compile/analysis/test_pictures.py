@@ -92,13 +92,13 @@ def test_every_file_is_there_and_the_page_holds_them_all(name: str, changes: dic
 @pytest.mark.parametrize(("name", "changes"), CALLS, ids=["topk", "stswa", "joint", "masked", "prefix"])
 def test_masks_are_the_pairs_that_are_computed(name: str, changes: dict[str, Any]) -> None:
     call = calls_of(converted(name, **changes), inputs_of(name))[0]
-    temporal = call.given.branch.temporal_heads
+    temporal = call.given.branch.get("temporal_heads")
     view, pairs = pictures._view(call), computed_pairs(call, call.sparse(), temporal)[0]
     for head in range(pairs.shape[0]):
         at = positions(call, head, temporal)
         blocks = view.mask[head][at // call.spec.query_block][:, at // call.spec.key_block]
         assert torch.equal(blocks, pairs[head])
-    assert view.through_time == (None if temporal is None else [False, True])
+    assert view.labels == (() if temporal is None else ("in space", "through time"))
     gate = call.gate()
     assert gate is not None
     assert view.gate is not None

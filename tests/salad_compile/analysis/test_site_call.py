@@ -79,7 +79,7 @@ CALLS = [("Wan", {}), ("Wan", {"pattern": "stswa"}), ("CogVideoX", {}), ("Hunyua
 @pytest.mark.parametrize(("name", "changes"), CALLS, ids=["topk", "stswa", "joint", "masked", "prefix"])
 def test_outputs_and_recall_equal_full_matrices(name: str, changes: dict[str, Any]) -> None:
     call = calls_of(converted(name, **changes), inputs_of(name))[-1]
-    temporal = call.given.branch.temporal_heads
+    temporal = call.given.branch.get("temporal_heads")
     value, weights, rows = call.given.value.double(), softmax_matrix(call), call.rows()
     dense, sparse = call.dense(), call.sparse()
     kept = weights * computed_pairs(call, sparse, temporal)
@@ -157,7 +157,7 @@ def test_other_sparsities_patterns_and_orders_of_a_site() -> None:
     assert torch.equal(call.sparse(0.7, pattern="stswa").out, windowed.sparse().out)
     assert torch.equal(windowed.sparse(pattern="topk").out, call.sparse(0.7).out)
     heads = torch.tensor([True, True])
-    through_time, mixed = windowed.sparse(temporal_heads=heads).out, windowed.sparse().out
+    through_time, mixed = windowed.sparse(tensors={"temporal_heads": heads}).out, windowed.sparse().out
     assert torch.equal(through_time[:, 1], mixed[:, 1])
     assert relative_error(through_time[:, 0], mixed[:, 0]) > 1e-2
 

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from salad_compile.config import AttentionSpec, SaladConfig
-from salad_compile.definition.attention import LINEAR_EPS, Mapped, linear_attention, salad_attention, sparse_attention
-from salad_compile.definition.branch_tensors import BranchTensors
+from salad_compile.config import SaladConfig
+from salad_compile.definition import branch_tensors
+from salad_compile.definition.attention import salad_attention, sparse_attention
+from salad_compile.definition.linear_branch import LINEAR_EPS, linear_attention
+from salad_compile.definition.operands import Mapped
+from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.token_layout import Segments
 from salad_compile.grid.orders import order_and_inverse, temporal_order
 from salad_compile.kernels.linear.feature_maps import feature_map_named
@@ -25,12 +28,12 @@ def spec(sparsity: float) -> AttentionSpec:
     return SaladConfig(sparsity=sparsity, query_block=32, key_block=16).spec
 
 
-def operands(scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor, BranchTensors]:
+def operands(scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
     with seeded(3):
         q, k, v = torch.randn(3, B, S, H, D, dtype=torch.float64).transpose(2, 3).unbind(0)
         x = torch.randn(B, S, C, dtype=torch.float64)
-        shapes = ((C,), (1,), (H * D, H * D), (H * D,))
-        branch = BranchTensors(*(torch.randn(shape, dtype=torch.float64) * 0.3 for shape in shapes))
+        shapes = {"gate_weight": (C,), "gate_bias": (1,), "proj_weight": (H * D, H * D), "proj_bias": (H * D,)}
+        branch = {name: torch.randn(shape, dtype=torch.float64) * 0.3 for name, shape in shapes.items()}
     return q * scale, k * scale, v, x, branch
 
 
@@ -45,8 +48,8 @@ def test_the_sum_of_the_paper(scale: float) -> None:
     q, k, v, x, branch = operands(scale)
     weights = q.relu() @ k.relu().transpose(-1, -2)
     linear = weights @ v / (weights.sum(-1, keepdim=True) + LINEAR_EPS)
-    projected = linear.transpose(1, 2).flatten(2) @ branch.proj_weight.T + branch.proj_bias
-    gate = 1 / (1 + torch.exp(-(x @ branch.gate_weight + branch.gate_bias)))
+    projected = linear.transpose(1, 2).flatten(2) @ branch["proj_weight"].T + branch["proj_bias"]
+    gate = 1 / (1 + torch.exp(-(x @ branch["gate_weight"] + branch["gate_bias"])))
     update = (gate.unsqueeze(-1) * projected).unflatten(-1, (H, D)).transpose(1, 2)
     expected = sparse_attention(q, k, v, Segments(0, 0, 0, S), spec(0.5), D**-0.5) + update
     assert relative_error(salad(q, k, v, x, branch), expected) < 1e-12
@@ -54,7 +57,7 @@ def test_the_sum_of_the_paper(scale: float) -> None:
 
 def test_invariants_of_the_specification() -> None:
     q, k, v, x, branch = operands()
-    zero = branch._replace(proj_weight=branch.proj_weight * 0, proj_bias=branch.proj_bias * 0)
+    zero = branch | {name: branch[name] * 0 for name in ("proj_weight", "proj_bias")}
     assert torch.equal(salad(q, k, v, x, zero), sparse_attention(q, k, v, Segments(0, 0, 0, S), spec(0.5), D**-0.5))
     assert relative_error(salad(q, k, v, x, zero, sparsity=0.0), F.scaled_dot_product_attention(q, k, v)) < 1e-12
 
@@ -70,7 +73,7 @@ def test_the_result_has_the_dtype_of_what_it_replaces() -> None:
     q, k, v, x, branch = operands()
     exact = salad(q, k, v, x, branch, sparsity=0.0)
     half = [t.to(torch.bfloat16) for t in (q, k, v)]
-    single = BranchTensors(*(t.float() for t in branch.flat()))
+    single = {name: t.float() for name, t in branch.items()}
     out = salad(*half, x.float(), single, sparsity=0.0, dtype=torch.bfloat16)
     assert out.dtype == torch.bfloat16
     assert relative_error(out, exact) < 2e-2
@@ -78,18 +81,18 @@ def test_the_result_has_the_dtype_of_what_it_replaces() -> None:
 
 def test_gradients_reach_everything() -> None:
     q, k, v, x, branch = operands()
-    leaves = [t.clone().requires_grad_() for t in (q, k, v, x, *branch.flat())]
-    salad(*leaves[:4], BranchTensors(*leaves[4:])).square().sum().backward()
+    leaves = [t.clone().requires_grad_() for t in (q, k, v, x, *branch.values())]
+    salad(*leaves[:4], dict(zip(branch, leaves[4:], strict=True))).square().sum().backward()
     assert all(leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad.norm() > 0 for leaf in leaves)
 
 
 def test_gradcheck() -> None:
     """At sparsity 0: a selection that flips under the finite differences would not be differentiable."""
     q, k, v, x, branch = operands()
-    small = [t[:1, :, :35].detach() for t in (q, k, v)] + [x[:1, :35], *branch.flat()]
+    small = [t[:1, :, :35].detach() for t in (q, k, v)] + [x[:1, :35], *branch.values()]
     leaves = [t.clone().requires_grad_() for t in small]
     assert torch.autograd.gradcheck(
-        lambda *t: salad(*t[:4], BranchTensors(*t[4:]), sparsity=0.0), leaves, fast_mode=True
+        lambda *t: salad(*t[:4], dict(zip(branch, t[4:], strict=True)), sparsity=0.0), leaves, fast_mode=True
     )
 
 
@@ -117,46 +120,42 @@ def test_v2_with_unit_scales_is_v1() -> None:
     q, k, v, x, branch = operands()
     ones = {name: torch.ones_like(scale) for name, scale in scales().items()}
     v1 = call((q, k, v, x, branch), variant())
-    assert torch.equal(call((q, k, v, x, branch._replace(**ones)), variant(scaling="v2")), v1)
-    assert relative_error(call((q, k, v, x, branch._replace(**scales())), variant(scaling="v2")), v1) > 1e-2
+    assert torch.equal(call((q, k, v, x, branch | ones), variant(scaling="v2")), v1)
+    assert relative_error(call((q, k, v, x, branch | scales()), variant(scaling="v2")), v1) > 1e-2
 
 
 def test_v2_by_hand() -> None:
     """specification 3: O' = O_s + s_layer G Proj(s_head O_l)."""
     q, k, v, x, branch = operands()
-    branch = branch._replace(**scales())
-    assert branch.head_scale is not None
-    assert branch.layer_scale is not None
+    branch = branch | scales()
     sparse = sparse_attention(q, k, v, Segments(0, 0, 0, S), variant(), D**-0.5)
-    linear = linear_attention(q, k, v, variant()) * branch.head_scale[:, None, None]
-    projected = linear.transpose(1, 2).flatten(2) @ branch.proj_weight.T + branch.proj_bias
-    gate = torch.sigmoid(x @ branch.gate_weight + branch.gate_bias).unsqueeze(-1)
-    update = (branch.layer_scale * gate * projected).unflatten(-1, (H, D)).transpose(1, 2)
+    linear = linear_attention(q, k, v, variant()) * branch["head_scale"][:, None, None]
+    projected = linear.transpose(1, 2).flatten(2) @ branch["proj_weight"].T + branch["proj_bias"]
+    gate = torch.sigmoid(x @ branch["gate_weight"] + branch["gate_bias"]).unsqueeze(-1)
+    update = (branch["layer_scale"] * gate * projected).unflatten(-1, (H, D)).transpose(1, 2)
     assert relative_error(call((q, k, v, x, branch), variant(scaling="v2")), sparse + update) < 1e-12
 
 
 def test_one_gate_per_head_by_hand() -> None:
     q, k, v, x, branch = operands()
     with seeded(6):
-        branch = branch._replace(
-            gate_weight=torch.randn(C, H, dtype=torch.float64), gate_bias=torch.randn(H, dtype=torch.float64)
-        )
+        gates = {"gate_weight": torch.randn(C, H, dtype=torch.float64), "gate_bias": torch.randn(H).double()}
+        branch = branch | gates
     sparse = sparse_attention(q, k, v, Segments(0, 0, 0, S), variant(), D**-0.5)
     linear = linear_attention(q, k, v, variant()).transpose(1, 2).flatten(2)
-    projected = (linear @ branch.proj_weight.T + branch.proj_bias).unflatten(-1, (H, D))
-    gate = torch.sigmoid(x @ branch.gate_weight + branch.gate_bias).unsqueeze(-1)
+    projected = (linear @ branch["proj_weight"].T + branch["proj_bias"]).unflatten(-1, (H, D))
+    gate = torch.sigmoid(x @ branch["gate_weight"] + branch["gate_bias"]).unsqueeze(-1)
     expected = sparse + (gate * projected).transpose(1, 2)
     assert relative_error(call((q, k, v, x, branch), variant(gate="head")), expected) < 1e-12
 
 
 def test_no_gate_is_a_gate_of_one_and_no_branch_is_no_update() -> None:
     q, k, v, x, branch = operands()
-    assert branch.gate_bias is not None
-    wide_open = branch._replace(gate_weight=torch.zeros_like(branch.gate_weight), gate_bias=branch.gate_bias * 0 + 1e3)
-    bare = branch._replace(gate_weight=None, gate_bias=None)
+    wide_open = branch | {"gate_weight": branch["gate_weight"] * 0, "gate_bias": branch["gate_bias"] * 0 + 1e3}
+    bare = {name: tensor for name, tensor in branch.items() if not name.startswith("gate_")}
     assert torch.equal(call((q, k, v, x, bare), variant(gate="none")), call((q, k, v, x, wide_open), variant()))
     sparse = sparse_attention(q, k, v, Segments(0, 0, 0, S), variant(), D**-0.5)
-    assert torch.equal(call((q, k, v, x, BranchTensors()), variant(linear_branch=False)), sparse)
+    assert torch.equal(call((q, k, v, x, {}), variant(linear_branch=False)), sparse)
 
 
 def test_windows_by_hand() -> None:
@@ -165,7 +164,7 @@ def test_windows_by_hand() -> None:
     grid = (7, 1, 11)
     order = order_and_inverse(temporal_order, grid)
     through_time = torch.tensor([False, True, True])
-    given = (q, k, v, x, branch._replace(temporal_heads=through_time))
+    given = (q, k, v, x, branch | {"temporal_heads": through_time})
     spec = variant(pattern="stswa", window=20)
     at = torch.arange(S)
     places = {False: at, True: order[1].long()}  # where a token stands in the order of the windows
@@ -176,8 +175,8 @@ def test_windows_by_hand() -> None:
         near |= places[temporal] // 32 == (places[temporal] // 32)[:, None]  # blocks that overlap
         sparse[:, head] = F.scaled_dot_product_attention(q[:, head], k[:, head], v[:, head], attn_mask=near)
     linear = linear_attention(q, k, v, spec).transpose(1, 2).flatten(2)
-    gate = torch.sigmoid(x @ branch.gate_weight + branch.gate_bias).unsqueeze(-1)
-    update = (gate * (linear @ branch.proj_weight.T + branch.proj_bias)).unflatten(-1, (H, D)).transpose(1, 2)
+    gate = torch.sigmoid(x @ branch["gate_weight"] + branch["gate_bias"]).unsqueeze(-1)
+    update = (gate * (linear @ branch["proj_weight"].T + branch["proj_bias"])).unflatten(-1, (H, D)).transpose(1, 2)
     assert relative_error(call(given, spec, order), sparse + update) < 1e-12
 
 
@@ -188,10 +187,10 @@ def test_the_sparsity_is_data(pattern: str) -> None:
     heads = {"temporal_heads": torch.tensor([False, True, True])} if pattern == "stswa" else {}
     adjustable = variant(pattern=pattern, sparsity=0.8, lowest_sparsity=0.1)
     for permille in (100, 400, 900):
-        branch = given[4]._replace(permille=torch.tensor(permille, dtype=torch.int32), **heads)
+        branch = given[4] | {"permille": torch.tensor(permille, dtype=torch.int32)} | heads
         fixed = variant(pattern=pattern, sparsity=1 - permille / 1000)
         out = call((*given[:4], branch), adjustable, order)
-        assert relative_error(out, call((*given[:4], given[4]._replace(**heads)), fixed, order)) < 1e-12
+        assert relative_error(out, call((*given[:4], given[4] | heads), fixed, order)) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -202,18 +201,18 @@ def test_gradients_of_the_variants(settings: dict[str, Any]) -> None:
     spec = variant(**settings, sparsity=0.0)
     q, k, v, x, branch = operands()
     tokens = 35
-    tensors = {**branch._asdict(), **scales()}
+    tensors = {**branch, **scales()}
     with seeded(6):
         if spec.gate == "head":
             tensors |= {"gate_weight": torch.randn(C, H).double(), "gate_bias": torch.randn(H).double()}
-    names = [name for name in BranchTensors.names(spec) if name != "temporal_heads"]
+    names = [name for name in branch_tensors.names(spec) if name != "temporal_heads"]
     fixed = {"temporal_heads": torch.tensor([True, False, True])} if spec.pattern == "stswa" else {}
     order = order_and_inverse(temporal_order, (5, 1, 7))
     small = [t[:1, :, :tokens] for t in (q, k, v)] + [x[:1, :tokens], *(tensors[name] for name in names)]
     leaves = [t.detach().clone().requires_grad_() for t in small]
 
     def run(*t: Tensor) -> Tensor:
-        return call((*t[:4], BranchTensors(**dict(zip(names, t[4:], strict=True)), **fixed)), spec, order)
+        return call((*t[:4], dict(zip(names, t[4:], strict=True)) | fixed), spec, order)
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
     grads = torch.autograd.grad(run(*leaves).square().sum(), leaves, allow_unused=spec.gate == "none")
@@ -235,8 +234,8 @@ def test_map_then_rotate_by_hand() -> None:
     numerators = mapped.rotated_query @ mapped.rotated_key.transpose(-1, -2)
     sums = (before[0].relu() @ before[1].relu().transpose(-1, -2)).sum(-1, keepdim=True)
     linear = (numerators @ v / (sums + LINEAR_EPS)).transpose(1, 2).flatten(2)
-    gate = torch.sigmoid(x @ branch.gate_weight + branch.gate_bias).unsqueeze(-1)
-    update = (gate * (linear @ branch.proj_weight.T + branch.proj_bias)).unflatten(-1, (H, D)).transpose(1, 2)
+    gate = torch.sigmoid(x @ branch["gate_weight"] + branch["gate_bias"]).unsqueeze(-1)
+    update = (gate * (linear @ branch["proj_weight"].T + branch["proj_bias"])).unflatten(-1, (H, D)).transpose(1, 2)
     spec = variant(rope_placement="map-then-rotate")
     out = salad_attention(q, k, v, x, branch, None, spec, scale=D**-0.5, dtype=torch.float64, mapped=mapped)
     expected = sparse_attention(q, k, v, Segments(0, 0, 0, S), spec, D**-0.5) + update
@@ -250,9 +249,9 @@ def test_map_then_rotate_without_a_turn_is_rotate_then_map(pattern: str, text: s
     """In the order of the tiles and in the native one, with text on any side, masked keys and shared heads."""
     q, k, v, x, branch = operands()
     video = S if text == "none" else 63
-    branch = branch._replace(temporal_heads=torch.tensor([False, True, True]), **(scales() if settings else {}))
+    branch = branch | {"temporal_heads": torch.tensor([False, True, True])} | (scales() if settings else {})
     base = variant(pattern=pattern, rope_placement="map-then-rotate", **settings)
-    spec = dataclasses.replace(base, text=text, groups=H)
+    spec = dataclasses.replace(base, text=text, heads_per_key=H)
     order = order_and_inverse(temporal_order, (7, 1, video // 7))
     mask = torch.arange(S).expand(B, -1) < S - 5 if pattern == "topk" else None
     query, key, value = q[:, :, -video:] if text == "prefix" else q, k[:, :1], v[:, :1]

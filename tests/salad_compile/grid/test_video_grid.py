@@ -75,8 +75,10 @@ def test_the_grid_is_found_and_decides_what_is_attended() -> None:
     assert isinstance(grid.source, GridRule)
     assert (grid.source.kind, grid.source.names, grid.source.patch) == ("latent", ("video",), (1, 2, 2))
     out = model(video())
-    assert torch.equal(grid.order[0], tile_order(GRID))
-    assert torch.equal(grid.order[0][grid.order[1].long()], torch.arange(150, dtype=torch.int32))
+    assert torch.equal(grid.orders["tile_order"][0], tile_order(GRID))
+    assert torch.equal(
+        grid.orders["tile_order"][0][grid.orders["tile_order"][1].long()], torch.arange(150, dtype=torch.int32)
+    )
     for branch in branches(model).values():
         assert branch.record.on_grid
         branch.grid = None
@@ -115,7 +117,7 @@ def test_every_resolution_has_its_own_order() -> None:
     compiled = torch.compile(model, backend=recorder, fullgraph=True)
     for size in ((5, 10, 12), (3, 14, 8), (7, 8, 10), (5, 10, 12)):
         assert relative_error(compiled(video(*size)), model(video(*size))) < 1e-6
-        assert torch.equal(grid.order[0], tile_order((size[0], size[1] // 2, size[2] // 2)))
+        assert torch.equal(grid.orders["tile_order"][0], tile_order((size[0], size[1] // 2, size[2] // 2)))
     assert recorder.graphs <= 2
 
 
@@ -173,9 +175,9 @@ def test_copies_have_a_grid_of_their_own(copier: Any, grid: Any) -> None:
     assert_same(run(torch.compile(twin, backend=recorder), {"video": video()}, parameters=twin), expected)
     assert recorder.after["salad.block_sparse_attention"] == 2
     if grid is not GRID:
-        order = ours.order
+        orders = ours.orders
         twin(video(3, 8, 14))
-        assert ours.order is order
+        assert ours.orders is orders
     randomise_branches(twin, seed=3)
     assert relative_error(twin(video()), expected.output) > 1e-3
     assert_same(run(model, {"video": video()}), expected)

@@ -41,7 +41,7 @@ def test_sites_may_differ_in_sparsity_pattern_and_branch() -> None:
     assert first.decoded_spec().permille == second.decoded_spec().permille == 500
     assert hasattr(first, "proj_weight")
     assert not hasattr(second, "proj_weight")
-    assert first.tensors().flat()[0] is first.gate_weight
+    assert next(iter(first.tensors().values())) is first.gate_weight
 
 
 def test_one_sparsity_for_all_needs_no_tensor() -> None:

@@ -1,0 +1,36 @@
+"""Checks that settings of every kind share; each error names what is valid, and the nearest of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from salad_compile.errors import ConfigError, did_you_mean
+
+__all__ = ["check_choice", "check_names", "is_int", "require"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with this message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def is_int(value: object) -> bool:
+    """Whether it is an integer, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_choice(name: str, value: object, valid: tuple[Any, ...]) -> None:
+    """Raises ConfigError unless `value` is one of `valid`, naming the nearest."""
+    hint = did_you_mean(value, valid) if isinstance(value, str) else ""
+    fits = type(value) is type(valid[0]) and value in valid  # 128.0 equals 128, and is no block size
+    require(fits, f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}.{hint}")
+
+
+def check_names(cls: type, given: Mapping[str, Any], what: str) -> None:
+    """Raises ConfigError for a name that the dataclass `cls` does not have, naming the nearest valid one."""
+    valid = [field.name for field in dataclasses.fields(cls) if field.init]
+    for name in given:
+        require(name in valid, f"unknown {what} {name!r}.{did_you_mean(name, valid)} Valid: {', '.join(valid)}.")

@@ -1,0 +1,150 @@
+"""What a sparse pattern declares. Each pattern is one file of :mod:`salad_compile.definition.patterns`.
+
+The methods that get tensors run on tensors and on `fx.Proxy` objects alike, so they branch on settings and never on
+shapes or values.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from salad_compile.definition.spec import AttentionSpec
+from salad_compile.definition.tensors import BranchTensors, TensorRow
+from salad_compile.definition.token_layout import Arrangement, Segments, arrange_all
+from salad_compile.grid.orders import OrderOf, tile_order
+
+__all__ = ["CallSize", "Pattern", "Selection", "SiteFacts"]
+
+
+class Selection(NamedTuple):
+    """The key blocks that every query block attends to.
+
+    Attributes:
+        lut: int32 (B, H, query blocks, K), ids of key blocks, ascending and unique.
+        counts: int32 (B, H, query blocks), how many entries of a row count; ALL_BLOCKS (-1) for all key blocks there
+            are, whatever the row says.
+    """
+
+    lut: Tensor
+    counts: Tensor
+
+
+class SiteFacts(NamedTuple):
+    """What decides whether a pattern suits a site, before anything is converted."""
+
+    name: str
+    on_grid: bool
+    mask: tuple[int, ...] | None
+    video_tokens: int
+    window: int | None
+
+
+class CallSize(NamedTuple):
+    """The size of one attention call, all heads: what its cost depends on."""
+
+    batch: int
+    tokens: int
+    video_tokens: int
+    query_width: int
+
+
+class Pattern(ABC):
+    """Which key blocks every query block attends to, and all that follows from it.
+
+    Attributes:
+        name: what a configuration calls it.
+        needs_grid: whether the video's token grid has to be known.
+        takes_mask: whether it works with key padding.
+        tensors: the tensors that it brings to a site's branch.
+        head_choice: name of the one of `tensors`, bool (H,), that says which of two ways each head takes;
+            :func:`salad_compile.calibrate_heads` sets it by measurement. None: the heads have no choice.
+        crosses_processes: whether heads can be computed on different processes, each with all tokens.
+        order: makes the order of the video's tokens that a site is given, from the grid.
+    """
+
+    name: ClassVar[str]
+    needs_grid: ClassVar[bool] = False
+    takes_mask: ClassVar[bool] = True
+    tensors: ClassVar[tuple[TensorRow, ...]] = ()
+    head_choice: ClassVar[str | None] = None
+    crosses_processes: ClassVar[bool] = True
+    order: ClassVar[OrderOf] = staticmethod(tile_order)
+
+    # --- what it computes ---------------------------------------------------------------------------------------------
+
+    def arrange(
+        self, order: Tensor | None, branch: BranchTensors, spec: AttentionSpec, side: str, tokens: int, video: int
+    ) -> Arrangement:
+        """How tokens are moved before blocks are selected among them. Here: the video in its order, text behind it.
+
+        Args:
+            order: int32 (2, V), the order that :attr:`order` makes and its inverse; None where the grid is not known.
+            branch: the site's tensors.
+            side: where text lies: "none", "before" or "after".
+            tokens, video: how many there are, and how many of them are video.
+        """
+        return arrange_all(None if spec.token_order == "flat" else order, side, tokens, video)
+
+    @abstractmethod
+    def select(
+        self,
+        query: Tensor,
+        key: Tensor,
+        where: Segments,
+        spec: AttentionSpec,
+        key_mask: Tensor | None,
+        branch: BranchTensors,
+    ) -> Selection:
+        """The key blocks of every query block; no gradient flows through them.
+
+        Args:
+            query, key: (B, H, S, head_dim), their tokens as :meth:`arrange` moves them.
+            where: where video and text lie among them.
+            key_mask: bool (B, S), True where a key is valid, or None.
+            branch: the site's tensors; `permille` where the density is data.
+        """
+
+    # --- which sites it suits -----------------------------------------------------------------------------------------
+
+    def needs_conversion(self) -> str:
+        """Why it cannot run without a conversion, or the empty string."""
+        if self.needs_grid:
+            return "it needs the token grid, which conversion finds"
+        return "it has tensors of its own, which conversion makes" if self.tensors else ""
+
+    def misfit(self, site: SiteFacts) -> str:
+        """Why it does not suit a site, and what to do about it; or the empty string."""
+        name = site.name or "the model"
+        if self.needs_grid and not site.on_grid:
+            return (
+                f'pattern "{self.name}" needs the token grid of the video, which is not known for {name!r}: pass '
+                f'grid=(T, H, W), or convert with pattern "topk" (overrides={{{site.name!r}: {{"pattern": "topk"}}}} '
+                "for this site alone)."
+            )
+        if not self.takes_mask and site.mask is not None:
+            return (
+                f'pattern "{self.name}" takes no mask, and {name!r} has one of shape {site.mask}: convert with pattern '
+                '"topk".'
+            )
+        return ""
+
+    # --- what can be measured and told of it --------------------------------------------------------------------------
+
+    def follows_sparsity(self, spec: AttentionSpec) -> bool:
+        """Whether the sparsity decides how much is computed."""
+        return True
+
+    def head_labels(self, branch: BranchTensors) -> tuple[str, ...]:
+        """What distinguishes each head, for pictures; nothing where the heads are alike."""
+        return ()
+
+    def selection_flops(self, size: CallSize, spec: AttentionSpec) -> int:
+        """FLOPs of :meth:`select`."""
+        return 0
+
+    @abstractmethod
+    def computed_pairs(self, size: CallSize, spec: AttentionSpec, permille: int) -> int:
+        """Query-key pairs that one head of one sample computes, at a density of `permille` per thousand."""

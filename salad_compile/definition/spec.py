@@ -1,0 +1,104 @@
+"""What one attention site computes, without its parameters. Loads no torch: a configuration is checked against it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+__all__ = [
+    "BLOCK_SIZES",
+    "FEATURE_MAPS",
+    "GATES",
+    "SCALINGS",
+    "TOKEN_ORDERS",
+    "AttentionSpec",
+    "density_permille",
+]
+
+GATES = ("token", "head", "none")
+SCALINGS = ("v1", "v2")
+TOKEN_ORDERS = ("tiles", "flat")
+# What the kernels have (tests/salad_compile/definition/test_spec.py compares): importing them would load torch.
+FEATURE_MAPS = ("relu", "elu", "softmax")
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+def density_permille(sparsity: float) -> int:
+    """Blocks to keep per thousand. Integer, because in floating point (1 - 0.9) * 10 is below 1 (specification 4.2)."""
+    return round(1000 * (1 - sparsity))
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What one attention site computes, without its parameters: the part of the configuration that a graph depends on.
+
+    It travels through traced graphs as one short string, so that sites with equal settings share one compiled graph.
+
+    Those up to `window` are the user's; the others describe the site.
+
+    Attributes:
+        pattern: name of the sparse pattern, see :mod:`salad_compile.definition.patterns`.
+        permille: key blocks kept per thousand; where `adjustable`, a tensor says how many, and this is the most.
+        window: see :class:`salad_compile.SaladConfig`; 0 derives it from permille.
+        text: where the text of a joint sequence lies, "none", "before" or "after" the video, or "prefix": before the
+            video, among keys and values only.
+        single: whether video and text come through one projection.
+        heads_per_key: query heads that share one key and value head.
+        square_mask: whether a (B, 1, S, S) mask was seen to be key padding.
+        process_group: the processes that share the tokens (kernels/exchange), or the empty string.
+    """
+
+    pattern: str
+    permille: int
+    query_block: int
+    key_block: int
+    feature_map: str
+    token_order: str = "flat"
+    linear_branch: bool = True
+    rope_placement: str = "rotate-then-map"
+    gate: str = GATES[0]
+    scaling: str = SCALINGS[0]
+    adjustable: bool = False
+    window: int = 0
+    text: str = "none"
+    single: bool = False
+    heads_per_key: int = 1
+    square_mask: bool = False
+    process_group: str = ""
+
+    @property
+    def maps_before_position(self) -> bool:
+        """Whether query and key are needed as they are before the position encoding."""
+        return self.linear_branch and self.rope_placement == "map-then-rotate"
+
+    def encode(self) -> str:
+        """One line of text, which :meth:`decode` reads."""
+        return "|".join(str(getattr(self, field.name)) for field in dataclasses.fields(self))
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def decode(cls, text: str) -> AttentionSpec:
+        """Inverse of :meth:`encode`."""
+        fields = dataclasses.fields(cls)
+        return cls(*(_PARSERS.get(f.name, str)(value) for f, value in zip(fields, text.split("|"), strict=True)))
+
+
+def _parse_bool(text: str) -> bool:
+    return text == "True"
+
+
+# How a field is read that is not text.
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "permille": int,
+    "query_block": int,
+    "key_block": int,
+    "linear_branch": _parse_bool,
+    "adjustable": _parse_bool,
+    "window": int,
+    "single": _parse_bool,
+    "heads_per_key": int,
+    "square_mask": _parse_bool,
+}
