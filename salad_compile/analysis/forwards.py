@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from salad_compile.common.progress import ProgressBar
 from salad_compile.common.wrappers import single_model
 from salad_compile.discovery.inputs import normalise_inputs
 from salad_compile.errors import ConfigError, GridMismatchError, InputsError, NotConvertedError
@@ -80,9 +81,9 @@ def run_observed(
     from salad_compile.sites.branch import branches
 
     owners = {branch.record.owner for branch in branches(model).values()}
-    with _prepared(model), _progress(what, len(inputs) * len(owners)) as advance, torch.no_grad():
+    with _prepared(model), ProgressBar(what, len(inputs) * len(owners)) as bar, torch.no_grad():
         for number, given in enumerate(inputs):
-            watch = _Watch(number, callback, advance)
+            watch = _Watch(number, callback, bar.advance)
             _run_one(model, given, watch)
             if missing := sorted(owners - watch.seen):
                 raise InputsError(
@@ -161,16 +162,3 @@ def _prepared(model: nn.Module) -> Iterator[None]:
 def _forced_eager() -> contextlib.AbstractContextManager[Any]:
     stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr if that is a terminal; yields what moves it on by one site."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from salad_compile.command_line import model_arguments
-from salad_compile.command_line.output import progress, show
+from salad_compile.command_line.output import show
+from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Time and report."""
     import salad_compile
-    from salad_compile.command_line.benching import BenchReport, first_call, time_in_turns
+    from salad_compile.command_line.timing import BenchReport, first_call, time_in_turns
     from salad_compile.discovery.inputs import normalise_inputs
     from salad_compile.sites.branch import branches
 
@@ -67,9 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
         calls[name] = _forward(compiled, normalise_inputs(model, inputs))
     first = {"dense": first_call(calls["dense"], device)}
     first["SALAD"], facts["measured_sparsity"] = _measured(lambda: first_call(calls["SALAD"], device))
-    with progress("timing", 2 * arguments.rounds) as advance:
+    with ProgressBar("timing", 2 * arguments.rounds) as bar:
         how = {"steps": arguments.steps, "rounds": arguments.rounds}
-        times = time_in_turns(calls, first, device, advance=advance, **how)
+        times = time_in_turns(calls, first, device, advance=bar.advance, **how)
     show(arguments, BenchReport(times["dense"], times["SALAD"], facts | how))
     return 0
 
@@ -137,8 +138,8 @@ def _measured(call: Callable[[], float]) -> tuple[float, float | None]:
 def _facts(arguments: argparse.Namespace, model: nn.Module, device: torch.device) -> dict[str, Any]:
     import torch
 
-    from salad_compile.command_line.benching import device_name
-    from salad_compile.discovery.probe import placement
+    from salad_compile.command_line.timing import device_name
+    from salad_compile.common.placement import placement
     from salad_compile.sites.branch import branches
 
     known = list(branches(model).values())

@@ -163,8 +163,8 @@ def example_inputs(arguments: argparse.Namespace, model: nn.Module) -> Any:
     from torch import Tensor
     from torch.utils._pytree import tree_map_only
 
+    from salad_compile.common.placement import placement
     from salad_compile.discovery.inputs import synthesise_inputs
-    from salad_compile.discovery.probe import placement
 
     device, dtype = placement(model)
     if arguments.inputs is not None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from salad_compile.calls.adapters import dense_reason, is_padding, mask_kind
-from salad_compile.discovery.probe import Call, Probe, Projection, run_probe
+from salad_compile.discovery.probe import Call, Probe, Projection
+from salad_compile.discovery.probe_forward import run_probe
 from salad_compile.discovery.segments import Layout, layout_of, video_inputs
 from salad_compile.grid.rule import GridRule, GridSource, read_grid
 from salad_compile.grid.search import find_grid_rule

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import LatentItemError
 from salad_compile.latents.dataset import StoredLatents
 from salad_compile.latents.source import Problem
@@ -50,20 +51,19 @@ def check(latents: StoredLatents, indices: Sequence[int] | None = None, *, progr
 
     A constant channel has a standard deviation of 0, which :func:`doubt` reports as infinitely far.
     """
-    from tqdm import tqdm
-
     chosen = range(len(latents)) if indices is None else indices
     problems: list[Problem] = []
     moments: list[Tensor] = []  # one (3, C) per item: count, sum, sum of squares
-    # disable=None: no bar where the output is not a terminal
-    for index in tqdm(chosen, desc="latents", unit="item", disable=None if progress else True):
-        try:
-            latent = latents.read(index).latent.double().flatten(1)
-        except LatentItemError as error:
-            problems.append(Problem(latents.names[index], str(error).removeprefix(f"{latents.names[index]}: ")))
-            continue
-        count = torch.full((len(latent),), latent.shape[1], dtype=torch.float64)
-        moments.append(torch.stack([count, latent.sum(dim=1), latent.square().sum(dim=1)]))
+    with ProgressBar("latents", len(chosen), shown=progress) as bar:
+        for index in chosen:
+            bar.advance()
+            try:
+                latent = latents.read(index).latent.double().flatten(1)
+            except LatentItemError as error:
+                problems.append(Problem(latents.names[index], str(error).removeprefix(f"{latents.names[index]}: ")))
+                continue
+            count = torch.full((len(latent),), latent.shape[1], dtype=torch.float64)
+            moments.append(torch.stack([count, latent.sum(dim=1), latent.square().sum(dim=1)]))
     return Checked(_measured(moments), problems)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salad_compile.common.files import failures_named
+from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import ConfigError, LatentItemError, did_you_mean
 from salad_compile.latents.dataset import StoredLatents, summary_of
 from salad_compile.latents.fastvideo_writing import FastVideoWriter
@@ -82,8 +83,6 @@ def convert_latents(
         WriteError: the disk is full, say. What was written stays, for the next run.
         Others as of :func:`open_latents`.
     """
-    from tqdm import tqdm
-
     if to not in TARGETS:
         raise ConfigError(f"to is one of {', '.join(TARGETS)}; got {to!r}.{did_you_mean(to, TARGETS)}")
     origin, goal = Path(source), Path(destination)
@@ -93,7 +92,7 @@ def convert_latents(
     _claim(goal, origin, _plan(latents, to))
     target = _target(to, goal, latents)
     written, kept, skipped = 0, 0, list(latents.problems)
-    with tqdm(total=len(latents), desc=goal.name, unit="item", disable=None if progress else True) as bar:
+    with ProgressBar(goal.name, len(latents), shown=progress) as bar:
         for number, start in enumerate(range(0, len(latents), target.per_file)):
             indices = range(start, min(start + target.per_file, len(latents)))
             if target.keep(number, indices):
@@ -103,7 +102,7 @@ def convert_latents(
                 if items:
                     target.write(number, items)
                 written += len(items)
-            bar.update(len(indices))
+            bar.advance(len(indices))
     if not written + kept:
         raise LatentItemError(f"{origin} has no good item. {summary_of(skipped)}")
     target.finish()

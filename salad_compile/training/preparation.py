@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 
 from salad_compile.common.logs import logger
+from salad_compile.common.placement import placement
 from salad_compile.config import SaladConfig
 from salad_compile.conversion.convert import convert
-from salad_compile.discovery.probe import placement
 from salad_compile.errors import ConfigError, NotConvertedError
 from salad_compile.latents import LatentDataset
 from salad_compile.sites.branch import SaladBranch, branches

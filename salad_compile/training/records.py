@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from salad_compile.common.files import written_at_once
+from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import MissingPackageError
 
 LOG_FILE = "log.jsonl"
@@ -85,11 +86,8 @@ class Records:
         self.speed = Speed()
         if not self.main:
             return
-        from tqdm import tqdm
-
         self.log = RunLog(directory, step)
-        # disable=None: no bar where stderr is no terminal
-        self.bar = tqdm(total=steps, initial=step, desc="train", unit="it", disable=None, dynamic_ncols=True)
+        self.bar = ProgressBar("train", steps, done=step)
 
     def step(self, values: dict[str, Any]) -> None:
         """After each step. values: of the log; `step` among them."""
@@ -98,9 +96,8 @@ class Records:
             return
         values = values | {"steps_per_second": round(rate, 4), "peak_memory": peak_memory(self.accelerator.device)}
         self._log(values)
-        if values["loss"] is not None:  # of a step that was left out
-            self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-        self.bar.update()
+        skipped = values["loss"] is None
+        self.bar.advance(note=None if skipped else f"{rate:.2f} steps/s, loss {values['loss']:.4f}")
 
     def validation(self, step: int, loss: float) -> None:
         """After a validation."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from salad_compile.command_line import WRONG
-from salad_compile.command_line.benching import Timings, first_call, time_in_turns
+from salad_compile.command_line.timing import Timings, first_call, time_in_turns
 from tests.salad_compile.command_line.conftest import SETTINGS, SIZE, Run
 
 QUICK = ("--compile", "none", "--rounds", "2", "--device", "cpu", "--dtype", "float32")

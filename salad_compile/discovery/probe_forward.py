@@ -1,0 +1,163 @@
+"""One forward of a model under a probe, without memory where possible, and the model afterwards as it was before.
+
+The forward runs on fake tensors (weights are neither copied nor read), on the meta device when the model is there, and
+on real tensors only when the model's forward reads values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+# Private. Seen in torch 2.11 and 2.13; tests/salad_compile/discovery/test_discover.py fails when it moves.
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from salad_compile.calls.flex_attention import seen_by_modes, stand_in
+from salad_compile.calls.multihead import take_apart_for_discovery
+from salad_compile.common.logs import logger
+from salad_compile.common.placement import placement
+from salad_compile.discovery.inputs import normalise_inputs, synthesise_inputs
+from salad_compile.discovery.probe import Probe, is_linear, named_inputs
+from salad_compile.errors import AdapterError, InputsError, ProbeError
+from salad_compile.position.recording import OperationRecording
+from salad_compile.sites.branch import BRANCH_NAME, SaladBranch
+
+
+def run_probe(model: nn.Module, example_inputs: Any, *, replay_position: bool = False) -> Probe:
+    """One forward of `model` under a :class:`Probe`, without memory where possible."""
+    device, dtype = placement(model)
+    on_meta = device.type == "meta"
+    attempts: list[contextlib.AbstractContextManager[Any]] = [contextlib.nullcontext()]
+    if not on_meta:
+        attempts.insert(0, FakeTensorMode(allow_non_fake_inputs=True))
+    failure: Exception | None = None
+    for attempt in attempts:
+        small = failure is not None  # real tensors: the smallest video that shows the structure
+        try:
+            with attempt:
+                args, kwargs = _inputs(model, example_inputs, device, dtype, small=small)
+                return _forward(model, args, kwargs, replay_position)
+        except (InputsError, AdapterError):
+            raise
+        except Exception as error:
+            # whatever the model raises: on fake tensors anything that reads values fails, each in its own way
+            _tell_fallback(error, last=attempt is attempts[-1], synthetic=example_inputs is None)
+            failure = error
+    raise ProbeError(
+        f"the forward of {type(model).__name__} failed while looking for attention: "
+        f"{type(failure).__name__}: {failure}\nPass example_inputs that the model accepts, as a tuple of positional "
+        "or a dict of keyword inputs. A model on the meta device whose forward reads values needs real weights."
+    ) from failure
+
+
+def _tell_fallback(error: Exception, *, last: bool, synthetic: bool) -> None:
+    if last:
+        return
+    size = " with a small synthetic video, whose token counts mean nothing" if synthetic else ""
+    logger.warning(
+        "the forward on fake tensors failed (%s: %s); trying real tensors%s. example_inputs decide what is looked at.",
+        *(type(error).__name__, error, size),
+    )
+
+
+_SMALL_LATENT, _SMALL_TEXT = (5, 16, 16), 32
+
+
+def _inputs(
+    model: nn.Module, example_inputs: Any, device: torch.device, dtype: torch.dtype, *, small: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example_inputs is not None:
+        return normalise_inputs(model, example_inputs)
+    size: dict[str, Any] = {"latent_size": _SMALL_LATENT, "text_tokens": _SMALL_TEXT} if small else {}
+    return (), synthesise_inputs(model, device=device, dtype=dtype, **size)
+
+
+def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], replay_position: bool) -> Probe:
+    probe = Probe(recording=OperationRecording() if replay_position else None)
+    with (
+        _untouched(model),
+        _hooked(model, probe),
+        torch.compiler.set_stance("force_eager"),  # parts that are compiled already show nothing to a mode
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        seen_by_modes(stand_in),
+        probe,
+    ):
+        args, kwargs = tuple(_with_history(v) for v in args), {k: _with_history(v) for k, v in kwargs.items()}
+        probe.inputs = named_inputs(model, args, kwargs)
+        probe.features = {
+            value.grad_fn: name
+            for name, given in probe.inputs.items()
+            for value in (given if isinstance(given, (list, tuple)) else [given])
+            if isinstance(value, Tensor) and value.grad_fn is not None
+        }
+        model(*args, **kwargs)
+    return probe
+
+
+def _with_history(value: Any) -> Any:
+    """Features that already have an autograd node, so that views and casts of them can be told to be the same."""
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_with_history(item) for item in value)
+    if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
+        return value.detach().requires_grad_().clone()  # no leaf: models write into their inputs
+    return value
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, probe: Probe) -> Iterator[None]:
+    handles = []
+    for name, module in model.named_modules():
+        if is_linear(module):
+            handles += [
+                module.register_forward_pre_hook(lambda *_: probe.enter_linear()),
+                module.register_forward_hook(
+                    lambda _, args, out, name=name: probe.leave_linear(name, args[0] if args else None, out)
+                ),
+            ]
+        else:
+            handles += [
+                module.register_forward_pre_hook(
+                    lambda module, args, kwargs, name=name: probe.enter(name, module, args, kwargs), with_kwargs=True
+                ),
+                module.register_forward_hook(lambda *_: probe.leave(), always_call=True),
+            ]
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            handles.append(module.register_forward_hook(lambda _, args, out: probe.convolved.append((*out.shape[2:],))))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards every attribute as before: models cache position tables on themselves."""
+    before = [
+        (module, {name: dict(v) if type(v) is dict else v for name, v in module.__dict__.items()})
+        for module in model.modules()
+    ]
+    try:
+        for module, _ in before:
+            module.training = False  # gradient checkpointing and dropout are for training
+            if isinstance(branch := module._modules.get(BRANCH_NAME), SaladBranch):
+                branch.detach_forward(module)  # a converted model is probed as the model that it was
+        take_apart_for_discovery(model)
+        yield
+    finally:
+        for module, attributes in before:
+            for name in [name for name in module.__dict__ if name not in attributes]:
+                del module.__dict__[name]
+            for name, value in attributes.items():
+                current = module.__dict__.get(name)
+                if type(value) is dict and type(current) is dict:
+                    current.clear()
+                    current.update(value)
+                else:
+                    module.__dict__[name] = value
