@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,13 @@ def _versions() -> str:
 def _seed() -> None:
     """Toy models draw their weights from the global generator: the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _spec_after_every_pass() -> Iterator[None]:
+    """Every graph that any test compiles in this process is held against passes/spec.py, after every pass."""
+    from salad_compile.passes.driver import watch_passes
+    from tests.passes.emitted import require_spec
+
+    with watch_passes(require_spec):
+        yield

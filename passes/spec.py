@@ -1,0 +1,203 @@
+"""What an emitted graph may hold: which operators, with what arguments, and what may meet what.
+
+`verify` says what is wrong with a graph. The test-suite asks it after every pass (tests/conftest.py).
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from salad_compile.passes.provenance import example_value
+
+# Operator -> its arguments in order, and its results. A letter is the kind: f a floating tensor, i an int32 and b a
+# bool one, with the ranks that it may have; n an integer, maybe symbolic; s a Python float; t text. ? may be None.
+OPERATORS = {
+    "take_rows": "x=f4 order=i1 inverse=i1 -> f4",
+    "pool_blocks": "x=f4 block=n key_mask=b2? -> f4",
+    "select_blocks": "pooled_query=f4 pooled_key=f4 query_block=n key_block=n density_permille=n "
+    "sink_begin=n sink_end=n key_mask=b2? permille=i0? -> i4 i3",
+    "window_blocks": "query=f4 query_block=n key_block=n density_permille=n window=n "
+    "sink_begin=n sink_end=n video_begin=n video_end=n permille=i0? -> i4 i3",
+    "block_sparse_attention": "query=f4 key=f4 value=f4 lut=i4 count=i3 query_block=n key_block=n scale=s "
+    "key_mask=b2? -> f4 f3",
+    "linear_state": "key=f4 value=f4 feature_map=t key_mask=b2? rotated_key=f4? -> f4 f3",
+    "linear_output": "query=f4 state=f4 key_sum=f3 feature_map=t eps=s rotated_query=f4? -> f4",
+    "gather_tokens": "x=f4 group=t -> f4",
+    "gather_heads": "x=f4 group=t -> f4",
+    "sum_of_processes": "x=f34 group=t -> f34",
+}
+MARKERS = ("tag", "site", "projected")
+ATTENTION, ROUTED, WINDOWS, STATE, OUTPUT = (
+    *("block_sparse_attention", "select_blocks", "window_blocks", "linear_state", "linear_output"),
+)
+# Operator, a sentence that holds for each call of it, and how that is seen. Of what another rule rejects a rule says
+# nothing: `selection`, `state` and the like are then None.
+RULES: tuple[tuple[str, str, Callable[[Call], bool]], ...] = (
+    (ATTENTION, "query, key and value have one dtype", lambda c: c.one_dtype("query", "key", "value")),
+    (STATE, "key and value have one dtype", lambda c: c.one_dtype("key", "value", "rotated_key")),
+    (OUTPUT, "the query has one dtype", lambda c: c.one_dtype("query", "rotated_query")),
+    (ROUTED, "pooled query and key have one dtype", lambda c: c.one_dtype("pooled_query", "pooled_key")),
+    (ATTENTION, "lut and count are the results of one selection", lambda c: c.selection is not None),
+    (ATTENTION, "it has the blocks of its selection", lambda c: c.agrees(c.selection, "query_block", "key_block")),
+    (ATTENTION, "it has the key mask of its selection", lambda c: c.agrees(c.selection, "key_mask")),
+    (ATTENTION, "the selection is of its query and key", lambda c: c.selection is None or c.selection.is_of(c)),
+    (ATTENTION, "query, key and value are in one order", lambda c: c.one_order("query", "key", "value")),
+    (ATTENTION, "nothing reads its lse", lambda c: all(user.args[1] == 0 for user in c.node.users)),
+    ("take_rows", "the rows are put back", lambda c: c.is_put_back()),
+    (ROUTED, "its means are of its blocks", lambda c: c.pools("query") and c.pools("key")),
+    ("pool_blocks", "no gradient flows into a selection", lambda c: c.is_detached("x")),
+    (OUTPUT, "state and key_sum are the results of one linear_state", lambda c: c.state is not None),
+    (OUTPUT, "it has the feature map of its state", lambda c: c.agrees(c.state, "feature_map")),
+    (OUTPUT, "position is in its query and its keys, or in neither", lambda c: c.turns_both()),
+)
+
+
+def verify(graph: fx.Graph, *, erased: bool = True) -> list[str]:
+    """What is wrong with an emitted graph: the name of a node and a sentence that does not hold, for each violation.
+
+    Args:
+        graph: of Dynamo or export, with the values that they record. erased: whether the markers must be gone.
+    """
+    calls = [call for call in map(Call.of, graph.nodes) if call is not None]
+    found = []
+    for call in calls:
+        if call.name in MARKERS:
+            found += [f"{call.node.name}: markers are erased"] if erased else []
+        elif call.name not in OPERATORS:
+            found.append(f"{call.node.name}: salad::{call.name} does not belong into an emitted graph")
+        else:
+            found += [f"{call.node.name}: {fault}" for fault in (*call.misfits(), *call.broken_rules())]
+    return found
+
+
+class Call:
+    """A call of one of our operators in a graph: `call["query"]` is that argument, a node, a constant or None."""
+
+    node: fx.Node
+
+    def __init__(self, node: fx.Node, name: str) -> None:
+        self.node, self.name = node, name
+        given, _, results = OPERATORS.get(name, "").partition(" -> ")
+        self.kinds = dict(entry.split("=") for entry in given.split())
+        self.results = results.split()
+        self.arguments = {**dict(zip(self.kinds, node.args, strict=False)), **node.kwargs}
+
+    @classmethod
+    def of(cls, value: object) -> Call | None:
+        """The call that a node is, or None; Dynamo keeps the name that was called, export the overload."""
+        found = re.fullmatch(r"salad\.(\w+)(\.default)?", str(getattr(value, "target", "")))
+        return cls(value, found[1]) if found and isinstance(value, fx.Node) else None
+
+    def __getitem__(self, argument: str) -> Any:
+        return self.arguments.get(argument)
+
+    def maker(self, argument: str, *operators: str, result: int | None = None) -> Call | None:
+        """The call of one of `operators` whose result (of several: that one) an argument is, or None.
+
+        Sums of a result over processes count as that result.
+        """
+        value = self[argument]
+        summed = Call.of(value)
+        if summed is not None and summed.name == "sum_of_processes":
+            value = summed["x"]
+        if result is not None:
+            if getattr(value, "target", None) is not operator.getitem or value.args[1] != result:
+                return None
+            value = value.args[0]
+        made = Call.of(value)
+        return made if made is not None and made.name in operators else None
+
+    def misfits(self) -> list[str]:
+        """Arguments and results that are of another kind than OPERATORS says."""
+        found = [f"{name} is of kind {kind}" for name, kind in self.kinds.items() if not _fits(kind, self[name])]
+        found += [f"it has no argument {name}" for name in self.arguments.keys() - self.kinds.keys()]
+        value = example_value(self.node)
+        results = value if isinstance(value, (tuple, list)) else [value]
+        if len(results) != len(self.results) or not all(map(_fits, self.results, results)):
+            found.append(f"its recorded results are of kind {' '.join(self.results)}")
+        return found
+
+    def broken_rules(self) -> list[str]:
+        """The sentences of RULES that do not hold for this call."""
+        return [says for name, says, holds in RULES if name == self.name and not holds(self)]
+
+    @property
+    def selection(self) -> Call | None:
+        """Whose lists of blocks an attention call reads."""
+        return self._maker_of_both("lut", "count", ROUTED, WINDOWS)
+
+    @property
+    def state(self) -> Call | None:
+        """Whose sums an output of linear attention reads, those of all processes included."""
+        return self._maker_of_both("state", "key_sum", STATE)
+
+    def _maker_of_both(self, first: str, second: str, *operators: str) -> Call | None:
+        makers = self.maker(first, *operators, result=0), self.maker(second, *operators, result=1)
+        return makers[0] if makers[0] and makers[1] and makers[0].node is makers[1].node else None
+
+    def agrees(self, other: Call | None, *arguments: str) -> bool:
+        """Whether both calls were given the same."""
+        return other is None or all(self[name] == other[name] for name in arguments)
+
+    def one_dtype(self, *arguments: str) -> bool:
+        """Whether tensors have one dtype; those that are None aside."""
+        values = [example_value(self[name]) for name in arguments if isinstance(self[name], fx.Node)]
+        return len({value.dtype for value in values if isinstance(value, torch.Tensor)}) == 1
+
+    def order(self, argument: str) -> tuple[Any, Any] | None:
+        """By which order and inverse the rows of an argument were moved (in some heads alone: `where`), or None."""
+        value = self[argument]
+        moved = Call.of(value.args[1] if getattr(value, "target", None) is torch.where else value)
+        return (moved["order"], moved["inverse"]) if moved is not None and moved.name == "take_rows" else None
+
+    def one_order(self, *arguments: str) -> bool:
+        """Whether the rows of all these arguments were moved in the same way."""
+        return len({self.order(name) for name in arguments}) == 1
+
+    def is_put_back(self) -> bool:
+        """Whether some call undoes this move of rows."""
+        pairs = [(call["order"], call["inverse"]) for call in map(Call.of, self.node.graph.nodes) if call is not None]
+        return (self["inverse"], self["order"]) in pairs
+
+    def is_detached(self, argument: str) -> bool:
+        """Whether no gradient flows into an argument."""
+        return getattr(self[argument], "target", None) == "detach"
+
+    def pools(self, side: str) -> bool:
+        """Whether the means of query or key blocks were made with this call's block size and mask."""
+        means = self.maker(f"pooled_{side}", "pool_blocks")
+        return means is not None and (means["block"], means["key_mask"]) == (self[f"{side}_block"], self["key_mask"])
+
+    def is_of(self, attention: Call) -> bool:
+        """Whether a selection was made from the query, and the key, of an attention call."""
+        if self.name == WINDOWS:
+            return self["query"] is attention["query"]
+        means = {side: self.maker(f"pooled_{side}", "pool_blocks") for side in ("query", "key")}
+        return all(
+            made is None or not made.is_detached("x") or made["x"].args[0] is attention[side]
+            for side, made in means.items()
+        )
+
+    def turns_both(self) -> bool:
+        """Whether position is in the query and in the keys of linear attention, or in neither."""
+        return self.state is None or (self["rotated_query"] is None) == (self.state["rotated_key"] is None)
+
+
+def _fits(kind: str, value: Any) -> bool:
+    """Whether an argument, or a recorded result, is of a kind."""
+    if value is None:
+        return kind.endswith("?")
+    value = example_value(value) if isinstance(value, fx.Node) else value
+    letter, ranks = kind[0], kind[1:].rstrip("?")
+    if letter in "nst":
+        wanted = {"n": (int, torch.SymInt), "s": (float,), "t": (str,)}[letter]
+        return isinstance(value, wanted) and not isinstance(value, bool)
+    if not isinstance(value, torch.Tensor) or str(value.dim()) not in ranks:
+        return False
+    return value.is_floating_point() if letter == "f" else value.dtype == {"i": torch.int32, "b": torch.bool}[letter]
