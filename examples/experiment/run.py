@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from train import Training, train
 
 import salad_compile
-from salad_compile.common.files import written_at_once
+from salad_compile.common.files import write_at_once
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 
@@ -56,7 +56,7 @@ class Place:
 def save_dense(model: VideoDiT, path: Path) -> None:
     """Write the weights in fp16, under a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_at_once(path) as temporary:
+    with write_at_once(path) as temporary:
         save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, temporary)
 
 

@@ -19,7 +19,7 @@ from flow import Model, flow_losses
 from torch import Tensor
 from videos import ClipSize, draw
 
-from salad_compile.common.files import written_at_once
+from salad_compile.common.files import write_at_once
 
 FRESH_SEED, FIXED_SEED = 1_000_003, 3_000_017
 SECONDS_BETWEEN_LINES = 10.0
@@ -125,7 +125,7 @@ class Training:
         state = {"step": self.step, "mean": self.mean, "optimizer": self.optimizer.state_dict()}
         state["trained"] = {name: p.detach() for name, p in self.trained.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_at_once(path) as temporary:
+        with write_at_once(path) as temporary:
             torch.save({"recipe": vars(self.recipe), **state}, temporary)
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from torch import Tensor
 from salad_compile.analysis.diagnosis import Diagnosis, SiteDiagnosis, diagnose_call
 from salad_compile.analysis.forwards import converted_branches, forward_inputs, run_observed
 from salad_compile.analysis.site_call import SiteCall
-from salad_compile.common.files import written_at_once
+from salad_compile.common.files import write_at_once
 from salad_compile.common.reports import Report
 from salad_compile.errors import MissingPackageError
 from salad_compile.grid.sizes import Grid
@@ -101,7 +101,7 @@ def save_pictures(model: Any, inputs: Any, directory: str | os.PathLike[str]) ->
     target.mkdir(parents=True, exist_ok=True)
     page = _page(type(bare).__name__, diagnosis, images).encode()
     for name, content in {**images, PAGE: page}.items():
-        with written_at_once(target / name) as temporary:
+        with write_at_once(target / name) as temporary:
             temporary.write_bytes(content)
     return target / PAGE
 

@@ -59,14 +59,14 @@ exit codes: 0 done; 1 a negative result; 2 wrong usage or input; 3 an unexpected
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Nothing is raised: what goes wrong is said on stderr, and is the exit code.
+    """Run one command. Nothing is raised: errors go to stderr and into the exit code.
 
     Args:
         argv: the arguments without the program's name. None: those of the process.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _ran(given)
+        code = _run(given)
         sys.stdout.flush()  # a closed pipe shows here, and not at the interpreter's end
         return code
     except KeyboardInterrupt:
@@ -76,14 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return PIPE_CLOSED
     except Exception as error:
-        return _told(error, debug="--debug" in given)
+        return _report_error(error, debug="--debug" in given)
 
 
-def _ran(given: list[str]) -> int:
+def _run(given: list[str]) -> int:
     parser = build_parser(_command_in(given))
     try:
         arguments = parser.parse_args([word for word in given if word not in COMMON])
-    except SystemExit as error:  # argparse: 0 after --help, 2 after a wrong argument, which it told
+    except SystemExit as error:  # argparse: 0 after --help, 2 after a wrong argument, which it reported
         return error.code if isinstance(error.code, int) else WRONG
     if arguments.command is None:
         parser.print_help()
@@ -150,8 +150,8 @@ def _command_in(argv: Sequence[str]) -> str | None:
     return first if first in COMMANDS else None
 
 
-def _told(error: Exception, *, debug: bool) -> int:
-    """Say what went wrong; the exit code."""
+def _report_error(error: Exception, *, debug: bool) -> int:
+    """Print what went wrong; returns the exit code."""
     own = _own_error(error)
     if debug or own is None:
         traceback.print_exception(error)

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     from salad_compile.sites.branch import branches
 
     device = model_arguments.device_of(arguments)
-    dense, salad, inputs = _both(arguments, device)
+    dense, salad, inputs = _make_pair(arguments, device)
     has_lora = any(branch.lora_roles for branch in branches(salad).values())
     if has_lora and not arguments.keep_lora:
         salad_compile.merge_lora(salad)
@@ -64,10 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
     facts |= _facts(arguments, salad, device)
     calls = {}
     for name, model, backend in (("dense", dense, "inductor"), ("SALAD", salad, "salad")):
-        compiled, facts["compile"] = _compiled(model, arguments.compile, backend)
+        compiled, facts["compile"] = _compile(model, arguments.compile, backend)
         calls[name] = _forward(compiled, normalise_inputs(model, inputs))
     first = {"dense": first_call(calls["dense"], device)}
-    first["SALAD"], facts["measured_sparsity"] = _measured(lambda: first_call(calls["SALAD"], device))
+    first["SALAD"], facts["measured_sparsity"] = _measure_sparsity(lambda: first_call(calls["SALAD"], device))
     with ProgressBar("timing", 2 * arguments.rounds) as bar:
         how = {"steps": arguments.steps, "rounds": arguments.rounds}
         times = time_in_turns(calls, first, device, advance=bar.advance, **how)
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _both(arguments: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module, Any]:
+def _make_pair(arguments: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module, Any]:
     """The dense model, its converted copy over the same weights, and the inputs of one forward."""
     base = model_arguments.load(arguments).to(device).requires_grad_(False)
     inputs = model_arguments.noisy_inputs(arguments, base, device)
@@ -99,8 +99,8 @@ def _fill(model: nn.Module) -> None:
                 parameter.normal_(std=0.02)
 
 
-def _compiled(model: nn.Module, how: str, backend: str) -> tuple[Callable[..., Any], str]:
-    """The model compiled as asked, and how that is called."""
+def _compile(model: nn.Module, how: str, backend: str) -> tuple[Callable[..., Any], str]:
+    """The model compiled as requested, and a name for that."""
     import torch
 
     from salad_compile.backend.pipelines import compile_blocks
@@ -126,13 +126,13 @@ def _forward(model: Callable[..., Any], inputs: tuple[tuple[Any, ...], dict[str,
     return call
 
 
-def _measured(call: Callable[[], float]) -> tuple[float, float | None]:
-    """What `call` answers, and the sparsity that was measured meanwhile; None where sparse attention never ran."""
+def _measure_sparsity(call: Callable[[], float]) -> tuple[float, float | None]:
+    """The result of `call`, and the sparsity measured meanwhile; None if sparse attention never ran."""
     from salad_compile.kernels.measure import measure_executions, overall_sparsity
 
     with measure_executions() as executions:
-        answer = call()
-    return answer, overall_sparsity(executions)
+        result = call()
+    return result, overall_sparsity(executions)
 
 
 def _facts(arguments: argparse.Namespace, model: nn.Module, device: torch.device) -> dict[str, Any]:

@@ -71,10 +71,10 @@ def examine(*, run: bool = False) -> Checkup:
     ]
     if run:
         checks.append(_attempts)
-    return Checkup(tuple(finding for check in checks for finding in _kept(check)))
+    return Checkup(tuple(finding for check in checks for finding in _catch(check)))
 
 
-def _kept(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def _catch(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from check()
     except Exception as error:  # a check that fails is a finding: everything here may be broken

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments.add_settings(parser)
     group = parser.add_argument_group("the file")
     group.add_argument("--output", required=True, metavar="PATH", help="a file, or a directory for salad.safetensors")
-    group.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing file")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of LoRA's random halves; default 0")
 
 

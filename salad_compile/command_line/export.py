@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Load, export, report."""
     import salad_compile
 
-    training = _training(arguments)
+    training = _read_training(arguments)
     report = salad_compile.export(
         _model(arguments),
         arguments.output,
@@ -78,7 +78,7 @@ def _model(arguments: argparse.Namespace) -> Any:
     return SimpleNamespace(transformer=first, transformer_2=salad_compile.load(second, arguments.salad_2))
 
 
-def _training(arguments: argparse.Namespace) -> dict[str, Any] | None:
+def _read_training(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.training is not None:
         return read_json(Path(arguments.training))
     beside = Path(arguments.salad)

@@ -1,4 +1,4 @@
-"""What the header of a SALAD file says, as a report."""
+"""The header of a SALAD file as a report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from salad_compile.common.reports import Report, Row
 from salad_compile.config import SaladConfig
 from salad_compile.salad_files.header import HEADER_KEY, Header
-from salad_compile.salad_files.salad_file import opened
+from salad_compile.salad_files.salad_file import open_file
 from salad_compile.sites.branch import BRANCH_NAME
 from salad_compile.sites.record import SiteRecord
 
@@ -93,7 +93,7 @@ def read_file_report(path: str | os.PathLike[str]) -> FileReport:
     Raises:
         CheckpointError, FileNotFoundError: see :func:`salad_compile.load`.
     """
-    with opened(path) as (file, content, header):
+    with open_file(path) as (file, content, header):
         version = int(json.loads(content.metadata()[HEADER_KEY])["format_version"])
         sizes: Counter[str] = Counter()
         dtypes: Counter[str] = Counter()

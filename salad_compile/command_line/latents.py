@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salad_compile.command_line.output import tell
+from salad_compile.latents.layouts import LAYOUTS, WRITABLE
 
 if TYPE_CHECKING:
     from salad_compile.latents.dataset import StoredLatents
@@ -21,10 +22,6 @@ example:
     salad-compile latents inspect data --sample 100 --json
     salad-compile latents convert musubi_cache data --to salad --skip
 """
-
-# as in latents/opening.py and latents/converting.py, which import torch; a test compares them
-_LAYOUTS = ("auto", "salad", "fastvideo", "musubi", "finetrainers")
-_TARGETS = ("salad", "musubi", "fastvideo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,15 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert = commands.add_parser(
         "convert",
         help="write a dataset in another format",
-        description="Writes a dataset in another format. Interrupted, it goes on where it stopped when run again.",
+        description="Writes a dataset in another format. Run again after an interruption, it resumes where it stopped.",
     )
     convert.add_argument("source", type=Path, help="directory, or Parquet file")
     convert.add_argument("destination", type=Path, help="new or empty directory, or one left by an interrupted run")
-    convert.add_argument("--to", choices=_TARGETS, default="salad", help="format to write (default: %(default)s)")
+    convert.add_argument("--to", choices=WRITABLE, default="salad", help="format to write (default: %(default)s)")
     convert.add_argument("--skip", action="store_true", help="leave damaged items out (default: stop at the first)")
     convert.add_argument("--json", action="store_true", help="print JSON")
     for command in (inspect, convert):
-        command.add_argument("--layout", choices=_LAYOUTS, default="auto", help="format to read (default: %(default)s)")
+        command.add_argument(
+            "--layout", choices=("auto", *LAYOUTS), default="auto", help="format to read (default: %(default)s)"
+        )
         command.add_argument(
             "--normalized",
             choices=("yes", "no"),
@@ -112,10 +111,10 @@ def _readable(found: dict[str, Any]) -> str:
         lines += [f"  {what}: {' '.join(f'{value:.2f}' for value in found[what])}" for what in ("mean", "std")]
         lines.append(f"normalisation: {found['doubt'] or 'as expected'}")
     lines.append(f"damaged items: {len(found['problems']) or 'none'}")
-    return "\n".join([*lines, *_named(found["problems"])])
+    return "\n".join([*lines, *_list_problems(found["problems"])])
 
 
-def _named(problems: dict[str, str]) -> list[str]:
+def _list_problems(problems: dict[str, str]) -> list[str]:
     return [f"  {name}: {reason}" for name, reason in problems.items()]
 
 
@@ -138,7 +137,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     }
     earlier = f", {report.kept} were there from an earlier run" if report.kept else ""
     lines = [f"{report.path}: {report.written} items written{earlier}, {len(report.skipped)} left out"]
-    tell(arguments, "\n".join([*lines, *_named(found["skipped"])]), found)
+    tell(arguments, "\n".join([*lines, *_list_problems(found["skipped"])]), found)
     return 0
 
 

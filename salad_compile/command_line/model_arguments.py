@@ -1,4 +1,4 @@
-"""The arguments that say which model, at which size and with which settings; and what they stand for."""
+"""Arguments of several commands: the model, the size of its inputs, the settings; and reading them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from salad_compile.command_line.model_source import find_model, imported, load_model, stored_dtype
+from salad_compile.command_line.model_source import find_model, import_name, load_model, stored_dtype
 from salad_compile.common.files import read_json
 from salad_compile.config import ROPE_PLACEMENTS, SaladConfig
 from salad_compile.definition import patterns
@@ -114,7 +114,7 @@ def without_weights(
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
-    """What the model is run on."""
+    """The inputs of the model."""
     group = parser.add_argument_group(
         "its inputs", "made up for diffusers' signatures: 81 frames of 480 x 832 pixels; give others, or your own"
     )
@@ -168,7 +168,7 @@ def example_inputs(arguments: argparse.Namespace, model: nn.Module) -> Any:
 
     device, dtype = placement(model)
     if arguments.inputs is not None:
-        given = imported(arguments.inputs)
+        given = import_name(arguments.inputs)
         return tree_map_only(Tensor, lambda tensor: tensor.to(device), given() if callable(given) else given)
     try:
         return synthesise_inputs(
@@ -273,7 +273,7 @@ def device_of(arguments: argparse.Namespace) -> torch.device:
     """--device, or the GPU if there is one.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: this machine has no such device.
     """
     import torch
 
@@ -289,7 +289,7 @@ def device_of(arguments: argparse.Namespace) -> torch.device:
 
 
 def assignments(given: list[str], option: str) -> dict[str, Any]:
-    """What an option of the form FIELD=VALUE says, given several times.
+    """The values of an option FIELD=VALUE that may be given several times.
 
     Raises:
         ConfigError: no FIELD=VALUE.
@@ -304,7 +304,7 @@ def assignments(given: list[str], option: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A JSON value, or the text itself where it is none; True, False and None as Python writes them, too."""
+    """The value of a JSON text, or the text itself if it is not JSON; True, False and None are taken as in Python."""
     python = {"True": True, "False": False, "None": None}
     if text in python:
         return python[text]
@@ -318,7 +318,7 @@ def positive(text: str) -> int:
     """An argument that counts something."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is no size")
+        raise argparse.ArgumentTypeError(f"{value} is not a size")
     return value
 
 
@@ -327,7 +327,7 @@ def triple(text: str) -> tuple[int, int, int]:
     try:
         t, h, w = (int(part) for part in text.lower().split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write three numbers, 21x30x52") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write three numbers, 21x30x52") from None
     if min(t, h, w) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size")
     return t, h, w

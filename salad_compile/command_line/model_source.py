@@ -1,4 +1,4 @@
-"""load_model(source): what a command line calls a model, as a module, with its weights, with random ones or with none.
+"""load_model(source): the module of a command line's MODEL, with its weights, with random ones or with none.
 
 A source is one of
 
@@ -37,7 +37,7 @@ RANDOM_SEED = 0  # the same random model at every call, so that what was exporte
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What was found under a source.
+    """Class, configuration and weights of a source.
 
     Attributes:
         make_class: imports and returns the class. name: what messages call the model.
@@ -67,7 +67,7 @@ def load_model(
     config: str | os.PathLike[str] | None = None,
     weights: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
-    """The model that `source` says, on the CPU, in eval mode.
+    """The model of `source`, on the CPU, in eval mode.
 
     Args:
         source: see the top of this file.
@@ -80,16 +80,16 @@ def load_model(
         weights: a safetensors file with the state dict of a class of one's own.
 
     Raises:
-        ModelSourceError: no such source, no class, arguments that do not fit, no weights. ConfigError: a JSON file
-        holds something else. FileNotFoundError: a file
-        that was named is not there. MissingPackageError: diffusers is needed. HubError: a download broke off.
+        ModelSourceError: no such source, no class, arguments that do not fit, no weights. ConfigError: a file is not a
+        JSON object. FileNotFoundError: no such file. MissingPackageError: diffusers is needed. HubError: a download
+        broke off.
     """
     found = find_model(source, component=component, class_name=class_name, config=config, with_weights=not meta)
     cls = found.make_class()
     if meta or random:
-        model = _built(cls, found, dtype, meta=meta)
+        model = _build(cls, found, dtype, meta=meta)
     elif weights is not None:
-        model = _filled(_built(cls, found, dtype), Path(weights))
+        model = _fill(_build(cls, found, dtype), Path(weights))
     elif hasattr(cls, "from_pretrained") and found.has_weights:
         model = _from_pretrained(cls, found, dtype)
     else:
@@ -123,13 +123,15 @@ def find_model(
         return _in_directory(path, component, class_name)
     if path.is_file():
         if path.suffix != ".json":
-            raise ModelSourceError(f"{path} is no configuration: name a .json file, or the directory of a checkpoint.")
+            raise ModelSourceError(
+                f"{path} is not a configuration: name a .json file, or the directory of a checkpoint."
+            )
         return _of_config(read_json(path), str(path), class_name)
     if ":" in text:
         given = {} if config is None else read_json(Path(config))
-        return ModelSource(text, lambda: imported(text), given, None)
+        return ModelSource(text, lambda: import_name(text), given, None)
     if is_repository_id(text):
-        return _in_directory(_downloaded(text, component, with_weights), component, class_name)
+        return _in_directory(_download(text, component, with_weights), component, class_name)
     raise ModelSourceError(
         f"no model at {text!r}: there is no such file or directory. Name a diffusers checkpoint or pipeline directory, "
         "a config.json, module:Class, or a Hub repository (owner/name)."
@@ -146,7 +148,7 @@ def pipeline_components(source: str | os.PathLike[str]) -> list[str]:
     return [name for name in PIPELINE_COMPONENTS if _has_component(read_json(index), name)]
 
 
-def imported(reference: str) -> Any:
+def import_name(reference: str) -> Any:
     """What `module:name` or `file.py:name` refers to; the working directory comes first in the search.
 
     Raises:
@@ -177,9 +179,9 @@ def stored_dtype(directory: Path) -> torch.dtype | None:
     for file in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as content:
-                slices = [content.get_slice(key) for key in content.keys()]  # noqa: SIM118 (it is no dictionary)
+                slices = [content.get_slice(key) for key in content.keys()]  # noqa: SIM118 (it is not a dictionary)
         except SafetensorError as error:
-            raise ModelSourceError(f"{file} is no complete safetensors file: {error}") from error
+            raise ModelSourceError(f"{file} is not a complete safetensors file: {error}") from error
         counts: dict[str, int] = {}
         for part in slices:
             counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + math.prod(part.get_shape())
@@ -219,7 +221,7 @@ def _of_config(values: Mapping[str, Any], name: str, class_name: str | None) -> 
         )
     if ":" in stated:
         own = {key: value for key, value in values.items() if not key.startswith("_")}
-        return ModelSource(name, lambda: imported(stated), own, None)
+        return ModelSource(name, lambda: import_name(stated), own, None)
     return ModelSource(name, lambda: _diffusers_class(stated), values, None)
 
 
@@ -237,7 +239,7 @@ def _diffusers_class(name: str) -> Any:
     return cls
 
 
-def _downloaded(name: str, component: str, with_weights: bool) -> Path:
+def _download(name: str, component: str, with_weights: bool) -> Path:
     """The part of a Hub repository that one model needs, in the Hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -250,7 +252,7 @@ def _downloaded(name: str, component: str, with_weights: bool) -> Path:
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise ModelSourceError(
-            f"{name!r} is no file or directory here, and no repository of that name could be had from the Hub: {reason}"
+            f"{name!r} is neither a file nor a directory here, and no such repository could be downloaded: {reason}"
         ) from error
     except Exception as error:  # the classes of the HTTP library, which changes between releases of huggingface_hub
         raise HubError(f"the download of {name!r} broke off: {type(error).__name__}: {error}. Try again.") from error
@@ -286,7 +288,7 @@ def _importable_from(directory: Path) -> Iterator[None]:
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
-def _built(cls: Any, found: ModelSource, dtype: torch.dtype | None, *, meta: bool = False) -> nn.Module:
+def _build(cls: Any, found: ModelSource, dtype: torch.dtype | None, *, meta: bool = False) -> nn.Module:
     """The model with weights as its class initialises them, or with none."""
     import torch
     import torch.nn as nn
@@ -302,7 +304,7 @@ def _built(cls: Any, found: ModelSource, dtype: torch.dtype | None, *, meta: boo
                 f"{type(error).__name__}: {error}" + (" (without memory; does it work with --random?)" if meta else "")
             ) from error
     if not isinstance(model, nn.Module):
-        raise ModelSourceError(f"{found.name} makes a {type(model).__name__}, which is no torch.nn.Module.")
+        raise ModelSourceError(f"{found.name} makes a {type(model).__name__}, which is not a torch.nn.Module.")
     # not model.to: that of diffusers warns about modules that from_pretrained would have kept in float32
     return nn.Module.to(model, dtype)
 
@@ -329,7 +331,7 @@ def _silence_progress() -> None:
         logging.disable_progress_bar()
 
 
-def _filled(model: nn.Module, file: Path) -> nn.Module:
+def _fill(model: nn.Module, file: Path) -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -338,7 +340,7 @@ def _filled(model: nn.Module, file: Path) -> nn.Module:
     try:
         model.load_state_dict(load_file(file))
     except SafetensorError as error:
-        raise ModelSourceError(f"{file} is no complete safetensors file: {error}") from error
+        raise ModelSourceError(f"{file} is not a complete safetensors file: {error}") from error
     except RuntimeError as error:
         raise ModelSourceError(f"{file} does not fit {type(model).__name__}: {error}") from error
     return model

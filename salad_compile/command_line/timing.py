@@ -19,7 +19,7 @@ Call = Callable[[], object]
 class Timings:
     """Milliseconds of one forward, one number for each round. first_ms: of the first call, which compiles.
 
-    peak_bytes: the most memory that one forward took beyond what was there before; None where it is not counted.
+    peak_bytes: the most memory that one forward took beyond what was allocated before; None if it is not counted.
     """
 
     name: str
@@ -104,7 +104,7 @@ def time_in_turns(
     The order turns around with every round: whoever comes second finds other caches.
 
     Args:
-        calls: name -> one forward. first: name -> what :func:`first_call` answered.
+        calls: name -> one forward. first: name -> result of :func:`first_call`.
         steps: forwards in one timing, of which the mean counts. rounds: timings of each.
         advance: called after each timing.
     """

@@ -1,4 +1,4 @@
-"""`salad-compile train`: convert a model, fine-tune it on precomputed latents, and go on where it was interrupted."""
+"""`salad-compile train`: convert a model, fine-tune it on precomputed latents, and resume after interruptions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HELP = """\
 Fine-tunes a model on precomputed latents and texts: converts it, or takes the branches of --salad, and trains these
 alone. Writes log.jsonl, checkpoints/ and in the end salad.safetensors and training.json. Run again, the same command
-goes on from the newest checkpoint; SIGTERM and Ctrl-C finish the step and write one. Without --processes it is one
+resumes from the newest checkpoint; SIGTERM and Ctrl-C finish the step and write one. Without --processes it is one
 process, or one of those that accelerate's launcher started (DDP, FSDP2).
 
 example:
@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latents", required=True, metavar="PATH", help="precomputed data, in any known layout")
     parser.add_argument("--validation", metavar="PATH", help="held-out data, for a validation loss")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory of the run")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="start so many on this machine (DDP)")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="number of processes on this machine (DDP)"
+    )
     parser.add_argument("--no-resume", action="store_true", help="an error, rather than going on, if there is a run")
     group = parser.add_argument_group("the training", "fields of TrainSettings; later ones win: file, --set, --steps")
     group.add_argument("--settings", metavar="FILE", help="a JSON file of fields")
@@ -59,14 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Train. Returns 0 when the run is finished, and when a signal ended it after a checkpoint."""
     if arguments.processes < 1:
         raise ConfigError(f"--processes takes a number of at least 1, got {arguments.processes}.")
-    settings, config = settings_of(arguments), config_of(arguments)  # wrong ones are told before anything is loaded
+    settings, config = settings_of(arguments), config_of(arguments)  # errors in them show before anything is loaded
     if arguments.processes > 1:
         from salad_compile.training.launching import run_processes
 
         alone = argparse.Namespace(**{**vars(arguments), "processes": 1})
         run_processes(_process, (alone,), arguments.processes, START_METHOD)
         return 0
-    from salad_compile.command_line.model_source import imported
+    from salad_compile.command_line.model_source import import_name
     from salad_compile.latents import open_latents
     from salad_compile.training import train
 
@@ -78,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         validation=open_latents(arguments.validation) if arguments.validation else None,
         resume=not arguments.no_resume,
         config=config,
-        forward=imported(arguments.forward) if arguments.forward else None,
+        forward=import_name(arguments.forward) if arguments.forward else None,
     )
     if os.environ.get("RANK", "0") == "0":
         _tell(result, settings, arguments)
@@ -127,12 +129,12 @@ def _tell(result: TrainResult, settings: TrainSettings, arguments: argparse.Name
     file = None if result.file is None else str(result.file)
     sentence = f"wrote {file}: {result.step} steps, loss {result.loss}"
     if not result.finished:
-        sentence = f"stopped after step {result.step} of {settings.steps}: the same command goes on"
+        sentence = f"stopped after step {result.step} of {settings.steps}: the same command resumes it"
     tell(arguments, sentence, {**dataclasses.asdict(result), "file": file})
 
 
 def _process(arguments: argparse.Namespace) -> None:
-    """One of several. A mistake of the user is told in a line, by the first process that sees it."""
+    """One of several processes. The first one that sees a mistake of the user prints one line about it."""
     from salad_compile.command_line.logging_setup import logs_on_stderr
 
     with logs_on_stderr():

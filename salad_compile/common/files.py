@@ -1,4 +1,4 @@
-"""Writing files and directories so that nobody ever sees half of one, and reading JSON that people wrote."""
+"""Writing files and directories as a whole or not at all, and reading JSON."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from salad_compile.errors import ConfigError, SaladError, WriteError
 
 
 @contextlib.contextmanager
-def written_at_once(target: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `target`, which takes its place in the end, or goes if anything fails.
+def write_at_once(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`, which is renamed to it at the end, or removed if anything fails.
 
     Raises:
         WriteError: an OSError, or what safetensors makes of one; its `errno` is kept.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    with failures_named(target):
+    with name_failures(target):
         try:
             temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary
-            temporary.chmod(mode)  # safetensors 0.8 makes files that nobody else can read
+            temporary.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
             temporary.replace(target)
         finally:
             with contextlib.suppress(NotADirectoryError):  # a file stands where the directory should be
@@ -35,17 +35,17 @@ def written_at_once(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def directory_written_at_once(target: Path) -> Iterator[Path]:
-    """Yields an empty temporary directory beside `target`, which takes its place in the end, or goes if anything fails.
+def write_directory_at_once(target: Path) -> Iterator[Path]:
+    """Yield an empty temporary directory beside `target`; renamed to it at the end, or removed if anything fails.
 
-    What is at `target` by then is replaced as a whole. No file system exchanges two directories in one portable step:
-    the old one is set aside first, and put back if the new one cannot take its name.
+    An existing directory at `target` is replaced as a whole. No portable call exchanges two directories: the old one is
+    set aside first, and put back if the new one cannot take its name.
 
     Raises:
         WriteError: as :func:`written_at_once`.
     """
     temporary, aside = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("partial", "before"))
-    with failures_named(target):
+    with name_failures(target):
         temporary.mkdir(parents=True)
         mode = temporary.stat().st_mode & 0o666
         try:
@@ -69,7 +69,7 @@ def directory_written_at_once(target: Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file or a directory is on the disk; some file systems say only now that there is no room."""
+    """Wait until a file or a directory is on the disk; some file systems report only now that the disk is full."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,14 +86,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path} is no JSON file: {error}") from error
+        raise ConfigError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold an object with names and values, and holds a {type(values).__name__}.")
     return values
 
 
 @contextlib.contextmanager
-def failures_named(target: Path) -> Iterator[None]:
+def name_failures(target: Path) -> Iterator[None]:
     """Turn what a full disk or a forbidden directory raises into a WriteError that names `target`."""
     try:
         yield
@@ -102,7 +102,7 @@ def failures_named(target: Path) -> Iterator[None]:
     except OSError as error:
         raise _write_error(target, error, error.errno) from error
     except Exception as error:
-        # safetensors 0.8 wraps what the operating system says in a class of its own, which is no OSError
+        # safetensors 0.8 wraps errors of the operating system in a class of its own, which is not an OSError
         code = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
         if code is None:
             raise

@@ -6,11 +6,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 Row = tuple[str, ...]
 
@@ -76,12 +72,12 @@ def fold(rows: Sequence[Row]) -> list[Row]:
         groups.setdefault((re.sub(r"\d+", "#", row[0]), row[1:]), []).append(row)
     folded: list[Row] = []
     for (pattern, rest), members in groups.items():
-        name = _folded_name(pattern, [[int(n) for n in re.findall(r"\d+", member[0])] for member in members])
+        name = _fold_name(pattern, [[int(n) for n in re.findall(r"\d+", member[0])] for member in members])
         folded += [(name, *rest)] if name else members
     return folded
 
 
-def _folded_name(pattern: str, numbers: list[list[int]]) -> str | None:
+def _fold_name(pattern: str, numbers: list[list[int]]) -> str | None:
     """`pattern` with its numbers filled in, if just one of them varies and runs without a gap."""
     columns = list(zip(*numbers, strict=True))
     varying = [column for column in columns if len(set(column)) > 1]

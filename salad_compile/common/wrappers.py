@@ -22,7 +22,7 @@ def components(model: Any) -> dict[str, nn.Module]:
         WrappedModelError: the model is wrapped; conversion comes before wrapping.
         ConfigError: neither a module nor a pipeline with a transformer.
     """
-    return {name: _bare(module) for name, module in _modules(model).items()}
+    return {name: _require_bare(module) for name, module in _modules(model).items()}
 
 
 def bare_components(model: Any) -> dict[str, nn.Module]:
@@ -53,13 +53,13 @@ def single_model(model: Any, verb: str) -> nn.Module:
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside torch.compile, DistributedDataParallel and FSDP1 wrappers."""
     while True:
-        inner = _wrapped(model)
+        inner = _unwrap_once(model)
         if inner is None:
             return model
         model = inner
 
 
-def _wrapped(model: nn.Module) -> nn.Module | None:
+def _unwrap_once(model: nn.Module) -> nn.Module | None:
     if type(model).__name__ == "OptimizedModule":
         return model._modules["_orig_mod"]
     if type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
@@ -69,8 +69,8 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    if _wrapped(model) is not None:
+def _require_bare(model: nn.Module) -> nn.Module:
+    if _unwrap_once(model) is not None:
         raise WrappedModelError(
             f"the model is already wrapped in {type(model).__name__}. Convert first, then compile, shard or "
             "distribute: model = salad_compile.convert(model); model = torch.compile(model, backend='salad')."

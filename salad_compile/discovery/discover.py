@@ -43,7 +43,7 @@ class AttentionSite:
             "unread" (square, on fake tensors) or "other".
         causal: whether the call is causal.
         call_index: the call's number within one forward of `name`.
-        invocations: how often the example forward came by.
+        invocations: how often the example forward reached it.
         eligible: whether `convert` converts it. reason: if not, why.
         position_fault: for which operand its position encoding cannot be replayed, and why, if that was asked.
     """
@@ -111,7 +111,7 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class Discovery:
-    """What one forward showed.
+    """The attention calls and the grid rule that one forward showed.
 
     Attributes:
         sites: all attention calls, in execution order.
@@ -205,7 +205,7 @@ def _projection_names(call: Call, layout: Layout) -> tuple[tuple[str, ...], ...]
 
 
 def _outs(call: Call, layout: Layout) -> tuple[str | None, str | None]:
-    """The output projections of the video and, with two streams, of the text: told apart by how much they read."""
+    """The output projections of the video and, with two streams, of the text, distinguished by their number of rows."""
     if not layout.streams or layout.streams[0][1] is None:
         return (call.outs[0].name if call.outs else None), None
     rows = [stream.gate_input.shape[:-1].numel() for stream in layout.streams[0] if stream is not None]
@@ -250,7 +250,7 @@ def _require_text_count(site: AttentionSite) -> AttentionSite:
         return site
     reason = (
         f"{site.text_tokens} of its tokens are text, but neither an argument of {site.name or 'the model'!r} nor the "
-        "token grid tells how many in other calls: pass grid="
+        "token grid says how many in other calls: pass grid="
     )
     return dataclasses.replace(site, eligible=False, reason=reason)
 
@@ -324,7 +324,7 @@ def _ineligible(call: Call, kind: str, layout: Layout, mask: str, min_tokens: in
         return "query, key or value come from no Linear module"
     square = "square" if mask in ("padding", "unread") else mask
     if dense := dense_reason(call.arguments, call.shapes, square, square_is_padding=mask == "padding"):
-        unread = ", as far as can be told on fake tensors" if mask == "unread" else ""
+        unread = ", as far as fake tensors show" if mask == "unread" else ""
         return dense + unread
     if layout.reason:
         return layout.reason
@@ -350,7 +350,7 @@ def _gate_rows(call: Call, layout: Layout, tokens: int) -> str:
 
 
 def _merge_invocations(sites: list[AttentionSite]) -> list[AttentionSite]:
-    """One site per module and call, however often the forward came by; the largest token count speaks for it."""
+    """One site per module and call, however often the forward reached it; the one with the most tokens counts."""
     merged: dict[tuple[str, int], AttentionSite] = {}
     for site in sites:
         key = (site.name, site.call_index)

@@ -25,12 +25,12 @@ IMAGE_TOKENS = 257  # of one image in a CLIP ViT-H/14 encoder
 
 
 class _Unknown(Exception):
-    """A rule lacks a size; the message says which configuration keys would have told it."""
+    """A rule lacks a size; the message names the configuration keys that could hold it."""
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What the rules know: the model, the names that its forward takes, and the sizes asked for."""
+    """The input of every rule: the model, the argument names of its forward, and the requested sizes."""
 
     model: nn.Module
     names: frozenset[str]
@@ -40,7 +40,7 @@ class _Request:
     text_tokens: int
 
     def get(self, *keys: str) -> Any:
-        """The first of ``keys`` that the configuration, or else the model, holds with a value other than None."""
+        """The value of the first of ``keys`` that the configuration, or else the model, has and that is not None."""
         config = getattr(self.model, "config", None)
         for key in keys:
             if isinstance(config, Mapping) and key in config:
@@ -107,20 +107,20 @@ class _Request:
 # ---------------------------------------------------------------- rules
 
 
-def _packed(r: _Request) -> bool:
+def _is_packed(r: _Request) -> bool:
     """Whether video comes as (B, tokens, C): a forward that takes the grid as three numbers cannot see it otherwise."""
     return {"num_frames", "height", "width"} <= r.names
 
 
 def _latents(r: _Request) -> Tensor:
-    """(B, C, T, H, W), or what the model gives away that it takes instead."""
+    """(B, C, T, H, W), or the layout that the model's signature or configuration shows."""
     (t, h, w), conv = r.latent(), r.patch_conv()
     if r.get("in_visual_dim") is not None:  # patches cut by a Linear: channels last
         channels = r.size("in_visual_dim")
         return r.zeros(1, t, h, w, 2 * channels + 1 if r.get("visual_cond") else channels)
     keys = ("in_channels", "in_dim")
     channels = conv.in_channels if conv is not None and r.get(*keys) is None else r.size(*keys)
-    if _packed(r):
+    if _is_packed(r):
         return r.zeros(1, math.prod(r.grid()), channels)
     if FRAMES_FIRST & r.names:
         return r.zeros(1, t, channels, h, w)
@@ -205,12 +205,12 @@ RULES: dict[str, _Rule] = {
     "encoder_hidden_states_image": _Rule(_image_tokens, needed=_with("image_dim")),
     "pooled_projections": _Rule(lambda r: r.zeros(1, r.size("pooled_projection_dim", "in_text_dim2"))),
     "guidance": _Rule(lambda r: r.time(1), needed=_with("guidance_embeds")),
-    "num_frames": _Rule(lambda r: r.grid()[0], needed=_packed),
-    "height": _Rule(lambda r: r.grid()[1], needed=_packed),
-    "width": _Rule(lambda r: r.grid()[2], needed=_packed),
+    "num_frames": _Rule(lambda r: r.grid()[0], needed=_is_packed),
+    "height": _Rule(lambda r: r.grid()[1], needed=_is_packed),
+    "width": _Rule(lambda r: r.grid()[2], needed=_is_packed),
     "audio_hidden_states": _Rule(lambda r: r.zeros(1, AUDIO_FRAMES, r.size("audio_in_channels", "in_audio_dim"))),
     "audio_encoder_hidden_states": _Rule(_audio_text),
-    "audio_num_frames": _Rule(lambda r: AUDIO_FRAMES, needed=_packed),
+    "audio_num_frames": _Rule(lambda r: AUDIO_FRAMES, needed=_is_packed),
 }
 
 SPECIAL: dict[str, _Rule] = {
@@ -267,7 +267,7 @@ def synthesise_inputs(
         text_tokens: length of the text, unless the model has a fixed one.
 
     Raises:
-        InputsError: forward needs parameters whose meaning or size could not be told; the message names them.
+        InputsError: the meaning or size of a required parameter is not known; the message names them.
     """
     parameters = _named_parameters(model)
     request = _Request(model, frozenset(parameters), device, dtype, latent_size, text_tokens)
@@ -312,7 +312,7 @@ def normalise_inputs(
     else:
         raise InputsError(
             "example_inputs must be a tuple of positional inputs, such as (latents, timestep), or a dict of keyword "
-            f"inputs, not {type(example_inputs).__name__}. The model takes {_shown(model)}"
+            f"inputs, not {type(example_inputs).__name__}. The model takes {_show_signature(model)}"
         )
     problems = _misfits(signature, kwargs) if kwargs else []
     if not problems:
@@ -321,7 +321,9 @@ def normalise_inputs(
         except TypeError as error:
             problems = [str(error)]
     if problems:
-        raise InputsError(f"example_inputs do not fit the model: {'; '.join(problems)}. It takes {_shown(model)}")
+        raise InputsError(
+            f"example_inputs do not fit the model: {'; '.join(problems)}. It takes {_show_signature(model)}"
+        )
     return args, kwargs
 
 
@@ -346,7 +348,7 @@ def _named_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
-def _shown(model: nn.Module) -> str:
+def _show_signature(model: nn.Module) -> str:
     """`Class.forward(a, b, c=None)`: the signature without annotations, which in libraries fill a screen."""
     signature = inspect.signature(model.forward)
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
@@ -365,5 +367,5 @@ def _synthesis_message(model: nn.Module, failures: Mapping[str, str]) -> str:
     example = ", ".join(f'"{name}": ...' for name in wanted)
     return (
         f"cannot make up example inputs for this model: {reasons}. Pass some of the shapes that the model is used "
-        f"with, their values do not matter: example_inputs={{{example}}}. The model takes {_shown(model)}"
+        f"with, their values do not matter: example_inputs={{{example}}}. The model takes {_show_signature(model)}"
     )

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from salad_compile.calls.adapters import AttentionArguments, bind, is_attention, result_of
 from salad_compile.calls.softmax_products import ManualAttention, of_tensors
-from salad_compile.discovery.token_ranges import Cat, Edge, TokenRange, narrowed
+from salad_compile.discovery.token_ranges import Cat, Edge, TokenRange, narrow
 from salad_compile.position.recording import OperationRecording, Recorded, position_fault
 
 _CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
@@ -44,8 +44,8 @@ class _Mark(torch.autograd.Function):
         return grad
 
 
-def _marked(x: Tensor) -> Tensor:
-    # quantised projections answer without an autograd graph: start one here
+def _mark(x: Tensor) -> Tensor:
+    # the output of a quantised projection has no autograd graph: start one here
     result: Tensor = _Mark.apply(x if x.requires_grad else x.detach().requires_grad_())  # type: ignore[no-untyped-call]
     return result
 
@@ -80,7 +80,7 @@ class Call:
     made_by: tuple[list[Projection], list[Projection], list[Projection]]
     stack: tuple[Frame, ...]  # outermost first
     outs: list[Out] = field(default_factory=list)  # projections that read the result, in order of execution
-    # the operand for which map-then-rotate is not possible, and why, where that was asked
+    # the operand for which map-then-rotate is not possible, and why, if that was asked for
     position_fault: tuple[str, str] | None = None
 
     @property
@@ -94,13 +94,13 @@ class Call:
 
 @dataclass
 class Probe(Recorded, TorchFunctionMode):
-    """What one forward showed: attention calls, concatenations, patch grids, and the model's own inputs.
+    """Records of one forward: attention calls, concatenations, patch grids, and the model's own inputs.
 
     Attributes:
         calls: in execution order. cats: by autograd node.
         inputs: arguments of the root's forward by name. features: autograd node -> name, for its feature tensors.
-        convolved: (T, H, W) or (H, W) of what convolutions answered.
-        recording: of all operations, to see whether position can be replayed; None: nobody asked.
+        convolved: output sizes (T, H, W) or (H, W) of convolutions.
+        recording: of all operations, to see whether position can be replayed; None if that is not needed.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -149,16 +149,16 @@ class Probe(Recorded, TorchFunctionMode):
         return out
 
     def _with_heads(self, arguments: AttentionArguments) -> AttentionArguments:
-        """Of a batched product the first axis may be batch and heads in one, which nothing tells apart later."""
+        """The first axis of a batched product may be batch and heads in one, which cannot be separated later."""
         rows = {made.gate_input.shape[:-1].numel() for made in self.made_by(arguments.query.grad_fn)}
         if arguments.layout != "HSD" or rows <= {arguments.query.shape[1]}:
             return arguments
         return dataclasses.replace(arguments, reason=arguments.reason or "batch and heads are one axis of its products")
 
     def _answer(self, func: Any, call: Call, result: Any) -> Any:
-        """The call's result, marked, so that what reads it can be told."""
+        """The call's result, marked, so that its readers can be found."""
         position = call.arguments.output
-        out = _marked(result_of(func, call.arguments, result))
+        out = _mark(result_of(func, call.arguments, result))
         self._outputs[out.grad_fn] = call
         return out if position is None else (*result[:position], out, *result[position + 1 :])
 
@@ -197,7 +197,7 @@ class Probe(Recorded, TorchFunctionMode):
                 continue
             if node in self.features:
                 found.add(self.features[node])
-            for step in self._parents(node, narrowed(node, output, span)):
+            for step in self._parents(node, narrow(node, output, span)):
                 if step not in seen:
                     seen.add(step)
                     todo.append(step)
@@ -228,7 +228,7 @@ class Probe(Recorded, TorchFunctionMode):
         if not isinstance(gate_input, Tensor):
             return None
         self._note_out(name, gate_input)
-        marked = _marked(out)
+        marked = _mark(out)
         self._projections[marked.grad_fn] = Projection(name, gate_input, marked.grad_fn)
         if self.recording is not None:
             self._sources[marked.grad_fn] = self.recording.add_source(marked)
@@ -260,7 +260,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of one forward by name; by position where the forward's signature does not tell."""
+    """The arguments of one forward by name; by position where the signature does not name them."""
     try:
         return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
     except (TypeError, ValueError):

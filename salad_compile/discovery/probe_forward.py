@@ -46,7 +46,7 @@ def run_probe(model: nn.Module, example_inputs: Any, *, replay_position: bool = 
             raise
         except Exception as error:
             # whatever the model raises: on fake tensors anything that reads values fails, each in its own way
-            _tell_fallback(error, last=attempt is attempts[-1], synthetic=example_inputs is None)
+            _warn_of_fallback(error, last=attempt is attempts[-1], synthetic=example_inputs is None)
             failure = error
     raise ProbeError(
         f"the forward of {type(model).__name__} failed while looking for attention: "
@@ -55,7 +55,7 @@ def run_probe(model: nn.Module, example_inputs: Any, *, replay_position: bool = 
     ) from failure
 
 
-def _tell_fallback(error: Exception, *, last: bool, synthetic: bool) -> None:
+def _warn_of_fallback(error: Exception, *, last: bool, synthetic: bool) -> None:
     if last:
         return
     size = " with a small synthetic video, whose token counts mean nothing" if synthetic else ""
@@ -80,8 +80,8 @@ def _inputs(
 def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], replay_position: bool) -> Probe:
     probe = Probe(recording=OperationRecording() if replay_position else None)
     with (
-        _untouched(model),
-        _hooked(model, probe),
+        _keep_attributes(model),
+        _install_hooks(model, probe),
         torch.compiler.set_stance("force_eager"),  # parts that are compiled already show nothing to a mode
         torch.random.fork_rng(devices=[]),
         torch.enable_grad(),
@@ -101,7 +101,7 @@ def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
 
 
 def _with_history(value: Any) -> Any:
-    """Features that already have an autograd node, so that views and casts of them can be told to be the same."""
+    """Features that already have an autograd node, so that views and casts of one tensor are recognised as the same."""
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return type(value)(_with_history(item) for item in value)
     if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
@@ -110,7 +110,7 @@ def _with_history(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _hooked(model: nn.Module, probe: Probe) -> Iterator[None]:
+def _install_hooks(model: nn.Module, probe: Probe) -> Iterator[None]:
     handles = []
     for name, module in model.named_modules():
         if is_linear(module):
@@ -137,7 +137,7 @@ def _hooked(model: nn.Module, probe: Probe) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def _keep_attributes(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards every attribute as before: models cache position tables on themselves."""
     before = [
         (module, {name: dict(v) if type(v) is dict else v for name, v in module.__dict__.items()})

@@ -72,7 +72,7 @@ def _single_stream(call: Call, probe: Probe, video: set[str], tokens: int) -> La
     for cat in probe.cats_before(gate_input.grad_fn, through_projections=True):
         if cat.dim == -2 and sum(cat.sizes) == tokens and len(cat.sizes) > 1:
             kinds = _runs(cat, probe, video)
-            return _named(kinds, call, made)
+            return _name_inputs(kinds, call, made)
     return Layout(streams=made)
 
 
@@ -89,7 +89,7 @@ def _runs(cat: Cat, probe: Probe, video: set[str]) -> list[tuple[bool, int]]:
     return runs
 
 
-def _named(
+def _name_inputs(
     runs: Sequence[tuple[bool, int]], call: Call, streams: tuple[tuple[Projection, Projection | None], ...]
 ) -> Layout:
     kinds = tuple(kind for kind, _ in runs)

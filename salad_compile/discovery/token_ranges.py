@@ -46,8 +46,8 @@ class TokenRange:
         return TokenRange(length, start, stop)
 
 
-def narrowed(node: Any, output: int, span: TokenRange | None) -> TokenRange | None:
-    """What of a slicing node's source matters, when `span` of its result does; `span` for every other node.
+def narrow(node: Any, output: int, span: TokenRange | None) -> TokenRange | None:
+    """The tokens of a slicing node's source that `span` of its result was computed from; `span` for any other node.
 
     Reads what autograd saves for slices and splits (torch 2.11 and 2.13;
     tests/salad_compile/discovery/test_segments.py fails when it changes).
@@ -55,7 +55,7 @@ def narrowed(node: Any, output: int, span: TokenRange | None) -> TokenRange | No
     name = type(node).__name__
     if name not in ("SliceBackward0", "SplitWithSizesBackward0", "SplitBackward0"):
         return span
-    sizes, dim = node._saved_self_sym_sizes, _signed(node._saved_dim)
+    sizes, dim = node._saved_self_sym_sizes, _to_signed(node._saved_dim)
     if len(sizes) != 3 or dim not in (1, -2):
         return span
     length = int(sizes[dim])
@@ -77,11 +77,11 @@ def _bounds(node: Any, output: int, length: int) -> tuple[int, int]:
 
 def _edge(value: Any, length: int) -> int:
     """A bound of a slice as a position in 0 .. length."""
-    bound = _signed(value)
+    bound = _to_signed(value)
     return min(max(bound + length if bound < 0 else bound, 0), length)
 
 
-def _signed(value: Any) -> int:
+def _to_signed(value: Any) -> int:
     """Autograd shows negative numbers as unsigned 64-bit ones."""
     number = int(value)
     return number - 2**64 if number >= 2**63 else number

@@ -44,7 +44,7 @@ class Component:
 
     @cached_property
     def updates(self) -> Sequence[LowRank]:
-        """The low-rank updates of all sites; empty where there is no LoRA."""
+        """The low-rank updates of all sites; empty without LoRA."""
         return low_rank_updates(self.model, self.branch_state)
 
 

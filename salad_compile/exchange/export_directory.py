@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from salad_compile.analysis.inspection import summary
 from salad_compile.analysis.summary import Summary
-from salad_compile.common.files import directory_written_at_once
+from salad_compile.common.files import write_directory_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.sharding import is_first_rank
 from salad_compile.common.wrappers import PIPELINE_COMPONENTS, bare_components
@@ -37,7 +37,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class _Export:
-    """What is to be written: which formats of which models, and the reasons why a format cannot hold a model."""
+    """The formats and models to write, and the reasons why a format cannot hold a model."""
 
     components: list[Component]
     formats: list[ExportFormat]
@@ -58,17 +58,17 @@ def export(
     """Write a converted model to `directory` in the formats that other tools read, with a model card.
 
     salad_config.json and README.md are always written. The model is not changed. Everything is written into a
-    directory beside `directory`, which takes its name in the end.
+    temporary directory beside `directory`, which is renamed at the end.
 
     Args:
         model: a converted module (wrapped or not) or a diffusers pipeline. Of a pipeline with two experts each one that
             is converted gets a set of its own, in `directory/transformer` and `directory/transformer_2`.
-        directory: made if need be. What an earlier export left there is replaced, whole.
+        directory: made if necessary. An earlier export there is replaced as a whole.
         formats: of "salad" (exact, for `load`), "diffusers", "comfyui" and "peft" (LoRA alone, alpha / rank in B),
             "merged" (W + alpha / rank B A, summed in fp32 and cast once, in shards), and what `register_format` made
             known. None: all that can hold this model; the report says why not the others.
         base_model: Hub id or name of the base model, for the card; None: what the model's configuration says.
-        training: what the card tells of the training (data, steps, metrics), as JSON can hold it.
+        training: facts for the card about the training (data, steps, metrics), of types that JSON can hold.
         max_shard_size: bytes, or "5GB", of a merged file.
 
     Under torch.distributed every rank must call it; rank 0 writes, and all ranks get the report or the error.
@@ -157,7 +157,7 @@ def _find_base_id(modules: Mapping[str, nn.Module]) -> str | None:
 def _write(export: _Export, target: Path, training: Mapping[str, Any] | None) -> ExportReport:
     parts = export.components
     entries: list[ExportedFormat] = []
-    with directory_written_at_once(target) as temporary:
+    with write_directory_at_once(target) as temporary:
         for part in parts:
             folder = temporary / part.name if export.apart else temporary
             _write_json(json.loads(part.header.to_json()), folder / HEADER_COPY)

@@ -1,4 +1,4 @@
-"""What an export format declares: its name, its place in an export, which models it can hold, and how it is written.
+"""The base class of export formats: name, place in an export, which models fit, and how it is written.
 
 Modules of formats import torch inside their methods: the command line lists them without it.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the caller of an export chose for all formats.
+    """Options of one export, for all formats.
 
     base_model: Hub id or name of the base model, None if it is not known. max_shard_size: bytes, or "5GB", of a file.
     """

@@ -1,4 +1,4 @@
-"""What an export wrote, what it did not, and why; and what rounding cost where LoRA was merged."""
+"""The report of an export: what was written, why the rest was not, and the rounding error of merging."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ExportReport(Report):
 
     @property
     def written(self) -> list[ExportedFormat]:
-        """The formats that are there."""
+        """The formats that were written."""
         return [entry for entry in self.formats if entry.path]
 
     def rows(self) -> list[Row]:

@@ -1,7 +1,7 @@
-"""What the formats of LoRA files share. alpha / rank is in B, so that every reader's scale is 1.
+"""Helpers of the LoRA formats. alpha / rank is multiplied into B, so that every reader's scale is 1.
 
-A file holds no gate: one gate tensor makes `pipe.load_lora_weights` refuse all of it. Readers assume alpha = rank where
-they are not told; the files say so where the format has a place for it.
+A file holds no gate: one gate tensor makes `pipe.load_lora_weights` refuse all of it. Readers assume alpha = rank by
+default; the files state it where the format has a place for it.
 """
 
 from __future__ import annotations

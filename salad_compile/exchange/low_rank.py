@@ -12,7 +12,7 @@ from torch import Tensor
 from salad_compile.common.wrappers import plain_key
 from salad_compile.sites.branch import BRANCH_NAME, SaladBranch, branches
 
-# What diffusers' `fuse_qkv_projections` puts beside projections that it keeps, and which rows are whose.
+# The fused projections that diffusers' `fuse_qkv_projections` adds, and the projections whose rows they hold.
 FUSED_BY_DIFFUSERS = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
@@ -38,7 +38,7 @@ class Part:
             return torch.zeros(self.rows, columns)
         return (self.up.float() @ self.down.float()) * self.scale
 
-    def baked_up(self) -> Tensor:
+    def scaled_up(self) -> Tensor:
         """up with the scale in it, in fp32; of rank 0 without factors."""
         return torch.zeros(self.rows, 0) if self.up is None else self.up.float() * self.scale
 
@@ -67,7 +67,7 @@ class LowRank:
         alpha / rank is multiplied into B in fp32, cast once. Of a fused projection A is stacked and B block-diagonal.
         """
         downs = self._downs()
-        up: Tensor = torch.block_diag(*(part.baked_up() for part in self.parts))  # type: ignore[no-untyped-call]
+        up: Tensor = torch.block_diag(*(part.scaled_up() for part in self.parts))  # type: ignore[no-untyped-call]
         return torch.cat(downs), up.to(downs[0].dtype)
 
     def update(self) -> Tensor:
@@ -80,7 +80,7 @@ class LowRank:
 
 
 def low_rank_updates(model: nn.Module, state: Mapping[str, Tensor]) -> list[LowRank]:
-    """The updates of all sites; empty where there is no LoRA.
+    """The updates of all sites; empty without LoRA.
 
     Args:
         model: a converted model.

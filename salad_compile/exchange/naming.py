@@ -83,15 +83,15 @@ def to_diffusers_names(state_dict: Mapping[str, Value]) -> dict[str, Value]:
 
 def original_name(name: str) -> str:
     """One name of :func:`to_original_names`: of a module, of its parameter, or of something behind that."""
-    return _renamed(name, _BLOCK, _ROOT, "diffusers")
+    return _rename(name, _BLOCK, _ROOT, "diffusers")
 
 
 def diffusers_name(name: str) -> str:
     """The inverse of :func:`original_name`."""
-    return _renamed(name, _inverse(_BLOCK), _inverse(_ROOT), "original")
+    return _rename(name, _invert(_BLOCK), _invert(_ROOT), "original")
 
 
-def _renamed(name: str, block: Mapping[str, str], root: Mapping[str, str], which: str) -> str:
+def _rename(name: str, block: Mapping[str, str], root: Mapping[str, str], which: str) -> str:
     found = re.match(r"(?:vace_)?blocks\.\d+\.", name)
     start, known = (found[0], block) if found else ("", root)
     rest = name[len(start) :]
@@ -99,10 +99,10 @@ def _renamed(name: str, block: Mapping[str, str], root: Mapping[str, str], which
         if rest == before or rest.startswith(f"{before}."):
             return start + after + rest[len(before) :]
     raise ConfigError(
-        f"{name!r} is no {which} name of a Wan transformer. Names come without a prefix (`transformer.`, "
+        f"{name!r} is not one of the {which} names of a Wan transformer. Names come without a prefix (`transformer.`, "
         "`diffusion_model.`), and without the parameters of SALAD."
     )
 
 
-def _inverse(names: Mapping[str, str]) -> dict[str, str]:
+def _invert(names: Mapping[str, str]) -> dict[str, str]:
     return {after: before for before, after in names.items()}

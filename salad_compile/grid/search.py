@@ -57,11 +57,11 @@ def find_grid_rule(
 ) -> GridFinding:
     """Find out from one call how a model's arguments show the token grid.
 
-    A rule has to give `video_tokens` tokens, with the configured patch or with a grid that a patch convolution put out.
+    A rule must give `video_tokens` tokens, with the configured patch or with a grid that a patch convolution computed.
     Of several, prefer those with the configured patch, then those that a convolution confirms, then patches of one
     frame, then patches without a remainder. What is left must agree on the grid; then named integers come before
     shapes, arguments in their order, and channels before frames. So a clip with as many frames as channels counts as
-    (B, C, T, H, W): whoever applies a rule has to compare the number of tokens in every call.
+    (B, C, T, H, W): the caller that applies a rule must compare the number of tokens in every call.
 
     Args:
         named_inputs: forward's arguments by name, in the order of its signature, as one example call has them.

@@ -1,4 +1,4 @@
-"""Batches of equal latent shape, as a pure function of the step; and how their items become tensors."""
+"""Batches of equal latent shape as a pure function of the step, and collating their items."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ShapeBatches:
 
     `at(step)` depends on the arguments and the step alone: to resume, ask for the next step. In every epoch the items
     of each shape are shuffled and cut into global batches of `batch_size * world_size`, and the batches of all shapes
-    are shuffled. No item comes twice in an epoch. What is left over of a shape, fewer items than a global batch, is
-    missing in this epoch, and is another part of the shape in the next. A shape with fewer items than a global batch
-    never comes: a warning says so.
+    are shuffled. No item comes twice in an epoch. The items of a shape that do not fill a global batch are left out of
+    this epoch; the next one leaves out others. A shape with fewer items than a global batch is never used: a warning
+    says so.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ShapeBatches:
     def global_batch(self, epoch: int, place: int) -> list[int]:
         """The indices of all ranks together in step `place` of an epoch."""
         if self._last is None or self._last[0] != epoch:
-            self._last = epoch, self._shuffled(epoch)
+            self._last = epoch, self._shuffle(epoch)
         return self._last[1][place]
 
     def from_step(self, step: int) -> Iterator[list[int]]:
@@ -78,7 +78,7 @@ class ShapeBatches:
             yield self.at(step)
             step += 1
 
-    def _shuffled(self, epoch: int) -> list[list[int]]:
+    def _shuffle(self, epoch: int) -> list[list[int]]:
         # Python's generator, seeded with a text: the same on every platform, and no use of torch's global state
         generator = random.Random(f"salad_compile.latents {self.seed} {epoch}")
         whole = self.batch_size * self.world_size

@@ -64,10 +64,10 @@ def check(latents: StoredLatents, indices: Sequence[int] | None = None, *, progr
                 continue
             count = torch.full((len(latent),), latent.shape[1], dtype=torch.float64)
             moments.append(torch.stack([count, latent.sum(dim=1), latent.square().sum(dim=1)]))
-    return Checked(_measured(moments), problems)
+    return Checked(_measure(moments), problems)
 
 
-def _measured(moments: list[Tensor]) -> Measured | None:
+def _measure(moments: list[Tensor]) -> Measured | None:
     if not moments:
         return None
     count, first, second = torch.stack(moments).sum(dim=0)

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from salad_compile.common.files import failures_named
+from salad_compile.common.files import name_failures
 from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import ConfigError, LatentItemError, did_you_mean
 from salad_compile.latents.dataset import StoredLatents, summary_of
 from salad_compile.latents.fastvideo_writing import FastVideoWriter
 from salad_compile.latents.item import LatentItem
+from salad_compile.latents.layouts import WRITABLE
 from salad_compile.latents.musubi import MusubiWriter
 from salad_compile.latents.native import NativeWriter
 from salad_compile.latents.opening import open_latents
@@ -22,7 +23,6 @@ from salad_compile.latents.source import Problem
 from salad_compile.latents.statistics import LatentStatistics
 from salad_compile.latents.storing import save_text
 
-TARGETS = ("salad", "musubi", "fastvideo")
 PLAN = "salad_conversion.json"
 _ROWS_PER_FILE = 16  # of a Parquet file, which is held in memory: a Wan clip of 480p and 81 frames takes up to 16 MB
 
@@ -65,7 +65,7 @@ def convert_latents(
     on_error: str = "raise",
     progress: bool = True,
 ) -> ConversionReport:
-    """Write a dataset in another format. Run again after an interruption, it goes on where it stopped.
+    """Write a dataset in another format. Run again after an interruption, it resumes where it stopped.
 
     Values are float32 on the way. Between "salad" and "musubi" they come through bit by bit; "fastvideo" is not
     normalised, which costs one rounding to float32 each way. Every file appears as a whole or not at all.
@@ -83,8 +83,8 @@ def convert_latents(
         WriteError: the disk is full, say. What was written stays, for the next run.
         Others as of :func:`open_latents`.
     """
-    if to not in TARGETS:
-        raise ConfigError(f"to is one of {', '.join(TARGETS)}; got {to!r}.{did_you_mean(to, TARGETS)}")
+    if to not in WRITABLE:
+        raise ConfigError(f"to is one of {', '.join(WRITABLE)}; got {to!r}.{did_you_mean(to, WRITABLE)}")
     origin, goal = Path(source), Path(destination)
     latents = open_latents(origin, layout=layout, normalized=normalized, statistics=statistics, on_error=on_error)
     if to == "fastvideo" and latents.statistics is None:
@@ -144,7 +144,7 @@ def _target(to: str, goal: Path, latents: StoredLatents) -> _Target:
 
 
 def _plan(latents: StoredLatents, to: str) -> str:
-    """What has to be the same when a conversion goes on."""
+    """Everything that must be equal for a conversion to be resumed."""
     listed = json.dumps([latents.names, latents.shapes])
     return json.dumps(
         {
@@ -183,6 +183,6 @@ def _claim(goal: Path, origin: Path, plan: str) -> None:
         return
     if goal.exists() and any(not file.name.startswith(".") for file in goal.iterdir()):
         raise ConfigError(f"{goal} is not empty, and not left by an interrupted conversion.")
-    with failures_named(goal):
+    with name_failures(goal):
         goal.mkdir(parents=True, exist_ok=True)
     save_text(note, plan)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from salad_compile.common.logs import logger
 from salad_compile.errors import ConfigError, LatentItemError
 from salad_compile.latents.item import LatentDataset, LatentItem
-from salad_compile.latents.source import LatentSource, Problem, checked_item
+from salad_compile.latents.source import LatentSource, Problem, check_item
 from salad_compile.latents.statistics import LatentStatistics
 
 _SHOWN = 5  # names in a message
@@ -54,11 +54,11 @@ class StoredLatents(LatentDataset):
         self.names = [entry.name for entry in kept]
         self.shapes = [entry.shape for entry in kept if entry.shape is not None]
         if not kept:
-            raise LatentItemError(f"there is no good item among {len(source.entries)}. {summary_of(self.problems)}")
+            raise LatentItemError(f"none of {len(source.entries)} items is good. {summary_of(self.problems)}")
         self.normalized = source.normalized if normalized is None else normalized
-        self.statistics = self._fitting(statistics)
+        self.statistics = self._choose_statistics(statistics)
 
-    def _fitting(self, statistics: LatentStatistics | None) -> LatentStatistics | None:
+    def _choose_statistics(self, statistics: LatentStatistics | None) -> LatentStatistics | None:
         """What was given, else what the source says, if its VAE has this number of channels."""
         channels = self.shapes[0][0]
         if statistics is not None and statistics.channels != channels:
@@ -89,7 +89,7 @@ class StoredLatents(LatentDataset):
         Raises:
             LatentItemError: it is damaged.
         """
-        item = checked_item(self._source.read(self._places[index]), self.shapes[index])
+        item = check_item(self._source.read(self._places[index]), self.shapes[index])
         if self.normalized:
             return item
         assert self.statistics is not None

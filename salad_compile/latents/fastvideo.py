@@ -27,7 +27,7 @@ from torch import Tensor
 
 from salad_compile.errors import LatentLayoutError, MissingPackageError
 from salad_compile.latents.item import LatentItem
-from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, damaged, unique_names, without_padding
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, strip_padding, unique_names
 from salad_compile.latents.statistics import WAN_2_1
 
 NEEDED = (
@@ -108,7 +108,7 @@ class FastVideoSource(LatentSource):
             text = _text(values)
         except (OSError, ValueError) as error:
             self._cursor = None
-            raise damaged(name, str(error)) from error
+            raise item_error(name, str(error)) from error
         if latent.ndim == 3:  # an image
             latent = latent.unsqueeze(1)
         fps = values.get("fps")
@@ -200,7 +200,7 @@ def _text(values: dict[str, Any]) -> Tensor:
     if values.get(_MASK[0]):
         with contextlib.suppress(ValueError):  # a mask of a kind that we do not know: the zeros say it too
             text = text[: int(_tensor(values, "text_attention_mask").bool().sum())]
-    return without_padding(text)
+    return strip_padding(text)
 
 
 def _tensor(values: dict[str, Any], name: str) -> Tensor:

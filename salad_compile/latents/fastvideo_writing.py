@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from salad_compile.common.files import failures_named, flush_to_disk, written_at_once
+from salad_compile.common.files import flush_to_disk, name_failures, write_at_once
 from salad_compile.latents.fastvideo import require_pyarrow
 from salad_compile.latents.item import LatentItem
 from salad_compile.latents.statistics import LatentStatistics
@@ -24,7 +24,7 @@ class FastVideoWriter:
         require_pyarrow()
         self._statistics = statistics
         self._folder = directory / "combined_parquet_dataset" / "worker_0"
-        with failures_named(self._folder):
+        with name_failures(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
 
     def keep(self, chunk: int) -> bool:
@@ -37,7 +37,7 @@ class FastVideoWriter:
         import pyarrow.parquet
 
         table = pyarrow.Table.from_pylist([self._row(item) for item in items], schema=_schema())
-        with written_at_once(self._file(chunk)) as temporary:
+        with write_at_once(self._file(chunk)) as temporary:
             pyarrow.parquet.write_table(table, temporary, compression="zstd", row_group_size=1)
             flush_to_disk(temporary)
 

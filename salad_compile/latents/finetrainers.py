@@ -6,7 +6,7 @@ Seen in a-r-r-o-w/finetrainers: data/precomputation.py at 5219f52, models/wan/ba
                               latents_mean [C] and latents_std [C], where the latter holds 1 / std
     condition-<rank>-<i>.pt   encoder_hidden_states [1, L, D], zeros at the end
 
-finetrainers draws from the posterior in every step. We take its mean: an item has to be the same on every read. Files
+finetrainers draws from the posterior in every step. We take its mean: an item must be the same on every read. Files
 are opened with `weights_only=True` and mapped, so that no code in them runs and their shapes cost no reading.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from salad_compile.latents.item import LatentItem, Shape
-from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, damaged, without_padding
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, strip_padding
 from salad_compile.latents.statistics import WAN_2_1
 
 _FILE = re.compile(r"latent-(\d+)-(\d+)\.pt")
@@ -37,7 +37,7 @@ class FinetrainersSource(LatentSource):
         self.statistics = WAN_2_1
         heads = [_head(file) for file in self._files]
         if any(mean is not None and not _is_wan(mean) for _, _, mean in heads):
-            self.statistics = None  # another VAE: the user has to say
+            self.statistics = None  # another VAE, whose statistics the user passes
         self.entries = [
             Entry(file.stem, shape, problem) for file, (shape, problem, _) in zip(self._files, heads, strict=True)
         ]
@@ -52,9 +52,9 @@ class FinetrainersSource(LatentSource):
             latent = _posterior_mean(_load(file))
             text = _load(_text_file(file))["encoder_hidden_states"]
             text = text[0] if text.ndim == 3 and len(text) == 1 else text
-            return LatentItem(file.stem, latent.clone(), without_padding(text).clone())
+            return LatentItem(file.stem, latent.clone(), strip_padding(text).clone())
         except Exception as error:  # whatever a damaged archive makes torch.load raise
-            raise damaged(file.stem, f"{type(error).__name__}: {error}") from error
+            raise item_error(file.stem, f"{type(error).__name__}: {error}") from error
 
 
 def _latent_files(path: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What every format of precomputed data is read as: one latent and one text per item."""
+"""An item of precomputed data: one latent and one text, whatever format it was read from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LatentItem:
     """One clip.
 
     Attributes:
-        name: what errors and logs call it; unique within its dataset.
+        name: used in errors and logs; unique within its dataset.
         latent: (channels, frames, height, width) float32, normalised: about mean 0 and standard deviation 1 in each
             channel over the dataset.
         text: (length, width) float32 or bfloat16, without padding.

@@ -15,11 +15,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from salad_compile.common.files import failures_named
+from salad_compile.common.files import name_failures
 from salad_compile.latents.item import LatentItem, Shape
-from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, damaged, unique_names
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, unique_names
 from salad_compile.latents.statistics import WAN_2_1
-from salad_compile.latents.storing import file_stem, opened_tensors, save_tensors
+from salad_compile.latents.storing import file_stem, open_tensors, save_tensors
 
 _FILE = re.compile(r"(?P<name>.+)_\d{4,}x\d{4,}_wan\.safetensors")
 _CLIP = re.compile(r"(?P<video>.+)_\d+-\d+(-\d+)?")
@@ -52,14 +52,14 @@ class MusubiSource(LatentSource):
     def read(self, index: int) -> LatentItem:
         name, (latent_file, text_file) = self.entries[index].name, self._files[index]
         try:
-            with opened_tensors(latent_file) as content:
+            with open_tensors(latent_file) as content:
                 latent = content.get_tensor(_latent_key(content))
                 fps = (content.metadata() or {}).get(_FPS)
-            with opened_tensors(text_file) as content:
+            with open_tensors(text_file) as content:
                 text = content.get_tensor(_text_key(content))
                 caption = (content.metadata() or {}).get("caption1", "")
         except Exception as error:  # whatever a damaged file makes safetensors raise
-            raise damaged(name, str(error)) from error
+            raise item_error(name, str(error)) from error
         return LatentItem(name, latent, text, caption, float(fps) if fps else None)
 
 
@@ -68,7 +68,7 @@ class MusubiWriter:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        with failures_named(directory):
+        with name_failures(directory):
             directory.mkdir(parents=True, exist_ok=True)
 
     def keep(self, name: str, shape: Shape) -> bool:
@@ -125,7 +125,7 @@ def _head(latent_file: Path, text_file: Path) -> tuple[str, Shape | None, str | 
     name: str = match["name"]
     shape: Shape | None = None
     try:
-        with opened_tensors(latent_file) as content:
+        with open_tensors(latent_file) as content:
             name = (content.metadata() or {}).get(_NAME, name)
             key = _latent_key(content)
             sizes = content.get_slice(key).get_shape()
@@ -134,7 +134,7 @@ def _head(latent_file: Path, text_file: Path) -> tuple[str, Shape | None, str | 
                 return name, shape, f"{key} has shape {sizes}"
         if not text_file.exists():
             return name, shape, f"its text is missing: no {text_file.name}"
-        with opened_tensors(text_file) as content:
+        with open_tensors(text_file) as content:
             key = _text_key(content)
             sizes = content.get_slice(key).get_shape()
             if len(sizes) != 2 or not sizes[0]:

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from salad_compile.common.files import failures_named
+from salad_compile.common.files import name_failures
 from salad_compile.errors import LatentItemError, LatentLayoutError
 from salad_compile.latents.item import LatentItem
-from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, checked_item, damaged
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, check_item, item_error
 from salad_compile.latents.statistics import LatentStatistics
-from salad_compile.latents.storing import file_stem, opened_tensors, save_tensors, save_text
+from salad_compile.latents.storing import file_stem, open_tensors, save_tensors, save_text
 
 FORMAT = "salad-latents"
 FORMAT_VERSION = 1
@@ -39,7 +39,7 @@ def write_latents(
     *,
     statistics: LatentStatistics | None = None,
 ) -> Path:
-    """Write items, or append them to a dataset that is there.
+    """Write items, or append them to an existing dataset.
 
     Args:
         items: with normalised latents; of a generator, one item at a time is held in memory.
@@ -58,7 +58,7 @@ def write_latents(
     writer = NativeWriter(Path(directory), statistics)
     for item in items:
         if item.name in writer.names:
-            raise damaged(item.name, f"an item of this name is in {writer.directory} already")
+            raise item_error(item.name, f"an item of this name is in {writer.directory} already")
         writer.write(item)
     writer.finish()
     return writer.directory
@@ -70,7 +70,7 @@ class NativeWriter:
     def __init__(self, directory: Path, statistics: LatentStatistics | None = None) -> None:
         """Raises LatentLayoutError: the directory holds a dataset that these items cannot join."""
         self.directory = directory
-        with failures_named(directory):
+        with name_failures(directory):
             (directory / FOLDER).mkdir(parents=True, exist_ok=True)
         if (directory / INFO).exists():
             known = read_info(directory)
@@ -93,7 +93,7 @@ class NativeWriter:
         file = self._file(name)
         if not file.exists():
             return False
-        with opened_tensors(file) as content:
+        with open_tensors(file) as content:
             self._records[name] = _with_place(json.loads(content.metadata()[_RECORD]), file)
         return True
 
@@ -105,8 +105,8 @@ class NativeWriter:
         """
         shape = as_latent_shape(item.latent.shape) if item.latent.ndim == 4 else None
         if shape is None:
-            raise damaged(item.name, f"the latent has shape {tuple(item.latent.shape)}, it needs (C, T, H, W)")
-        item = checked_item(item, shape)
+            raise item_error(item.name, f"the latent has shape {tuple(item.latent.shape)}, it needs (C, T, H, W)")
+        item = check_item(item, shape)
         record = {
             "name": item.name,
             "shape": list(shape),
@@ -139,7 +139,7 @@ class NativeSource(LatentSource):
         self.statistics = read_info(path)
         if not (path / INDEX).exists():
             raise LatentLayoutError(
-                f"{path} was never finished: {INDEX} is missing. Run the conversion again; it goes on where it stopped."
+                f"{path} was never finished: {INDEX} is missing. Run the conversion again; it resumes where it stopped."
             )
         self._path = path
         self._records = read_index(path)
@@ -153,12 +153,12 @@ class NativeSource(LatentSource):
         record = self._records[index]
         name = record["name"]
         try:
-            with opened_tensors(self._path / record["file"]) as content:
+            with open_tensors(self._path / record["file"]) as content:
                 latent, text = content.get_tensor("latent"), content.get_tensor("text")
         except Exception as error:  # whatever a damaged file makes safetensors raise
-            raise damaged(name, str(error)) from error
+            raise item_error(name, str(error)) from error
         if latent.dtype != torch.float32:
-            raise damaged(name, f"the latent is {latent.dtype}, this format has float32")
+            raise item_error(name, f"the latent is {latent.dtype}, this format has float32")
         return LatentItem(name, latent, text, record["caption"], record["fps"])
 
     def _entry(self, record: dict[str, Any]) -> Entry:

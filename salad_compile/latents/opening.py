@@ -1,30 +1,24 @@
-"""open_latents: which format a path is in, and how its latents have to be treated."""
+"""open_latents: finds the layout of a path and how its latents are normalised."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from salad_compile.common.logs import logger
 from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError, did_you_mean
 from salad_compile.latents.checking import check, doubt, evenly_spaced
 from salad_compile.latents.dataset import StoredLatents, summary_of
-from salad_compile.latents.fastvideo import FastVideoSource
-from salad_compile.latents.finetrainers import FinetrainersSource
-from salad_compile.latents.musubi import MusubiSource
-from salad_compile.latents.native import NativeSource
+from salad_compile.latents.layouts import LAYOUTS
 from salad_compile.latents.source import LatentSource
 from salad_compile.latents.statistics import LatentStatistics
 
-SOURCES: dict[str, type[NativeSource | FastVideoSource | MusubiSource | FinetrainersSource]] = {
-    source.layout: source for source in (NativeSource, FastVideoSource, MusubiSource, FinetrainersSource)
-}
-_DESCRIPTIONS = {
-    "salad": "info.json and items.jsonl",
-    "fastvideo": "*.parquet below it",
-    "musubi": "*_<width>x<height>_wan.safetensors with *_wan_te.safetensors",
-    "finetrainers": "latent-<rank>-<i>.pt with condition-<rank>-<i>.pt",
+SOURCES: dict[str, Any] = {
+    name: getattr(importlib.import_module(f"salad_compile.latents.{layout.module}"), layout.reader)
+    for name, layout in LAYOUTS.items()
 }
 
 
@@ -47,12 +41,12 @@ def open_latents(
         statistics: of the VAE, for latents that are not normalised. None: what the format implies, which for FastVideo
             and finetrainers is the VAE of Wan 2.1 where there are 16 channels.
         on_error: what to do about damaged items: "raise", or "skip" (see :class:`StoredLatents`).
-        sample: so many items, spread over the dataset, are read now; a warning says if they do not look as if they were
-            normalised once. 0: none.
+        sample: number of items, spread over the dataset, that are read now; a warning says if they do not look as if
+            they were normalised once. 0: none.
 
     Raises:
         FileNotFoundError: no such path.
-        LatentLayoutError: nothing that is known is there, or its index cannot be used.
+        LatentLayoutError: the path holds no known layout, or its index cannot be used.
         LatentItemError: headers or the sample show damaged items (with on_error="raise"), or no good one is left.
         ConfigError: an unknown option, or statistics that are missing or have another number of channels.
         MissingPackageError: FastVideo's data without pyarrow.
@@ -85,17 +79,20 @@ def open_source(path: Path, layout: str = "auto") -> LatentSource:
     wanted = found if layout == "auto" else [name for name in found if name == layout]
     if len(wanted) != 1:
         several = (
-            f"more than one layout ({', '.join(wanted)}): pass layout=" if wanted else f"{_seen(path)}. Supported:"
+            f"more than one layout ({', '.join(wanted)}): pass layout="
+            if wanted
+            else f"{_describe_content(path)}. Supported:"
         )
         raise LatentLayoutError(
-            f"{path} has {several} {'; '.join(f'{name} ({_DESCRIPTIONS[name]})' for name in wanted or SOURCES)}."
+            f"{path} has {several} {'; '.join(f'{name} ({LAYOUTS[name].files})' for name in wanted or SOURCES)}."
             + (f" layout={layout!r} was asked for." if layout != "auto" else "")
         )
-    return SOURCES[wanted[0]](path)
+    source: LatentSource = SOURCES[wanted[0]](path)
+    return source
 
 
-def _seen(path: Path) -> str:
-    """What is there instead: how many files of which kind, and the first name."""
+def _describe_content(path: Path) -> str:
+    """What the path holds instead: the number of files of each kind, and the first name."""
     if path.is_file():
         return f"no known layout; it is a single file of kind {path.suffix or '(none)'}"
     files = sorted(file for file in path.iterdir() if not file.name.startswith("."))

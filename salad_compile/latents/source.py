@@ -1,4 +1,4 @@
-"""What a reader of one format gives: a list of items, known from headers alone, and each item as it is stored."""
+"""The base class of readers: a list of items, from headers alone, and each item as it is stored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with an item."""
+    """Why an item cannot be used."""
 
     name: str
     reason: str
@@ -67,11 +67,11 @@ class LatentSource(ABC):
         """
 
 
-def damaged(name: str, reason: str) -> LatentItemError:
+def item_error(name: str, reason: str) -> LatentItemError:
     return LatentItemError(f"{name}: {reason}")
 
 
-def checked_item(item: LatentItem, shape: Shape) -> LatentItem:
+def check_item(item: LatentItem, shape: Shape) -> LatentItem:
     """The item with a float32 latent of `shape` and a float32 or bfloat16 text, or an error.
 
     Raises:
@@ -79,20 +79,20 @@ def checked_item(item: LatentItem, shape: Shape) -> LatentItem:
     """
     latent, text = item.latent, item.text
     if tuple(latent.shape) != shape:
-        raise damaged(item.name, f"the latent has shape {tuple(latent.shape)}, its header said {shape}")
+        raise item_error(item.name, f"the latent has shape {tuple(latent.shape)}, its header said {shape}")
     if text.ndim != 2 or not text.shape[0]:
-        raise damaged(item.name, f"the text has shape {tuple(text.shape)}, it needs (length, width) and one token")
+        raise item_error(item.name, f"the text has shape {tuple(text.shape)}, it needs (length, width) and one token")
     for what, tensor in (("latent", latent), ("text", text)):
         if not tensor.is_floating_point():
-            raise damaged(item.name, f"the {what} is {tensor.dtype}, it has to be floating point")
+            raise item_error(item.name, f"the {what} is {tensor.dtype}, it must be floating point")
         if not torch.isfinite(tensor).all():
-            raise damaged(item.name, f"the {what} holds NaN or infinity")
+            raise item_error(item.name, f"the {what} holds NaN or infinity")
     text = text if text.dtype == torch.bfloat16 else text.float()
     return LatentItem(item.name, latent.float(), text, item.caption, item.fps)
 
 
 def as_latent_shape(sizes: Sequence[int] | None) -> Shape | None:
-    """(C, T, H, W), from (C, H, W) of an image too; None for anything else."""
+    """(C, T, H, W); (C, H, W) of an image becomes (C, 1, H, W); None for anything else."""
     shape = tuple(int(size) for size in sizes or ())
     if len(shape) == 3:
         shape = (shape[0], 1, *shape[1:])
@@ -101,7 +101,7 @@ def as_latent_shape(sizes: Sequence[int] | None) -> Shape | None:
     return shape[0], shape[1], shape[2], shape[3]
 
 
-def without_padding(text: Tensor) -> Tensor:
+def strip_padding(text: Tensor) -> Tensor:
     """(L, D) without the rows of zeros at its end."""
     filled = (text != 0).any(dim=1).nonzero()
     return text[: int(filled[-1]) + 1] if len(filled) else text[:0]

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a VAE's latents, per channel, and what is done with them."""
+"""Mean and standard deviation of a VAE's latents, per channel: normalising and denormalising."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from salad_compile.errors import ConfigError
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """What makes latents of a VAE normal: (x - mean) / std, per channel.
+    """Statistics that normalise the latents of a VAE: (x - mean) / std, per channel.
 
     Raises:
         ConfigError: lengths differ, a value is not finite, or a standard deviation is not positive.

@@ -1,4 +1,4 @@
-"""Small things that the readers and writers of safetensors files share."""
+"""Helpers of the readers and writers of safetensors files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from salad_compile.common.files import flush_to_disk, written_at_once
+from salad_compile.common.files import flush_to_disk, write_at_once
 
 _LONGEST_STEM = 120  # most file systems take names of 255 bytes; formats append to the stem
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -27,23 +27,23 @@ def file_stem(name: str) -> str:
 
 
 def save_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file that is there as a whole or not at all, after a power failure too. Raises WriteError."""
+    """Write a safetensors file as a whole or not at all, even if the power fails. Raises WriteError."""
     from safetensors.torch import save_file
 
-    with written_at_once(target) as temporary:
+    with write_at_once(target) as temporary:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=dict(metadata))
         flush_to_disk(temporary)
 
 
 def save_text(target: Path, text: str) -> None:
-    """Write a text file that is there as a whole or not at all."""
-    with written_at_once(target) as temporary:
+    """Write a text file as a whole or not at all."""
+    with write_at_once(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
         flush_to_disk(temporary)
 
 
 @contextlib.contextmanager
-def opened_tensors(file: Path) -> Iterator[Any]:
+def open_tensors(file: Path) -> Iterator[Any]:
     """A safetensors file, of which only the header is read.
 
     Raises:

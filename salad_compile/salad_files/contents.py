@@ -1,4 +1,4 @@
-"""What of a converted model goes into its SALAD file: the header and the state of its branches."""
+"""The contents of a SALAD file, from a converted model: its header and the state of its branches."""
 
 from __future__ import annotations
 

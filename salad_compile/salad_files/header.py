@@ -18,7 +18,7 @@ HEADER_KEY = "salad_config"
 
 @dataclass(frozen=True)
 class Header:
-    """What a SALAD file says about itself.
+    """Everything in a SALAD file but its tensors.
 
     versions: of the packages that wrote it. merged_weights: after merge_lora, the checksum of each site's projections,
     because the file then fits that base alone; else empty. grid: how to read the video's token grid, None if that is

@@ -1,4 +1,4 @@
-"""Where a SALAD file is: here, in a directory, or on the Hugging Face Hub."""
+"""Finding a SALAD file: a path, a directory, or a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ def file_at(path: str | os.PathLike[str]) -> Path:
     """The SALAD file that `path` means: a file, a directory that holds one, or the id of a repository on the Hub.
 
     Raises:
-        FileNotFoundError: there is none. HubError: the download broke off.
+        FileNotFoundError: there is no such file. HubError: the download broke off.
     """
     local = Path(path)
     if local.is_dir():
-        return _inside(local)
+        return _find_in(local)
     if local.exists():
         return local
     name = os.fspath(path)
     if not is_repository_id(name):
         raise FileNotFoundError(f"no SALAD file at {local}")
-    return _downloaded(name)
+    return _download(name)
 
 
 def is_repository_id(text: str) -> bool:
-    """Whether `owner/name` of the Hub could be meant; whether there is such a repository is not asked."""
+    """Whether the text has the form `owner/name` of a Hub repository; the Hub is not asked."""
     return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith(("/", ".safetensors"))
 
 
-def _inside(directory: Path) -> Path:
+def _find_in(directory: Path) -> Path:
     file = directory / FILE_NAME
     if not file.exists():
         deeper = sorted(str(found.parent) for found in directory.glob(f"*/{FILE_NAME}"))
@@ -41,7 +41,7 @@ def _inside(directory: Path) -> Path:
     return file
 
 
-def _downloaded(repository: str) -> Path:
+def _download(repository: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
@@ -49,8 +49,8 @@ def _downloaded(repository: str) -> Path:
         return Path(hf_hub_download(repository, FILE_NAME))
     except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(
-            f"{repository!r} is neither a file nor a directory here, and {FILE_NAME} could not be had from a Hub "
-            f"repository of that name: {error}"
+            f"{repository!r} is neither a file nor a directory here, and {FILE_NAME} could not be downloaded from a "
+            f"Hub repository of that name: {error}"
         ) from error
     except Exception as error:  # the classes of the HTTP library, which changes between releases of huggingface_hub
         raise HubError(

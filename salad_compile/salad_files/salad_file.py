@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.common.files import failures_named, flush_to_disk, written_at_once
+from salad_compile.common.files import flush_to_disk, name_failures, write_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.sharding import is_first_rank, shard_like, whole_state
 from salad_compile.common.wrappers import plain_key, single_model
@@ -74,12 +74,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def write(state: Mapping[str, Tensor], header: Header, target: Path) -> None:
-    """Write a SALAD file at once, in a directory that is made if need be. Raises WriteError."""
+    """Write a SALAD file as a whole, in a directory that is made if necessary. Raises WriteError."""
     from safetensors.torch import save_file
 
-    with failures_named(target):
+    with name_failures(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    with written_at_once(target) as temporary:
+    with write_at_once(target) as temporary:
         save_file(dict(state), temporary, metadata={"format": "pt", HEADER_KEY: header.to_json()})
         flush_to_disk(temporary)
 
@@ -96,21 +96,21 @@ def load(model: Model, path: str | os.PathLike[str], *, grid: GridSource | None 
         grid: for a model whose conversion was given a function as `grid`: that function. None: what the file says.
 
     Raises:
-        CheckpointError: one of its subclasses for each way in which the file can be wrong.
+        CheckpointError: the file is wrong; each way of being wrong has a subclass.
         AlreadyConvertedError: the model was converted with another configuration.
         FileNotFoundError: there is no such file, here or on the Hub. HubError: the download broke off.
         Whatever is raised, the model is unchanged.
     """
     bare = single_model(model, "load")
     file = file_at(path)
-    with _opened(file) as content:
+    with _open(file) as content:
         header = read_header(content, file)
         _check_base(bare, header, file)
         known = branches(bare)
         prepared = [] if known else _prepare(bare, header, file)
-        dropping = _still_to_drop(known, header, file)
-        expected = _state_without(bare, dropping) if known else _planned_state(prepared)
-        tensors = _read_checked(content, expected, file)
+        dropping = _find_branches_to_drop(known, header, file)
+        expected = _state_without(bare, dropping) if known else _plan_state(prepared)
+        tensors = _read_and_check(content, expected, file)
     for branch in dropping:
         branch.drop_linear()
     if not known:
@@ -128,14 +128,14 @@ def load(model: Model, path: str | os.PathLike[str], *, grid: GridSource | None 
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _open(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         content = safe_open(file, framework="pt")
     except SafetensorError as error:
         raise CorruptFileError(
-            f"{file} is no complete safetensors file ({error}): truncated by an interrupted copy or download?"
+            f"{file} is not a complete safetensors file ({error}): truncated by an interrupted copy or download?"
         ) from error
     with content:
         yield content
@@ -151,21 +151,21 @@ def read_header(content: Any, file: Path) -> Header:
     if HEADER_KEY not in metadata:
         first = ", ".join(list(content.keys())[:3])
         raise NotASaladFileError(
-            f"{file} is a safetensors file but no SALAD file (its first tensors: {first}). A LoRA is loaded with "
+            f"{file} is a safetensors file but not a SALAD file (its first tensors: {first}). A LoRA is loaded with "
             "pipe.load_lora_weights, a base checkpoint with from_pretrained; salad_compile.save writes what load reads."
         )
     return Header.from_json(metadata[HEADER_KEY], file)
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Any, Header]]:
-    """The place of a file that :func:`load` would read, its content by name, and its header; no tensor is read.
+def open_file(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Any, Header]]:
+    """The path of a file that :func:`load` would read, its opened content, and its header; no tensor is read.
 
     Raises:
         CheckpointError, FileNotFoundError: see :func:`load`.
     """
     file = file_at(path)
-    with _opened(file) as content:
+    with _open(file) as content:
         yield file, content, read_header(content, file)
 
 
@@ -212,11 +212,11 @@ def _prepare(model: nn.Module, header: Header, file: Path) -> list[SaladBranch]:
         raise BaseModelMismatchError(f"{file} does not fit this {header.base_class}: {error}") from error
 
 
-def _still_to_drop(known: Mapping[str, SaladBranch], header: Header, file: Path) -> list[SaladBranch]:
+def _find_branches_to_drop(known: Mapping[str, SaladBranch], header: Header, file: Path) -> list[SaladBranch]:
     """The model's branches whose linear branch the file has dropped and the model has not.
 
     Raises:
-        AlreadyConvertedError: the other way round; a dropped branch cannot come back.
+        AlreadyConvertedError: the model has dropped one that the file has; it cannot come back.
     """
     dropped = {record.owner for record in header.sites if record.dropped}
     gone = [b.record.owner for b in known.values() if b.record.dropped and b.record.owner not in dropped]
@@ -229,12 +229,12 @@ def _still_to_drop(known: Mapping[str, SaladBranch], header: Header, file: Path)
 
 
 def _state_without(model: nn.Module, dropping: list[SaladBranch]) -> dict[str, Tensor]:
-    """:func:`branch_state`, without what :meth:`SaladBranch.drop_linear` takes away."""
+    """:func:`branch_state`, without what :meth:`SaladBranch.drop_linear` removes."""
     leaving = {id(tensor) for branch in dropping for tensor in branch.linear_parameters().values()}
     return {name: tensor for name, tensor in branch_state(model).items() if id(tensor) not in leaving}
 
 
-def _planned_state(prepared: list[SaladBranch]) -> dict[str, Tensor]:
+def _plan_state(prepared: list[SaladBranch]) -> dict[str, Tensor]:
     return {
         ".".join(part for part in (branch.record.owner, BRANCH_NAME, key) if part): tensor
         for branch in prepared
@@ -242,9 +242,9 @@ def _planned_state(prepared: list[SaladBranch]) -> dict[str, Tensor]:
     }
 
 
-def _read_checked(content: Any, expected: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+def _read_and_check(content: Any, expected: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     """All tensors of the file; strict both ways, and every shape, before any of them is used."""
-    there = {plain_key(key): key for key in content.keys()}  # noqa: SIM118 (safe_open is no dictionary)
+    there = {plain_key(key): key for key in content.keys()}  # noqa: SIM118 (safe_open is not a dictionary)
     _require_keys(sorted(set(expected) - set(there)), MissingKeysError, f"{file} lacks", "Is the file complete?")
     _require_keys(
         sorted(set(there) - set(expected)),

@@ -1,7 +1,7 @@
 """Fine-tuning of converted models on precomputed latents, with accelerate as the engine.
 
 settings = TrainSettings(steps=1600, batch=8)
-result = train(model, open_latents("data"), settings, "run")     # the same call goes on after an interruption
+result = train(model, open_latents("data"), settings, "run")     # the same call resumes after an interruption
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: directories that exist whole or not at all, and what must be equal for a run to go on.
+"""Checkpoints of a run: directories that exist whole or not at all, and what must be equal to resume.
 
 `checkpoints/step-00000100` holds the branch state as a SALAD file, which `salad_compile.load` reads like any other,
 optimizer and moving average in a second safetensors file, and `state.json`. Tensors are whole, whatever sharded them: a
-run may go on with another number of processes, or with FSDP2 in the place of DDP. No generator has a state (seeds.py).
+run may resume with another number of processes, or with FSDP2 instead of DDP. Generators have no state (seeds.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.common.files import failures_named, flush_to_disk
+from salad_compile.common.files import flush_to_disk, name_failures
 from salad_compile.common.logs import logger
 from salad_compile.errors import ResumeError, SaladError, TrainingError
 from salad_compile.latents import LatentDataset
@@ -41,12 +41,12 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a run was made of.
+    """Model, conversion and data of a run.
 
     Attributes:
         base_class, base_digest, config: of the model, as in the header of a SALAD file.
         base_weights: sum of the absolute values of all frozen parameters, in fp64.
-        data: a digest of the names and shapes of all items, in their order. Values are not looked at.
+        data: a digest of the names and shapes of all items, in their order, not of their values.
     """
 
     base_class: str
@@ -73,7 +73,7 @@ def _weight_sum(model: nn.Module) -> float:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint that was found. step: optimizer steps taken."""
+    """A complete checkpoint on disk. step: optimizer steps taken."""
 
     path: Path
     step: int
@@ -84,7 +84,7 @@ class Checkpoint:
 
 
 def complete_checkpoints(directory: Path) -> list[Checkpoint]:
-    """Those of a run's directory, the newest last; damaged ones are left out with a warning."""
+    """The complete checkpoints of a run, the newest last; a warning names damaged ones."""
     found = []
     for path in sorted((directory / FOLDER).glob("step-*")):
         try:
@@ -94,12 +94,12 @@ def complete_checkpoints(directory: Path) -> list[Checkpoint]:
                 raise ValueError(f"files of {sizes} bytes instead of {state['files']}")
             found.append(Checkpoint(path, state["step"], state))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is no complete checkpoint and is passed over: %s", path, error)
+            logger.warning("%s is not a complete checkpoint and is skipped: %s", path, error)
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def require_same(checkpoint: Checkpoint, settings: TrainSettings, fingerprint: Fingerprint) -> None:
-    """Raises ResumeError naming each setting, and each part of model and data, that is not as it was."""
+    """Raises ResumeError that names each setting, and each part of model and data, that has changed."""
     state, path = checkpoint.state, checkpoint.path
     if state.get("version") != STATE_VERSION:
         raise ResumeError(f"{path} has version {state.get('version')!r}, this release reads {STATE_VERSION}.")
@@ -112,11 +112,11 @@ def require_same(checkpoint: Checkpoint, settings: TrainSettings, fingerprint: F
     changed += _differences(state["fingerprint"], dataclasses.asdict(fingerprint))
     if changed:
         raise ResumeError(
-            f"the run in {path.parent.parent} cannot go on, because these are not as they were: {'; '.join(changed)}. "
-            "Give them as they were, or another directory."
+            f"the run in {path.parent.parent} cannot be resumed, because these have changed: {'; '.join(changed)}. "
+            "Pass what the run began with, or another directory."
         )
     if checkpoint.step > settings.steps:
-        raise ResumeError(f"{path} is further than steps={settings.steps}: give more steps, or another directory.")
+        raise ResumeError(f"{path} is beyond steps={settings.steps}: pass more steps, or another directory.")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -159,7 +159,7 @@ class CheckpointWriter:
         return self.directory / FOLDER
 
     def write(self, step: int) -> Path:
-        """The checkpoint after `step` steps; afterwards all but the last few are removed.
+        """Write the checkpoint after `step` steps, and remove all but the last few.
 
         Raises:
             TrainingError: it cannot be written (a full disk, say). Earlier checkpoints are as they were.
@@ -174,7 +174,7 @@ class CheckpointWriter:
             tensors = self._tensors()
             if self.main:
                 self._write_rest(temporary, step, tensors)
-                _remove(target)  # a damaged one, which was passed over
+                _remove(target)  # a damaged one, which was skipped
                 temporary.replace(target)
                 flush_to_disk(target.parent)
         except OSError as error:
@@ -196,7 +196,7 @@ class CheckpointWriter:
     def _write_rest(self, folder: Path, step: int, tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
-        with failures_named(folder / TENSORS_FILE):
+        with name_failures(folder / TENSORS_FILE):
             save_file(tensors, folder / TENSORS_FILE)
         flush_to_disk(folder / TENSORS_FILE)
         state = {
@@ -216,12 +216,12 @@ class CheckpointWriter:
             _remove(path)
 
     def remove_leftovers(self) -> None:
-        """What a run that was killed had not finished writing or removing."""
+        """Delete what a killed run had not finished writing or removing."""
         for path in self.folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def read(self, checkpoint: Checkpoint) -> None:
-        """Branches, optimizer and moving average as they were.
+        """Load branches, optimizer and moving average.
 
         Raises:
             ResumeError: a file is damaged.
@@ -234,17 +234,19 @@ class CheckpointWriter:
             tensors = load_file(checkpoint.path / TENSORS_FILE)
         except (SaladError, SafetensorError, OSError) as error:
             raise ResumeError(f"{checkpoint.path} cannot be used: {error}") from error
-        averages = {name: tensors.pop(f"average/{name}") for name in self._averaged() if f"average/{name}" in tensors}
+        averages = {
+            name: tensors.pop(f"average/{name}") for name in self._average_names() if f"average/{name}" in tensors
+        }
         restore_optimizer(self.optimizer, trained_parameters(self.model), tensors)
         if self.average is not None:
             self.average.restore(averages)
 
-    def _averaged(self) -> list[str]:
+    def _average_names(self) -> list[str]:
         return [] if self.average is None else list(self.average.averages)
 
 
 def _remove(path: Path) -> None:
-    """A directory that may be there: its name goes first, so that nobody takes what is left for whole."""
+    """Remove a directory if it exists: it is renamed first, so that a half-removed one is not taken for complete."""
     leaving = path.with_name(f".{path.name}.removed")
     with contextlib.suppress(FileNotFoundError):
         path.replace(leaving)

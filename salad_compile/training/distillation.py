@@ -1,7 +1,7 @@
-"""Layer-wise warm-up: each site learns to answer what dense attention answers, from the base model's own activations.
+"""Layer-wise warm-up: each site learns the output of dense attention, from the base model's own activations.
 
 One forward serves all sites. Every site runs twice on the same input: as SALAD, with a gradient, and dense without its
-low-rank update, which is what the base model computes. The dense answer goes on to the next layer, so that no site
+low-rank update, which is what the base model computes. The dense output is passed to the next layer, so that no site
 sees another's error. The gradient of a site is taken at once: only one site's graph is in memory at any time.
 """
 
@@ -22,8 +22,8 @@ from salad_compile.sites.site import hold_dense
 class SiteDistillation:
     """While :meth:`watching`, forwards of a converted model accumulate the gradients of every site's own error.
 
-    The error of a site is the mean squared difference over the mean square of the dense answer, so that layers whose
-    values are large do not outweigh the others (ours). It is taken of each sample, over all tokens.
+    The error of a site is the mean squared difference over the mean square of the dense output, so that layers whose
+    values are large do not outweigh the others (our choice). It is computed for each sample, over all tokens.
 
     Args:
         model: converted, not compiled, not sharded, without activation checkpointing.
@@ -56,10 +56,10 @@ class SiteDistillation:
         return torch.stack(self.errors).mean(0)
 
     def _hook(self, branch: SaladBranch) -> Any:
-        def compare(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answer: Any) -> Any:
+        def compare(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             with torch.no_grad(), _as_base(branch):
                 dense = owner.forward(*args, **kwargs)
-            pairs = list(zip(_tensors(answer), _tensors(dense), strict=True))
+            pairs = list(zip(_tensors(output), _tensors(dense), strict=True))
             error = sum(((_relative_error(ours, theirs)) for ours, theirs in pairs), torch.zeros(())) / len(pairs)
             (error.mean() * self.scale / len(self.sites)).backward()  # type: ignore[no-untyped-call]
             self.errors.append(error.detach())
@@ -80,9 +80,9 @@ def _as_base(branch: SaladBranch) -> Iterator[None]:
         branch.lora_scale.copy_(scale)
 
 
-def _tensors(answer: Any) -> list[Tensor]:
-    """An owner answers a tensor, or several for joint streams."""
-    found = [answer] if isinstance(answer, Tensor) else list(answer)
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors that an owner returned: one, or several for joint streams."""
+    found = [output] if isinstance(output, Tensor) else list(output)
     return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 

@@ -42,7 +42,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange averages and parameters: once to look at the averaged model, and once more to go on."""
+        """Exchange averages and parameters: once to use the averaged model, and once more to continue training."""
         for name, parameter in self.parameters.items():
             value = parameter.detach().clone()
             parameter.copy_(self.averages[name])

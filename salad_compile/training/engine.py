@@ -20,7 +20,7 @@ from salad_compile.training.tensors import trained_parameters
 def make_accelerator(settings: TrainSettings, directory: Path) -> Any:
     """An `accelerate.Accelerator` for this process, as `accelerate launch` configured it by its environment.
 
-    Precision is not accelerate's business here: the base has one dtype and the branches fp32 (preparation.py), and an
+    accelerate does not handle precision here: the base has one dtype and the branches fp32 (preparation.py), and an
     autocast around them would only take the fp32 of the base's norms and embeddings away.
 
     Raises:
@@ -78,8 +78,8 @@ class Engine:
         """
         if settings.distillation_steps and accelerator.is_fsdp2:
             raise ConfigError(
-                "distillation_steps needs whole sites in each process: distil with one process or DDP, then go on from "
-                "the saved file with FSDP2 and distillation_steps=0."
+                "distillation_steps needs whole sites in each process: distil with one process or DDP, then continue "
+                "from the saved file with FSDP2 and distillation_steps=0."
             )
         _broadcast(accelerator, model)
         optimizer = torch.optim.AdamW(

@@ -21,13 +21,13 @@ from salad_compile.training.settings import TrainSettings
 
 TIMESTEPS = 1000.0  # of diffusers' schedulers: s = 1 is timestep 1000
 
-# takes the model, noisy latents (B, C, T, H, W), timesteps (B,) fp32, texts (B, L, D); answers the predicted velocity
+# takes the model, noisy latents (B, C, T, H, W), timesteps (B,) fp32, texts (B, L, D); returns the predicted velocity
 Forward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Noised:
-    """What one forward takes and has to answer.
+    """Inputs and target of one forward.
 
     Attributes:
         latents: x_s, (B, C, T, H, W). timesteps: 1000 s, (B,), fp32. texts: (B, text_tokens, D).
@@ -49,7 +49,7 @@ class Noised:
         )
 
 
-def shifted(u: float, shift: float) -> float:
+def shift_level(u: float, shift: float) -> float:
     """s = shift u / (1 + (shift - 1) u): more steps at high noise for longer sequences (arXiv 2403.03206, eq. 23)."""
     return shift * u / (1 + (shift - 1) * u)
 
@@ -67,26 +67,26 @@ def training_sample(item: LatentItem, settings: TrainSettings, step: int, place:
         normal = torch.randn((), generator=drawing)
         u = float(torch.sigmoid(settings.logit_mean + settings.logit_std * normal))
     dropped = float(torch.rand((), generator=drawing)) < settings.text_dropout
-    return _noised(item, settings, shifted(u, settings.flow_shift), drawing, dropped)
+    return _add_noise(item, settings, shift_level(u, settings.flow_shift), drawing, dropped)
 
 
 def validation_sample(item: LatentItem, settings: TrainSettings, index: int, point: int) -> Noised:
     """As :func:`training_sample`, with the same noise every time and noise level number `point` of a fixed grid."""
     u = (point + 0.5) / settings.validation_points
     drawing = generator(settings.seed, "validation", index, point)
-    return _noised(item, settings, shifted(u, settings.flow_shift), drawing, False)
+    return _add_noise(item, settings, shift_level(u, settings.flow_shift), drawing, False)
 
 
-def _noised(item: LatentItem, settings: TrainSettings, s: float, drawing: torch.Generator, dropped: bool) -> Noised:
+def _add_noise(item: LatentItem, settings: TrainSettings, s: float, drawing: torch.Generator, dropped: bool) -> Noised:
     clean = item.latent.float()
     noise = torch.randn(clean.shape, generator=drawing)
     noisy = (1 - s) * clean + s * noise
-    texts = padded_text(item, settings.text_tokens)
+    texts = pad_text(item, settings.text_tokens)
     texts = torch.zeros_like(texts) if dropped else texts
     return Noised(noisy[None], torch.tensor([TIMESTEPS * s]), texts[None], (noise - clean)[None])
 
 
-def padded_text(item: LatentItem, tokens: int) -> Tensor:
+def pad_text(item: LatentItem, tokens: int) -> Tensor:
     """(tokens, D) fp32, zeros behind the text.
 
     Raises:
@@ -100,7 +100,7 @@ def padded_text(item: LatentItem, tokens: int) -> Tensor:
     return texts
 
 
-def stacked(samples: Sequence[Noised]) -> Noised:
+def stack(samples: Sequence[Noised]) -> Noised:
     """Several samples of one shape as one batch."""
     return Noised(*(torch.cat([getattr(s, name) for s in samples]) for name in Noised.__dataclass_fields__))
 
@@ -110,17 +110,17 @@ def losses(prediction: Tensor, target: Tensor) -> Tensor:
     if prediction.shape != target.shape:
         raise ConfigError(
             f"the model predicted {tuple(prediction.shape)} for latents {tuple(target.shape)}: flow matching needs the "
-            "shape of the latents. Models that take more channels than they answer need a forward= of their own."
+            "shape of the latents. Models with more input than output channels need a forward= of their own."
         )
     return (prediction.float() - target).square().flatten(1).mean(1)
 
 
 def wan_forward(model: nn.Module, latents: Tensor, timesteps: Tensor, texts: Tensor) -> Tensor:
     """The forward of diffusers' Wan and of models with its signature."""
-    answer: tuple[Tensor, ...] = model(
+    output: tuple[Tensor, ...] = model(
         hidden_states=latents, timestep=timesteps, encoder_hidden_states=texts, return_dict=False
     )
-    return answer[0]
+    return output[0]
 
 
 def default_forward(model: nn.Module) -> Forward:
@@ -135,7 +135,7 @@ def default_forward(model: nn.Module) -> Forward:
     if missing:
         raise ConfigError(
             f"the forward of {type(model).__name__} takes {', '.join(names)}, and not {', '.join(missing)}: it is not "
-            "called as Wan is. Pass train(..., forward=f), where f(model, latents, timesteps, texts) answers the "
+            "called as Wan is. Pass train(..., forward=f), where f(model, latents, timesteps, texts) returns the "
             "predicted velocity, noise minus clean latents."
         )
     return wan_forward

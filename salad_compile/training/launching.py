@@ -1,4 +1,4 @@
-"""Training processes on this machine, without a launcher of one's own: DDP of `salad-compile train --processes N`.
+"""Training processes on this machine without an external launcher: DDP of `salad-compile train --processes N`.
 
 torch's elastic launcher, on which torchrun and `accelerate launch` stand, keeps a function's processes waiting for
 30 seconds when a signal ends them early. Several machines, and FSDP2, take those launchers.
@@ -22,7 +22,7 @@ GRACE_SECONDS = 5.0  # for the others, when one has failed
 def run_processes(function: Callable[..., None], arguments: tuple[Any, ...], count: int, start_method: str) -> None:
     """`function(*arguments)` in `count` processes, under the environment of torch.distributed; returns when all ended.
 
-    SIGTERM and SIGINT are handed on. If this process dies, the others are told to stop, too.
+    SIGTERM and SIGINT are forwarded. If this process dies, the others are stopped too.
 
     Raises:
         TrainingError: one ended with an error; the others were ended.
@@ -36,7 +36,7 @@ def run_processes(function: Callable[..., None], arguments: tuple[Any, ...], cou
         join=False,
         start_method=start_method,
     )
-    with _handing_on(context.processes):
+    with _forward_signals(context.processes):
         try:
             while not context.join(grace_period=GRACE_SECONDS):
                 pass
@@ -60,7 +60,7 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _handing_on(processes: list[Any]) -> Iterator[None]:
+def _forward_signals(processes: list[Any]) -> Iterator[None]:
     def hand_on(number: int, frame: Any) -> None:
         for process in processes:
             if process.is_alive():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from salad_compile.common.files import written_at_once
+from salad_compile.common.files import write_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.wrappers import single_model
 from salad_compile.config import SaladConfig
@@ -35,11 +35,11 @@ from salad_compile.training.distillation import SiteDistillation
 from salad_compile.training.ema import MovingAverage
 from salad_compile.training.engine import Engine, make_accelerator
 from salad_compile.training.feeding import Feed, Placed
-from salad_compile.training.flow_matching import Forward, Noised, default_forward, losses, stacked, training_sample
+from salad_compile.training.flow_matching import Forward, Noised, default_forward, losses, stack, training_sample
 from salad_compile.training.interrupts import StopRequest
 from salad_compile.training.preparation import DTYPES, make_trainable, mean_sparsity, require_converted
 from salad_compile.training.records import Records, read_log, require_trackers
-from salad_compile.training.seeds import derived_seed
+from salad_compile.training.seeds import derive_seed
 from salad_compile.training.settings import TrainSettings
 from salad_compile.training.validation import validation_loss
 
@@ -52,7 +52,7 @@ class TrainResult:
     """How a run ended.
 
     Attributes:
-        finished: False after SIGTERM or SIGINT; the same call goes on.
+        finished: False after SIGTERM or SIGINT; the same call resumes.
         step: optimizer steps taken. loss: of the last one. validation_loss: of the last validation, or None.
         file: the SALAD file of the trained branches; None unless finished.
     """
@@ -83,7 +83,7 @@ def train(
     Args:
         model: converted, or with `config` to be converted; not wrapped.
         latents, validation: of :func:`salad_compile.latents.open_latents`.
-        resume: go on from the newest complete checkpoint in the directory. False: the directory must hold no run.
+        resume: from the newest complete checkpoint in the directory. False: the directory must hold no run.
         config: converts a model that is not converted, with the largest latent as example.
         forward: f(model, latents, timesteps, texts) -> predicted velocity, for models that are not called as Wan is.
 
@@ -113,7 +113,7 @@ def train(
 def _newest(directory: Path, settings: TrainSettings, resume: bool) -> Checkpoint | None:
     found = complete_checkpoints(directory)
     if not resume and (found or read_log(directory)):
-        raise ResumeError(f"{directory} holds a run already: go on with it (resume=True), or give another directory.")
+        raise ResumeError(f"{directory} holds a run already: resume it (resume=True), or pass another directory.")
     return found[-1] if found else None
 
 
@@ -143,7 +143,7 @@ class _Run:
         self.distillation = SiteDistillation(engine.bare, 1 / feed.accumulation)
 
     def run(self, found: Checkpoint | None, stop: StopRequest) -> TrainResult:
-        self.accelerator.wait_for_everyone()  # nobody still looks for checkpoints when the first is written
+        self.accelerator.wait_for_everyone()  # every process has looked for checkpoints before the first is written
         first = self._start(found)
         self.engine.bare.train()
         records = Records(self.accelerator, self.directory, first, self.settings.steps)
@@ -169,7 +169,7 @@ class _Run:
         if found is None:
             return 0
         self.writer.read(found)
-        logger.info("going on from %s", found.path)
+        logger.info("resuming from %s", found.path)
         return found.step
 
     # --- one step ----------------------------------------------------------------------------------------------------
@@ -177,16 +177,16 @@ class _Run:
     def _step(self, step: int, micro_batches: list[list[Placed]], stop: StopRequest) -> tuple[dict[str, Any], bool]:
         settings = self.settings
         # for what a model draws itself (dropout)
-        torch.manual_seed(derived_seed(settings.seed, "model", step, self.accelerator.process_index))
+        torch.manual_seed(derive_seed(settings.seed, "model", step, self.accelerator.process_index))
         if settings.sparsity_warmup and step <= settings.sparsity_warmup:
             ramp_sparsity(self.engine.bare, step / settings.sparsity_warmup)
         rate = self.engine.set_learning_rate(step)
         distils = step < settings.distillation_steps
         if not distils:
             self.engine.speed_up()
-        samples = [self._noised(micro, step) for micro in micro_batches]
+        samples = [self._add_noise(micro, step) for micro in micro_batches]
         own = self._distil(samples) if distils else self._match_flow(samples)
-        each, stopped = self._gathered(own, stop)
+        each, stopped = self._gather(own, stop)
         norm = self.engine.clip()
         finite = bool(each.isfinite().all()) and math.isfinite(norm)
         if not finite:
@@ -206,8 +206,8 @@ class _Run:
         }
         return values, stopped
 
-    def _noised(self, micro: list[Placed], step: int) -> Noised:
-        batch = stacked([training_sample(item, self.settings, step, place) for place, item in micro])
+    def _add_noise(self, micro: list[Placed], step: int) -> Noised:
+        batch = stack([training_sample(item, self.settings, step, place) for place, item in micro])
         return batch.to(self.accelerator.device, DTYPES[self.settings.precision])
 
     def _match_flow(self, samples: list[Noised]) -> torch.Tensor:
@@ -236,10 +236,10 @@ class _Run:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         return torch.cat(found)
 
-    def _gathered(self, own: torch.Tensor, stop: StopRequest) -> tuple[torch.Tensor, bool]:
+    def _gather(self, own: torch.Tensor, stop: StopRequest) -> tuple[torch.Tensor, bool]:
         """The losses of the global batch by place, (batch,), on the CPU; and whether any process is to stop."""
-        told = torch.cat([own, own.new_tensor([float(stop.asked)])])
-        rows = self.accelerator.gather(told[None]).cpu()
+        sent = torch.cat([own, own.new_tensor([float(stop.asked)])])
+        rows = self.accelerator.gather(sent[None]).cpu()
         each = torch.empty(self.settings.batch)
         for rank, row in enumerate(rows):
             each[[place for places in self.feed.places(rank) for place in places]] = row[:-1]
@@ -309,7 +309,7 @@ class _Run:
             "processes": self.accelerator.num_processes,
             "settings": self.settings.to_dict(),
         }
-        with written_at_once(self.directory / SUMMARY_FILE) as temporary:
+        with write_at_once(self.directory / SUMMARY_FILE) as temporary:
             temporary.write_text(json.dumps(summary, indent=1))
 
 

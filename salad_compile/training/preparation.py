@@ -1,4 +1,4 @@
-"""What a model needs before it can be trained: converted, its base frozen, its branches trainable and in fp32."""
+"""Preparing a model for training: it is converted, its base frozen, its branches trainable and in fp32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from salad_compile.errors import ConfigError, NotConvertedError
 from salad_compile.latents import LatentDataset
 from salad_compile.sites.branch import SaladBranch, branches
 from salad_compile.training.flow_matching import TIMESTEPS, Forward, wan_forward
-from salad_compile.training.seeds import derived_seed
+from salad_compile.training.seeds import derive_seed
 from salad_compile.training.settings import TrainSettings
 from salad_compile.training.tensors import trained_parameters
 
@@ -33,7 +33,7 @@ def require_converted(
     """Convert the model if `config` is given, with the largest latent of the data as its example.
 
     Raises:
-        NotConvertedError: it is not converted, and there is no `config`.
+        NotConvertedError: it is not converted, and `config` is None.
         ConfigError: the conversion does not fit the settings. And what :func:`salad_compile.convert` raises.
     """
     known = branches(model)
@@ -44,15 +44,15 @@ def require_converted(
         )
     if config is not None:
         wanted = config if isinstance(config, SaladConfig) else SaladConfig.from_dict(config)
-        _require_fitting(wanted, settings)
+        _require_fit(wanted, settings)
         example = _example(model, latents, settings) if forward is wan_forward and not known else None
         with torch.random.fork_rng():
-            torch.manual_seed(derived_seed(settings.seed, "branches"))
+            torch.manual_seed(derive_seed(settings.seed, "branches"))
             convert(model, wanted, example_inputs=example)
-    _require_fitting(next(iter(branches(model).values())).config, settings)
+    _require_fit(next(iter(branches(model).values())).config, settings)
 
 
-def _require_fitting(config: SaladConfig, settings: TrainSettings) -> None:
+def _require_fit(config: SaladConfig, settings: TrainSettings) -> None:
     if config.train_base:
         raise ConfigError(
             "train_base=True: this trainer trains branches alone, and its checkpoints hold nothing of the base. "

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: the log that is always written, accelerate's trackers, a bar on a terminal."""
+"""Records of a run: the log that is always written, accelerate's trackers, a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from salad_compile.common.files import written_at_once
+from salad_compile.common.files import write_at_once
 from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import MissingPackageError
 
@@ -30,17 +30,17 @@ def read_log(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class RunLog:
     """`log.jsonl`: one JSON object a line, appended with one write each. A killed run can leave half of its last one.
 
-    A run that goes on drops what was logged after its checkpoint: the curve is that of a run without a break.
+    A resumed run drops what was logged after its checkpoint, so that the curve is that of an uninterrupted run.
 
     Args:
-        directory: of the run. step: of the checkpoint from which it goes on; 0: from the beginning.
+        directory: of the run. step: of the checkpoint from which it resumes; 0: from the beginning.
     """
 
     def __init__(self, directory: Path, step: int) -> None:
         self.path = directory / LOG_FILE
         kept = [line for line in read_log(directory) if line["step"] <= step]
         if self.path.exists():
-            with written_at_once(self.path) as temporary:
+            with write_at_once(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("ab", buffering=0)
 

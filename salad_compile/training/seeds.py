@@ -1,7 +1,7 @@
-"""Random numbers as a function of what they are for: no generator has a state that a checkpoint would have to hold.
+"""Random numbers as a function of their purpose: no generator has a state that a checkpoint would have to hold.
 
-A seed is derived from the run's seed, the step and the sample's place in the global batch. So a run that goes on, and
-a run on another number of processes, draws the same noise for the same sample.
+A seed is derived from the run's seed, the step and the sample's place in the global batch. So a resumed run, and
+a run on another number of processes, draw the same noise for the same sample.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import torch
 
 
-def derived_seed(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """A seed below 2 ** 63 for these parts, the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
@@ -19,4 +19,4 @@ def derived_seed(*parts: int | str) -> int:
 
 def generator(*parts: int | str) -> torch.Generator:
     """A generator on the CPU, because other devices draw other numbers from one seed."""
-    return torch.Generator().manual_seed(derived_seed(*parts))
+    return torch.Generator().manual_seed(derive_seed(*parts))

@@ -21,7 +21,7 @@ PRECISIONS = ("bf16", "fp32")
 NON_FINITE = ("raise", "skip")
 TRACKERS = ("tensorboard", "trackio")
 
-# What a run may change when it goes on: how long it runs and what it writes, not what a step computes.
+# Settings that may change when a run is resumed: how long it runs and what it writes, not what a step computes.
 MAY_CHANGE = frozenset(
     {
         *("steps", "checkpoint_every", "keep_last", "validation_every", "micro_batch", "gradient_checkpointing"),
@@ -37,30 +37,30 @@ _POSITIVE_COUNTS = ("steps", "batch", "checkpoint_every", "keep_last", "text_tok
 class TrainSettings:
     """The recipe of a run. Steps and batch are those of arXiv 2601.16515; so is the sparsity, see `SaladConfig`.
 
-    The paper is silent about the rest. What is not its own choice of ours was read in the code of the trainer named.
+    The paper is silent about the rest: each value is our choice, or taken from the code of the trainer named.
 
     Attributes:
         steps: optimizer steps of the whole run.
         batch: samples of one step, over all processes: micro-batch x processes x accumulation.
         micro_batch: samples of one forward in one process. batch must be a multiple of micro_batch x processes.
         learning_rate: after the warm-up it is constant (DiffSynth-Studio's value).
-        warmup_steps: steps over which the learning rate grows in proportion (ours).
+        warmup_steps: steps over which the learning rate grows linearly (our choice).
         betas, weight_decay: of AdamW (finetrainers').
         clip: the largest norm of the gradient; larger ones are scaled down (FastVideo's). 0: not clipped.
         flow_shift: shifts the noise levels, s = shift u / (1 + (shift - 1) u) (FastVideo's, DiffSynth-Studio's).
         timestep_sampling: how u is drawn: "uniform", or "logit-normal", a sigmoid of a normal number.
         logit_mean, logit_std: of that normal number.
         text_dropout: share of samples whose text is replaced by zeros, for classifier-free guidance (FastVideo's).
-        text_tokens: texts are padded with zeros to so many tokens, as the pipeline of Wan does.
+        text_tokens: length to which texts are padded with zeros, as the pipeline of Wan does.
         sparsity_warmup: steps in which the sparsity grows from the conversion's `lowest_sparsity` to its own. 0: off.
-        distillation_steps: the first so many steps train each site on its own, against its dense output. 0: off.
+        distillation_steps: first N steps, which train each site on its own, against its dense output. 0: off.
         ema_decay: of an exponential moving average of the trained parameters, saved beside them. 0: off.
         precision: dtype of the frozen base and of what it is given, "bf16" or "fp32". Trained parameters are fp32.
         gradient_checkpointing: through `model.enable_gradient_checkpointing()`, where there is one.
         compile: "blocks": `model.compile_repeated_blocks(backend="salad")`, where there is one; "model" or "none".
         compile_options: options of that backend.
         seed: of everything random.
-        on_non_finite: what a loss or gradient that is not finite does: "raise" or "skip" (the step changes nothing).
+        on_non_finite: what to do if a loss or gradient is not finite: "raise" or "skip" (the step changes nothing).
         checkpoint_every, keep_last: steps between checkpoints, and how many of them stay.
         validation_every: steps between validations; 0: only at the end.
         validation_points: noise levels for each validation item, spread evenly over u.
@@ -68,7 +68,7 @@ class TrainSettings:
         trackers: of accelerate's, beside the log that is always written: "tensorboard", "trackio".
 
     Raises:
-        ConfigError: a value that cannot be.
+        ConfigError: a value is not valid.
     """
 
     steps: int = 1600
@@ -152,7 +152,7 @@ class TrainSettings:
         """Inverse of :meth:`to_dict`; what is not given has its default.
 
         Raises:
-            ConfigError: an unknown name, another schema version, or a value that cannot be.
+            ConfigError: an unknown name, another schema version, or a value that is not valid.
         """
         given = dict(values)
         version = given.pop("schema_version", SCHEMA_VERSION)

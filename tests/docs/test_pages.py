@@ -14,7 +14,7 @@ import pytest
 
 import salad_compile
 from salad_compile import errors, kernels, latents, training
-from salad_compile.latents.converting import TARGETS
+from salad_compile.latents.layouts import WRITABLE
 from salad_compile.latents.opening import SOURCES
 from salad_compile.training import TrainSettings
 from tests.docs.test_snippets import PAGES, ROOT
@@ -66,7 +66,7 @@ def test_layouts_of_latents_are_all_there() -> None:
     text = (DOCS / "formats.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (yes|no) \| (yes|no) \| .+? \| (yes|no) \|", text, re.MULTILINE)
     assert [name for name, *_ in rows] == list(SOURCES)
-    assert [name for name, _, written, _ in rows if written == "yes"] == [name for name in SOURCES if name in TARGETS]
+    assert [name for name, _, written, _ in rows if written == "yes"] == [name for name in SOURCES if name in WRITABLE]
     for name, _, _, normalized in rows:
         assert (normalized == "yes") == SOURCES[name].normalized
 

@@ -101,7 +101,7 @@ def test_a_check_that_fails_is_a_finding() -> None:
         yield Finding("first", FINE, "")
         raise RuntimeError("no driver")
 
-    first, second = checkup._kept(_broken)
+    first, second = checkup._catch(_broken)
     assert first.subject == "first"
     assert (second.subject, second.status) == ("broken", FAULT)
     assert "RuntimeError: no driver" in second.detail

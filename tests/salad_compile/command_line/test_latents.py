@@ -10,7 +10,8 @@ import pytest
 
 from salad_compile.command_line import latents as command
 from salad_compile.errors import ConfigError
-from salad_compile.latents import WAN_2_1, converting, open_latents, opening, write_latents
+from salad_compile.latents import WAN_2_1, open_latents, opening, write_latents
+from salad_compile.latents.layouts import LAYOUTS
 from tests.salad_compile.latents.data import make_item, make_items, write_fastvideo
 from tests.salad_compile.latents.test_opening import spoil
 
@@ -21,9 +22,8 @@ def run(*arguments: object) -> int:
     return command.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
-def test_choices_are_those_of_the_library() -> None:
-    assert ("auto", *opening.SOURCES) == command._LAYOUTS
-    assert command._TARGETS == converting.TARGETS
+def test_the_table_of_layouts_names_the_readers() -> None:
+    assert {name: source.layout for name, source in opening.SOURCES.items()} == {name: name for name in LAYOUTS}
 
 
 def test_inspect_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

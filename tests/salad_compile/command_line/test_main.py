@@ -57,8 +57,8 @@ def test_version(command: Run) -> None:
         (["plam"], "invalid choice: 'plam'"),
         (["inspect"], "the following arguments are required: FILE"),
         (["inspect", "file", "--jso"], "unrecognized arguments: --jso"),
-        (["plan", "model", "--latent", "21x60"], "'21x60' is no size: write three numbers, 21x30x52"),
-        (["plan", "model", "--frames", "0"], "0 is no size"),
+        (["plan", "model", "--latent", "21x60"], "'21x60' is not a size: write three numbers, 21x30x52"),
+        (["plan", "model", "--frames", "0"], "0 is not a size"),
     ],
 )
 def test_wrong_usage(command: Run, words: list[str], said: str) -> None:

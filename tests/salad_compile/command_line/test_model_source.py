@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 
-from salad_compile.command_line.model_source import find_model, imported, load_model, pipeline_components
+from salad_compile.command_line.model_source import find_model, import_name, load_model, pipeline_components
 from salad_compile.errors import ConfigError, HubError, ModelSourceError
 from tests.models.handwritten import FusedDiT
 from tests.models.zoo import CASES
@@ -85,9 +85,9 @@ def test_a_class_beside_its_configuration(tmp_path: Path) -> None:
 def test_names_in_files_and_modules_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "helper_of_mine.py").write_text("answer = 42\n")
     (tmp_path / "names_of_mine.py").write_text("from helper_of_mine import answer\n")
-    assert imported(f"{tmp_path / 'names_of_mine.py'}:answer") == 42
+    assert import_name(f"{tmp_path / 'names_of_mine.py'}:answer") == 42
     monkeypatch.chdir(tmp_path)
-    assert imported("helper_of_mine:answer") == 42
+    assert import_name("helper_of_mine:answer") == 42
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, text: str, said: str) -> Non
     file = tmp_path / "broken_of_mine.py"
     file.write_text(text)
     with pytest.raises(ModelSourceError) as caught:
-        imported(f"{file}:answer")
+        import_name(f"{file}:answer")
     assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("config.json", "{", "is no JSON file"),
+        ("config.json", "{", "is not a JSON file"),
         ("config.json", "[1]", "must hold an object with names and values, and holds a list"),
         ("config.json", '{"num_layers": 2}', "does not say which class it configures"),
         ("config.json", '{"_class_name": "WanTransfomer3DModel"}', "Did you mean 'WanTransformer3DModel'?"),
@@ -117,7 +117,7 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, text: str, said: str) -> Non
             '{"_class_name": "WanTransformer3DModel", "num_attention_heads": "two"}',
             "cannot be built from",
         ),
-        ("weights.safetensors", "", "is no configuration"),
+        ("weights.safetensors", "", "is not a configuration"),
     ],
 )
 def test_a_file_that_configures_nothing(tmp_path: Path, name: str, text: str, said: str) -> None:
@@ -146,7 +146,7 @@ def test_truncated_weights(wan: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((wan / "config.json").read_text())
     name = "diffusion_pytorch_model.safetensors"
     (tmp_path / name).write_bytes((wan / name).read_bytes()[:5000])
-    with pytest.raises(ModelSourceError, match="no complete safetensors file"):
+    with pytest.raises(ModelSourceError, match="not a complete safetensors file"):
         load_model(tmp_path)
 
 

@@ -268,6 +268,6 @@ def test_the_signature_is_seen_through_decorators(diffusers: Any) -> None:
 
 def test_importing_is_light() -> None:
     heavy = ("triton", "torch._inductor", "diffusers")
-    code = f"import sys, salad_compile.inputs; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, salad_compile.discovery.inputs; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

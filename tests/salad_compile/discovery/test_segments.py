@@ -15,7 +15,7 @@ from torch import Tensor
 import salad_compile
 from salad_compile.discovery.discover import AttentionSite, discover
 from salad_compile.discovery.probe import Probe
-from salad_compile.discovery.token_ranges import Cat, TokenRange, narrowed
+from salad_compile.discovery.token_ranges import Cat, TokenRange, narrow
 from tests import toys
 
 VIDEO, TEXT = 84, 20
@@ -309,7 +309,7 @@ def test_what_autograd_saves_of_slices(
 ) -> None:
     """Private attributes of torch: when they are renamed, or mean something else, this fails."""
     parts = operation(torch.randn(2, 11, 3, requires_grad=True))
-    found = [narrowed(part.grad_fn, part.output_nr, None) for part in parts]
+    found = [narrow(part.grad_fn, part.output_nr, None) for part in parts]
     assert found == [TokenRange(11, *bounds) for bounds in expected]
 
 
@@ -317,7 +317,7 @@ def test_slices_of_other_axes_leave_the_tokens_alone() -> None:
     x = torch.randn(2, 11, 3, requires_grad=True)
     span = TokenRange(11, 2, 5)
     for part in (x[:1], x[..., :2], x.split(1, dim=2)[0], x.chunk(2, dim=0)[1], x * 2):
-        assert narrowed(part.grad_fn, part.output_nr, span) == span
+        assert narrow(part.grad_fn, part.output_nr, span) == span
 
 
 def test_parts_of_a_concatenation() -> None:

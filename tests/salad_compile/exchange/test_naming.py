@@ -79,7 +79,7 @@ def test_diffusers_own_loader_reads_the_original_names(name: str, tmp_path: Path
 def test_an_unknown_name_is_an_error_that_names_it(name: str) -> None:
     with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
         to_original_names({name: 0})
-    with pytest.raises(ConfigError, match="no original name"):
+    with pytest.raises(ConfigError, match="not one of the original names"):
         to_diffusers_names({"blocks.0.attn1.to_q.weight": 0})
 
 

@@ -109,7 +109,7 @@ def test_no_good_item_at_all(tmp_path: Path) -> None:
         open_latents(tmp_path, on_error="skip")[0]
     for file in (tmp_path / "items").iterdir():
         file.unlink()
-    with pytest.raises(LatentItemError, match=r"no good item among 2. 2 damaged items"):
+    with pytest.raises(LatentItemError, match=r"none of 2 items is good\. 2 damaged items"):
         open_latents(tmp_path, on_error="skip")
 
 

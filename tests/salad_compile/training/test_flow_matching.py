@@ -13,9 +13,9 @@ from salad_compile.latents import LatentItem
 from salad_compile.training.flow_matching import (
     default_forward,
     losses,
-    padded_text,
-    shifted,
-    stacked,
+    pad_text,
+    shift_level,
+    stack,
     training_sample,
     validation_sample,
     wan_forward,
@@ -56,15 +56,15 @@ def test_noise_levels_are_distributed_as_asked_for(sampling: str) -> None:
 
 
 def test_shift_keeps_the_ends_and_raises_the_middle() -> None:
-    assert [shifted(u, 5.0) for u in (0.0, 0.5, 1.0)] == pytest.approx([0.0, 5 / 6, 1.0])
+    assert [shift_level(u, 5.0) for u in (0.0, 0.5, 1.0)] == pytest.approx([0.0, 5 / 6, 1.0])
 
 
 def test_texts_are_padded_and_dropped() -> None:
-    padded = padded_text(ITEM, 8)
+    padded = pad_text(ITEM, 8)
     assert torch.equal(padded[:3], ITEM.text)
     assert not padded[3:].any()
     with pytest.raises(ConfigError, match="text of 'clip0' has 3 tokens"):
-        padded_text(ITEM, 2)
+        pad_text(ITEM, 2)
     dropped = [not training_sample(ITEM, SETTINGS, step, 0).texts.any() for step in range(1000)]
     assert 0.25 < sum(dropped) / 1000 < 0.35  # text_dropout is 0.3, the standard error 0.014
 
@@ -74,11 +74,11 @@ def test_validation_samples_are_fixed_and_keep_their_text() -> None:
     assert torch.equal(one.latents, again.latents)
     assert one.texts.any()
     levels = [validation_sample(ITEM, SETTINGS, 3, point).timesteps.item() for point in range(4)]
-    assert levels == pytest.approx([1000 * shifted(u, 5.0) for u in (0.125, 0.375, 0.625, 0.875)])
+    assert levels == pytest.approx([1000 * shift_level(u, 5.0) for u in (0.125, 0.375, 0.625, 0.875)])
 
 
 def test_losses_are_those_of_each_sample_in_fp32() -> None:
-    batch = stacked([training_sample(ITEM, SETTINGS, 0, place) for place in range(3)])
+    batch = stack([training_sample(ITEM, SETTINGS, 0, place) for place in range(3)])
     prediction = (batch.target + torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1, 1)).bfloat16()
     found = losses(prediction, batch.target)
     assert found.dtype == torch.float32

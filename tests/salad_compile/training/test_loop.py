@@ -210,7 +210,7 @@ def test_steps_with_such_a_loss_can_be_left_out(data: Path, tmp_path: Path) -> N
     [
         ({"settings": dataclasses.replace(RUN, learning_rate=1.0)}, r"learning_rate \(was 0.01, is 1.0\)"),
         ({"settings": dataclasses.replace(RUN, seed=1, ema_decay=0.5)}, r"ema_decay.*seed"),
-        ({"settings": dataclasses.replace(RUN, steps=5)}, "further than steps=5"),
+        ({"settings": dataclasses.replace(RUN, steps=5)}, "beyond steps=5"),
         ({"resume": False}, "holds a run already"),
         ({"items": 8}, "data: the latents"),
         ({"weights": 1.01}, "base_weights"),

@@ -74,7 +74,7 @@ def test_wrong_settings(changes: dict[str, Any], said: str) -> None:
         TrainSettings.from_dict(changes)
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "no JSON file"), ("[1]", "holds a list")])
+@pytest.mark.parametrize(("text", "said"), [("{", "not a JSON file"), ("[1]", "holds a list")])
 def test_wrong_files(tmp_path: Path, text: str, said: str) -> None:
     file = tmp_path / "settings.json"
     file.write_text(text)

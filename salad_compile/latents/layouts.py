@@ -1,0 +1,36 @@
+"""The layouts of precomputed data by name. Nothing heavy is imported: the command line lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout.
+
+    files: how it is recognised. module, reader: where its :class:`LatentSource` is. writable: whether
+    `convert_latents` writes it.
+    """
+
+    files: str
+    module: str
+    reader: str
+    writable: bool = False
+
+
+LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+    {
+        "salad": Layout("info.json and items.jsonl", "native", "NativeSource", writable=True),
+        "fastvideo": Layout("*.parquet below it", "fastvideo", "FastVideoSource", writable=True),
+        "musubi": Layout(
+            "*_<width>x<height>_wan.safetensors with *_wan_te.safetensors", "musubi", "MusubiSource", writable=True
+        ),
+        "finetrainers": Layout(
+            "latent-<rank>-<i>.pt with condition-<rank>-<i>.pt", "finetrainers", "FinetrainersSource"
+        ),
+    }
+)
+WRITABLE = tuple(name for name, layout in LAYOUTS.items() if layout.writable)
