@@ -24,7 +24,8 @@ from common import Facts, Results, Row, Run, describe, select
 from tiles import time_and_keep
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from salad_compile.kernels.block_sparse import cuda
+from salad_compile.kernels.block_sparse import triton as host
+from salad_compile.kernels.selection import Selection
 
 TOKENS, HEADS, HEAD_DIM, QUERY_BLOCK, KEY_BLOCK = 32_768, 12, 128, 128, 64
 
@@ -157,7 +158,7 @@ def make_runs() -> tuple[dict[str, Callable[[], torch.Tensor]], int]:
         return run
 
     def shipped() -> torch.Tensor:
-        return cuda.forward(query, key, value, lut, count, None, QUERY_BLOCK, KEY_BLOCK, scale)[0]
+        return host.block_sparse_attention(query, key, value, Selection(lut, count, QUERY_BLOCK, KEY_BLOCK, scale))[0]
 
     runs = {"shipped": shipped} | {
         f"{kernel.__name__} {rows} x {KEY_BLOCK}, {warps} warps, {stages} stages": variant(kernel, rows, warps, stages)

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from common import Budget, Facts, Results, Row, clock_for, describe, select, take_turns, warm_up
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from salad_compile.kernels.block_sparse import cuda
+from salad_compile.kernels.block_sparse import triton as host
 from salad_compile.kernels.block_sparse.tiles import Tiling
+from salad_compile.kernels.selection import Selection
 
 SWEEPS: dict[str, list[Tiling]] = {
     "forward": [
@@ -57,7 +58,7 @@ Call = Callable[[], object]
 
 def only(kernel: str, tiling: Tiling, run: Call, index: object) -> Call:
     """`run` with one tiling for one kernel; without the backward's other kernel and the inversion."""
-    launch: Any = cuda.launch
+    launch: Any = host.launch
 
     def launched(launched_kernel: Any, *arguments: Any, **options: Any) -> None:
         if kernel in launched_kernel.__name__:
@@ -65,10 +66,10 @@ def only(kernel: str, tiling: Tiling, run: Call, index: object) -> Call:
 
     def patched() -> object:
         with (
-            mock.patch.object(cuda, "_candidates", return_value=([tiling], (str(tiling),))),
-            mock.patch.object(cuda, "launch", launched),
-            mock.patch.object(cuda, "invert", return_value=index),
-            mock.patch.object(cuda, "check_selection"),
+            mock.patch.object(host, "_candidates", return_value=([tiling], (str(tiling),))),
+            mock.patch.object(host, "launch", launched),
+            mock.patch.object(host, "invert", return_value=index),
+            mock.patch.object(host, "check_selection"),
         ):
             return run()
 
@@ -97,10 +98,10 @@ def make_rows(options: argparse.Namespace) -> tuple[Facts, list[list[Row]]]:
     query, key, value, grad = (torch.randn(shape, device="cuda").bfloat16().transpose(1, 2) for _ in range(4))
     blocks = (options.query_block, 64)
     lut, count = select(query, key, *blocks, options.permille)
-    arguments = (lut, count, *blocks, options.head_dim**-0.5)
-    out, lse = cuda.forward(query, key, value, *arguments)
+    selection = Selection(lut, count, *blocks, options.head_dim**-0.5)
+    out, lse = host.block_sparse_attention(query, key, value, selection)
     key_blocks = -(-options.tokens // blocks[1])
-    index = cuda.invert(lut, count, key_blocks)
+    index = host.invert(lut, count, key_blocks)
     square = torch.randn(8192, 8192, device="cuda").bfloat16()
     dense_flops = 4.0 * options.heads * options.tokens**2 * options.head_dim
     groups = [
@@ -108,13 +109,13 @@ def make_rows(options: argparse.Namespace) -> tuple[Facts, list[list[Row]]]:
             row("matmul 8192", 2.0 * 8192**3, lambda: square @ square),
             row("dense cudnn", dense_flops, dense(SDPBackend.CUDNN_ATTENTION, (query, key, value))),
             row("dense flash", dense_flops, dense(SDPBackend.FLASH_ATTENTION, (query, key, value))),
-            row("invert", 0.0, lambda: cuda.invert(lut, count, key_blocks).rows),
+            row("invert", 0.0, lambda: host.invert(lut, count, key_blocks).rows),
         ]
     ]
     calls: dict[str, Call] = dict.fromkeys(
-        SWEEPS, lambda: cuda.backward(grad, query, key, value, out, lse, *arguments)[0:0]
+        SWEEPS, lambda: host.block_sparse_attention_backward(grad, query, key, value, out, lse, selection)[0:0]
     )
-    calls["forward"] = lambda: cuda.forward(query, key, value, *arguments)
+    calls["forward"] = lambda: host.block_sparse_attention(query, key, value, selection)
     product = 2.0 * options.heads * options.tokens * lut.shape[-1] * 64 * options.head_dim
     for kernel in options.kernels:
         runs = ((tiling, only(kernel, tiling, calls[kernel], index)) for tiling in SWEEPS[kernel])

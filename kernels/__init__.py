@@ -8,7 +8,7 @@ torch) and one file per device. Importing this package registers the operators; 
 # `kernels` and finds this folder. A second copy would register the operators again, and nothing would see them run.
 if __name__ != "kernels":
     from .block_sparse import block_sparse_attention
-    from .dispatch import use_engine
+    from .engines import use_engine
     from .errors import KernelArgumentError, UnsupportedKernelError
     from .linear import linear_output, linear_state
     from .measure import Execution, measure_executions

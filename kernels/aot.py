@@ -10,9 +10,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from .dispatch import interpreting
 from .errors import UnsupportedKernelError
-from .launch import Launch
+from .launch import Launch, interpreting
 
 # Bytes of shared memory that one CTA may have, by compute capability (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}

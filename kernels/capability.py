@@ -1,14 +1,12 @@
-"""What the Triton kernels can do: dtypes, head_dims, block sizes, GPUs. One table, and one check with its errors."""
+"""What the Triton kernels can do: dtypes, head_dims, block sizes, GPUs. One table, and one check with its reasons."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
-
-from .errors import UnsupportedKernelError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 128
@@ -25,40 +23,43 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def require_supported(device: torch.device, dtype: torch.dtype, *head_dims: int, **blocks: int) -> None:
-    """Raise unless the Triton kernels take this dtype, these head_dims and block sizes, on this device.
+def why_unsupported(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dims: Iterable[int | None] = (),
+    blocks: Iterable[int | None] = (),
+) -> str | None:
+    """Why the Triton kernels do not take this dtype, these head_dims and block sizes on this device; None if they do.
 
-    Raises:
-        UnsupportedKernelError: naming what was asked for, what there is, and the engine that takes the rest.
+    The text names what was asked for, what there is, and the engine that takes the rest. None among the head_dims and
+    blocks stands for what an operator does not have.
     """
     if dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise UnsupportedKernelError(f"no Triton kernel for {dtype}; there are {names}. {_OTHERWISE}")
+        return f"no Triton kernel for {dtype}; there are {names}. {_OTHERWISE}"
     for head_dim in head_dims:
-        if not 1 <= head_dim <= LARGEST_HEAD_DIM:
-            raise UnsupportedKernelError(
-                f"no Triton kernel for head_dim {head_dim}; any from 1 to {LARGEST_HEAD_DIM} will do. {_OTHERWISE}"
-            )
-    for name, block in blocks.items():
-        if block not in BLOCK_SIZES:
-            raise UnsupportedKernelError(
-                f"no Triton kernel for {name} {block}; there are {', '.join(map(str, BLOCK_SIZES))}. {_OTHERWISE}"
-            )
+        if head_dim is not None and not 1 <= head_dim <= LARGEST_HEAD_DIM:
+            return f"no Triton kernel for head_dim {head_dim}; any from 1 to {LARGEST_HEAD_DIM} will do. {_OTHERWISE}"
+    for block in blocks:
+        if block is not None and block not in BLOCK_SIZES:
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            return f"no Triton kernel for blocks of {block} tokens; there are {sizes}. {_OTHERWISE}"
     if device.type == "cuda" and arch_of(device) < OLDEST_ARCH:
         major, minor = arch_of(device)
-        raise UnsupportedKernelError(
+        return (
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the Triton kernels need "
             f"{OLDEST_ARCH[0]}.{OLDEST_ARCH[1]} or newer. {_OTHERWISE}"
         )
+    return None
 
 
-# A plain global and not a context variable, as in `dispatch`: the gate that sets it runs on one thread.
+# A plain global and not a context variable, as in `engines.call`: the gate that sets it runs on one thread.
 _targets: list[tuple[int, int]] = []
 
 
 @contextmanager
 def target_arch(arch: tuple[int, int]) -> Iterator[None]:
-    """While active, `arch_of` answers `arch` for everything but CUDA: host code then prepares launches for that GPU."""
+    """While active, `arch_of` returns `arch` for everything but CUDA: host code then prepares launches for that GPU."""
     _targets.append(arch)
     try:
         yield

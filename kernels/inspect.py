@@ -3,7 +3,8 @@
     python -m salad_compile.kernels.inspect                          # exits 1 if a kernel has a fault
     python -m salad_compile.kernels.inspect --arch 90 --filter "key_gradient bfloat16 d128" --json report.json
 
-The operators' host code runs on meta tensors, so it is the real one that picks tiles and launch settings.
+Every engine lists the calls that launch all that it ships. Its host code runs on meta tensors, so it is the real one
+that picks tiles and launch settings.
 """
 
 from __future__ import annotations
@@ -11,165 +12,23 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import functools
 import itertools
 import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .aot import SHARED_LIMIT, Report, Specialised, compile_report, specialise
 from .capability import target_arch
+from .engines import FOLDERS, engines
+from .errors import UnsupportedKernelError
 from .launch import Launch, record_launches
-from .layout import block_count
-from .routing.density import kept_blocks
 
 ARCHS = (80, 90, 100)
-BATCH, HEADS, TOKENS = 2, 12, 32760  # Wan 1.3B at 480p; only its divisibility by 16 matters here
-KEY_BLOCK = 64
-DENSITY_PERMILLE = 100
-SCALE = 0.125
-EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kind of input."""
-
-    dtype: torch.dtype = torch.bfloat16
-    head_dim: int = 128
-    query_block: int = 128
-    mask: bool = False
-    feature_map: str = "relu"
-    rotated: bool = False
-    unaligned: bool = False  # rows begin at odd addresses, as those of a slice may
-
-    def tensor(self) -> torch.Tensor:
-        """(B, H, S, D) in (B, S, H, D) memory order, on meta."""
-        extra = int(self.unaligned)
-        memory = torch.empty((BATCH, TOKENS, HEADS, self.head_dim + extra), dtype=self.dtype, device="meta")
-        return memory[..., extra:].transpose(1, 2)
-
-    def mask_tensor(self) -> torch.Tensor | None:
-        """bool (B, S) or None."""
-        return torch.empty((BATCH, TOKENS), dtype=torch.bool, device="meta") if self.mask else None
-
-    def rotated_tensor(self) -> torch.Tensor | None:
-        """Like `tensor`, or None."""
-        return self.tensor() if self.rotated else None
-
-
-def _attention_cases(arch: int) -> Iterator[Case]:
-    """Every dtype, head_dim, block size and option at least once, and what asks most of a GPU; most of it on Hopper.
-
-    Aligned tiles may be read as boxes, others are read through pointers: kernels of their own. A mask costs registers;
-    fp16 is compiled as bf16 is.
-    """
-    hardest = functools.partial(Case, mask=True, unaligned=True)
-    for head_dim in (64, 128):
-        yield Case(torch.bfloat16, head_dim, mask=True)
-        yield hardest(torch.bfloat16, head_dim)
-    yield Case(torch.bfloat16, 80, mask=True)
-    yield hardest(torch.bfloat16, 96)
-    yield hardest(torch.float32, 128)
-    if arch == 90:
-        yield Case(torch.bfloat16, 128)
-        yield Case(torch.bfloat16, 128, unaligned=True)
-        yield Case(torch.bfloat16, 64, query_block=64)
-        yield Case(torch.bfloat16, 128, query_block=64, mask=True)
-        yield hardest(torch.bfloat16, 128, query_block=64)
-        yield hardest(torch.float16, 128)
-        yield Case(torch.float32, 64, mask=True)
-
-
-def _linear_cases(arch: int) -> Iterator[Case]:
-    """As `_attention_cases`; what costs most here is a rotated key beside a mask."""
-    full = functools.partial(Case, mask=True, rotated=True)
-    yield Case(torch.bfloat16, 64)
-    yield full(torch.bfloat16, 96)
-    yield full(torch.bfloat16, 128)
-    yield full(torch.float32, 128)
-    yield Case(torch.bfloat16, 128, feature_map="softmax")
-    if arch == 90:
-        yield Case(torch.bfloat16, 128)
-        yield Case(torch.bfloat16, 80, feature_map="elu")
-        yield Case(torch.float16, 128)
-        yield Case(torch.float32, 64)
-
-
-# --- the calls of each operator ---------------------------------------------------------------------------------------
-
-Call = tuple[str, Callable[[], object]]
-
-
-def routing(arch: int) -> Iterator[Call]:
-    """Pooling of every kind of input, and selection, which sees fp32 only."""
-    from .routing import cuda
-
-    for case in _attention_cases(arch):
-        x, mask = case.tensor(), case.mask_tensor()
-        yield _name("pool_blocks", case), functools.partial(cuda.pool_blocks, x, case.query_block, mask)
-    for case in (Case(torch.float32, mask=mask) for mask in (False, True)):
-        pooled_query, pooled_key = (
-            torch.empty((BATCH, HEADS, block_count(TOKENS, block), 128), device="meta")
-            for block in (case.query_block, KEY_BLOCK)
-        )
-        settings = (case.query_block, KEY_BLOCK, DENSITY_PERMILLE, 0, 512, case.mask_tensor())
-        yield _name("select_blocks", case), functools.partial(cuda.select_blocks, pooled_query, pooled_key, *settings)
-        now = torch.empty((), dtype=torch.int32, device="meta")
-        adjustable = functools.partial(cuda.select_blocks, pooled_query, pooled_key, *settings, now)
-        yield _name("select_blocks permille", case), adjustable
-
-
-def linear(arch: int) -> Iterator[Call]:
-    """State and output, forward and backward."""
-    from .linear import cuda
-
-    for case in _linear_cases(arch):
-        x, mask, rotated, phi = case.tensor(), case.mask_tensor(), case.rotated_tensor(), case.feature_map
-        state = torch.empty((BATCH, HEADS, case.head_dim, case.head_dim), device="meta")
-        key_sum = torch.empty((BATCH, HEADS, case.head_dim), device="meta")
-        yield _name("state", case), functools.partial(cuda.linear_state, x, x, phi, mask, rotated)
-        of_state = functools.partial(cuda.linear_state_backward, state, key_sum, x, x, phi, mask, rotated)
-        yield _name("state_backward", case), of_state
-        yield _name("output", case), functools.partial(cuda.linear_output, x, state, key_sum, phi, EPS, rotated)
-        of_output = functools.partial(cuda.linear_output_backward, x, x, state, key_sum, phi, EPS, rotated)
-        yield _name("output_backward", case), of_output
-
-
-def block_sparse(arch: int) -> Iterator[Call]:
-    """Attention over selected blocks, forward and backward."""
-    from .block_sparse import cuda
-
-    for case in _attention_cases(arch):
-        x, query_blocks = case.tensor(), block_count(TOKENS, case.query_block)
-        keep = kept_blocks(block_count(TOKENS, KEY_BLOCK), case.query_block, KEY_BLOCK, DENSITY_PERMILLE)
-        lut = torch.empty((BATCH, HEADS, query_blocks, keep), dtype=torch.int32, device="meta")
-        selection = (lut, lut[..., 0], case.query_block, KEY_BLOCK, SCALE, case.mask_tensor())
-        lse = torch.empty((BATCH, HEADS, TOKENS), device="meta")
-        yield _name("forward", case), functools.partial(cuda.forward, x, x, x, *selection)
-        yield _name("backward", case), functools.partial(cuda.backward, x, x, x, x, x, lse, *selection)
-
-
-OPERATORS: dict[str, Callable[[int], Iterator[Call]]] = {
-    "routing": routing,
-    "linear": linear,
-    "block_sparse": block_sparse,
-}
-
-
-def _name(function: str, case: Case) -> str:
-    options = [name for name in ("mask", "rotated", "unaligned") if getattr(case, name)]
-    if case.feature_map != "relu":
-        options.append(case.feature_map)
-    dtype = str(case.dtype).removeprefix("torch.")
-    return " ".join([function, dtype, f"d{case.head_dim}", f"{case.query_block}x{KEY_BLOCK}", *options])
 
 
 # --- recording and compiling ------------------------------------------------------------------------------------------
@@ -211,16 +70,23 @@ class Result:
 
 
 def record_jobs(archs: Sequence[int]) -> list[Job]:
-    """Every kernel that the operators launch on these GPUs; calls that launch the same machine code are one job."""
+    """Every kernel that the engines launch on these GPUs; calls that launch the same machine code are one job.
+
+    Raises:
+        UnsupportedKernelError: an engine lists a call that it does not support.
+    """
     jobs: dict[str, Job] = {}
-    for arch, (operator, calls) in itertools.product(archs, OPERATORS.items()):
-        with target_arch(divmod(arch, 10)):
-            for name, call in calls(arch):
-                with record_launches() as launches:
-                    call()
+    for arch, engine in itertools.product(archs, engines()):
+        with target_arch(divmod(arch, 10)), record_launches() as launches:
+            for call, name, arguments in engine.gate_calls(arch):
+                reason = engine.supports(call)
+                if reason is not None:
+                    raise UnsupportedKernelError(f"the gate of engine {engine.name!r} lists {name}: {reason}")
+                engine.run(call, *arguments)
                 for launch in launches:
-                    job = _job(operator, name, launch, arch)
+                    job = _job(FOLDERS[call.operator], name, launch, arch)
                     jobs.setdefault(job.source.identity, job)
+                launches.clear()
     return list(jobs.values())
 
 

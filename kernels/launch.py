@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,3 +63,8 @@ def launch(
     elif 0 not in grid:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             kernel[grid](*arguments, **constants, **options)
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU, as tests do on machines without a GPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from .layout import ALL_BLOCKS, block_count
 from .listening import entered
+from .selection import Selection
 
 
 @dataclass(frozen=True)
@@ -15,10 +17,14 @@ class Execution:
     """One forward run of `salad::block_sparse_attention`: token pairs summed over batch, heads and queries.
 
     Keys that a padding mask hides count like the others.
+
+    Attributes:
+        engine: name of the engine that ran.
     """
 
     computed_pairs: int
     total_pairs: int
+    engine: str
 
     @property
     def sparsity(self) -> float:
@@ -46,49 +52,44 @@ def measure_executions() -> Iterator[list[Execution]]:
         yield executions
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What one forward of `salad::block_sparse_attention` was given and found; see the operator for shapes."""
+class Captured(NamedTuple):
+    """What one forward of `salad::block_sparse_attention` was given and found: its selection, and lse (B, H, S)."""
 
-    lut: torch.Tensor
-    count: torch.Tensor
+    selection: Selection
     lse: torch.Tensor
 
 
-_listening: list[list[Selection]] = []
+_listening: list[list[Captured]] = []
 
 
 @contextmanager
-def capture_selections() -> Iterator[list[Selection]]:
-    """While active, every forward execution of block-sparse attention appends a `Selection` to the yielded list.
+def capture_selections() -> Iterator[list[Captured]]:
+    """While active, every forward execution of block-sparse attention appends a `Captured` to the yielded list.
 
     Holds the tensors themselves, which nobody may change. Not active, it costs one truth test.
     """
-    with entered(_listening, []) as selections:
-        yield selections
+    with entered(_listening, []) as captured:
+        yield captured
 
 
-def record_selection(lut: torch.Tensor, count: torch.Tensor, lse: torch.Tensor) -> None:
-    """Called by every device's forward kernel. Does nothing unless a `capture_selections` context is active."""
-    for selections in _listening:
-        selections.append(Selection(lut, count, lse))
+def record_selection(selection: Selection, lse: torch.Tensor) -> None:
+    """Called by the forward operator. Does nothing unless a `capture_selections` context is active."""
+    for captured in _listening:
+        captured.append(Captured(selection, lse))
 
 
-def record_execution(
-    lut: torch.Tensor, count: torch.Tensor, query_tokens: int, key_tokens: int, query_block: int, key_block: int
-) -> None:
-    """Called by every device's forward kernel. Does nothing unless a `measure_executions` context is active."""
+def record_execution(selection: Selection, tokens: int, engine: str) -> None:
+    """Called by the forward operator. Does nothing unless a `measure_executions` context is active."""
     if not _active:
         return
+    lut, count, query_block, key_block, *_ = selection
     batch, heads, query_blocks, slots = lut.shape
-    key_rows = torch.full((block_count(key_tokens, key_block),), key_block, dtype=torch.int64, device=lut.device)
-    key_rows[-1] = key_tokens - (len(key_rows) - 1) * key_block
+    key_rows = torch.full((block_count(tokens, key_block),), key_block, dtype=torch.int64, device=lut.device)
+    key_rows[-1] = tokens - (len(key_rows) - 1) * key_block
     query_rows = torch.full((query_blocks,), query_block, dtype=torch.int64, device=lut.device)
-    query_rows[-1] = query_tokens - (query_blocks - 1) * query_block
+    query_rows[-1] = tokens - (query_blocks - 1) * query_block
     valid = torch.arange(slots, device=lut.device) < count[..., None]
-    rows = (key_rows[torch.where(valid, lut, 0).long()] * valid).sum(-1).masked_fill(count == ALL_BLOCKS, key_tokens)
-    execution = Execution(
-        computed_pairs=int((rows * query_rows).sum()), total_pairs=batch * heads * query_tokens * key_tokens
-    )
+    rows = (key_rows[torch.where(valid, lut, 0).long()] * valid).sum(-1).masked_fill(count == ALL_BLOCKS, tokens)
+    execution = Execution(int((rows * query_rows).sum()), batch * heads * tokens * tokens, engine)
     for executions in _active:
         executions.append(execution)

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .dispatch import interpreting
-from .launch import recording
+from .launch import interpreting, recording
 
 logger = logging.getLogger("salad_compile.kernels.tuning")
 

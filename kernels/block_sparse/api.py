@@ -3,13 +3,13 @@
 import torch
 from torch.autograd.function import FunctionCtx
 
+from ..autocast import without_autocast
 from ..checks import accumulation_dtype
-from ..dispatch import engine_for, without_autocast
+from ..engines import Call, choose
 from ..layout import empty_bshd
 from ..measure import record_execution, record_selection
+from ..selection import Selection
 from .checks import check_arguments, check_gradient, check_types
-
-ENGINES = ("triton", "torch", "flex")
 
 
 @torch.library.custom_op("salad::block_sparse_attention", mutates_args=())
@@ -50,12 +50,28 @@ def block_sparse_attention(
             `deferred.py`.
         UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, block size or GPU.
     """
-    check_arguments(query, key, value, lut, count, query_block, key_block, scale, key_mask)
-    record_execution(lut, count, query.shape[2], key.shape[2], query_block, key_block)
-    engine = engine_for(__package__, query.device, ENGINES)
-    out, lse = engine.forward(query, key, value, lut, count, query_block, key_block, scale, key_mask)
-    record_selection(lut, count, lse)
+    selection = Selection(lut, count, query_block, key_block, scale, key_mask)
+    check_arguments(query, key, value, selection)
+    call = _call("block_sparse_attention", query, key, value, selection)
+    engine = choose(call)
+    record_execution(selection, query.shape[2], engine.name)
+    out, lse = engine.run(call, query, key, value, selection)
+    record_selection(selection, lse)
     return out, lse
+
+
+def _call(operator: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, selection: Selection) -> Call:
+    return Call(
+        operator,
+        query.device,
+        query.dtype,
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        query_block=selection.query_block,
+        key_block=selection.key_block,
+        masked=selection.key_mask is not None,
+        needs_gradient=query.requires_grad or key.requires_grad or value.requires_grad,
+    )
 
 
 @block_sparse_attention.register_fake
@@ -70,7 +86,7 @@ def _(
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_types(query, key, value, lut, count, query_block, key_block, scale, key_mask)
+    check_types(query, key, value, Selection(lut, count, query_block, key_block, scale, key_mask))
     batch, heads, tokens, _ = query.shape
     return (
         empty_bshd(query, batch, heads, tokens, value.shape[-1]),
@@ -107,11 +123,11 @@ def block_sparse_attention_backward(
     Raises:
         KernelArgumentError: as `block_sparse_attention`, and if grad_out, out or lse do not fit.
     """
-    check_arguments(query, key, value, lut, count, query_block, key_block, scale, key_mask)
+    selection = Selection(lut, count, query_block, key_block, scale, key_mask)
+    check_arguments(query, key, value, selection)
     check_gradient(grad_out, query, value, out, lse)
-    selection = (lut, count, query_block, key_block, scale, key_mask)
-    engine = engine_for(__package__, query.device, ENGINES)
-    grad_query, grad_key, grad_value = engine.backward(grad_out, query, key, value, out, lse, *selection)
+    call = _call("block_sparse_attention_backward", query, key, value, selection)
+    grad_query, grad_key, grad_value = choose(call).run(call, grad_out, query, key, value, out, lse, selection)
     return grad_query, grad_key, grad_value
 
 
@@ -130,7 +146,7 @@ def _(
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_types(query, key, value, lut, count, query_block, key_block, scale, key_mask)
+    check_types(query, key, value, Selection(lut, count, query_block, key_block, scale, key_mask))
     return empty_bshd(query, *query.shape), empty_bshd(key, *key.shape), empty_bshd(value, *value.shape)
 
 

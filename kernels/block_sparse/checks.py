@@ -1,4 +1,4 @@
-"""What block-sparse attention demands of its arguments."""
+"""What block-sparse attention requires of its arguments."""
 
 import math
 
@@ -7,20 +7,17 @@ import torch
 from .. import checks
 from ..checks import require
 from ..layout import ALL_BLOCKS, block_count
+from ..selection import Selection
 
 
 def check_types(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    scale: float,
-    key_mask: torch.Tensor | None = None,
+    selection: Selection,
 ) -> None:
     """What can be checked without reading a size; the fakes call it as well."""
+    lut, count, query_block, key_block, scale, key_mask = selection
     checks.check_same_device(query=query, key=key, value=value, lut=lut, count=count, key_mask=key_mask)
     checks.check_float_4d(query=query, key=key, value=value)
     for name, tensor, rank, shape in (("lut", lut, 4, "(B, H, Mq, K)"), ("count", count, 3, "(B, H, Mq)")):
@@ -36,15 +33,11 @@ def check_arguments(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    scale: float,
-    key_mask: torch.Tensor | None = None,
+    selection: Selection,
 ) -> None:
     """Every check. The contents of lut and count are read on the CPU only: elsewhere that would sync."""
-    check_types(query, key, value, lut, count, query_block, key_block, scale, key_mask)
+    check_types(query, key, value, selection)
+    lut, count, query_block, key_block, _, key_mask = selection
     batch, heads, tokens, head_dim = query.shape
     require(tokens > 0 and head_dim > 0, f"query {tuple(query.shape)} needs at least one token and one channel")
     require(key.shape == query.shape, f"key {tuple(key.shape)} must have the shape of query {tuple(query.shape)}")
@@ -84,7 +77,7 @@ def _check_contents(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> 
 def check_gradient(
     grad_out: torch.Tensor, query: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
-    """What the backward operator demands beyond the forward's arguments."""
+    """What the backward operator requires beyond the forward's arguments."""
     expected = (*query.shape[:3], value.shape[3])
     for name, tensor in (("grad_out", grad_out), ("out", out)):
         require(tensor.shape == expected, f"{name} must be {expected}, got {tuple(tensor.shape)}")

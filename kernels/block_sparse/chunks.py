@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..layout import block_count
+from ..selection import Selection
 
 _GROUP_BYTES = 16 << 20  # query, key and value of the heads worked on together: half of a common last-level cache
 _CHUNK_BYTES = 4 << 20  # gathered keys or values, and scores, of the query blocks worked on together; measured
@@ -24,14 +25,14 @@ class Plan:
     short: int  # valid tokens of the last key block where that block is short, else 0
 
     @classmethod
-    def of(cls, tokens: int, lut: torch.Tensor, query_block: int, key_block: int) -> "Plan":
-        key_blocks = block_count(tokens, key_block)
+    def of(cls, tokens: int, selection: Selection) -> "Plan":
+        query_block, key_block = selection.query_block, selection.key_block
         return cls(
             query_block=query_block,
             key_block=key_block,
             query_blocks=block_count(tokens, query_block),
-            key_blocks=key_blocks,
-            slots=lut.shape[-1],
+            key_blocks=block_count(tokens, key_block),
+            slots=selection.lut.shape[-1],
             short=tokens % key_block,
         )
 
@@ -97,7 +98,7 @@ def from_blocks(blocks: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(blocks.view(groups, -1, *out.shape[2:])[:, :tokens])
 
 
-class Selection:
+class KeyLists:
     """Which key blocks some query blocks attend to: rows of a flat list of the query blocks of a group of heads."""
 
     def __init__(
@@ -119,7 +120,7 @@ class Selection:
             self._masked = (self._visible < plan.key_block).any(dim=-1).tolist()
 
     @classmethod
-    def listed(cls, plan: Plan, lut: torch.Tensor, count: torch.Tensor, valid: torch.Tensor | None) -> "Selection":
+    def listed(cls, plan: Plan, lut: torch.Tensor, count: torch.Tensor, valid: torch.Tensor | None) -> "KeyLists":
         """The lists of all query blocks of a group. lut: (G, Mq, K) and count: (G, Mq); a dense row lists nothing."""
         groups, query_blocks, slots = lut.shape
         unused = torch.arange(slots, device=lut.device) >= count[..., None]
@@ -127,7 +128,7 @@ class Selection:
         return cls(plan, lut.reshape(-1, slots), unused.view(-1, slots), head, valid)
 
     @classmethod
-    def everything(cls, plan: Plan, rows: torch.Tensor, valid: torch.Tensor | None) -> "Selection":
+    def everything(cls, plan: Plan, rows: torch.Tensor, valid: torch.Tensor | None) -> "KeyLists":
         """All key blocks for the query blocks `rows` (R,) of a group."""
         ids = torch.arange(plan.key_blocks, device=rows.device, dtype=torch.int32).expand(len(rows), -1)
         wide = replace(plan, slots=plan.key_blocks)

@@ -4,6 +4,7 @@ import torch
 
 from ..checks import accumulation_dtype
 from ..layout import ALL_BLOCKS, block_count
+from ..selection import Selection
 
 
 def block_mask(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> torch.Tensor:
@@ -14,15 +15,9 @@ def block_mask(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> torch
     return mask[..., :key_blocks] | (count == ALL_BLOCKS)[..., None]
 
 
-def token_mask(
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    tokens: int,
-    query_block: int,
-    key_block: int,
-    key_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+def token_mask(selection: Selection, tokens: int) -> torch.Tensor:
     """bool (B, H, S, S): True where query token i may attend to key token j."""
+    lut, count, query_block, key_block, _, key_mask = selection
     blocks = block_mask(lut, count, block_count(tokens, key_block))
     position = torch.arange(tokens, device=lut.device)
     mask = blocks[:, :, position // query_block][:, :, :, position // key_block]
@@ -30,23 +25,15 @@ def token_mask(
 
 
 def block_sparse_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    scale: float,
-    key_mask: torch.Tensor | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, selection: Selection
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact softmax over the selected blocks (specification 4.2, step 6); a row without any key gives 0.
 
-    Same arguments and results as `salad::block_sparse_attention`; differentiable by autograd.
+    Same results as `salad::block_sparse_attention`; differentiable by autograd.
     """
     dtype = accumulation_dtype(query.dtype)
-    mask = token_mask(lut, count, query.shape[2], query_block, key_block, key_mask)
-    scores = (query.to(dtype) @ key.to(dtype).transpose(-1, -2)) * scale
+    mask = token_mask(selection, query.shape[2])
+    scores = (query.to(dtype) @ key.to(dtype).transpose(-1, -2)) * selection.scale
     scores = scores.masked_fill(~mask, float("-inf"))
     lse = scores.logsumexp(dim=-1)
     empty = ~mask.any(dim=-1, keepdim=True)

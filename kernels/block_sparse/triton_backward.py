@@ -37,26 +37,11 @@ def query_gradient_kernel(
     lut_ptr,
     count_ptr,
     mask_ptr,
-    query_stride_b,
-    query_stride_h,
-    query_stride_s,
-    query_stride_d,
-    key_stride_b,
-    key_stride_h,
-    key_stride_s,
-    key_stride_d,
-    value_stride_b,
-    value_stride_h,
-    value_stride_s,
-    value_stride_d,
-    out_stride_b,
-    out_stride_h,
-    out_stride_s,
-    out_stride_d,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_s,
-    grad_stride_d,
+    query_strides,
+    key_strides,
+    value_strides,
+    out_strides,
+    grad_strides,
     heads,
     tokens,
     slots,
@@ -82,11 +67,11 @@ def query_gradient_kernel(
     """
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if not DESCRIPTORS:
-        query_ptr += batch * query_stride_b + head.to(tl.int64) * query_stride_h
-        key_ptr += batch * key_stride_b + head.to(tl.int64) * key_stride_h
-        value_ptr += batch * value_stride_b + head.to(tl.int64) * value_stride_h
-        out_ptr += batch * out_stride_b + head.to(tl.int64) * out_stride_h
-        grad_ptr += batch * grad_stride_b + head.to(tl.int64) * grad_stride_h
+        query_ptr += batch * query_strides[0] + head.to(tl.int64) * query_strides[1]
+        key_ptr += batch * key_strides[0] + head.to(tl.int64) * key_strides[1]
+        value_ptr += batch * value_strides[0] + head.to(tl.int64) * value_strides[1]
+        out_ptr += batch * out_strides[0] + head.to(tl.int64) * out_strides[1]
+        grad_ptr += batch * grad_strides[0] + head.to(tl.int64) * grad_strides[1]
     if HAS_MASK:
         mask_ptr += batch * tokens
     row = (batch * heads + head) * query_blocks + tile * TILE_Q // QUERY_BLOCK
@@ -101,9 +86,9 @@ def query_gradient_kernel(
         out = load_described(out_ptr, tile * TILE_Q, TILE_Q, TILE_V)
         grad = load_described(grad_ptr, tile * TILE_Q, TILE_Q, TILE_V)
     else:
-        query = load_rows(query_ptr, query_rows, in_range, query_stride_s, query_stride_d, HEAD_DIM, TILE_D)
-        out = load_rows(out_ptr, query_rows, in_range, out_stride_s, out_stride_d, VALUE_DIM, TILE_V)
-        grad = load_rows(grad_ptr, query_rows, in_range, grad_stride_s, grad_stride_d, VALUE_DIM, TILE_V)
+        query = load_rows(query_ptr, query_rows, in_range, query_strides[2], HEAD_DIM, TILE_D)
+        out = load_rows(out_ptr, query_rows, in_range, out_strides[2], VALUE_DIM, TILE_V)
+        grad = load_rows(grad_ptr, query_rows, in_range, grad_strides[2], VALUE_DIM, TILE_V)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     per_query = (batch * heads + head) * tokens + query_rows
     lse = tl.load(lse_ptr + per_query, mask=in_range, other=float("inf")) * _LOG2E
@@ -131,8 +116,8 @@ def query_gradient_kernel(
             key = load_described(key_ptr, start, TILE_K, TILE_D)
             value = load_described(value_ptr, start, TILE_K, TILE_V)
         else:
-            key = load_rows(key_ptr, key_rows, None, key_stride_s, key_stride_d, HEAD_DIM, TILE_D)
-            value = load_rows(value_ptr, key_rows, None, value_stride_s, value_stride_d, VALUE_DIM, TILE_V)
+            key = load_rows(key_ptr, key_rows, None, key_strides[2], HEAD_DIM, TILE_D)
+            value = load_rows(value_ptr, key_rows, None, value_strides[2], VALUE_DIM, TILE_V)
         visible = tl.load(mask_ptr + key_rows) != 0 if HAS_MASK else None
         acc = _query_step(query, grad, lse, delta, key, value, visible, acc, scale_log2)
     for part in tl.range(0, ragged.to(tl.int32) * PARTS, num_stages=1):
@@ -143,8 +128,8 @@ def query_gradient_kernel(
             key = load_described(key_ptr, start, TILE_K, TILE_D)
             value = load_described(value_ptr, start, TILE_K, TILE_V)
         else:
-            key = load_rows(key_ptr, key_rows, visible, key_stride_s, key_stride_d, HEAD_DIM, TILE_D)
-            value = load_rows(value_ptr, key_rows, visible, value_stride_s, value_stride_d, VALUE_DIM, TILE_V)
+            key = load_rows(key_ptr, key_rows, visible, key_strides[2], HEAD_DIM, TILE_D)
+            value = load_rows(value_ptr, key_rows, visible, value_strides[2], VALUE_DIM, TILE_V)
         if HAS_MASK:
             visible = visible & (tl.load(mask_ptr + key_rows, mask=visible, other=0) != 0)
         acc = _query_step(query, grad, lse, delta, key, value, visible, acc, scale_log2)
@@ -169,22 +154,10 @@ def key_gradient_kernel(
     rows_ptr,
     start_ptr,
     mask_ptr,
-    query_stride_b,
-    query_stride_h,
-    query_stride_s,
-    query_stride_d,
-    key_stride_b,
-    key_stride_h,
-    key_stride_s,
-    key_stride_d,
-    value_stride_b,
-    value_stride_h,
-    value_stride_s,
-    value_stride_d,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_s,
-    grad_stride_d,
+    query_strides,
+    key_strides,
+    value_strides,
+    grad_strides,
     heads,
     tokens,
     key_blocks,
@@ -206,11 +179,11 @@ def key_gradient_kernel(
     """grad_key (B, S, H, D) and grad_value (B, S, H, Dv). One program per tile of keys, over the query blocks that
     attend to it: those that list it (inverted_index.py), then those that attend to everything."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    key_ptr += batch * key_stride_b + head.to(tl.int64) * key_stride_h
-    value_ptr += batch * value_stride_b + head.to(tl.int64) * value_stride_h
+    key_ptr += batch * key_strides[0] + head.to(tl.int64) * key_strides[1]
+    value_ptr += batch * value_strides[0] + head.to(tl.int64) * value_strides[1]
     if not DESCRIPTORS:
-        query_ptr += batch * query_stride_b + head.to(tl.int64) * query_stride_h
-        grad_ptr += batch * grad_stride_b + head.to(tl.int64) * grad_stride_h
+        query_ptr += batch * query_strides[0] + head.to(tl.int64) * query_strides[1]
+        grad_ptr += batch * grad_strides[0] + head.to(tl.int64) * grad_strides[1]
     group = batch * heads + head
     lse_log2_ptr += group * tokens
     delta_ptr += group * tokens
@@ -228,8 +201,8 @@ def key_gradient_kernel(
     key_positions = tile * TILE_K + tl.arange(0, TILE_K)
     in_range = key_positions < tokens
     key_rows = key_positions.to(tl.int64)
-    key = load_rows(key_ptr, key_rows, in_range, key_stride_s, key_stride_d, HEAD_DIM, TILE_D)
-    value = load_rows(value_ptr, key_rows, in_range, value_stride_s, value_stride_d, VALUE_DIM, TILE_V)
+    key = load_rows(key_ptr, key_rows, in_range, key_strides[2], HEAD_DIM, TILE_D)
+    value = load_rows(value_ptr, key_rows, in_range, value_strides[2], VALUE_DIM, TILE_V)
     if HAS_MASK:
         visible = tl.load(mask_ptr + batch * tokens + key_rows, mask=in_range, other=0) != 0
 
@@ -250,8 +223,8 @@ def key_gradient_kernel(
             query = load_described(query_ptr, start, TILE_Q, TILE_D)
             grad = load_described(grad_ptr, start, TILE_Q, TILE_V)
         else:
-            query = load_rows(query_ptr, query_rows, attends, query_stride_s, query_stride_d, HEAD_DIM, TILE_D)
-            grad = load_rows(grad_ptr, query_rows, attends, grad_stride_s, grad_stride_d, VALUE_DIM, TILE_V)
+            query = load_rows(query_ptr, query_rows, attends, query_strides[2], HEAD_DIM, TILE_D)
+            grad = load_rows(grad_ptr, query_rows, attends, grad_strides[2], VALUE_DIM, TILE_V)
         # +inf makes the weights of rows beyond the end exp2(-inf) = 0
         lse = tl.load(lse_log2_ptr + query_rows, mask=attends, other=float("inf"))
         exponents = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2 - lse[None, :]

@@ -32,18 +32,9 @@ def forward_kernel(
     lut_ptr,
     count_ptr,
     mask_ptr,
-    query_stride_b,
-    query_stride_h,
-    query_stride_s,
-    query_stride_d,
-    key_stride_b,
-    key_stride_h,
-    key_stride_s,
-    key_stride_d,
-    value_stride_b,
-    value_stride_h,
-    value_stride_s,
-    value_stride_d,
+    query_strides,
+    key_strides,
+    value_strides,
     heads,
     tokens,
     slots,
@@ -68,9 +59,9 @@ def forward_kernel(
     """
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     if not DESCRIPTORS:
-        query_ptr += batch * query_stride_b + head.to(tl.int64) * query_stride_h
-        key_ptr += batch * key_stride_b + head.to(tl.int64) * key_stride_h
-        value_ptr += batch * value_stride_b + head.to(tl.int64) * value_stride_h
+        query_ptr += batch * query_strides[0] + head.to(tl.int64) * query_strides[1]
+        key_ptr += batch * key_strides[0] + head.to(tl.int64) * key_strides[1]
+        value_ptr += batch * value_strides[0] + head.to(tl.int64) * value_strides[1]
     if HAS_MASK:
         mask_ptr += batch * tokens
     row = (batch * heads + head) * query_blocks + tile * TILE_Q // QUERY_BLOCK
@@ -83,7 +74,7 @@ def forward_kernel(
     if DESCRIPTORS:
         query = load_described(query_ptr, tile * TILE_Q, TILE_Q, TILE_D)
     else:
-        query = load_rows(query_ptr, query_rows, in_range, query_stride_s, query_stride_d, HEAD_DIM, TILE_D)
+        query = load_rows(query_ptr, query_rows, in_range, query_strides[2], HEAD_DIM, TILE_D)
 
     acc = tl.zeros([TILE_Q, TILE_V], tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
@@ -108,7 +99,7 @@ def forward_kernel(
         if DESCRIPTORS:
             key = load_described(key_ptr, start, TILE_K, TILE_D)
         else:
-            key = load_rows(key_ptr, key_rows, None, key_stride_s, key_stride_d, HEAD_DIM, TILE_D)
+            key = load_rows(key_ptr, key_rows, None, key_strides[2], HEAD_DIM, TILE_D)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_MASK:
             scores = tl.where((tl.load(mask_ptr + key_rows) != 0)[None, :], scores, float("-inf"))
@@ -116,7 +107,7 @@ def forward_kernel(
         if DESCRIPTORS:
             value = load_described(value_ptr, start, TILE_K, TILE_V)
         else:
-            value = load_rows(value_ptr, key_rows, None, value_stride_s, value_stride_d, VALUE_DIM, TILE_V)
+            value = load_rows(value_ptr, key_rows, None, value_strides[2], VALUE_DIM, TILE_V)
         acc = tl.dot(weights.to(value.dtype), value, acc * correction[:, None], input_precision="ieee")
     for part in tl.range(0, ragged.to(tl.int32) * PARTS, num_stages=1):
         start = last * KEY_BLOCK + part * TILE_K
@@ -126,8 +117,8 @@ def forward_kernel(
             key = load_described(key_ptr, start, TILE_K, TILE_D)
             value = load_described(value_ptr, start, TILE_K, TILE_V)
         else:
-            key = load_rows(key_ptr, key_rows, visible, key_stride_s, key_stride_d, HEAD_DIM, TILE_D)
-            value = load_rows(value_ptr, key_rows, visible, value_stride_s, value_stride_d, VALUE_DIM, TILE_V)
+            key = load_rows(key_ptr, key_rows, visible, key_strides[2], HEAD_DIM, TILE_D)
+            value = load_rows(value_ptr, key_rows, visible, value_strides[2], VALUE_DIM, TILE_V)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_MASK:
             visible = visible & (tl.load(mask_ptr + key_rows, mask=visible, other=0) != 0)

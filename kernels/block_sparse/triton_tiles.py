@@ -28,10 +28,10 @@ def block_id(list_ptr, entry, everything, blocks, UNCHECKED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, rows, in_range, stride_s, stride_d, WIDTH: tl.constexpr, TILE: tl.constexpr):
+def load_rows(ptr, rows, in_range, stride, WIDTH: tl.constexpr, TILE: tl.constexpr):
     """A (rows, TILE) tile; rows that are not in_range, unless that is None, and channels beyond WIDTH are 0."""
     channels = tl.arange(0, TILE)
-    pointers = ptr + rows[:, None] * stride_s + channels[None, :] * stride_d
+    pointers = ptr + rows[:, None] * stride + channels[None, :]
     if in_range is None:
         tile = tl.load(pointers) if WIDTH == TILE else tl.load(pointers, (channels < WIDTH)[None, :], 0.0)
     elif WIDTH == TILE:

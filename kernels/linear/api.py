@@ -7,8 +7,9 @@ that was None it is an empty tensor of shape (0,), because operators cannot retu
 import torch
 from torch.autograd.function import FunctionCtx
 
+from ..autocast import without_autocast
 from ..checks import accumulation_dtype
-from ..dispatch import engine_for, without_autocast
+from ..engines import Call, choose
 from ..layout import empty_bshd
 from .absent import absent
 from .checks import (
@@ -50,9 +51,32 @@ def linear_state(
         UnsupportedKernelError: the Triton engine has no kernel for this dtype, head_dim, value width or GPU.
     """
     check_state(key, value, feature_map, key_mask, rotated_key)
-    engine = engine_for(__package__, key.device)
-    result: tuple[torch.Tensor, torch.Tensor] = engine.linear_state(key, value, feature_map, key_mask, rotated_key)
-    return result
+    call = _call("linear_state", key, value, feature_map, rotated_key, masked=key_mask is not None)
+    state, key_sum = choose(call).run(call, key, value, feature_map, key_mask, rotated_key)
+    return state, key_sum
+
+
+def _call(
+    operator: str,
+    x: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: str,
+    rotated: torch.Tensor | None,
+    *,
+    masked: bool = False,
+) -> Call:
+    """x: the query or the key. value: it or the state, whose last axis is as wide."""
+    return Call(
+        operator,
+        x.device,
+        x.dtype,
+        head_dim=x.shape[-1],
+        value_dim=value.shape[-1],
+        masked=masked,
+        feature_map=feature_map,
+        rotated=rotated is not None,
+        needs_gradient=x.requires_grad or value.requires_grad or (rotated is not None and rotated.requires_grad),
+    )
 
 
 @linear_state.register_fake
@@ -99,11 +123,10 @@ def linear_state_backward(
     """
     check_state(key, value, feature_map, key_mask, rotated_key)
     check_state_gradient(grad_state, grad_key_sum, key, value)
-    engine = engine_for(__package__, key.device)
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = engine.linear_state_backward(
-        grad_state, grad_key_sum, key, value, feature_map, key_mask, rotated_key
-    )
-    return result
+    call = _call("linear_state_backward", key, value, feature_map, rotated_key, masked=key_mask is not None)
+    arguments = (grad_state, grad_key_sum, key, value, feature_map, key_mask, rotated_key)
+    grad_key, grad_value, grad_rotated = choose(call).run(call, *arguments)
+    return grad_key, grad_value, grad_rotated
 
 
 @linear_state_backward.register_fake
@@ -177,8 +200,8 @@ def linear_output(
         UnsupportedKernelError: the Triton engine has no kernel for this dtype, head_dim, value width or GPU.
     """
     check_output(query, state, key_sum, feature_map, eps, rotated_query)
-    engine = engine_for(__package__, query.device)
-    out: torch.Tensor = engine.linear_output(query, state, key_sum, feature_map, eps, rotated_query)
+    call = _call("linear_output", query, state, feature_map, rotated_query)
+    out: torch.Tensor = choose(call).run(call, query, state, key_sum, feature_map, eps, rotated_query)
     return out
 
 
@@ -223,11 +246,10 @@ def linear_output_backward(
     """
     check_output(query, state, key_sum, feature_map, eps, rotated_query)
     check_output_gradient(grad_out, query, state)
-    engine = engine_for(__package__, query.device)
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = engine.linear_output_backward(
-        grad_out, query, state, key_sum, feature_map, eps, rotated_query
-    )
-    return result
+    call = _call("linear_output_backward", query, state, feature_map, rotated_query)
+    arguments = (grad_out, query, state, key_sum, feature_map, eps, rotated_query)
+    grad_query, grad_state, grad_key_sum, grad_rotated = choose(call).run(call, *arguments)
+    return grad_query, grad_state, grad_key_sum, grad_rotated
 
 
 @linear_output_backward.register_fake

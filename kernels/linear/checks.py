@@ -1,4 +1,4 @@
-"""What linear attention demands of its arguments. The `_types` functions read no sizes; the fakes call them as well."""
+"""What linear attention requires of its arguments. The `_types` functions read no sizes: fakes call them as well."""
 
 import torch
 

@@ -71,11 +71,6 @@ def mask_bytes(key_mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
 
 
-def strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
-    """The four strides of every tensor; an absent one has some as well, for the kernels have one signature."""
-    return tuple(stride for x in tensors for stride in ((0, 0, 0, 0) if x is None else x.stride()))
-
-
 def constants(
     x: torch.Tensor, value: torch.Tensor, feature_map: str, settings: Tiling, rotated: torch.Tensor | None
 ) -> dict[str, Any]:

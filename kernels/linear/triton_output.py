@@ -26,14 +26,8 @@ def output_kernel(
     state_ptr,
     key_sum_ptr,
     out_ptr,
-    query_stride_b,
-    query_stride_h,
-    query_stride_s,
-    query_stride_d,
-    rotated_stride_b,
-    rotated_stride_h,
-    rotated_stride_s,
-    rotated_stride_d,
+    query_strides,
+    rotated_strides,
     heads,
     tokens,
     eps,
@@ -51,10 +45,10 @@ def output_kernel(
     """
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    query_ptr += batch * query_stride_b + head * query_stride_h
+    query_ptr += batch * query_strides[0] + head * query_strides[1]
     out_ptr += (batch * tokens * heads + head) * VALUE_DIM
     if HAS_ROTATED:
-        rotated_ptr += batch * rotated_stride_b + head * rotated_stride_h
+        rotated_ptr += batch * rotated_strides[0] + head * rotated_strides[1]
 
     channels = tl.arange(0, TILE_D)
     key_sum = tl.load(key_sum_ptr + pair * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)
@@ -64,11 +58,11 @@ def output_kernel(
     for tile in range(first, stop):
         start = tile * TILE_S
         valid = valid_rows(None, start, tokens, TILE_S, False)
-        query = load_tile(query_ptr, start, valid, query_stride_s, query_stride_d, TILE_S, HEAD_DIM, TILE_D)
+        query = load_tile(query_ptr, start, valid, query_strides[2], TILE_S, HEAD_DIM, TILE_D)
         features = feature_map(query.to(tl.float32), HEAD_DIM, TILE_D, FEATURE_MAP)
         denominator = tl.sum(features * key_sum[None, :], 1) + eps
         if HAS_ROTATED:
-            rotated = load_tile(rotated_ptr, start, valid, rotated_stride_s, rotated_stride_d, TILE_S, HEAD_DIM, TILE_D)
+            rotated = load_tile(rotated_ptr, start, valid, rotated_strides[2], TILE_S, HEAD_DIM, TILE_D)
             numerator = times_state(rotated.to(tl.float32), narrow, unit)
         else:
             numerator = times_state(features, narrow, unit)
@@ -98,18 +92,9 @@ def output_backward_kernel(
     grad_rotated_ptr,
     grad_state_ptr,
     grad_key_sum_ptr,
-    grad_out_stride_b,
-    grad_out_stride_h,
-    grad_out_stride_s,
-    grad_out_stride_d,
-    query_stride_b,
-    query_stride_h,
-    query_stride_s,
-    query_stride_d,
-    rotated_stride_b,
-    rotated_stride_h,
-    rotated_stride_s,
-    rotated_stride_d,
+    grad_out_strides,
+    query_strides,
+    rotated_strides,
     heads,
     tokens,
     eps,
@@ -132,11 +117,11 @@ def output_backward_kernel(
     """
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    grad_out_ptr += batch * grad_out_stride_b + head * grad_out_stride_h
-    query_ptr += batch * query_stride_b + head * query_stride_h
+    grad_out_ptr += batch * grad_out_strides[0] + head * grad_out_strides[1]
+    query_ptr += batch * query_strides[0] + head * query_strides[1]
     grad_query_ptr += (batch * tokens * heads + head) * HEAD_DIM
     if HAS_ROTATED:
-        rotated_ptr += batch * rotated_stride_b + head * rotated_stride_h
+        rotated_ptr += batch * rotated_strides[0] + head * rotated_strides[1]
         grad_rotated_ptr += (batch * tokens * heads + head) * HEAD_DIM
 
     channels = tl.arange(0, TILE_D)
@@ -155,17 +140,15 @@ def output_backward_kernel(
     for tile in range(first, stop):
         start = tile * TILE_S
         valid = valid_rows(None, start, tokens, TILE_S, False)
-        grad = load_tile(grad_out_ptr, start, valid, grad_out_stride_s, grad_out_stride_d, TILE_S, VALUE_DIM, TILE_V)
-        query = load_tile(query_ptr, start, valid, query_stride_s, query_stride_d, TILE_S, HEAD_DIM, TILE_D)
+        grad = load_tile(grad_out_ptr, start, valid, grad_out_strides[2], TILE_S, VALUE_DIM, TILE_V)
+        query = load_tile(query_ptr, start, valid, query_strides[2], TILE_S, HEAD_DIM, TILE_D)
         if not HAS_ROTATED:
             along_mean = tl.sum(grad.to(tl.float32) * mean[None, :], 1)
         features = feature_map(query.to(tl.float32), HEAD_DIM, TILE_D, FEATURE_MAP)
         reached = tl.sum(features * key_sum[None, :], 1)
         inverse = 1.0 / (reached + eps)
         if HAS_ROTATED:
-            left = load_tile(
-                rotated_ptr, start, valid, rotated_stride_s, rotated_stride_d, TILE_S, HEAD_DIM, TILE_D
-            ).to(tl.float32)
+            left = load_tile(rotated_ptr, start, valid, rotated_strides[2], TILE_S, HEAD_DIM, TILE_D).to(tl.float32)
         else:
             left = features
         transposed, grad_unit = _add_product(grad, left * inverse[:, None], transposed, grad_unit)

@@ -58,11 +58,11 @@ def valid_rows(mask_ptr, start, tokens, TILE_S: tl.constexpr, HAS_MASK: tl.const
 
 
 @triton.jit
-def load_tile(ptr, start, valid, stride_s, stride_d, TILE_S: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
+def load_tile(ptr, start, valid, stride, TILE_S: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
     """(TILE_S, TILE) rows from token `start` on; 0 in rows that are not valid and in channels beyond WIDTH."""
     channels = tl.arange(0, TILE)
-    ptr += start.to(tl.int64) * stride_s
-    pointers = ptr + tl.arange(0, TILE_S)[:, None] * stride_s + channels[None, :] * stride_d
+    ptr += start.to(tl.int64) * stride
+    pointers = ptr + tl.arange(0, TILE_S)[:, None] * stride + channels[None, :]
     if WIDTH == TILE:
         tile = tl.load(pointers, mask=valid[:, None], other=0.0)
     else:

@@ -3,8 +3,9 @@
 import torch
 from torch.autograd.function import FunctionCtx
 
+from ..autocast import without_autocast
 from ..checks import accumulation_dtype
-from ..dispatch import engine_for, without_autocast
+from ..engines import Call, choose
 from ..layout import block_count
 from .checks import check_pool, check_pool_types, check_select, check_select_types
 from .density import list_width
@@ -30,7 +31,8 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
         UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, block size or GPU.
     """
     check_pool(x, block, key_mask)
-    pooled: torch.Tensor = engine_for(__package__, x.device).pool_blocks(x, block, key_mask)
+    call = Call("pool_blocks", x.device, x.dtype, head_dim=x.shape[-1], key_block=block, masked=key_mask is not None)
+    pooled: torch.Tensor = choose(call).run(call, x, block, key_mask)
     return pooled
 
 
@@ -85,9 +87,9 @@ def select_blocks(
     """
     settings = (query_block, key_block, density_permille)
     check_select(pooled_query, pooled_key, *settings, sink_begin, sink_end, key_mask, permille)
-    engine = engine_for(__package__, pooled_query.device)
+    call = Call("select_blocks", pooled_query.device, pooled_query.dtype, masked=key_mask is not None)
     given = (*settings, sink_begin, sink_end, key_mask, permille)
-    lut, count = engine.select_blocks(pooled_query, pooled_key, *given)
+    lut, count = choose(call).run(call, pooled_query, pooled_key, *given)
     return lut, count
 
 

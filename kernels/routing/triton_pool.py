@@ -9,10 +9,7 @@ def pool_kernel(
     x_ptr,
     mask_ptr,
     pooled_ptr,
-    stride_b,
-    stride_h,
-    stride_s,
-    stride_d,
+    strides,
     heads,
     tokens,
     blocks,
@@ -22,14 +19,14 @@ def pool_kernel(
     ROWS: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """x (B, H, S, D), any strides -> pooled fp32 (B, H, M, D), contiguous. ROWS divides BLOCK."""
+    """x (B, H, S, D), adjacent channels -> pooled fp32 (B, H, M, D), contiguous. ROWS divides BLOCK."""
     # heads first: in the usual layout their rows lie side by side in memory
     program = tl.program_id(0)
     head = program % heads
     block = program // heads % blocks
     batch = (program // heads // blocks).to(tl.int64)
     channels = tl.arange(0, TILE_D)
-    x_ptr += batch * stride_b + head.to(tl.int64) * stride_h
+    x_ptr += batch * strides[0] + head.to(tl.int64) * strides[1]
 
     total = tl.zeros((ROWS, TILE_D), tl.float32)
     seen = tl.zeros((ROWS,), tl.int32)
@@ -39,7 +36,7 @@ def pool_kernel(
         rows = positions.to(tl.int64)
         if HAS_MASK:
             valid = valid & (tl.load(mask_ptr + batch * tokens + rows, mask=valid, other=0) != 0)
-        pointers = x_ptr + rows[:, None] * stride_s + channels[None, :] * stride_d
+        pointers = x_ptr + rows[:, None] * strides[2] + channels[None, :]
         total += tl.load(pointers, mask=valid[:, None] & (channels < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
         seen += valid.to(tl.int32)
 

@@ -45,6 +45,7 @@ def _summarise(component: str, branch: SaladBranch) -> SiteSummary:
         trainable_parameters=sum(p.numel() for p in branch.parameters() if p.requires_grad),
         target_sparsity=branch.target_sparsity,
         measured_sparsity=branch.measured_sparsity,
+        engine=branch.engine,
         cost=site_cost(branch),
         dropped=branch.record.dropped,
     )
@@ -74,12 +75,13 @@ def explain(model: nn.Module, *inputs: Any, **keyword_inputs: Any) -> Explanatio
     known = list(branches(bare).values())
     if len(executions) == len(known):
         for branch, execution in zip(known, executions, strict=True):
-            branch.measured_sparsity = execution.sparsity
+            branch.measured_sparsity, branch.engine = execution.sparsity, execution.engine
     return Explanation(
         graphs=graphs,
         converted_sites=len(known),
         executions=len(executions),
         measured_sparsity=overall_sparsity(executions),
+        engines=tuple(sorted({execution.engine for execution in executions})),
     )
 
 

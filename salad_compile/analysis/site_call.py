@@ -136,7 +136,7 @@ class SiteCall:
         (selected,) = captured
         arranged = chosen.arrange(order, branch, spec, given.side, given.tokens, given.video)
         lse = arranged.move_back(selected.lse.unsqueeze(-1)).squeeze(-1)
-        return Sparse(out, lse, selected.lut, selected.count)
+        return Sparse(out, lse, selected.selection.lut, selected.selection.count)
 
     @torch.no_grad()
     def update(self) -> Tensor | None:

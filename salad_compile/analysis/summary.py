@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SiteSummary:
-    """One converted site: parameters, sparsity asked for and measured, FLOPs at the tokens of the conversion."""
+    """One converted site: parameters, sparsity asked for and measured, FLOPs at the tokens of the conversion.
+
+    engine: the one that computed block-sparse attention when the sparsity was measured; None before.
+    """
 
     component: str
     name: str
@@ -28,6 +31,7 @@ class SiteSummary:
     trainable_parameters: int
     target_sparsity: float
     measured_sparsity: float | None
+    engine: str | None
     cost: SiteCost
     dropped: bool = False
 
@@ -46,6 +50,7 @@ class Summary(Report):
         "heads x dim",
         "sparsity",
         "measured",
+        "engine",
         "gate + projection",
         "lora",
         "dense GFLOP",
@@ -60,6 +65,7 @@ class Summary(Report):
                 f"{site.heads} x {site.head_dim}",
                 f"{site.target_sparsity:.3f}",
                 "not run yet" if site.measured_sparsity is None else f"{site.measured_sparsity:.3f}",
+                site.engine or "",
                 "dropped" if site.dropped else f"{site.branch_parameters:,}",
                 f"{site.lora_parameters:,}",
                 f"{site.cost.dense / 1e9:,.1f}",
@@ -107,6 +113,7 @@ class Explanation(Report):
     converted_sites: int
     executions: int
     measured_sparsity: float | None
+    engines: Sequence[str]
 
     title = "graphs"
     columns = ("graph", "module", "query", "became", "reason")
@@ -126,7 +133,9 @@ class Explanation(Report):
     def notes(self) -> list[str]:
         from salad_compile.passes.report import add_up  # loads the passes, and `summary` needs none
 
-        measured = "" if self.measured_sparsity is None else f", measured sparsity {self.measured_sparsity:.3f}"
+        measured = ""
+        if self.measured_sparsity is not None:
+            measured = f", on engine {', '.join(self.engines)}, measured sparsity {self.measured_sparsity:.3f}"
         return [
             f"{len(self.graphs)} graphs; {self.converted_sites} converted sites; block-sparse attention ran "
             f"{self.executions} times in the forward{measured}.",
@@ -139,5 +148,6 @@ class Explanation(Report):
             "converted_sites": self.converted_sites,
             "executions": self.executions,
             "measured_sparsity": self.measured_sparsity,
+            "engines": list(self.engines),
             "complete": self.complete,
         }

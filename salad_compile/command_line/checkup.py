@@ -176,9 +176,7 @@ def _devices() -> Iterator[Finding]:
     """Each device with the engine that computes our operators there."""
     import torch
 
-    from salad_compile.kernels.dispatch import engine_name
-
-    yield Finding("cpu", FINE, f"engine {engine_name(torch.device('cpu'))}, {torch.get_num_threads()} threads")
+    yield Finding("cpu", FINE, f"engine {_engine(torch.device('cpu'))}, {torch.get_num_threads()} threads")
     if not torch.cuda.is_available():
         yield _no_gpu(torch.version.cuda)
         return
@@ -198,20 +196,29 @@ def _no_gpu(cuda: str | None) -> Finding:
 def _gpu(device: Any) -> Finding:
     import torch
 
-    from salad_compile.kernels.capability import require_supported
-    from salad_compile.kernels.dispatch import engine_name
     from salad_compile.kernels.errors import UnsupportedKernelError
 
     properties = torch.cuda.get_device_properties(device)
     detail = (
         f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability "
-        f"{properties.major}.{properties.minor}, engine {engine_name(device)}"
+        f"{properties.major}.{properties.minor}"
     )
     try:
-        require_supported(device, torch.bfloat16)
+        return Finding(str(device), FINE, f"{detail}, engine {_engine(device)}")
     except UnsupportedKernelError as error:
         return Finding(str(device), FAULT, detail, str(error))
-    return Finding(str(device), FINE, detail)
+
+
+def _engine(device: Any) -> str:
+    """The engine of the usual call. Raises UnsupportedKernelError if there is none."""
+    import torch
+
+    from salad_compile.kernels.engines import Call, choose
+
+    call = Call(
+        "block_sparse_attention", device, torch.bfloat16, head_dim=64, value_dim=64, query_block=128, key_block=64
+    )
+    return choose(call).name
 
 
 def _backend() -> Iterator[Finding]:

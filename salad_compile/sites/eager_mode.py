@@ -134,7 +134,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         with measure_executions() if site.measured_sparsity is None else _NOT_MEASURED as executions:
             out = salad_of(given, spec, scale)
         if executions:  # none on the meta device
-            site.measured_sparsity = executions[0].sparsity
+            site.measured_sparsity, site.engine = executions[0].sparsity, executions[0].engine
         result: Tensor = call.as_called(out)
         return result
 

@@ -38,6 +38,7 @@ class Site(BranchParameters):
         self.switch = DenseSwitch()  # likewise
         self.uncompiled = False  # set when a graph break inside the owner's forward was seen
         self.measured_sparsity: float | None = None
+        self.engine: str | None = None  # that computed the forward which was measured
         self.recording: PositionRecording | None = None  # while the eager twin runs, where position is replayed
         self.armed: Tensor | None = None  # the gate's input, between the query projection and the attention call
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -31,9 +33,16 @@ def test_quick_cpu_run_writes_complete_rows(tmp_path: Path) -> None:
         assert row["baseline"] in names
 
 
-def test_quick_run_of_the_gpu_benchmark_writes_complete_rows(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
+    """Rows and output of the GPU benchmark, on the CPU."""
     wanted = ["--shapes", "1.3B-480p", "length-5120", "sparsity", "--sparsity", "0.75", "0.5"]
-    rows, printed = run_script("attention.py", tmp_path / "rows.json", "--device", "cpu", *wanted)
+    output = tmp_path_factory.mktemp("benchmark") / "rows.json"
+    return run_script("attention.py", output, "--device", "cpu", *wanted)
+
+
+def test_quick_run_of_the_gpu_benchmark_writes_complete_rows(quick_run: tuple[list[dict[str, Any]], str]) -> None:
+    rows, printed = quick_run
     failed = [row for row in rows if row["error"]]
     assert all(row["error"].startswith("not installed") and not row["timings_ms"] for row in failed), failed
     for row in rows:
@@ -54,8 +63,8 @@ def test_quick_run_of_the_gpu_benchmark_writes_complete_rows(tmp_path: Path) -> 
     assert {row["sparsity"] for row in rows if row["case"] == "sparsity" and row["kind"] == "salad"} == {0.75, 0.5}
 
 
-def test_flops_are_those_of_computed_pairs(tmp_path: Path) -> None:
-    rows, _ = run_script("attention.py", tmp_path / "rows.json", "--device", "cpu", "--shapes", "1.3B-480p")
+def test_flops_are_those_of_computed_pairs(quick_run: tuple[list[dict[str, Any]], str]) -> None:
+    rows = [row for row in quick_run[0] if row["case"] == "1.3B-480p"]
     everything = 4 * 2 * 511**2 * 32  # 2 heads, 511 tokens, 32 channels
     factor = {"forward": 1.0, "backward": 2.5, "forward + backward": 3.5}
     checked = [row for row in rows if "flops" in row and row["kind"] != "ceiling"]

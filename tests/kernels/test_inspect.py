@@ -8,9 +8,8 @@ import os
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,8 +18,9 @@ import triton.language as tl
 
 from salad_compile.kernels import UnsupportedKernelError, inspect
 from salad_compile.kernels.aot import SHARED_LIMIT, Report, Specialised, compile_report, specialise
-from salad_compile.kernels.dispatch import interpreting
-from salad_compile.kernels.launch import launch, record_launches
+from salad_compile.kernels.engines import FOLDERS, Call, GateCall, named
+from salad_compile.kernels.engines.torch import TorchEngine
+from salad_compile.kernels.launch import interpreting, launch, record_launches
 
 ROOT = Path(__file__).resolve().parents[2]
 META = torch.device("meta")
@@ -205,10 +205,15 @@ def test_limits(changes: dict[str, Any], fault: str) -> None:
 # --- the list of what ships -------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def jobs() -> list[inspect.Job]:
+    return inspect.record_jobs((90,))
+
+
 def modules(start: str) -> dict[str, list[Any]]:
     """Operator -> its modules whose name begins with `start`."""
     found: dict[str, list[Any]] = {}
-    for folder in Path(inspect.__file__).parent.iterdir():
+    for folder in map(Path(inspect.__file__).parent.joinpath, set(FOLDERS.values())):
         names = [name for _, name, _ in pkgutil.iter_modules([str(folder)]) if name.startswith(start)]
         if names:
             package = f"{inspect.__package__}.{folder.name}"
@@ -216,52 +221,58 @@ def modules(start: str) -> dict[str, list[Any]]:
     return found
 
 
-def test_every_operator_with_kernels_is_inspected() -> None:
-    assert modules("cuda").keys() == modules("triton_").keys() == inspect.OPERATORS.keys()
-
-
-def test_every_kernel_is_inspected() -> None:
-    seen = {job.source.kernel for job in inspect.record_jobs((90,))}
-    for operator, files in modules("triton_").items():
-        for file in files:
+def test_every_kernel_is_inspected(jobs: list[inspect.Job]) -> None:
+    seen = {job.source.kernel for job in jobs}
+    files = modules("triton_")
+    assert files.keys() == modules("triton").keys() == set(FOLDERS.values())
+    for operator in files:
+        for file in files[operator]:
             for name, kernel in vars(file).items():
                 if name.endswith("_kernel"):
-                    assert kernel in seen, f"{operator}: nothing launches {name} in kernels/inspect.py"
+                    assert kernel in seen, f"{operator}: no call of an engine's gate_calls launches {name}"
 
 
-@pytest.mark.parametrize("operator", inspect.OPERATORS)
-def test_every_function_of_an_operator_is_called(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (cuda,) = modules("cuda")[operator]
-    public = {
-        name: function
-        for name, function in vars(cuda).items()
-        if not name.startswith("_") and getattr(function, "__module__", "") == cuda.__name__ and callable(function)
-    }
-    called: set[str] = set()
-    for name, function in public.items():
-        monkeypatch.setattr(
-            cuda, name, lambda *x, name=name, function=function, **y: called.add(name) or function(*x, **y)
-        )
-    with record_launches():
-        for _, call in inspect.OPERATORS[operator](90):
-            call()
-    assert called == public.keys()
+def test_every_operator_is_called() -> None:
+    engine = named("triton")
+    assert {call.operator for call, *_ in engine.gate_calls(90)} == set(engine.operators)
 
 
-def test_equal_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def toy(arch: int) -> Iterator[inspect.Call]:
-        yield "first", product
-        yield "same", lambda: product(length=77)
-        yield "other", lambda: product(tile=32, num_stages=3)
+class Toy(TorchEngine):
+    """Launches `product` with other options for every name in `calls`."""
 
-    monkeypatch.setattr(inspect, "OPERATORS", {"toy": toy})
+    name = "toy"
+    calls: ClassVar[dict[str, dict[str, Any]]] = {"first": {}, "same": {"length": 77}}
+
+    def gate_calls(self, arch: int) -> tuple[GateCall, ...]:
+        call = Call("linear_state", META, torch.bfloat16)
+        return tuple(GateCall(call, name, (options,)) for name, options in self.calls.items())
+
+    def run(self, call: Call, *arguments: Any) -> None:
+        product(**arguments[0])
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
+    engine = Toy()
+    monkeypatch.setattr(inspect, "engines", lambda: (engine,))
+    return engine
+
+
+def test_equal_kernels_are_compiled_once(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy, "calls", Toy.calls | {"other": {"tile": 32, "num_stages": 3}})
     titles = [job.title for job in inspect.record_jobs([80, 90])]
     assert titles == [
-        "toy.product first sm_80 M64 warps 4 stages 1",
-        "toy.product other sm_80 M32 warps 4 stages 3",
-        "toy.product first sm_90 M64 warps 4 stages 1",
-        "toy.product other sm_90 M32 warps 4 stages 3",
+        "linear.product first sm_80 M64 warps 4 stages 1",
+        "linear.product other sm_80 M32 warps 4 stages 3",
+        "linear.product first sm_90 M64 warps 4 stages 1",
+        "linear.product other sm_90 M32 warps 4 stages 3",
     ]
+
+
+def test_a_call_that_its_engine_does_not_support_is_an_error(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy, "supports", lambda call: "of its colour")
+    with pytest.raises(UnsupportedKernelError, match="gate of engine 'toy' lists first: of its colour"):
+        inspect.record_jobs([90])
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -270,13 +281,8 @@ def test_equal_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> Non
 def faulty_gate() -> int:
     """The command on three toys, of which one spills, and one is no kernel at all. Runs in a process of its own."""
 
-    def toy(arch: int) -> Iterator[inspect.Call]:
-        yield "good", product
-        yield "spilling", lambda: product(maxnreg=32)
-        yield "wrong", lambda: product(tile=48)
-
-    inspect.OPERATORS.clear()
-    inspect.OPERATORS["toy"] = toy
+    Toy.calls = {"good": {}, "spilling": {"maxnreg": 32}, "wrong": {"tile": 48}}
+    inspect.engines = lambda: (Toy(),)
     return inspect.main(sys.argv[1:])
 
 
@@ -296,9 +302,9 @@ def test_the_command_names_each_fault_and_fails(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "3 kernels in" in done.stdout
     assert "2 with faults" in done.stdout
-    assert "FAULT toy.product spilling sm_80 M64 warps 4 stages 1 maxnreg 32: " in done.stdout
+    assert "FAULT linear.product spilling sm_80 M64 warps 4 stages 1 maxnreg 32: " in done.stdout
     assert "bytes of spilled registers" in done.stdout
-    assert "FAULT toy.product wrong sm_80 M48 warps 4 stages 1: does not compile: CompilationError" in done.stdout
+    assert "FAULT linear.product wrong sm_80 M48 warps 4 stages 1: does not compile: CompilationError" in done.stdout
     rows = {row["call"]: row for row in json.loads((tmp_path / "report.json").read_text())}
     assert rows["good"]["faults"] == []
     assert rows["good"]["registers"] > 0
@@ -316,6 +322,6 @@ def test_the_command_on_kernels_that_ship(tmp_path: Path) -> None:
     assert all(row["kernel"] == "block_sparse.forward" and row["wgmma"] > 0 for row in rows)
 
 
-def test_a_filter_that_matches_nothing_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_filter_that_matches_nothing_is_an_error(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect.main(["--arch", "80", "--filter", "no such kernel"]) == 2
     assert "no kernel matches 'no such kernel'" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import torch
 from salad_compile.kernels import Execution, block_sparse_attention, measure, measure_executions
 from salad_compile.kernels.block_sparse import reference
 from salad_compile.kernels.measure import capture_selections
+from salad_compile.kernels.selection import Selection
 from tests.kernels.helpers import BLOCKS, make_qkv, make_selection
 
 
@@ -18,8 +19,8 @@ def test_counts_the_true_entries_of_the_mask(tokens: int, blocks: tuple[int, int
     count[0, 0] -= 1
     with measure_executions() as executions:
         block_sparse_attention(*qkv, lut, count, *blocks, 0.25)
-    mask = reference.token_mask(lut, count, tokens, *blocks)
-    assert executions == [Execution(computed_pairs=int(mask.sum()), total_pairs=mask.numel())]
+    mask = reference.token_mask(Selection(lut, count, *blocks, 0.25), tokens)
+    assert executions == [Execution(int(mask.sum()), mask.numel(), "torch")]
 
 
 def test_contexts_nest_and_end() -> None:
@@ -44,8 +45,9 @@ def test_selections_are_captured_as_they_were_given_and_with_the_lse() -> None:
     block_sparse_attention(*qkv, *selection, 64, 64, 0.25)
     assert inner == []
     (seen,) = captured
-    for tensor, expected in zip((seen.lut, seen.count, seen.lse), (*selection, lse), strict=True):
+    for tensor, expected in zip((*seen.selection[:2], seen.lse), (*selection, lse), strict=True):
         assert torch.equal(tensor, expected)
+    assert seen.selection[2:] == (64, 64, 0.25, None)
 
 
 def test_backward_is_not_counted() -> None:

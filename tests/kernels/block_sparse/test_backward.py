@@ -6,7 +6,10 @@ import torch.nn.functional as F
 
 from salad_compile.kernels import block_sparse_attention
 from salad_compile.kernels.block_sparse import reference
+from salad_compile.kernels.selection import Selection
 from tests.kernels.helpers import BLOCKS, LAYOUTS, LENGTHS, cosine, make_qkv, make_selection, relative_l2
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 SCALE = 0.25
 
@@ -18,7 +21,7 @@ def test_equals_autograd_of_the_reference(tokens: int, blocks: tuple[int, int]) 
     qkv = make_qkv(tokens, layout, grad=True)
     selection = make_selection(*qkv[:2], *blocks)
     out, _ = block_sparse_attention(*qkv, *selection, *blocks, SCALE)
-    expected, _ = reference.block_sparse_attention(*qkv, *selection, *blocks, SCALE)
+    expected, _ = reference.block_sparse_attention(*qkv, Selection(*selection, *blocks, SCALE))
     grad = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5))
     ours = torch.autograd.grad(out, qkv, grad)
     for grad_ours, grad_theirs in zip(ours, torch.autograd.grad(expected, qkv, grad), strict=True):
@@ -33,7 +36,7 @@ def test_layouts_do_not_matter(layout: str) -> None:
     grad = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5))
     arguments = (*(x.detach() for x in (*qkv, out)), lse, *selection, 64, 64, SCALE)
     ours = torch.ops.salad.block_sparse_attention_backward(grad, *arguments)
-    expected, _ = reference.block_sparse_attention(*qkv, *selection, 64, 64, SCALE)
+    expected, _ = reference.block_sparse_attention(*qkv, Selection(*selection, 64, 64, SCALE))
     for grad_ours, grad_theirs in zip(ours, torch.autograd.grad(expected, qkv, grad), strict=True):
         torch.testing.assert_close(grad_ours, grad_theirs, rtol=1e-10, atol=1e-11)
         assert grad_ours.transpose(1, 2).is_contiguous()
@@ -44,11 +47,11 @@ def test_layouts_do_not_matter(layout: str) -> None:
 def test_accuracy_bars(scale: float, dtype: torch.dtype) -> None:
     qkv = make_qkv(1023, dtype=dtype, head_dim=64, scale=scale, grad=True)
     selection = make_selection(*qkv[:2], 128, 64)
-    mask = reference.token_mask(*selection, 1023, 128, 64)
+    mask = reference.token_mask(Selection(*selection, 128, 64, 0.125), 1023)
     wide = [x.detach().double().requires_grad_() for x in qkv]
     grad = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(5)).to(dtype)
     out, _ = block_sparse_attention(*qkv, *selection, 128, 64, 0.125)
-    expected, _ = reference.block_sparse_attention(*wide, *selection, 128, 64, 0.125)
+    expected, _ = reference.block_sparse_attention(*wide, Selection(*selection, 128, 64, 0.125))
     dense = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
     for ours, exact, theirs in zip(
         torch.autograd.grad(out, qkv, grad),
@@ -75,7 +78,7 @@ def test_expanded_gradients() -> None:
     expanded = torch.autograd.grad(out.sum(), qkv, retain_graph=True)  # the gradient of a sum has stride 0
     per_channel = torch.rand(16, dtype=torch.float64)
     rows = torch.autograd.grad((out * per_channel).sum(), qkv)
-    expected, _ = reference.block_sparse_attention(*qkv, *selection, 64, 64, SCALE)
+    expected, _ = reference.block_sparse_attention(*qkv, Selection(*selection, 64, 64, SCALE))
     for ours, theirs in zip(expanded, torch.autograd.grad(expected.sum(), qkv, retain_graph=True), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
     for ours, theirs in zip(rows, torch.autograd.grad((expected * per_channel).sum(), qkv), strict=True):
@@ -97,7 +100,7 @@ def test_rows_without_keys_get_zero_gradients() -> None:
     count[:, :, 1] = 0
     count[:, :, 2] = 1
     out, _ = block_sparse_attention(*qkv, lut, count, 64, 64, SCALE)
-    expected, _ = reference.block_sparse_attention(*qkv, lut, count, 64, 64, SCALE)
+    expected, _ = reference.block_sparse_attention(*qkv, Selection(lut, count, 64, 64, SCALE))
     grad = torch.randn_like(out)
     ours = torch.autograd.grad(out, qkv, grad)
     for grad_ours, grad_theirs in zip(ours, torch.autograd.grad(expected, qkv, grad), strict=True):
@@ -133,10 +136,6 @@ def test_two_runs_are_bitwise_equal() -> None:
 def test_every_element_is_written_and_finite(scale: float) -> None:
     qkv = make_qkv(203, dtype=torch.float32, scale=scale, grad=True)
     selection = make_selection(*qkv[:2], 128, 64)
-    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
-    try:
-        out, _ = block_sparse_attention(*qkv, *selection, 128, 64, SCALE)
-        grads = torch.autograd.grad(out, qkv, torch.ones_like(out))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    out, _ = block_sparse_attention(*qkv, *selection, 128, 64, SCALE)
+    grads = torch.autograd.grad(out, qkv, torch.ones_like(out))
     assert all(torch.isfinite(x).all() for x in grads)

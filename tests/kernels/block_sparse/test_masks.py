@@ -4,9 +4,13 @@ import pytest
 import torch
 
 from salad_compile.kernels import block_sparse_attention, measure_executions
-from salad_compile.kernels.block_sparse import cpu, reference
+from salad_compile.kernels.block_sparse import reference
+from salad_compile.kernels.block_sparse import torch as engine
 from salad_compile.kernels.layout import ALL_BLOCKS
+from salad_compile.kernels.selection import Selection
 from tests.kernels.helpers import make_qkv, make_selection
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 SCALE = 0.25
 
@@ -38,10 +42,10 @@ def test_equals_reference(
         count[0, 1, 0] = ALL_BLOCKS
         lut = lut.clone()
         lut[0, 1, 0] = -7  # ignored where everything is attended to
-    arguments = (lut, count, *blocks, SCALE, key_mask)
-    out, lse = block_sparse_attention(*qkv, *arguments)
-    safe = lut.masked_fill(lut < 0, 0)
-    expected, expected_lse = reference.block_sparse_attention(*qkv, safe, *arguments[1:])
+    selection = Selection(lut, count, *blocks, SCALE, key_mask)
+    out, lse = block_sparse_attention(*qkv, *selection)
+    selection = selection._replace(lut=lut.masked_fill(lut < 0, 0))
+    expected, expected_lse = reference.block_sparse_attention(*qkv, selection)
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-11, atol=1e-12)
     grad = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5))
@@ -64,8 +68,8 @@ def test_dense_rows_count_as_computed() -> None:
 
 def test_no_dense_row_costs_no_second_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    group = cpu._forward_group
-    monkeypatch.setattr(cpu, "_forward_group", lambda *a: calls.append(a) or group(*a))
+    group = engine._forward_group
+    monkeypatch.setattr(engine, "_forward_group", lambda *a: calls.append(a) or group(*a))
     query, key, value = make_qkv(203)
     block_sparse_attention(query, key, value, *make_selection(query, key, 64, 64), 64, 64, SCALE)
     assert len(calls) == 2  # one for each sample

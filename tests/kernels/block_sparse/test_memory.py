@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from salad_compile.kernels.block_sparse import cpu
+from salad_compile.kernels.block_sparse import torch as engine
+from salad_compile.kernels.selection import Selection
 
 
 class LargestTensor(TorchDispatchMode):
@@ -33,10 +34,10 @@ def test_largest_tensor_is_linear_in_tokens(tokens: int, permille: int) -> None:
     key_blocks = tokens // 64
     kept = max(1, key_blocks * permille // 1000)
     lut = torch.arange(kept, dtype=torch.int32).expand(1, 1, key_blocks, kept)
-    selection = lut, torch.full((1, 1, key_blocks), kept, dtype=torch.int32)
+    selection = Selection(lut, torch.full((1, 1, key_blocks), kept, dtype=torch.int32), 64, 64, 0.35)
     with LargestTensor() as largest:
-        out, lse = cpu.forward(query, key, value, *selection, 64, 64, 0.35)
-        cpu.backward(grad, query, key, value, out, lse, *selection, 64, 64, 0.35)
+        out, lse = engine.block_sparse_attention(query, key, value, selection)
+        engine.block_sparse_attention_backward(grad, query, key, value, out, lse, selection)
     assert largest.nbytes >= tokens * 8 * 4
     # one chunk, or one query block against all keys where that is more than a chunk
     assert largest.nbytes <= max(4 << 20, 64 * tokens * 4)

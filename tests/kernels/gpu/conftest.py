@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from salad_compile.kernels import use_engine
-from salad_compile.kernels.dispatch import interpreting
+from salad_compile.kernels.launch import interpreting
 
 if interpreting():
     from tests.kernels.gpu.interpreter import mend

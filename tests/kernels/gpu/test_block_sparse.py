@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from salad_compile.kernels import KernelArgumentError, UnsupportedKernelError, block_sparse_attention
-from salad_compile.kernels.block_sparse import cuda, reference
+from salad_compile.kernels.block_sparse import reference
+from salad_compile.kernels.block_sparse import triton as host
 from salad_compile.kernels.block_sparse.deferred import raise_pending
 from salad_compile.kernels.block_sparse.inverted_index import invert
-from salad_compile.kernels.dispatch import interpreting
+from salad_compile.kernels.launch import interpreting
 from salad_compile.kernels.layout import ALL_BLOCKS
+from salad_compile.kernels.selection import Selection
 from tests.kernels.helpers import FORWARD_BAR, LAYOUTS, cosine, make_qkv, make_selection, relative_l2
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 GRADIENT_BAR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
@@ -75,11 +79,13 @@ class Inputs:
         grad = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(case.dtype)
         return cls((query, key, value), lut, count, key_mask, grad)
 
+    def selection(self, case: Case) -> Selection:
+        return Selection(self.lut, self.count, *case.blocks, case.head_dim**-0.5, self.key_mask)
+
     def run(self, case: Case) -> tuple[torch.Tensor, ...]:
         """out, lse, grad_query, grad_key, grad_value of the operator."""
         qkv = [x.detach().requires_grad_() for x in self.qkv]
-        arguments = (self.lut, self.count, *case.blocks, case.head_dim**-0.5, self.key_mask)
-        out, lse = block_sparse_attention(*qkv, *arguments)
+        out, lse = block_sparse_attention(*qkv, *self.selection(case))
         return (out.detach(), lse, *torch.autograd.grad(out, qkv, self.grad))
 
     def to(self, device: str) -> Inputs:
@@ -95,13 +101,12 @@ class Inputs:
     def expected(self, case: Case) -> tuple[torch.Tensor, ...]:
         """The same by the definition, in fp64 on the rounded inputs."""
         wide = [x.detach().double().requires_grad_() for x in self.qkv]
-        arguments = (self.lut, self.count, *case.blocks, case.head_dim**-0.5, self.key_mask)
-        out, lse = reference.block_sparse_attention(*wide, *arguments)
+        out, lse = reference.block_sparse_attention(*wide, self.selection(case))
         return (out.detach(), lse, *torch.autograd.grad(out, wide, self.grad.double()))
 
     def dense_gradients(self, case: Case) -> tuple[torch.Tensor, ...]:
         """Gradients of PyTorch's own attention on the same selection and in the same dtype: the yardstick."""
-        mask = reference.token_mask(self.lut, self.count, case.tokens, *case.blocks, self.key_mask)
+        mask = reference.token_mask(self.selection(case), case.tokens)
         narrow = [x.detach().requires_grad_() for x in self.qkv]
         return torch.autograd.grad(F.scaled_dot_product_attention(*narrow, attn_mask=mask), narrow, self.grad)
 
@@ -217,9 +222,9 @@ def test_a_list_longer_than_the_sequence_reads_nothing_else(head_dim: int, maske
     lut = torch.tensor([0, 0], dtype=torch.int32, device=device).view(1, 1, 1, 2)
     count = torch.full((1, 1, 1), 2, dtype=torch.int32, device=device)
     key_mask = torch.ones(1, 40, dtype=torch.bool, device=device) if masked else None
-    arguments = (lut, count, 64, 64, 0.1, key_mask)
-    out, lse = cuda.forward(query, key, value, *arguments)
-    grads = cuda.backward(torch.ones_like(out), query, key, value, out, lse, *arguments)
+    selection = Selection(lut, count, 64, 64, 0.1, key_mask)
+    out, lse = host.block_sparse_attention(query, key, value, selection)
+    grads = host.block_sparse_attention_backward(torch.ones_like(out), query, key, value, out, lse, selection)
     with pytest.raises(KernelArgumentError, match="ascending"):
         raise_pending(query.device, wait=True)
     exact = F.scaled_dot_product_attention(*(x.double() for x in (query, key, value)), scale=0.1)
@@ -266,7 +271,7 @@ def test_expanded_gradients_and_negative_scale(device: str) -> None:
     wide = [x.detach().cpu().double().requires_grad_() for x in qkv]
     for scale in (0.25, -0.25):
         out, _ = block_sparse_attention(*qkv, lut, count, 64, 64, scale)
-        exact, _ = reference.block_sparse_attention(*wide, lut.cpu(), count.cpu(), 64, 64, scale)
+        exact, _ = reference.block_sparse_attention(*wide, Selection(lut.cpu(), count.cpu(), 64, 64, scale))
         ours = torch.autograd.grad(out.sum(), qkv)  # the gradient of a sum has stride 0
         for grad, theirs in zip(ours, torch.autograd.grad(exact.sum(), wide), strict=True):
             torch.testing.assert_close(grad.cpu().double(), theirs, rtol=1e-3, atol=1e-4)
@@ -277,7 +282,9 @@ def test_a_transposed_head_dim(device: str) -> None:
     qkv = [x.transpose(2, 3).contiguous().transpose(2, 3).to(device) for x in make_qkv(100, dtype=FP32, head_dim=16)]
     lut, count = make_selection(qkv[0].cpu(), qkv[1].cpu(), 64, 64)
     out, _ = block_sparse_attention(*qkv, lut.to(device), count.to(device), 64, 64, 0.25)
-    expected, _ = reference.block_sparse_attention(*(x.cpu().double() for x in qkv), lut, count, 64, 64, 0.25)
+    expected, _ = reference.block_sparse_attention(
+        *(x.cpu().double() for x in qkv), Selection(lut, count, 64, 64, 0.25)
+    )
     assert relative_l2(out.cpu(), expected) <= 1e-5
 
 
@@ -286,7 +293,7 @@ def test_a_transposed_head_dim(device: str) -> None:
     [
         ({"dtype": torch.float64}, "float64.*bfloat16, float16, float32.*use_engine"),
         ({"head_dim": 136}, "head_dim 136"),
-        ({"blocks": (96, 48)}, "query_block 96"),
+        ({"blocks": (96, 48)}, "blocks of 96"),
     ],
 )
 def test_unsupported_arguments_say_what_is_supported(change: dict[str, object], message: str, device: str) -> None:
@@ -301,11 +308,7 @@ def test_unsupported_arguments_say_what_is_supported(change: dict[str, object], 
 def test_every_element_is_written(device: str) -> None:
     case = Case(203, BF16, (64, 64), batch=2, text_blocks=1)
     inputs = Inputs.of(case).to(device)
-    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
-    try:
-        results = inputs.run(case)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    results = inputs.run(case)
     assert all(torch.isfinite(x).all() for x in results)
 
 
@@ -355,14 +358,14 @@ def test_wrong_contents_are_reported_and_harmless(
     qkv = [x.to(device) for x in inputs.qkv]
     lut, count = inputs.lut.to(device), inputs.count.to(device)
     key_mask = None if inputs.key_mask is None else inputs.key_mask.to(device)
-    arguments = (lut, count, *case.blocks, 0.125, key_mask)
+    selection = Selection(lut, count, *case.blocks, 0.125, key_mask)
     if at_once:
         monkeypatch.setenv("SALAD_CHECK_INDICES", "1")
         with pytest.raises(KernelArgumentError, match=message):
-            cuda.forward(*qkv, *arguments)
+            host.block_sparse_attention(*qkv, selection)
         return
-    out, lse = cuda.forward(*qkv, *arguments)
-    cuda.backward(torch.ones_like(out), *qkv, out, lse, *arguments)
+    out, lse = host.block_sparse_attention(*qkv, selection)
+    host.block_sparse_attention_backward(torch.ones_like(out), *qkv, out, lse, selection)
     with pytest.raises(KernelArgumentError, match=message):
         raise_pending(qkv[0].device, wait=True)
     raise_pending(qkv[0].device, wait=True)  # said once

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from salad_compile.kernels import UnsupportedKernelError, linear_output, linear_state
-from salad_compile.kernels.linear import cuda, reference
+from salad_compile.kernels.linear import reference
+from salad_compile.kernels.linear import triton as host
 from tests.kernels.helpers import FORWARD_BAR, cosine, make_qkv, relative_l2
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 EPS = 1e-6
 MAPS = ("relu", "elu", "softmax")
@@ -255,7 +258,7 @@ def test_results_fill_poisoned_memory_in_model_layout(device: str, monkeypatch: 
 def test_one_split_and_many(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = Inputs.of(Case(203, torch.float32))
     many = inputs.run(operators, "relu", torch.float32, device)
-    monkeypatch.setattr(cuda, "split_count", lambda x, settings: 1)
+    monkeypatch.setattr(host, "split_count", lambda x, settings: 1)
     one = inputs.run(operators, "relu", torch.float32, device)
     for first, second in zip(many, one, strict=True):
         assert relative_l2(first, second) <= 1e-5

@@ -10,23 +10,14 @@ import torch
 from salad_compile.kernels import UnsupportedKernelError, pool_blocks, select_blocks
 from salad_compile.kernels.launch import record_launches
 from salad_compile.kernels.layout import ALL_BLOCKS
-from salad_compile.kernels.routing import cuda, reference
+from salad_compile.kernels.routing import reference
+from salad_compile.kernels.routing import triton as host
 from tests.kernels.helpers import FORWARD_BAR, make_qkv, relative_l2
 from tests.kernels.routing.selection import check_selection, make_mask, pooled
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel is to fill holds nonsense before."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        out = new_empty(self, *args, **kwargs)
-        return out.fill_(float("nan") if out.is_floating_point() else 77)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 # --- pooling ----------------------------------------------------------------------------------------------------------
@@ -173,8 +164,8 @@ def test_selection(case: Selection, device: str) -> None:
 @pytest.mark.parametrize("case", [SELECTIONS[9], SELECTIONS[14]], ids=str)
 def test_rows_longer_than_the_registers(case: Selection, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(case, device)
-    monkeypatch.setattr(cuda, "SELECT_TILE", 8)
-    monkeypatch.setattr(cuda, "SELECT_TILES", 2)
+    monkeypatch.setattr(host, "SELECT_TILE", 8)
+    monkeypatch.setattr(host, "SELECT_TILES", 2)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(case, device), whole, strict=True))
 
 
@@ -187,7 +178,7 @@ def test_a_row_of_thousands(device: str) -> None:
 def test_heads_one_after_another(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Selection(49, (16, 8), 300, (41, 49), masked=True, batch=2, heads=3)
     whole = run(case, device)
-    monkeypatch.setattr(cuda, "SCORES_AT_ONCE", 2 * 4 * 16)  # two heads: the second sequence begins within a group
+    monkeypatch.setattr(host, "SCORES_AT_ONCE", 2 * 4 * 16)  # two heads: the second sequence begins within a group
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(case, device), whole, strict=True))
 
 
@@ -236,7 +227,7 @@ def test_every_kind_of_number_has_its_rank(device: str) -> None:
     key = torch.tensor([nan] + [ranked[place] for place in range(1, 12)]).reshape(1, 1, 12, 1).to(device)
     query = torch.ones(1, 1, 1, 1, device=device)
     for kept in range(1, 11):
-        lut, _ = cuda.select_blocks(query, key, 8, 8, -(-1000 * kept // 12))
+        lut, _ = host.select_blocks(query, key, 8, 8, -(-1000 * kept // 12))
         assert lut.flatten().tolist() == sorted([0, *list(ranked)[: kept - 1]])
 
 
@@ -276,8 +267,8 @@ def test_a_new_length_compiles_no_new_kernel() -> None:
         x = torch.empty(1, tokens, 2, 64, dtype=BF16, device="meta").transpose(1, 2)
         mask = torch.empty(1, tokens, dtype=torch.bool, device="meta")
         with record_launches() as recorded:
-            query, key = cuda.pool_blocks(x, 128, mask), cuda.pool_blocks(x, 64, mask)
-            cuda.select_blocks(query, key, 128, 64, density, *sinks, mask)
+            query, key = host.pool_blocks(x, 128, mask), host.pool_blocks(x, 64, mask)
+            host.select_blocks(query, key, 128, 64, density, *sinks, mask)
         return [(launch.kernel, launch.constants, launch.options) for launch in recorded]
 
     assert len(launches(203, 100, (0, 0))) == 4

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from salad_compile.kernels import KernelArgumentError, linear_output, linear_state
-from salad_compile.kernels.linear import cpu, reference
+from salad_compile.kernels.linear import reference
+from salad_compile.kernels.linear import torch as engine
 from tests.kernels.helpers import FORWARD_BAR, LAYOUTS, LENGTHS, cosine, make_qkv, relative_l2
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 EPS = 1e-6
 MAPS = ("relu", "elu", "softmax")
@@ -68,7 +71,7 @@ def test_each_operator_equals_its_reference(feature_map: str) -> None:
 @pytest.mark.parametrize("feature_map", MAPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_narrow_dtypes_within_the_bars(dtype: torch.dtype, feature_map: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_CHUNK_ELEMENTS", 1 << 14)  # several chunks, and a short one at the end
+    monkeypatch.setattr(engine, "_CHUNK_ELEMENTS", 1 << 14)  # several chunks, and a short one at the end
     qkv = make_qkv(600, dtype=dtype, head_dim=64, grad=True)
     wide = [x.detach().double().requires_grad_() for x in qkv]
     out, expected = linear_attention(*qkv, feature_map), reference.quadratic_attention(*wide, feature_map, EPS)
@@ -89,7 +92,7 @@ def test_narrow_dtypes_within_the_bars(dtype: torch.dtype, feature_map: str, mon
 def test_masked_and_rotated_equal_the_quadratic_sum(
     tokens: int, feature_map: str, masked: bool, rotated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_CHUNK_ELEMENTS", 1 << 12)  # several chunks
+    monkeypatch.setattr(engine, "_CHUNK_ELEMENTS", 1 << 12)  # several chunks
     leaves = list(make_qkv(tokens, "fused", grad=True))
     mask = make_mask(2, tokens) if masked else None
     if rotated:

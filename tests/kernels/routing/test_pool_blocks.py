@@ -7,6 +7,8 @@ from salad_compile.kernels import KernelArgumentError, pool_blocks
 from salad_compile.kernels.routing import reference
 from tests.kernels.helpers import LAYOUTS, LENGTHS, make_qkv
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tokens", LENGTHS)

@@ -7,6 +7,8 @@ from salad_compile.kernels import KernelArgumentError, kept_blocks, select_block
 from tests.kernels.helpers import BLOCKS, LENGTHS
 from tests.kernels.routing.selection import check_selection, pooled
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("tokens", LENGTHS)

@@ -9,6 +9,8 @@ from salad_compile.kernels.routing import reference
 from tests.kernels.helpers import BLOCKS, LAYOUTS, LENGTHS, make_qkv
 from tests.kernels.routing.selection import check_selection, make_mask, pooled
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 def sink_ranges(tokens: int) -> tuple[tuple[int, int], ...]:
     """Text behind, in front, in the middle; one token of it; none; nothing but text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 import salad_compile
 from salad_compile.common.reports import fold
 from salad_compile.errors import NotConvertedError
+from salad_compile.kernels.block_sparse import reference
+from salad_compile.kernels.engines import Call, GateCall, register, unregister
 from salad_compile.sites.branch import branches
 from tests import toys
 from tests.models.zoo import CASES
@@ -47,9 +50,12 @@ def test_sparsity_is_measured_by_running() -> None:
         else:
             explanation = salad_compile.explain(model, **CASE.inputs(0))
             assert explanation.measured_sparsity == pytest.approx(0.7, abs=0.02)
+            assert explanation.engines == ("torch",)
+            assert "on engine torch" in str(explanation)
         for site in salad_compile.summary(model).sites:
             # 3 of 10 blocks of 16 over 154 tokens, the last of 10 tokens
             assert 1 - 48 / 154 <= site.measured_sparsity <= 1 - 42 / 154
+            assert site.engine == "torch"
 
 
 def test_explain_shows_every_call_with_its_fate() -> None:
@@ -112,3 +118,31 @@ def test_rows_are_folded_only_when_one_number_runs() -> None:
     assert fold([("a.0.b", "x"), ("a.1.b", "y")]) == [("a.0.b", "x"), ("a.1.b", "y")]
     assert fold([("a.0.b.0", "x"), ("a.1.b.1", "x")]) == [("a.0.b.0", "x"), ("a.1.b.1", "x")]
     assert fold([("a", "x"), ("a", "x")]) == [("a", "x"), ("a", "x")]
+
+
+class Definition:
+    """An engine that computes the forward by the definition."""
+
+    name = "definition"
+    operators = ("block_sparse_attention",)
+
+    def supports(self, call: Call) -> str | None:
+        return None
+
+    def run(self, call: Call, *arguments: Any) -> Any:
+        return reference.block_sparse_attention(*arguments)
+
+    def gate_calls(self, arch: int) -> tuple[GateCall, ...]:
+        return ()
+
+
+def test_an_engine_that_is_added_is_reported() -> None:
+    model = converted()
+    register(Definition(), before="torch")
+    try:
+        assert salad_compile.explain(model, **CASE.inputs(0)).engines == ("definition",)
+        model(**CASE.inputs(0))
+    finally:
+        unregister("definition")
+    assert {site.engine for site in salad_compile.summary(model).sites} == {"definition"}
+    assert "definition" in str(salad_compile.summary(model))

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..capability import arch_of, padded_head_dim, require_supported
+from ..capability import arch_of, padded_head_dim
 from ..launch import launch
-from ..layout import block_count, empty_bshd
+from ..layout import block_count, empty_bshd, row_strides, with_dense_rows
+from ..selection import Selection
 from ..tuning import choose
 from .deferred import check_selection
 from .inverted_index import invert
@@ -22,30 +23,21 @@ from .triton_backward import key_gradient_kernel, query_gradient_kernel
 from .triton_forward import forward_kernel
 
 
-def forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    scale: float,
-    key_mask: torch.Tensor | None = None,
+def block_sparse_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, selection: Selection
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.block_sparse_attention`."""
-    call = _Call.of(query, value, query_block, key_block, key_mask)
+    kind, selection = _Kind.of(query, value, selection), _contiguous(selection)
+    lut, count, scale = selection.lut, selection.count, selection.scale
     if scale < 0:  # the kernels take the largest score before they scale it
         query, scale = -query, -scale
     batch, heads, tokens, _ = query.shape
-    lut, count = lut.contiguous(), count.contiguous()
-    key_mask = None if key_mask is None else key_mask.contiguous()
-    check_selection(lut, count, block_count(tokens, key_block))
+    key_blocks = block_count(tokens, selection.key_block)
+    check_selection(lut, count, key_blocks)
     out = empty_bshd(query, batch, heads, tokens, value.shape[-1])
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
-
-    tensors = (query, key, value)
-    described = call.describable(*tensors)
+    tensors = with_dense_rows(query), with_dense_rows(key), with_dense_rows(value)
+    described = all(_describable(x) for x in tensors)
 
     def run(tiling: Tiling) -> None:
         sources = _sources(tiling, (tiling.query, tiling.key, tiling.key), *tensors)
@@ -53,45 +45,40 @@ def forward(
             forward_kernel,
             (block_count(tokens, tiling.query), heads, batch),
             query.device,
-            *(*sources, out, lse, lut, count, key_mask),
-            *(stride for x in tensors for stride in x.stride()),
-            *(heads, tokens, lut.shape[-1], lut.shape[2], block_count(tokens, key_block)),
+            *(*sources, out, lse, lut, count, selection.key_mask),
+            *(row_strides(x) for x in tensors),
+            *(heads, tokens, lut.shape[-1], lut.shape[2], key_blocks),
             scale * math.log2(math.e),
-            **call.constants(tiling),
+            **kind.constants(tiling),
         )
 
-    run(call.choose("forward", described, run))
+    run(kind.choose("forward", described, run))
     return out, lse
 
 
-def backward(
+def block_sparse_attention_backward(
     grad_out: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    scale: float,
-    key_mask: torch.Tensor | None = None,
+    selection: Selection,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `forward`: one kernel over the lists of the query blocks, one over the lists of the key blocks."""
-    call = _Call.of(query, value, query_block, key_block, key_mask)
+    """Gradients of the forward: one kernel over the lists of the query blocks, one over the lists of the key blocks."""
+    kind, selection = _Kind.of(query, value, selection), _contiguous(selection)
+    lut, scale = selection.lut, selection.scale
     batch, heads, tokens, _ = query.shape
-    lut, count = lut.contiguous(), count.contiguous()
-    key_mask = None if key_mask is None else key_mask.contiguous()
+    query_blocks, key_blocks = lut.shape[2], block_count(tokens, selection.key_block)
     lse = lse.contiguous()
     delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
-    query_blocks, key_blocks = lut.shape[2], block_count(tokens, key_block)
     grad_query, grad_key, grad_value = (empty_bshd(x, *x.shape) for x in (query, key, value))
 
     if not _describable(grad_out):  # expanded, perhaps: the gradient of a sum
         grad_out = grad_out.contiguous()
+    query, key, value, out = (with_dense_rows(x) for x in (query, key, value, out))
     tensors = (query, key, value, out, grad_out)
-    described = call.describable(*tensors)
+    described = all(_describable(x) for x in tensors)
 
     def run_query(tiling: Tiling) -> None:
         sources = _sources(tiling, (tiling.query, tiling.key, tiling.key, tiling.query, tiling.query), *tensors)
@@ -99,15 +86,15 @@ def backward(
             query_gradient_kernel,
             (block_count(tokens, tiling.query), heads, batch),
             query.device,
-            *(*sources, lse, delta, lse_log2, grad_query, lut, count, key_mask),
-            *(stride for x in tensors for stride in x.stride()),
+            *(*sources, lse, delta, lse_log2, grad_query, lut, selection.count, selection.key_mask),
+            *(row_strides(x) for x in tensors),
             *(heads, tokens, lut.shape[-1], query_blocks, key_blocks),
             *(scale, scale * math.log2(math.e)),
-            **call.constants(tiling),
+            **kind.constants(tiling),
         )
 
-    run_query(call.choose("query_gradient", described, run_query))
-    index = invert(lut, count, key_blocks)
+    run_query(kind.choose("query_gradient", described, run_query))
+    index = invert(lut, selection.count, key_blocks)
 
     def run_key(tiling: Tiling) -> None:
         queries, grads = _sources(tiling, (tiling.query, tiling.query), query, grad_out)
@@ -116,20 +103,25 @@ def backward(
             (block_count(tokens, tiling.key), heads, batch),
             query.device,
             *(queries, key, value, grads, lse_log2, delta, grad_key, grad_value),
-            *(index.rows, index.start, key_mask),
-            *(stride for x in (query, key, value, grad_out) for stride in x.stride()),
+            *(index.rows, index.start, selection.key_mask),
+            *(row_strides(x) for x in (query, key, value, grad_out)),
             *(heads, tokens, key_blocks, index.rows.shape[-1]),
             *(scale, scale * math.log2(math.e)),
-            **call.constants(tiling),
+            **kind.constants(tiling),
         )
 
-    run_key(call.choose("key_gradient", described, run_key))
+    run_key(kind.choose("key_gradient", described, run_key))
     return grad_query, grad_key, grad_value
 
 
+def _contiguous(selection: Selection) -> Selection:
+    key_mask = None if selection.key_mask is None else selection.key_mask.contiguous()
+    return selection._replace(lut=selection.lut.contiguous(), count=selection.count.contiguous(), key_mask=key_mask)
+
+
 @dataclass(frozen=True)
-class _Call:
-    """What of a call decides which kernel is compiled; no length is among it."""
+class _Kind:
+    """What selects the compiled kernel; no length is among it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -139,26 +131,10 @@ class _Call:
     key_block: int
     masked: bool
 
-    def __post_init__(self) -> None:
-        blocks = {"query_block": self.query_block, "key_block": self.key_block}
-        require_supported(self.device, self.dtype, self.head_dim, self.value_dim, **blocks)
-
     @classmethod
-    def of(
-        cls,
-        query: torch.Tensor,
-        value: torch.Tensor,
-        query_block: int,
-        key_block: int,
-        key_mask: torch.Tensor | None,
-    ) -> _Call:
-        """Raises UnsupportedKernelError where there is no kernel."""
-        dims, blocks = (query.shape[-1], value.shape[-1]), (query_block, key_block)
-        return _known_call(query.device, query.dtype, *dims, *blocks, key_mask is not None)
-
-    def describable(self, *tensors: torch.Tensor) -> bool:
-        """Whether the bulk copy engine can read tiles of these tensors: consecutive rows, aligned."""
-        return all(_describable(x) for x in tensors)
+    def of(cls, query: torch.Tensor, value: torch.Tensor, selection: Selection) -> _Kind:
+        blocks = (selection.query_block, selection.key_block)
+        return cls(query.device, query.dtype, query.shape[-1], value.shape[-1], *blocks, selection.key_mask is not None)
 
     def choose(self, kernel: str, described: bool, run: Callable[[Tiling], None]) -> Tiling:
         """The default tiling, or the one that tuning found."""
@@ -185,17 +161,14 @@ class _Call:
 
 
 # What the host does per launch counts where the device needs less than a millisecond a layer: nothing twice.
-_known_call = lru_cache(maxsize=256)(_Call)
-
-
 @lru_cache(maxsize=256)
 def _candidates(
-    call: _Call, kernel: str, described: bool, arch: tuple[int, int]
+    kind: _Kind, kernel: str, described: bool, arch: tuple[int, int]
 ) -> tuple[list[Tiling], tuple[object, ...]]:
     """The tilings to choose from, and what tuning knows them by. arch: part of the key, as the gate changes it."""
-    blocks, widest = (call.query_block, call.key_block), max(call.head_dim, call.value_dim)
-    candidates = tilings(kernel, call.device, call.dtype, widest, *blocks, described=described)
-    key = (call.dtype, call.head_dim, call.value_dim, *blocks, call.masked, described)
+    blocks, widest = (kind.query_block, kind.key_block), max(kind.head_dim, kind.value_dim)
+    candidates = tilings(kernel, kind.device, kind.dtype, widest, *blocks, described=described)
+    key = (kind.dtype, kind.head_dim, kind.value_dim, *blocks, kind.masked, described)
     return candidates, key
 
 

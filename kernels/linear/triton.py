@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from ..capability import require_supported
 from ..launch import launch
-from ..layout import empty_bshd
-from . import cpu
+from ..layout import empty_bshd, row_strides, with_dense_rows
+from . import torch as plain
 from .absent import absent
-from .host import constants, mask_bytes, new_state, reduced, split_count, strides
+from .host import constants, mask_bytes, new_state, reduced, split_count
 from .tiles import tiling
 from .triton_output import output_backward_kernel, output_kernel
 from .triton_state import state_backward_kernel, state_kernel
@@ -27,9 +26,9 @@ def linear_state(
     rotated_key: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.linear_state`. One pass over the tokens, then the sum of the splits."""
-    _require_supported(key, value)
     if key.dtype == torch.float32:
-        return cpu.linear_state(key, value, feature_map, key_mask, rotated_key)
+        return plain.linear_state(key, value, feature_map, key_mask, rotated_key)
+    key, value, rotated_key = with_dense_rows(key), with_dense_rows(value), _dense(rotated_key)
     batch, heads, tokens, _ = key.shape
     settings = tiling("state", key, value)
     splits = split_count(key, settings)
@@ -39,7 +38,7 @@ def linear_state(
         (batch * heads, splits),
         key.device,
         *(key, value, rotated_key, mask_bytes(key_mask), state, key_sum),
-        *strides(key, value, rotated_key),
+        *(row_strides(x) for x in (key, value, rotated_key)),
         *(heads, tokens),
         **constants(key, value, feature_map, settings, rotated_key),
         HAS_MASK=key_mask is not None,
@@ -56,10 +55,10 @@ def linear_state_backward(
     key_mask: torch.Tensor | None = None,
     rotated_key: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `cpu.linear_state_backward`. One pass over the tokens."""
-    _require_supported(key, value)
+    """See `torch.linear_state_backward`. One pass over the tokens."""
     if key.dtype == torch.float32:
-        return cpu.linear_state_backward(grad_state, grad_key_sum, key, value, feature_map, key_mask, rotated_key)
+        return plain.linear_state_backward(grad_state, grad_key_sum, key, value, feature_map, key_mask, rotated_key)
+    key, value, rotated_key = with_dense_rows(key), with_dense_rows(value), _dense(rotated_key)
     batch, heads, tokens, _ = key.shape
     settings = tiling("state_backward", key, value)
     grad_key, grad_value = empty_bshd(key, *key.shape), empty_bshd(value, *value.shape)
@@ -70,7 +69,7 @@ def linear_state_backward(
         key.device,
         *(grad_state.contiguous(), grad_key_sum.contiguous(), key, value, rotated_key, mask_bytes(key_mask)),
         *(grad_key, grad_value, grad_rotated),
-        *strides(key, value, rotated_key),
+        *(row_strides(x) for x in (key, value, rotated_key)),
         *(heads, tokens),
         **constants(key, value, feature_map, settings, rotated_key),
         HAS_MASK=key_mask is not None,
@@ -87,9 +86,9 @@ def linear_output(
     rotated_query: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.linear_output`. One pass over the tokens."""
-    _require_supported(query, state)
     if query.dtype == torch.float32:
-        return cpu.linear_output(query, state, key_sum, feature_map, eps, rotated_query)
+        return plain.linear_output(query, state, key_sum, feature_map, eps, rotated_query)
+    query, rotated_query = with_dense_rows(query), _dense(rotated_query)
     batch, heads, tokens, _ = query.shape
     settings = tiling("output", query, state)
     out = empty_bshd(query, batch, heads, tokens, state.shape[-1])
@@ -98,7 +97,7 @@ def linear_output(
         (batch * heads, split_count(query, settings)),
         query.device,
         *(query, rotated_query, state.contiguous(), key_sum.contiguous(), out),
-        *strides(query, rotated_query),
+        *(row_strides(x) for x in (query, rotated_query)),
         *(heads, tokens, eps),
         **constants(query, state, feature_map, settings, rotated_query),
     )
@@ -114,10 +113,10 @@ def linear_output_backward(
     eps: float,
     rotated_query: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `cpu.linear_output_backward`. One pass over the tokens, then the sum of the splits."""
-    _require_supported(query, state)
+    """See `torch.linear_output_backward`. One pass over the tokens, then the sum of the splits."""
     if query.dtype == torch.float32:
-        return cpu.linear_output_backward(grad_out, query, state, key_sum, feature_map, eps, rotated_query)
+        return plain.linear_output_backward(grad_out, query, state, key_sum, feature_map, eps, rotated_query)
+    grad_out, query, rotated_query = with_dense_rows(grad_out), with_dense_rows(query), _dense(rotated_query)
     batch, heads, tokens, _ = query.shape
     settings = tiling("output_backward", query, state)
     splits = split_count(query, settings)
@@ -130,7 +129,7 @@ def linear_output_backward(
         query.device,
         *(grad_out, query, rotated_query, state.contiguous(), key_sum.contiguous()),
         *(grad_query, grad_rotated, grad_state, grad_key_sum),
-        *strides(grad_out, query, rotated_query),
+        *(row_strides(x) for x in (grad_out, query, rotated_query)),
         *(heads, tokens, eps),
         **constants(query, state, feature_map, settings, rotated_query),
     )
@@ -138,5 +137,5 @@ def linear_output_backward(
     return grad_query, *sums, absent(query) if grad_rotated is None else grad_rotated
 
 
-def _require_supported(x: torch.Tensor, value: torch.Tensor) -> None:
-    require_supported(x.device, x.dtype, x.shape[-1], value.shape[-1])
+def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else with_dense_rows(x)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..capability import padded_head_dim, require_supported
+from ..capability import padded_head_dim
 from ..launch import launch
-from ..layout import ALL_BLOCKS, block_count
+from ..layout import ALL_BLOCKS, block_count, row_strides, with_dense_rows
 from .density import list_width, touched_blocks
 from .triton_pool import pool_kernel, valid_blocks_kernel
 from .triton_select import select_kernel
@@ -21,8 +21,8 @@ SCORES_AT_ONCE = 1 << 25
 
 def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
     """See `reference.pool_blocks`."""
+    x = with_dense_rows(x)
     batch, heads, tokens, head_dim = x.shape
-    require_supported(x.device, x.dtype, head_dim, block=block)
     blocks = block_count(tokens, block)
     pooled = x.new_empty((batch, heads, blocks, head_dim), dtype=torch.float32)
     mask = _mask_bytes(key_mask)
@@ -30,7 +30,7 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
         pool_kernel,
         (batch * blocks * heads,),
         x.device,
-        *(x, mask, pooled, *x.stride(), heads, tokens, blocks),
+        *(x, mask, pooled, row_strides(x), heads, tokens, blocks),
         HEAD_DIM=head_dim,
         TILE_D=padded_head_dim(head_dim),
         BLOCK=block,
@@ -58,7 +58,6 @@ def select_blocks(
     permille: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.select_blocks`. Scores are one product of the library, in the precision that torch is set to."""
-    require_supported(pooled_query.device, pooled_query.dtype)
     batch, heads, query_blocks, _ = pooled_query.shape
     key_blocks = pooled_key.shape[2]
     slots = list_width(key_blocks, query_block, key_block, density_permille, sink_begin, sink_end)

@@ -8,27 +8,21 @@ import torch
 
 from ..checks import accumulation_dtype
 from ..layout import ALL_BLOCKS, empty_bshd
-from .chunks import Plan, Scratch, Selection, from_blocks, head_groups, valid_blocks
+from ..selection import Selection
+from .chunks import KeyLists, Plan, Scratch, from_blocks, head_groups, valid_blocks
 
 
-def forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    scale: float,
-    key_mask: torch.Tensor | None = None,
+def block_sparse_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, selection: Selection
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.block_sparse_attention`."""
+    lut, count, query_block, key_block, scale, key_mask = selection
     batch, heads, tokens, head_dim = query.shape
     dtype = accumulation_dtype(query.dtype)
     # bf16 weights times bf16 values: twice as fast as fp32 where the CPU has bf16 units. Scores stay fp32 throughout,
     # because a 16-bit matmul rounds its result to 16 bits here, and a score of 300 would be off by one.
     value_dtype = torch.bfloat16 if query.dtype == torch.bfloat16 else dtype
-    plan = Plan.of(tokens, lut, query_block, key_block)
+    plan = Plan.of(tokens, selection)
     out = empty_bshd(query, batch, heads, tokens, value.shape[-1])
     lse = query.new_empty((batch, heads, tokens), dtype=dtype)
     width = 2 * head_dim + value.shape[-1]
@@ -39,10 +33,10 @@ def forward(
         queries = scratch.blocks("query", query[b, group], query_block, dtype)
         keys = scratch.blocks("key", key[b, group], key_block, dtype)
         values = scratch.blocks("value", value[b, group], key_block, value_dtype)
-        selection = Selection.listed(plan, lut[b, group], count[b, group], valid)
-        blocks_out, blocks_lse = _forward_group(queries, keys, values, selection, scale, scratch)
+        listed = KeyLists.listed(plan, lut[b, group], count[b, group], valid)
+        blocks_out, blocks_lse = _forward_group(queries, keys, values, listed, scale, scratch)
         if any_dense and len(rows := _dense_rows(count[b, group])):
-            everything = Selection.everything(plan, rows, valid)
+            everything = KeyLists.everything(plan, rows, valid)
             dense = _forward_group(queries[rows], keys, values, everything, scale, dense_scratch)
             blocks_out[rows], blocks_lse[rows] = dense
         from_blocks(blocks_out, out[b, group])
@@ -59,22 +53,22 @@ def _forward_group(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    selection: Selection,
+    lists: KeyLists,
     scale: float,
     scratch: Scratch,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query: (R, query_block, D); key and value: (G * Mk, key_block, D). Returns blocks of out and lse."""
-    plan, value_dim = selection.plan, value.shape[-1]
+    plan, value_dim = lists.plan, value.shape[-1]
     out = scratch("out", (*query.shape[:2], value_dim), value.dtype)
     lse, largest = (scratch(name, query.shape[:2], query.dtype) for name in ("lse", "largest"))
     step = plan.chunk(max(key.shape[-1], value_dim) + plan.query_block, key.element_size())
-    for rows, index, masked in selection.chunks(step):
+    for rows, index, masked in lists.chunks(step):
         shape = (rows.stop - rows.start, plan.query_block, plan.gathered)
         keys = scratch.gather(key, index, plan.gathered)
         scores = scratch("scores", shape, query.dtype)
         torch.baddbmm(scores, query[rows], keys.transpose(1, 2), beta=0, alpha=scale, out=scores)
         if masked:
-            selection.mask(scores, rows)
+            lists.mask(scores, rows)
         highest = torch.amax(scores, dim=-1, out=lse[rows])
         # In place on the CPU, where the kernel is done with a row before it writes it (tested); not promised elsewhere.
         in_place = scores if scores.device.type == "cpu" else None
@@ -91,23 +85,19 @@ def _forward_group(
     return out, lse.sub_(largest.log_())
 
 
-def backward(
+def block_sparse_attention_backward(
     grad_out: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    scale: float,
-    key_mask: torch.Tensor | None = None,
+    selection: Selection,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `forward`, all in fp32 (fp64 for fp64) until the result is written."""
+    """Gradients of `block_sparse_attention`, all in fp32 (fp64 for fp64) until the result is written."""
+    lut, count, query_block, key_block, scale, key_mask = selection
     dtype = accumulation_dtype(query.dtype)
-    plan = Plan.of(query.shape[2], lut, query_block, key_block)
+    plan = Plan.of(query.shape[2], selection)
     grads = empty_bshd(query, *query.shape), empty_bshd(key, *key.shape), empty_bshd(value, *value.shape)
     width = 4 * (query.shape[-1] + value.shape[-1])
     scratch, dense_scratch = Scratch(query.device), Scratch(query.device)
@@ -124,10 +114,10 @@ def backward(
         deltas = scratch.blocks("delta", delta, query_block, dtype)
         lses = scratch.blocks("lse", safe_lse, query_block, dtype)
         valid = valid_blocks(None if key_mask is None else key_mask[b], key_block)
-        selection = Selection.listed(plan, lut[b, group], count[b, group], valid)
-        blocks = _backward_group(grads_out, queries, deltas, lses, keys, values, selection, scale, scratch)
+        listed = KeyLists.listed(plan, lut[b, group], count[b, group], valid)
+        blocks = _backward_group(grads_out, queries, deltas, lses, keys, values, listed, scale, scratch)
         if any_dense and len(rows := _dense_rows(count[b, group])):
-            everything = Selection.everything(plan, rows, valid)
+            everything = KeyLists.everything(plan, rows, valid)
             some = grads_out[rows], queries[rows], deltas[rows], lses[rows]
             dense = _backward_group(*some, keys, values, everything, scale, dense_scratch)
             blocks[0][rows] = dense[0]
@@ -145,17 +135,17 @@ def _backward_group(
     lse: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    selection: Selection,
+    lists: KeyLists,
     scale: float,
     scratch: Scratch,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """All as blocks, delta and lse (R, query_block, 1). Returns the blocks of the three gradients."""
-    plan, dtype = selection.plan, query.dtype
+    plan, dtype = lists.plan, query.dtype
     grad_query = scratch("grad_query", query.shape, dtype)
     grad_key = scratch("grad_key", key.shape, dtype).zero_()
     grad_value = scratch("grad_value", value.shape, dtype).zero_()
     widest = max(key.shape[-1], value.shape[-1])
-    for rows, index, masked in selection.chunks(plan.chunk(widest + 2 * plan.query_block, key.element_size())):
+    for rows, index, masked in lists.chunks(plan.chunk(widest + 2 * plan.query_block, key.element_size())):
         shape = (rows.stop - rows.start, plan.query_block, plan.gathered)
         # `gathered` holds, one after the other: values, keys, gradients of the keys, gradients of the values
         gathered = scratch.gather(value, index, plan.gathered)
@@ -165,7 +155,7 @@ def _backward_group(
         weights = scratch("weights", shape, dtype)
         torch.baddbmm(lse[rows], query[rows], gathered.transpose(1, 2), beta=-1, alpha=scale, out=weights)
         if masked:
-            selection.mask(weights, rows)
+            lists.mask(weights, rows)
         weights.exp_()
         grad_scores.mul_(weights)
         torch.baddbmm(grad_query[rows], grad_scores, gathered, beta=0, alpha=scale, out=grad_query[rows])

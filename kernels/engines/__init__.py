@@ -1,0 +1,28 @@
+"""Engines: what computes the operators, one file each, chosen per call in the order in which they are listed here.
+
+A new engine is a file with a class like those below and its place in the list. Engines of other packages register
+themselves with `register`.
+"""
+
+from .call import Call
+from .engine import FOLDERS, Engine, GateCall, implementation
+from .registry import choose, engines, named, register, unregister, use_engine
+from .torch import TorchEngine
+from .triton import TritonEngine
+
+for _engine in (TritonEngine(), TorchEngine()):  # in order of priority
+    register(_engine)
+
+__all__ = [
+    "FOLDERS",
+    "Call",
+    "Engine",
+    "GateCall",
+    "choose",
+    "engines",
+    "implementation",
+    "named",
+    "register",
+    "unregister",
+    "use_engine",
+]

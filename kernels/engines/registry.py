@@ -1,0 +1,106 @@
+"""The engines there are, in order of priority, and the one that a call gets."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..errors import UnsupportedKernelError
+from ..launch import interpreting
+from .call import Call, requests
+from .engine import Engine
+
+_engines: list[Engine] = []
+
+
+def register(engine: Engine, *, before: str | None = None) -> None:
+    """Add an engine: in front of the one called `before`, which then serves what the new one does not, or as the last.
+
+    Raises:
+        UnsupportedKernelError: an engine has this name already, or none is called `before`.
+    """
+    if any(known.name == engine.name for known in _engines):
+        raise UnsupportedKernelError(f"there is an engine {engine.name!r} already")
+    _engines.insert(len(_engines) if before is None else _engines.index(named(before)), engine)
+    _choose.cache_clear()
+
+
+def unregister(name: str) -> None:
+    """Take an engine away.
+
+    Raises:
+        UnsupportedKernelError: there is no such engine.
+    """
+    _engines.remove(named(name))
+    _choose.cache_clear()
+
+
+def engines() -> tuple[Engine, ...]:
+    """All engines, in order of priority."""
+    return tuple(_engines)
+
+
+def named(name: str) -> Engine:
+    """The engine called `name`.
+
+    Raises:
+        UnsupportedKernelError: there is none; the message lists those there are.
+    """
+    for engine in _engines:
+        if engine.name == name:
+            return engine
+    known = ", ".join(repr(engine.name) for engine in _engines)
+    raise UnsupportedKernelError(f"unknown engine {name!r}; choose one of {known}")
+
+
+@contextmanager
+def use_engine(name: str) -> Iterator[None]:
+    """While active, operators run on the engine `name`, in eager code and inside compiled graphs alike.
+
+    Without a request every call gets the first engine that supports it. Operators that the engine does not offer at all
+    stay on theirs.
+
+    Args:
+        name: "triton" (usual on CUDA), "torch" (usual elsewhere; runs on any device, also in fp64), or the name of an
+            engine that was registered.
+
+    Raises:
+        UnsupportedKernelError: there is no such engine; and, inside, every call that it cannot serve says why.
+    """
+    named(name)
+    requests.append(name)
+    try:
+        yield
+    finally:
+        # the last of that name: contexts nest, and may ask for the same engine
+        del requests[len(requests) - 1 - requests[::-1].index(name)]
+
+
+def choose(call: Call) -> Engine:
+    """The engine for a call: the one that was asked for, if it offers the operator, else the first that supports it.
+
+    Raises:
+        UnsupportedKernelError: that engine cannot serve the call, or none can; the message has the reasons.
+    """
+    return _choose(call, interpreting())
+
+
+@functools.lru_cache(maxsize=1024)  # a layer makes several calls, and where the device is quick the host's time counts
+def _choose(call: Call, interprets: bool) -> Engine:
+    offered = [engine for engine in _engines if call.operator in engine.operators]
+    for engine in offered:
+        if engine.name == call.requested:
+            reason = engine.supports(call)
+            if reason is not None:
+                raise UnsupportedKernelError(
+                    f"engine {engine.name!r} was asked for and cannot compute salad::{call.operator} here: {reason}"
+                )
+            return engine
+    reasons = []
+    for engine in offered:
+        reason = engine.supports(call)
+        if reason is None:
+            return engine
+        reasons.append(f"{engine.name!r}: {reason}")
+    raise UnsupportedKernelError(f"no engine computes salad::{call.operator} here. {'; '.join(reasons)}")

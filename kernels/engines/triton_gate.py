@@ -1,0 +1,159 @@
+"""The calls that the gate compiles for the Triton engine: what their kinds of input are, and the arguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..layout import block_count
+from ..routing.density import kept_blocks
+from ..selection import Selection
+from .call import Call
+from .engine import GateCall
+
+BATCH, HEADS, TOKENS = 2, 12, 32760  # Wan 1.3B at 480p; only its divisibility by 16 matters here
+KEY_BLOCK = 64
+DENSITY_PERMILLE = 100
+SCALE = 0.125
+EPS = 1e-6
+META = torch.device("meta")
+
+
+def gate_calls(arch: int) -> Iterator[GateCall]:
+    """See `Engine.gate_calls`."""
+    yield from _routing(arch)
+    yield from _linear(arch)
+    yield from _block_sparse(arch)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of input."""
+
+    dtype: torch.dtype = torch.bfloat16
+    head_dim: int = 128
+    query_block: int = 128
+    mask: bool = False
+    feature_map: str = "relu"
+    rotated: bool = False
+    unaligned: bool = False  # rows begin at odd addresses, as those of a slice may
+
+    def tensor(self) -> torch.Tensor:
+        """(B, H, S, D) in (B, S, H, D) memory order, on meta."""
+        extra = int(self.unaligned)
+        memory = torch.empty((BATCH, TOKENS, HEADS, self.head_dim + extra), dtype=self.dtype, device=META)
+        return memory[..., extra:].transpose(1, 2)
+
+    def mask_tensor(self) -> torch.Tensor | None:
+        """bool (B, S) or None."""
+        return torch.empty((BATCH, TOKENS), dtype=torch.bool, device=META) if self.mask else None
+
+    def rotated_tensor(self) -> torch.Tensor | None:
+        """Like `tensor`, or None."""
+        return self.tensor() if self.rotated else None
+
+
+def _attention_cases(arch: int) -> Iterator[Case]:
+    """Every dtype, head_dim, block size and option at least once, and what asks most of a GPU; most of it on Hopper.
+
+    Aligned tiles may be read as boxes, others are read through pointers: kernels of their own. A mask costs registers;
+    fp16 is compiled as bf16 is.
+    """
+    hardest = functools.partial(Case, mask=True, unaligned=True)
+    for head_dim in (64, 128):
+        yield Case(torch.bfloat16, head_dim, mask=True)
+        yield hardest(torch.bfloat16, head_dim)
+    yield Case(torch.bfloat16, 80, mask=True)
+    yield hardest(torch.bfloat16, 96)
+    yield hardest(torch.float32, 128)
+    if arch == 90:
+        yield Case(torch.bfloat16, 128)
+        yield Case(torch.bfloat16, 128, unaligned=True)
+        yield Case(torch.bfloat16, 64, query_block=64)
+        yield Case(torch.bfloat16, 128, query_block=64, mask=True)
+        yield hardest(torch.bfloat16, 128, query_block=64)
+        yield hardest(torch.float16, 128)
+        yield Case(torch.float32, 64, mask=True)
+
+
+def _linear_cases(arch: int) -> Iterator[Case]:
+    """As `_attention_cases`; what costs most here is a rotated key beside a mask."""
+    full = functools.partial(Case, mask=True, rotated=True)
+    yield Case(torch.bfloat16, 64)
+    yield full(torch.bfloat16, 96)
+    yield full(torch.bfloat16, 128)
+    yield full(torch.float32, 128)
+    yield Case(torch.bfloat16, 128, feature_map="softmax")
+    if arch == 90:
+        yield Case(torch.bfloat16, 128)
+        yield Case(torch.bfloat16, 80, feature_map="elu")
+        yield Case(torch.float16, 128)
+        yield Case(torch.float32, 64)
+
+
+def _routing(arch: int) -> Iterator[GateCall]:
+    """Pooling of every kind of input, and selection, which sees fp32 only."""
+    for case in _attention_cases(arch):
+        call = Call("pool_blocks", META, case.dtype, head_dim=case.head_dim, key_block=case.query_block)
+        yield GateCall(call, _name("pool_blocks", case), (case.tensor(), case.query_block, case.mask_tensor()))
+    for case in (Case(torch.float32, mask=mask) for mask in (False, True)):
+        pooled_query, pooled_key = (
+            torch.empty((BATCH, HEADS, block_count(TOKENS, block), 128), device=META)
+            for block in (case.query_block, KEY_BLOCK)
+        )
+        settings = (case.query_block, KEY_BLOCK, DENSITY_PERMILLE, 0, 512, case.mask_tensor())
+        call = Call("select_blocks", META, case.dtype, masked=case.mask)
+        for words, permille in (("", None), (" permille", torch.empty((), dtype=torch.int32, device=META))):
+            yield GateCall(call, _name("select_blocks" + words, case), (pooled_query, pooled_key, *settings, permille))
+
+
+def _linear(arch: int) -> Iterator[GateCall]:
+    """State and output, forward and backward."""
+    for case in _linear_cases(arch):
+        x, mask, rotated, phi = case.tensor(), case.mask_tensor(), case.rotated_tensor(), case.feature_map
+        state = torch.empty((BATCH, HEADS, case.head_dim, case.head_dim), device=META)
+        key_sum = torch.empty((BATCH, HEADS, case.head_dim), device=META)
+        for operator, arguments in {
+            "linear_state": (x, x, phi, mask, rotated),
+            "linear_state_backward": (state, key_sum, x, x, phi, mask, rotated),
+            "linear_output": (x, state, key_sum, phi, EPS, rotated),
+            "linear_output_backward": (x, x, state, key_sum, phi, EPS, rotated),
+        }.items():
+            call = Call(operator, META, case.dtype, head_dim=case.head_dim, value_dim=case.head_dim, feature_map=phi)
+            yield GateCall(call, _name(operator.removeprefix("linear_"), case), arguments)
+
+
+def _block_sparse(arch: int) -> Iterator[GateCall]:
+    """Attention over selected blocks, forward and backward."""
+    for case in _attention_cases(arch):
+        x, query_blocks = case.tensor(), block_count(TOKENS, case.query_block)
+        keep = kept_blocks(block_count(TOKENS, KEY_BLOCK), case.query_block, KEY_BLOCK, DENSITY_PERMILLE)
+        lut = torch.empty((BATCH, HEADS, query_blocks, keep), dtype=torch.int32, device=META)
+        selection = Selection(lut, lut[..., 0], case.query_block, KEY_BLOCK, SCALE, case.mask_tensor())
+        lse = torch.empty((BATCH, HEADS, TOKENS), device=META)
+        for operator, name, arguments in (
+            ("block_sparse_attention", "forward", (x, x, x, selection)),
+            ("block_sparse_attention_backward", "backward", (x, x, x, x, x, lse, selection)),
+        ):
+            call = Call(
+                operator,
+                META,
+                case.dtype,
+                head_dim=case.head_dim,
+                value_dim=case.head_dim,
+                query_block=case.query_block,
+                key_block=KEY_BLOCK,
+                masked=case.mask,
+            )
+            yield GateCall(call, _name(name, case), arguments)
+
+
+def _name(function: str, case: Case) -> str:
+    options = [name for name in ("mask", "rotated", "unaligned") if getattr(case, name)]
+    if case.feature_map != "relu":
+        options.append(case.feature_map)
+    dtype = str(case.dtype).removeprefix("torch.")
+    return " ".join([function, dtype, f"d{case.head_dim}", f"{case.query_block}x{KEY_BLOCK}", *options])
