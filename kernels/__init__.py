@@ -1,7 +1,8 @@
 """The operators under SALAD, registered as `torch.ops.salad.*`: routing, block-sparse attention, linear attention.
 
 Each folder holds one operator: `api.py` (schema, checks, fake, autograd), `reference.py` (its definition in plain
-torch) and one file per device. Importing this package registers the operators; it imports nothing else of ours.
+torch) and one file per engine. `engines/` says which engine computes what. Importing this package registers the
+operators; it imports nothing else of ours.
 """
 
 # Wherever the repository's root is on the path, transformers, which peft imports, looks for the published package

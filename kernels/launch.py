@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .listening import entered
+from .listening import listen
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ _recorders: list[list[Launch]] = []
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[Launch]]:
     """Collect launches instead of running them. The operators' host code then also runs on meta tensors."""
-    with entered(_recorders, []) as recorded:
+    with listen(_recorders, []) as recorded:
         yield recorded
 
 

@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def entered(listeners: list[T], one: T) -> Iterator[T]:
+def listen(listeners: list[T], one: T) -> Iterator[T]:
     """While active, `one` is among the listeners. Contexts nest, and may close in any order."""
     listeners.append(one)
     try:

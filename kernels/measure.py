@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .layout import ALL_BLOCKS, block_count
-from .listening import entered
+from .listening import listen
 from .selection import Selection
 
 
@@ -48,7 +48,7 @@ def measure_executions() -> Iterator[list[Execution]]:
     Sees eager calls and calls from inside compiled graphs alike. Contexts nest; each sees all executions inside it.
     Reading the selection forces the device to finish, so leave it out of timings. Not active, it costs one truth test.
     """
-    with entered(_active, []) as executions:
+    with listen(_active, []) as executions:
         yield executions
 
 
@@ -66,9 +66,9 @@ _listening: list[list[Captured]] = []
 def capture_selections() -> Iterator[list[Captured]]:
     """While active, every forward execution of block-sparse attention appends a `Captured` to the yielded list.
 
-    Holds the tensors themselves, which nobody may change. Not active, it costs one truth test.
+    Holds the tensors themselves, which must not be changed. Not active, it costs one truth test.
     """
-    with entered(_listening, []) as captured:
+    with listen(_listening, []) as captured:
         yield captured
 
 

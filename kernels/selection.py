@@ -21,7 +21,7 @@ class Selection(NamedTuple):
     """
 
     lut: torch.Tensor
-    count: torch.Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    count: torch.Tensor  # type: ignore[assignment]  # hides tuple.count
     query_block: int
     key_block: int
     scale: float

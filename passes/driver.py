@@ -16,7 +16,7 @@ from torch import fx
 
 from salad_compile.common.logs import logger
 from salad_compile.config import BackendOptions
-from salad_compile.kernels.listening import entered
+from salad_compile.kernels.listening import listen
 from salad_compile.passes import erase_markers, find_attention, replay_position, rewrite_attention, settle_calls
 from salad_compile.passes.attention_call import CONVERTED, LEFT_DENSE, TRAINING_FREE
 from salad_compile.passes.context import Context, Pass, graph_modules, has_converted_tags
@@ -38,7 +38,7 @@ _watchers: list[Watcher] = []
 @contextlib.contextmanager
 def watch_passes(watcher: Watcher) -> Iterator[None]:
     """Meanwhile call `watcher` after each pass; `context.done[-1]` is its name. Tests check the graph's spec so."""
-    with entered(_watchers, watcher):
+    with listen(_watchers, watcher):
         yield
 
 

@@ -7,7 +7,7 @@ dK = scale dS^T Q, dV = P^T g.
 import triton
 import triton.language as tl
 
-from .triton_tiles import block_id, listed_blocks, load_described, load_rows
+from .triton_tiles import block_id, listed_blocks, load_rows, load_tile
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -21,6 +21,16 @@ def _query_step(query, grad, lse, delta, key, value, visible, acc, scale_log2):
     grad_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
     grad_scores = tl.exp2(exponents) * (grad_weights - delta[:, None])
     return tl.dot(grad_scores.to(key.dtype), key, acc, input_precision="ieee")
+
+
+@triton.jit
+def _store_rows(ptr, tile, batch, head, heads, tokens, rows, in_range, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """Write rows of a (B, S, H, WIDTH) gradient."""
+    channels = tl.arange(0, TILE)
+    ptr += batch * tokens * heads * WIDTH + head * WIDTH
+    writable = in_range[:, None] & (channels < WIDTH)[None, :]
+    pointers = ptr + rows[:, None] * (heads * WIDTH) + channels[None, :]
+    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=writable)
 
 
 @triton.jit(do_not_specialize=["tokens", "slots", "query_blocks", "key_blocks"])
@@ -78,17 +88,13 @@ def query_gradient_kernel(
     lut_ptr += row * slots
     blocks, everything = listed_blocks(count_ptr + row, slots, key_blocks)
 
-    positions = tile * TILE_Q + tl.arange(0, TILE_Q)
+    first = tile * TILE_Q
+    positions = first + tl.arange(0, TILE_Q)
     in_range = positions < tokens
     query_rows = positions.to(tl.int64)
-    if DESCRIPTORS:
-        query = load_described(query_ptr, tile * TILE_Q, TILE_Q, TILE_D)
-        out = load_described(out_ptr, tile * TILE_Q, TILE_Q, TILE_V)
-        grad = load_described(grad_ptr, tile * TILE_Q, TILE_Q, TILE_V)
-    else:
-        query = load_rows(query_ptr, query_rows, in_range, query_strides[2], HEAD_DIM, TILE_D)
-        out = load_rows(out_ptr, query_rows, in_range, out_strides[2], VALUE_DIM, TILE_V)
-        grad = load_rows(grad_ptr, query_rows, in_range, grad_strides[2], VALUE_DIM, TILE_V)
+    query = load_tile(query_ptr, first, query_rows, in_range, query_strides[2], HEAD_DIM, TILE_D, DESCRIPTORS)
+    out = load_tile(out_ptr, first, query_rows, in_range, out_strides[2], VALUE_DIM, TILE_V, DESCRIPTORS)
+    grad = load_tile(grad_ptr, first, query_rows, in_range, grad_strides[2], VALUE_DIM, TILE_V, DESCRIPTORS)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     per_query = (batch * heads + head) * tokens + query_rows
     lse = tl.load(lse_ptr + per_query, mask=in_range, other=float("inf")) * _LOG2E
@@ -112,33 +118,21 @@ def query_gradient_kernel(
         start = upcoming * KEY_BLOCK + part % PARTS * TILE_K
         upcoming = block_id(lut_ptr, tl.minimum((part + 1) // PARTS, final), everything, full_blocks, UNCHECKED)
         key_rows = (start + columns).to(tl.int64)
-        if DESCRIPTORS:
-            key = load_described(key_ptr, start, TILE_K, TILE_D)
-            value = load_described(value_ptr, start, TILE_K, TILE_V)
-        else:
-            key = load_rows(key_ptr, key_rows, None, key_strides[2], HEAD_DIM, TILE_D)
-            value = load_rows(value_ptr, key_rows, None, value_strides[2], VALUE_DIM, TILE_V)
+        key = load_tile(key_ptr, start, key_rows, None, key_strides[2], HEAD_DIM, TILE_D, DESCRIPTORS)
+        value = load_tile(value_ptr, start, key_rows, None, value_strides[2], VALUE_DIM, TILE_V, DESCRIPTORS)
         visible = tl.load(mask_ptr + key_rows) != 0 if HAS_MASK else None
         acc = _query_step(query, grad, lse, delta, key, value, visible, acc, scale_log2)
     for part in tl.range(0, ragged.to(tl.int32) * PARTS, num_stages=1):
         start = last * KEY_BLOCK + part * TILE_K
         visible = start + columns < tokens
         key_rows = (start + columns).to(tl.int64)
-        if DESCRIPTORS:
-            key = load_described(key_ptr, start, TILE_K, TILE_D)
-            value = load_described(value_ptr, start, TILE_K, TILE_V)
-        else:
-            key = load_rows(key_ptr, key_rows, visible, key_strides[2], HEAD_DIM, TILE_D)
-            value = load_rows(value_ptr, key_rows, visible, value_strides[2], VALUE_DIM, TILE_V)
+        key = load_tile(key_ptr, start, key_rows, visible, key_strides[2], HEAD_DIM, TILE_D, DESCRIPTORS)
+        value = load_tile(value_ptr, start, key_rows, visible, value_strides[2], VALUE_DIM, TILE_V, DESCRIPTORS)
         if HAS_MASK:
             visible = visible & (tl.load(mask_ptr + key_rows, mask=visible, other=0) != 0)
         acc = _query_step(query, grad, lse, delta, key, value, visible, acc, scale_log2)
 
-    channels = tl.arange(0, TILE_D)
-    grad_query_ptr += batch * tokens * heads * HEAD_DIM + head * HEAD_DIM
-    writable = in_range[:, None] & (channels < HEAD_DIM)[None, :]
-    pointers = grad_query_ptr + query_rows[:, None] * (heads * HEAD_DIM) + channels[None, :]
-    tl.store(pointers, (acc * scale).to(grad_query_ptr.dtype.element_ty), mask=writable)
+    _store_rows(grad_query_ptr, acc * scale, batch, head, heads, tokens, query_rows, in_range, HEAD_DIM, TILE_D)
 
 
 @triton.jit(do_not_specialize=["tokens", "key_blocks", "capacity"])
@@ -219,12 +213,8 @@ def key_gradient_kernel(
         upcoming = tl.load(rows_ptr + following + tl.where(following < listed, begin, dense_begin))
         attends = positions < tokens
         query_rows = positions.to(tl.int64)
-        if DESCRIPTORS:
-            query = load_described(query_ptr, start, TILE_Q, TILE_D)
-            grad = load_described(grad_ptr, start, TILE_Q, TILE_V)
-        else:
-            query = load_rows(query_ptr, query_rows, attends, query_strides[2], HEAD_DIM, TILE_D)
-            grad = load_rows(grad_ptr, query_rows, attends, grad_strides[2], VALUE_DIM, TILE_V)
+        query = load_tile(query_ptr, start, query_rows, attends, query_strides[2], HEAD_DIM, TILE_D, DESCRIPTORS)
+        grad = load_tile(grad_ptr, start, query_rows, attends, grad_strides[2], VALUE_DIM, TILE_V, DESCRIPTORS)
         # +inf makes the weights of rows beyond the end exp2(-inf) = 0
         lse = tl.load(lse_log2_ptr + query_rows, mask=attends, other=float("inf"))
         exponents = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2 - lse[None, :]
@@ -237,15 +227,5 @@ def key_gradient_kernel(
         grad_scores = weights * (grad_weights - delta[None, :])
         grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision="ieee")
 
-    _store_keys(grad_key_ptr, grad_key * scale, batch, head, heads, tokens, key_rows, in_range, HEAD_DIM, TILE_D)
-    _store_keys(grad_value_ptr, grad_value, batch, head, heads, tokens, key_rows, in_range, VALUE_DIM, TILE_V)
-
-
-@triton.jit
-def _store_keys(ptr, tile, batch, head, heads, tokens, rows, in_range, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """Write rows of a (B, S, H, WIDTH) gradient."""
-    channels = tl.arange(0, TILE)
-    ptr += batch * tokens * heads * WIDTH + head * WIDTH
-    writable = in_range[:, None] & (channels < WIDTH)[None, :]
-    pointers = ptr + rows[:, None] * (heads * WIDTH) + channels[None, :]
-    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=writable)
+    _store_rows(grad_key_ptr, grad_key * scale, batch, head, heads, tokens, key_rows, in_range, HEAD_DIM, TILE_D)
+    _store_rows(grad_value_ptr, grad_value, batch, head, heads, tokens, key_rows, in_range, VALUE_DIM, TILE_V)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_tiles import block_id, listed_blocks, load_described, load_rows
+from .triton_tiles import block_id, listed_blocks, load_tile
 
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -68,13 +68,11 @@ def forward_kernel(
     lut_ptr += row * slots
     blocks, everything = listed_blocks(count_ptr + row, slots, key_blocks)
 
-    positions = tile * TILE_Q + tl.arange(0, TILE_Q)
+    first = tile * TILE_Q
+    positions = first + tl.arange(0, TILE_Q)
     in_range = positions < tokens
     query_rows = positions.to(tl.int64)
-    if DESCRIPTORS:
-        query = load_described(query_ptr, tile * TILE_Q, TILE_Q, TILE_D)
-    else:
-        query = load_rows(query_ptr, query_rows, in_range, query_strides[2], HEAD_DIM, TILE_D)
+    query = load_tile(query_ptr, first, query_rows, in_range, query_strides[2], HEAD_DIM, TILE_D, DESCRIPTORS)
 
     acc = tl.zeros([TILE_Q, TILE_V], tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
@@ -96,29 +94,19 @@ def forward_kernel(
         start = upcoming * KEY_BLOCK + part % PARTS * TILE_K
         upcoming = block_id(lut_ptr, tl.minimum((part + 1) // PARTS, final), everything, full_blocks, UNCHECKED)
         key_rows = (start + columns).to(tl.int64)
-        if DESCRIPTORS:
-            key = load_described(key_ptr, start, TILE_K, TILE_D)
-        else:
-            key = load_rows(key_ptr, key_rows, None, key_strides[2], HEAD_DIM, TILE_D)
+        key = load_tile(key_ptr, start, key_rows, None, key_strides[2], HEAD_DIM, TILE_D, DESCRIPTORS)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_MASK:
             scores = tl.where((tl.load(mask_ptr + key_rows) != 0)[None, :], scores, float("-inf"))
         weights, correction, total, highest = _weigh(scores, total, highest, scale_log2, HAS_MASK)
-        if DESCRIPTORS:
-            value = load_described(value_ptr, start, TILE_K, TILE_V)
-        else:
-            value = load_rows(value_ptr, key_rows, None, value_strides[2], VALUE_DIM, TILE_V)
+        value = load_tile(value_ptr, start, key_rows, None, value_strides[2], VALUE_DIM, TILE_V, DESCRIPTORS)
         acc = tl.dot(weights.to(value.dtype), value, acc * correction[:, None], input_precision="ieee")
     for part in tl.range(0, ragged.to(tl.int32) * PARTS, num_stages=1):
         start = last * KEY_BLOCK + part * TILE_K
         visible = start + columns < tokens
         key_rows = (start + columns).to(tl.int64)
-        if DESCRIPTORS:
-            key = load_described(key_ptr, start, TILE_K, TILE_D)
-            value = load_described(value_ptr, start, TILE_K, TILE_V)
-        else:
-            key = load_rows(key_ptr, key_rows, visible, key_strides[2], HEAD_DIM, TILE_D)
-            value = load_rows(value_ptr, key_rows, visible, value_strides[2], VALUE_DIM, TILE_V)
+        key = load_tile(key_ptr, start, key_rows, visible, key_strides[2], HEAD_DIM, TILE_D, DESCRIPTORS)
+        value = load_tile(value_ptr, start, key_rows, visible, value_strides[2], VALUE_DIM, TILE_V, DESCRIPTORS)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_MASK:
             visible = visible & (tl.load(mask_ptr + key_rows, mask=visible, other=0) != 0)

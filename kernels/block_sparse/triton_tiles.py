@@ -46,3 +46,18 @@ def load_described(descriptor, start, ROWS: tl.constexpr, TILE: tl.constexpr):
     """A (ROWS, TILE) tile of this program's batch and head from a descriptor of (B, H, S, D); outside it is 0."""
     tile = descriptor.load([tl.program_id(2), tl.program_id(1), start, 0])
     return tile.reshape([ROWS, TILE])
+
+
+@triton.jit
+def load_tile(
+    source, start, rows, in_range, stride, WIDTH: tl.constexpr, TILE: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
+    """A (rows, TILE) tile of the tokens `rows`, which are those from `start` on.
+
+    source: a descriptor if DESCRIPTORS, else a pointer to this program's batch and head. in_range: see `load_rows`.
+    """
+    if DESCRIPTORS:
+        tile = load_described(source, start, rows.shape[0], TILE)
+    else:
+        tile = load_rows(source, rows, in_range, stride, WIDTH, TILE)
+    return tile

@@ -6,7 +6,7 @@ themselves with `register`.
 
 from .call import Call
 from .engine import FOLDERS, Engine, GateCall, implementation
-from .registry import choose, engines, named, register, unregister, use_engine
+from .registry import choose, engines, find, register, unregister, use_engine
 from .torch import TorchEngine
 from .triton import TritonEngine
 
@@ -20,8 +20,8 @@ __all__ = [
     "GateCall",
     "choose",
     "engines",
+    "find",
     "implementation",
-    "named",
     "register",
     "unregister",
     "use_engine",

@@ -52,8 +52,8 @@ class Engine(Protocol):
     def supports(self, call: Call) -> str | None:
         """None if this engine computes such calls, else the reason why not, as a clause.
 
-        Must depend on `call` and on the process's environment alone: answers are kept. An engine that is only to be
-        used when asked for looks at `call.requested`.
+        Must depend on `call`, and on whether kernels are interpreted or recorded, alone: the answer is kept. An engine
+        that is only to be used when asked for looks at `call.requested`.
         """
         ...
 

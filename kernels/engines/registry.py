@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import UnsupportedKernelError
-from ..launch import interpreting
+from ..launch import interpreting, recording
 from .call import Call, requests
 from .engine import Engine
 
@@ -22,7 +22,7 @@ def register(engine: Engine, *, before: str | None = None) -> None:
     """
     if any(known.name == engine.name for known in _engines):
         raise UnsupportedKernelError(f"there is an engine {engine.name!r} already")
-    _engines.insert(len(_engines) if before is None else _engines.index(named(before)), engine)
+    _engines.insert(len(_engines) if before is None else _engines.index(find(before)), engine)
     _choose.cache_clear()
 
 
@@ -32,7 +32,7 @@ def unregister(name: str) -> None:
     Raises:
         UnsupportedKernelError: there is no such engine.
     """
-    _engines.remove(named(name))
+    _engines.remove(find(name))
     _choose.cache_clear()
 
 
@@ -41,7 +41,7 @@ def engines() -> tuple[Engine, ...]:
     return tuple(_engines)
 
 
-def named(name: str) -> Engine:
+def find(name: str) -> Engine:
     """The engine called `name`.
 
     Raises:
@@ -68,7 +68,7 @@ def use_engine(name: str) -> Iterator[None]:
     Raises:
         UnsupportedKernelError: there is no such engine; and, inside, every call that it cannot serve says why.
     """
-    named(name)
+    find(name)
     requests.append(name)
     try:
         yield
@@ -83,11 +83,11 @@ def choose(call: Call) -> Engine:
     Raises:
         UnsupportedKernelError: that engine cannot serve the call, or none can; the message has the reasons.
     """
-    return _choose(call, interpreting())
+    return _choose(call, (interpreting(), recording()))
 
 
 @functools.lru_cache(maxsize=1024)  # a layer makes several calls, and where the device is quick the host's time counts
-def _choose(call: Call, interprets: bool) -> Engine:
+def _choose(call: Call, _state: tuple[bool, bool]) -> Engine:
     offered = [engine for engine in _engines if call.operator in engine.operators]
     for engine in offered:
         if engine.name == call.requested:

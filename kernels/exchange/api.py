@@ -16,7 +16,7 @@ from torch import Tensor
 _groups: dict[str, dist.ProcessGroup] = {}
 
 
-def named(group: dist.ProcessGroup) -> str:
+def group_name(group: dist.ProcessGroup) -> str:
     """The name by which the operators below know a process group, the same in all of its processes: "0+1"."""
     name = "+".join(map(str, dist.get_process_group_ranks(group)))
     _groups[name] = group
@@ -33,7 +33,7 @@ def gather_tokens(x: Tensor, group: str) -> Tensor:
     """(B, H, S / P, D), a part of the tokens, to (B, H / P, S, D), a part of the heads, in P processes at once."""
     batch, heads, tokens, channels = x.shape
     parts = x.reshape(batch, members(group), heads // members(group), tokens, channels).movedim(1, 0)
-    return _exchanged(parts, group).permute(1, 2, 0, 3, 4).flatten(2, 3).contiguous()
+    return _exchange(parts, group).permute(1, 2, 0, 3, 4).flatten(2, 3).contiguous()
 
 
 @gather_tokens.register_fake
@@ -47,7 +47,7 @@ def gather_heads(x: Tensor, group: str) -> Tensor:
     """Inverse of :func:`gather_tokens`."""
     batch, heads, tokens, channels = x.shape
     parts = x.reshape(batch, heads, members(group), tokens // members(group), channels).movedim(2, 0)
-    return _exchanged(parts, group).movedim(0, 1).flatten(1, 2).contiguous()
+    return _exchange(parts, group).movedim(0, 1).flatten(1, 2).contiguous()
 
 
 @gather_heads.register_fake
@@ -69,7 +69,7 @@ def _(x: Tensor, group: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _exchanged(parts: Tensor, group: str) -> Tensor:
+def _exchange(parts: Tensor, group: str) -> Tensor:
     """parts[i] of this process becomes the part of this process's number in process i."""
     parts = parts.contiguous()
     received = torch.empty_like(parts)

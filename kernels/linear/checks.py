@@ -4,7 +4,7 @@ import torch
 
 from .. import checks
 from ..checks import accumulation_dtype, require
-from .feature_maps import feature_map_named
+from .feature_maps import find_feature_map
 
 
 def check_state_types(
@@ -18,7 +18,7 @@ def check_state_types(
     checks.check_same_device(key=key, value=value, key_mask=key_mask, rotated_key=rotated_key)
     checks.check_float_4d(key=key, value=value, **_given(rotated_key=rotated_key))
     checks.check_key_mask_type(key_mask)
-    feature_map_named(feature_map)
+    find_feature_map(feature_map)
 
 
 def check_state(
@@ -72,7 +72,7 @@ def check_output_types(
             tensor.dtype == expected,
             f"{name} has dtype {tensor.dtype}; a {query.dtype} query needs {expected}, as linear_state returns it",
         )
-    feature_map_named(feature_map)
+    find_feature_map(feature_map)
     require(eps > 0, f"eps must be positive, or a row without any positive feature divides 0 by 0; got {eps}")
 
 

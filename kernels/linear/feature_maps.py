@@ -31,7 +31,7 @@ FEATURE_MAPS: dict[str, tuple[Map, MapBackward]] = {
 }
 
 
-def feature_map_named(name: str) -> tuple[Map, MapBackward]:
+def find_feature_map(name: str) -> tuple[Map, MapBackward]:
     """The map called `name` and its derivative.
 
     Raises:

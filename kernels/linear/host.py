@@ -45,7 +45,7 @@ def new_state(x: torch.Tensor, value: torch.Tensor, splits: int) -> tuple[torch.
     )
 
 
-def reduced(state: torch.Tensor, key_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def reduce_splits(state: torch.Tensor, key_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum the splits of `new_state`, in their order."""
     batch, heads, splits, head_dim, value_dim = state.shape
     if splits == 1:

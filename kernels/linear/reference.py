@@ -3,7 +3,7 @@
 import torch
 
 from ..checks import accumulation_dtype
-from .feature_maps import feature_map_named
+from .feature_maps import find_feature_map
 
 
 def linear_state(
@@ -17,7 +17,7 @@ def linear_state(
 
     key (B, H, S, D), value (B, H, S, Dv), key_mask (B, S), rotated_key (B, H, S, D): in the place of phi(k_j) in KV.
     """
-    phi, _ = feature_map_named(feature_map)
+    phi, _ = find_feature_map(feature_map)
     dtype = accumulation_dtype(key.dtype)
     features = keep_valid(phi(key.to(dtype)), key_mask)
     left = features if rotated_key is None else keep_valid(rotated_key.to(dtype), key_mask)
@@ -36,7 +36,7 @@ def linear_output(
 
     rotated_query (B, H, S, D): in the place of phi(q_i) in the numerator.
     """
-    phi, _ = feature_map_named(feature_map)
+    phi, _ = find_feature_map(feature_map)
     features = phi(query.to(state.dtype))
     denominator = (features * key_sum[:, :, None]).sum(dim=-1, keepdim=True) + eps
     left = features if rotated_query is None else rotated_query.to(state.dtype)
@@ -54,7 +54,7 @@ def quadratic_attention(
     rotated_key: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same sum written with all S x S weights, which is what the two functions above must add up to."""
-    phi, _ = feature_map_named(feature_map)
+    phi, _ = find_feature_map(feature_map)
     dtype = accumulation_dtype(query.dtype)
     features = phi(query.to(dtype)), keep_valid(phi(key.to(dtype)), key_mask)
     weights = features[0] @ features[1].transpose(-1, -2)

@@ -11,7 +11,7 @@ import torch
 from ..checks import accumulation_dtype
 from ..layout import empty_bshd
 from .absent import absent
-from .feature_maps import feature_map_named
+from .feature_maps import find_feature_map
 
 _CHUNK_ELEMENTS = 1 << 18  # features of one chunk: 1 MiB in fp32, half of what a core's cache commonly holds
 
@@ -43,7 +43,7 @@ def linear_state(
     rotated_key: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.linear_state`."""
-    phi, _ = feature_map_named(feature_map)
+    phi, _ = find_feature_map(feature_map)
     dtype = accumulation_dtype(key.dtype)
     batch, heads, _, head_dim = key.shape
     state = key.new_zeros((batch, heads, head_dim, value.shape[-1]), dtype=dtype)
@@ -70,7 +70,7 @@ def linear_state_backward(
 
     With a rotated key r_j: dr_j = dKV v_j, db_j = dz, dv_j = dKV^T r_j. Its gradient comes last, or `absent`.
     """
-    phi, phi_backward = feature_map_named(feature_map)
+    phi, phi_backward = find_feature_map(feature_map)
     dtype = accumulation_dtype(key.dtype)
     grad_state, grad_key_sum = grad_state.contiguous(), grad_key_sum.contiguous()
     grad_key, grad_value = empty_bshd(key, *key.shape), empty_bshd(value, *value.shape)
@@ -100,7 +100,7 @@ def linear_output(
     rotated_query: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.linear_output`."""
-    phi, _ = feature_map_named(feature_map)
+    phi, _ = find_feature_map(feature_map)
     batch, heads, tokens, _ = query.shape
     out = empty_bshd(query, batch, heads, tokens, state.shape[-1])
     state, key_sum = state.contiguous(), key_sum.contiguous()
@@ -126,7 +126,7 @@ def linear_output_backward(
     ds_i = -(w_i.a_i) / s_i^2, da_i = w_i / s_i + ds_i z, dKV = sum_i a_i (g_i / s_i)^T, dz = sum_i ds_i a_i.
     With a rotated query r_i: dr_i = w_i / s_i, ds_i = -(w_i.r_i) / s_i^2, da_i = ds_i z, dKV = sum_i r_i (g_i / s_i)^T.
     """
-    phi, phi_backward = feature_map_named(feature_map)
+    phi, phi_backward = find_feature_map(feature_map)
     dtype = state.dtype
     state, key_sum = state.contiguous(), key_sum.contiguous()
     grad_query = empty_bshd(query, *query.shape)

@@ -12,7 +12,7 @@ from ..launch import launch
 from ..layout import empty_bshd, row_strides, with_dense_rows
 from . import torch as plain
 from .absent import absent
-from .host import constants, mask_bytes, new_state, reduced, split_count
+from .host import constants, mask_bytes, new_state, reduce_splits, split_count
 from .tiles import tiling
 from .triton_output import output_backward_kernel, output_kernel
 from .triton_state import state_backward_kernel, state_kernel
@@ -43,7 +43,7 @@ def linear_state(
         **constants(key, value, feature_map, settings, rotated_key),
         HAS_MASK=key_mask is not None,
     )
-    return reduced(state, key_sum)
+    return reduce_splits(state, key_sum)
 
 
 def linear_state_backward(
@@ -133,7 +133,7 @@ def linear_output_backward(
         *(heads, tokens, eps),
         **constants(query, state, feature_map, settings, rotated_query),
     )
-    sums = reduced(grad_state, grad_key_sum)
+    sums = reduce_splits(grad_state, grad_key_sum)
     return grad_query, *sums, absent(query) if grad_rotated is None else grad_rotated
 
 

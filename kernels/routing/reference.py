@@ -28,7 +28,7 @@ def overlap(query_blocks: int, key_blocks: int, query_block: int, key_block: int
     return (key_start < query_start + query_block) & (query_start < key_start + key_block)
 
 
-def touched(blocks: int, block: int, begin: int, end: int) -> torch.Tensor:
+def hold_tokens(blocks: int, block: int, begin: int, end: int) -> torch.Tensor:
     """bool (M,): True where a block has a token in [begin, end)."""
     start = torch.arange(blocks) * block
     return (start < end) & (begin < start + block) & (begin < end)
@@ -53,7 +53,7 @@ def select_blocks(
     """Rank the valid blocks, those that overlap the query block and sinks first, and keep ranks below K."""
     batch, _, query_blocks, _ = pooled_query.shape
     key_blocks, device = pooled_key.shape[2], pooled_query.device
-    sinks = touched(key_blocks, key_block, sink_begin, sink_end).to(device)
+    sinks = hold_tokens(key_blocks, key_block, sink_begin, sink_end).to(device)
     forced = max(1, query_block // key_block)
     keep = min(key_blocks, max(forced, key_blocks * density_permille // 1000))
     slots = min(key_blocks, keep + int(sinks.sum()))
@@ -77,7 +77,7 @@ def select_blocks(
     ids = torch.arange(key_blocks, device=device).expand_as(kept)
     lut = ids.masked_fill(~kept, key_blocks).sort(dim=-1).values[..., :slots]
     lut = lut.masked_fill(lut == key_blocks, 0)
-    dense = touched(query_blocks, query_block, sink_begin, sink_end).to(device)
+    dense = hold_tokens(query_blocks, query_block, sink_begin, sink_end).to(device)
     lut = torch.where(dense[:, None], ids[..., :slots], lut)
     count = kept.sum(dim=-1).masked_fill(dense, ALL_BLOCKS)
     return lut.to(torch.int32), count.to(torch.int32)

@@ -30,7 +30,7 @@ def take_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> to
         (B, H, S, D), laid out as a contiguous (B, S, H, D) seen transposed.
 
     Raises:
-        KernelArgumentError: on a wrong rank, dtype, device or length; on the CPU also if order is no permutation.
+        KernelArgumentError: on a wrong rank, dtype, device or length; on the CPU also if order is not a permutation.
     """
     require(x.dim() == 4, f"x must have 4 dimensions (B, H, S, D), got {x.dim()}")
     for permutation in (order, inverse):

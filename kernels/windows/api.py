@@ -55,9 +55,8 @@ def window_blocks(
     )
     query_blocks, key_blocks = block_count(tokens, query_block), block_count(tokens, key_block)
     blocks = (query_block, key_block)
-    slots = list_width(
-        key_blocks, doubled_reach(video, density_permille, window, *blocks), key_block, sink_begin, sink_end
-    )
+    widest = doubled_reach(video, density_permille, window, *blocks)
+    slots = list_width(key_blocks, widest, key_block, sink_begin, sink_end)
     reach = _reach_now(query, video, density_permille, window, blocks, permille)
     first, end = touched_blocks(sink_begin, sink_end, key_block)
     ids = torch.arange(key_blocks, dtype=torch.int32, device=query.device)

@@ -17,7 +17,7 @@ from salad_compile.backend.cpu_fusion import inner_compile, own_cache_keys
 from salad_compile.common.logs import logger
 from salad_compile.config import BackendOptions
 from salad_compile.errors import ConfigError
-from salad_compile.kernels.listening import entered
+from salad_compile.kernels.listening import listen
 from salad_compile.kernels.rows import decompositions
 from salad_compile.passes.attention_call import CONVERTED, TRAINING_FREE
 from salad_compile.passes.driver import run_passes
@@ -59,7 +59,7 @@ def salad(
 @contextlib.contextmanager
 def record_graphs() -> Iterator[list[GraphReport]]:
     """Collect the report of every graph that is compiled meanwhile."""
-    with entered(_recorders, []) as recorder:
+    with listen(_recorders, []) as recorder:
         yield recorder
 
 

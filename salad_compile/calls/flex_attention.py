@@ -47,7 +47,7 @@ def seen_by_modes(underneath: Callable[..., Any]) -> Iterator[None]:
     token = _underneath.set(underneath)
     with _lock:
         _users += 1
-        flex_attention.__code__ = _exchanged.__code__
+        flex_attention.__code__ = _exchange.__code__
     try:
         yield
     finally:
@@ -58,7 +58,7 @@ def seen_by_modes(underneath: Callable[..., Any]) -> Iterator[None]:
         _underneath.reset(token)
 
 
-def _exchanged(*args: Any, **kwargs: Any) -> Any:
+def _exchange(*args: Any, **kwargs: Any) -> Any:
     from salad_compile.calls.flex_attention import _dispatch  # this code runs with the globals of flex_attention
 
     return _dispatch(*args, **kwargs)

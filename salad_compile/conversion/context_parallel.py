@@ -56,7 +56,7 @@ def parallelise(model: Model) -> Model:
     known = branches(bare)
     if not known:
         raise NotConvertedError("nothing here is converted: call salad_compile.convert(model) first.")
-    name = head_exchange.named(_group_of(bare))
+    name = head_exchange.group_name(_group_of(bare))
     for branch in known.values():
         if fault := _fault(branch, head_exchange.members(name)):
             raise ConfigError(f"{branch.record.owner!r} cannot run across processes: {fault}.")

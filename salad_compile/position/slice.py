@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 
 from salad_compile.errors import PositionReplayError
-from salad_compile.kernels.linear.feature_maps import feature_map_named
+from salad_compile.kernels.linear.feature_maps import find_feature_map
 from salad_compile.position.flow import Cell, Flow, TensorInfo, may_be_same_size
 from salad_compile.position.operations import BLANKS, MOVES, is_opaque, is_scaling, nonlinear, operation
 
@@ -309,7 +309,7 @@ def features(value: Any, info: TensorInfo, head_dim: int, feature_map: str) -> A
     Args:
         info: of the value, whose last axis holds one head or several.
     """
-    phi, _ = feature_map_named(feature_map)
+    phi, _ = find_feature_map(feature_map)
     if info.shape[-1] == head_dim:
         return phi(value).to(info.dtype)
     heads = value.unflatten(-1, (-1, head_dim))  # a softmax is over one head

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from salad_compile.definition.operands import Operands
 from salad_compile.definition.spec import AttentionSpec
-from salad_compile.kernels.listening import entered
+from salad_compile.kernels.listening import listen
 from salad_compile.sites.site import Site
 
 # site, operands, what the site computes, factor of the scores
@@ -33,5 +33,5 @@ def notify(site: Site, given: Operands, spec: AttentionSpec, scale: float) -> No
 @contextlib.contextmanager
 def observe(observer: Observer) -> Iterator[None]:
     """While active, `observer` gets each call of a converted site in an uncompiled forward."""
-    with entered(_observers, observer):
+    with listen(_observers, observer):
         yield

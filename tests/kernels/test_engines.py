@@ -19,7 +19,7 @@ from salad_compile.kernels import (
     use_engine,
 )
 from salad_compile.kernels.block_sparse import reference
-from salad_compile.kernels.engines import Call, GateCall, choose, engines, named, register, unregister
+from salad_compile.kernels.engines import Call, GateCall, choose, engines, find, register, unregister
 from salad_compile.kernels.linear import torch as plain
 from tests.kernels.helpers import make_qkv, make_selection
 
@@ -208,4 +208,4 @@ def test_a_name_is_taken_once(definition: Definition) -> None:
         register(Definition(name="other"), before="gluon")
     with pytest.raises(UnsupportedKernelError, match="unknown engine 'gluon'"):
         unregister("gluon")
-    assert named("definition") is definition
+    assert find("definition") is definition

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from salad_compile.kernels import UnsupportedKernelError, inspect
 from salad_compile.kernels.aot import SHARED_LIMIT, Report, Specialised, compile_report, specialise
-from salad_compile.kernels.engines import FOLDERS, Call, GateCall, named
+from salad_compile.kernels.engines import FOLDERS, Call, GateCall, find
 from salad_compile.kernels.engines.torch import TorchEngine
 from salad_compile.kernels.launch import interpreting, launch, record_launches
 
@@ -233,7 +233,7 @@ def test_every_kernel_is_inspected(jobs: list[inspect.Job]) -> None:
 
 
 def test_every_operator_is_called() -> None:
-    engine = named("triton")
+    engine = find("triton")
     assert {call.operator for call, *_ in engine.gate_calls(90)} == set(engine.operators)
 
 

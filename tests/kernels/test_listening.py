@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from salad_compile.kernels.listening import entered
+from salad_compile.kernels.listening import listen
 
 
 def test_equal_listeners_are_told_apart() -> None:
     listeners: list[list[int]] = []
-    with entered(listeners, []) as outer:
-        with entered(listeners, []) as inner:
+    with listen(listeners, []) as outer:
+        with listen(listeners, []) as inner:
             assert listeners[0] is outer
             assert listeners[1] is inner
         (left,) = listeners
@@ -20,6 +20,6 @@ def test_equal_listeners_are_told_apart() -> None:
 
 def test_it_leaves_after_an_error() -> None:
     listeners: list[list[int]] = []
-    with pytest.raises(KeyError), entered(listeners, []):
+    with pytest.raises(KeyError), listen(listeners, []):
         raise KeyError
     assert listeners == []

@@ -19,7 +19,7 @@ import salad_compile
 from salad_compile.backend.exported_programs import rewrite_exported
 from salad_compile.definition.linear_branch import LINEAR_EPS
 from salad_compile.errors import PositionReplayError
-from salad_compile.kernels.linear.feature_maps import feature_map_named
+from salad_compile.kernels.linear.feature_maps import find_feature_map
 from salad_compile.kernels.linear.reference import quadratic_attention
 from salad_compile.sites.branch import SaladBranch, branches
 from tests import toys
@@ -87,7 +87,7 @@ def by_hand(model: styles.Rotary, x: Tensor, **text: Tensor) -> Tensor:
     """What the model should compute at sparsity 0, from its parameters and `rotated`."""
     branch = model.salad
     assert isinstance(branch, SaladBranch)
-    phi, _ = feature_map_named(branch.config.feature_map)
+    phi, _ = find_feature_map(branch.config.feature_map)
     q, k, v = model.before(x, **text)
     branch.armed = None  # the projections' hooks left it
     scale = styles.HEAD_DIM**-0.5

@@ -19,7 +19,7 @@ from salad_compile.kernels.exchange import api as head_exchange
 def group(tmp_path: Path) -> Iterator[str]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     assert dist.group.WORLD is not None
-    yield head_exchange.named(dist.group.WORLD)
+    yield head_exchange.group_name(dist.group.WORLD)
     dist.destroy_process_group()
 
 

@@ -88,7 +88,7 @@ class operators:
 def _settled(query: torch.Tensor, key: torch.Tensor, feature_map: str, mask: torch.Tensor | None) -> torch.Tensor:
     ones = torch.ones(*key.shape[:3], 1, dtype=torch.float64)
     _, key_sum = reference.linear_state(key.double(), ones, feature_map, mask)
-    phi = reference.feature_map_named(feature_map)[0]
+    phi = reference.find_feature_map(feature_map)[0]
     return (phi(query.double()) * key_sum[:, :, None]).sum(-1, keepdim=True) > 1e3 * EPS
 
 

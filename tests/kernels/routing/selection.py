@@ -60,14 +60,14 @@ def check_selection(
     assert ((lut.diff(dim=-1) > 0) | ~valid[..., 1:]).all()
     assert lut.min() >= 0
     assert lut.max() < key_blocks
-    dense = reference.touched(query_blocks, blocks[0], *sinks)
+    dense = reference.hold_tokens(query_blocks, blocks[0], *sinks)
     assert torch.equal(count == ALL_BLOCKS, dense.expand_as(count))
     unused = torch.where(dense[:, None], torch.arange(slots), 0)
     assert (torch.where(valid, 0, lut - unused) == 0).all()
 
     chosen = torch.zeros(*lut.shape[:3], key_blocks + 1, dtype=torch.bool)
     chosen = chosen.scatter_(-1, torch.where(valid, lut, key_blocks).long(), True)[..., :-1]
-    wanted = reference.overlap(query_blocks, key_blocks, *blocks) | reference.touched(key_blocks, blocks[1], *sinks)
+    wanted = reference.overlap(query_blocks, key_blocks, *blocks) | reference.hold_tokens(key_blocks, blocks[1], *sinks)
     wanted = (wanted & ~dense[:, None]).expand_as(chosen)
     if key_mask is not None:
         possible = reference.valid_blocks(key_mask, blocks[1])[:, None, None]

@@ -18,7 +18,7 @@ from salad_compile.definition.operands import Mapped
 from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.token_layout import Segments
 from salad_compile.grid.orders import order_and_inverse, temporal_order
-from salad_compile.kernels.linear.feature_maps import feature_map_named
+from salad_compile.kernels.linear.feature_maps import find_feature_map
 from tests.support import relative_error, seeded
 
 B, H, S, D, C = 2, 3, 77, 8, 20
@@ -255,7 +255,7 @@ def test_map_then_rotate_without_a_turn_is_rotate_then_map(pattern: str, text: s
     order = order_and_inverse(temporal_order, (7, 1, video // 7))
     mask = torch.arange(S).expand(B, -1) < S - 5 if pattern == "topk" else None
     query, key, value = q[:, :, -video:] if text == "prefix" else q, k[:, :1], v[:, :1]
-    phi, _ = feature_map_named(spec.feature_map)
+    phi, _ = find_feature_map(spec.feature_map)
     mapped = Mapped(query, key, phi(query), phi(key))
     given = (query, key, value, x[:, :video], branch, order, spec)
     common: dict[str, Any] = {"scale": D**-0.5, "dtype": torch.float64, "key_mask": mask}
