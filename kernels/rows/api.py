@@ -1,7 +1,7 @@
 """`salad::take_rows`: a permutation of tokens whose backward is a gather too.
 
-Attention over blocks of another order than the model's wants contiguous blocks. Gathering inside the attention kernel
-costs it 22 % (docs/kernels.md), a gather before it next to nothing where a pointwise operation writes the rows anyway.
+Attention over blocks of another order than the model's needs contiguous blocks. Gathering inside the attention kernel
+slows it down (docs/kernels.md); a gather before it is nearly free if a pointwise operation writes the rows anyway.
 As plain ATen the backward would scatter with atomics: autograd does not know that an index is a permutation. So this is
 an operator with a formula, and Inductor gets :func:`decompositions`, which turn it into ATen that it fuses.
 """
