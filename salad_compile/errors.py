@@ -153,6 +153,12 @@ class ResumeError(SaladError, ValueError):
     """A training run cannot go on from what its directory holds: other settings, another model or other data."""
 
 
+def require_conversion(converted: bool, subject: str, mend: str = "call salad_compile.convert(model) first.") -> None:
+    """Raises NotConvertedError("<subject> is not converted: <mend>") unless `converted`."""
+    if not converted:
+        raise NotConvertedError(f"{subject} is not converted: {mend}")
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the nearest valid name, or the empty string when nothing is near."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)

@@ -14,7 +14,7 @@ from torch import Tensor
 from salad_compile.common.progress import ProgressBar
 from salad_compile.common.wrappers import single_model
 from salad_compile.discovery.inputs import normalise_inputs
-from salad_compile.errors import ConfigError, GridMismatchError, InputsError, NotConvertedError
+from salad_compile.errors import ConfigError, GridMismatchError, InputsError, require_conversion
 
 if TYPE_CHECKING:
     from salad_compile.sites.branch import SaladBranch
@@ -33,8 +33,7 @@ def converted_branches(model: Any, verb: str) -> tuple[nn.Module, list[SaladBran
 
     bare = single_model(model, verb)
     known = list(branches(bare).values())
-    if not known:
-        raise NotConvertedError(f"{type(bare).__name__} is not converted: call salad_compile.convert(model) first.")
+    require_conversion(bool(known), type(bare).__name__)
     return bare, known
 
 

@@ -69,6 +69,7 @@ def _lower(
     if options.lowering == "eager":
         return gm.forward
     if options.lowering == "aot_eager":
+        # not documented; torch 2.11 and 2.13; most tests of this backend lower so
         return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
     # Inductor loads Triton and takes a second: only here
     from torch._inductor import list_mode_options
@@ -92,7 +93,7 @@ def _teach_inductor() -> None:
 
     A table of ours, passed to compile_fx, would become part of the key of Inductor's caches, which cannot pickle it:
     every process would compile anew (torch 2.13; tests/end_to_end/test_caches.py). `fast_random_decomps` keeps
-    a copy of the table; it is private, seen in torch 2.11 and 2.13.
+    a copy of the table; it is private, seen in torch 2.11 and 2.13 (tests/salad_compile/backend/test_dynamo.py).
     """
     from torch._inductor import decomposition
 

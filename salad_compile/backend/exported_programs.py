@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 
 from salad_compile.backend.cpu_fusion import no_outer_loop_fusion
 from salad_compile.config import BackendOptions
-from salad_compile.errors import NotConvertedError, SiteLostError
+from salad_compile.errors import SiteLostError, require_conversion
 from salad_compile.kernels.rows import decompositions
 from salad_compile.passes.context import graph_modules, has_converted_tags, has_sites
 from salad_compile.passes.driver import run_passes
@@ -47,11 +47,12 @@ def rewrite_exported(program: ExportedProgram) -> ExportedProgram:
         SiteLostError: a converted site would run dense.
     """
     graphs = [module.graph for module in graph_modules(program.graph_module)]
-    if not any(has_converted_tags(graph) or has_sites(graph) for graph in graphs):
-        raise NotConvertedError(
-            "this exported program has no converted site. Convert the model before exporting it: "
-            "torch.export.export(salad_compile.convert(model), ...). A program that was rewritten needs no second time."
-        )
+    require_conversion(
+        any(has_converted_tags(graph) or has_sites(graph) for graph in graphs),
+        "this exported program",
+        "convert the model before exporting it, torch.export.export(salad_compile.convert(model), ...). "
+        "A program that was rewritten needs no second time.",
+    )
     rewritten = _copy(program)
     outputs = _output_names(rewritten.graph_module)
     try:

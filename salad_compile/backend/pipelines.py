@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from salad_compile.common.logs import logger
 from salad_compile.common.wrappers import bare_components
-from salad_compile.errors import NotConvertedError
+from salad_compile.errors import require_conversion
 from salad_compile.sites.branch import branches
 
 __all__ = ["compile_pipeline"]
@@ -43,12 +43,12 @@ def compile_pipeline(
     """
     modules = bare_components(pipe)
     converted = {name: module for name, module in modules.items() if branches(module)}
-    if not converted:
-        raise NotConvertedError(
-            f"no model of this {type(pipe).__name__} is converted: salad_compile.convert(pipe) or salad_compile.load("
-            "pipe.transformer, file) comes first. Without either, pipe.transformer.compile_repeated_blocks("
-            "backend='salad') makes attention block-sparse without training."
-        )
+    require_conversion(
+        bool(converted),
+        type(pipe).__name__,
+        "salad_compile.convert(pipe) or salad_compile.load(pipe.transformer, file) comes first. Without either, "
+        "pipe.transformer.compile_repeated_blocks(backend='salad') makes attention block-sparse without training.",
+    )
     for name in modules.keys() - converted.keys():
         logger.warning("%s is not converted, and is left uncompiled", name)
     how = {"fullgraph": fullgraph, "mode": mode, "options": None if options is None else dict(options)}

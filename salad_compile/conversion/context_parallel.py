@@ -16,7 +16,7 @@ import torch.nn as nn
 
 from salad_compile.common.wrappers import single_model
 from salad_compile.definition import patterns
-from salad_compile.errors import ConfigError, NotConvertedError
+from salad_compile.errors import ConfigError, require_conversion
 from salad_compile.kernels.exchange import api as head_exchange
 from salad_compile.sites.branch import SaladBranch, branches
 
@@ -27,9 +27,11 @@ __all__ = ["parallelise"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Attribute of diffusers' models and attention processors, which `enable_parallelism` sets. Private; diffusers 0.42.1,
-# tests/trainers/test_context_parallel.py.
+# Private names of diffusers 0.42.1 (tests/salad_compile/conversion/test_context_parallel.py): the attribute of models
+# and attention processors that `enable_parallelism` sets, and the field of ContextParallelConfig with the mesh of the
+# processes that exchange heads.
 _SETTINGS = "_parallel_config"
+_MESH = "_ulysses_mesh"
 
 
 def parallelise(model: Model) -> Model:
@@ -54,8 +56,7 @@ def parallelise(model: Model) -> Model:
     """
     bare = single_model(model, "parallelise")
     known = branches(bare)
-    if not known:
-        raise NotConvertedError("nothing here is converted: call salad_compile.convert(model) first.")
+    require_conversion(bool(known), type(bare).__name__)
     name = head_exchange.group_name(_group_of(bare))
     for branch in known.values():
         if fault := _fault(branch, head_exchange.members(name)):
@@ -83,7 +84,7 @@ def _group_of(model: nn.Module) -> ProcessGroup:
             f"ulysses_degree=...) without ring attention and ulysses_anything, got {settings.ring_degree=}, "
             f"{settings.ulysses_anything=}."
         )
-    group: ProcessGroup = settings._ulysses_mesh.get_group()
+    group: ProcessGroup = getattr(settings, _MESH).get_group()
     return group
 
 

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.common.wrappers import single_model
-from salad_compile.errors import MergeError, NotConvertedError
+from salad_compile.errors import MergeError, require_conversion
 from salad_compile.sites.branch import SaladBranch, branches
 
 
@@ -36,8 +36,7 @@ def merge_lora(model: nn.Module) -> list[MergedProjection]:
     """
     bare = single_model(model, "merge_lora")
     known = list(branches(bare).values())
-    if not known:
-        raise NotConvertedError(f"{type(bare).__name__} has no SALAD branch whose LoRA could be merged.")
+    require_conversion(bool(known), type(bare).__name__)
     if not any(branch.lora_roles for branch in known):
         raise MergeError("this model has no LoRA: converted with lora_rank=0, or merged before.")
     work = [item for branch in known for item in mergeable(bare, branch)]

@@ -17,7 +17,7 @@ from salad_compile.common.sharding import whole
 from salad_compile.common.version import __version__
 from salad_compile.common.wrappers import plain_key
 from salad_compile.conversion.convert import dense_projections
-from salad_compile.errors import NotConvertedError
+from salad_compile.errors import require_conversion
 from salad_compile.grid.rule import GridRule
 from salad_compile.salad_files.header import Header
 from salad_compile.sites.branch import SaladBranch, branches
@@ -31,10 +31,7 @@ def describe(model: nn.Module) -> Header:
         NotConvertedError: the model has no branch.
     """
     known = list(branches(model).values())
-    if not known:
-        raise NotConvertedError(
-            f"{type(model).__name__} has no SALAD branch to save: call salad_compile.convert(model) before fine-tuning."
-        )
+    require_conversion(bool(known), type(model).__name__, "call salad_compile.convert(model) before fine-tuning.")
     records = tuple(branch.record for branch in known)
     return Header(
         config=known[0].config,

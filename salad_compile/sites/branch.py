@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.errors import NotConvertedError
+from salad_compile.errors import require_conversion
 from salad_compile.sites import frozen_warning, graph_breaks
 from salad_compile.sites.eager_mode import SaladMode
 from salad_compile.sites.markers import leave_dense
@@ -191,6 +191,5 @@ def branches_in(modules: Mapping[str, nn.Module]) -> list[tuple[str, SaladBranch
         NotConvertedError: there are none.
     """
     found = [(name, branch) for name, module in modules.items() for branch in branches(module).values()]
-    if not found:
-        raise NotConvertedError("nothing here is converted: call salad_compile.convert(model) first.")
+    require_conversion(bool(found), " and ".join(dict.fromkeys(type(module).__name__ for module in modules.values())))
     return found

@@ -12,7 +12,7 @@ from salad_compile.common.logs import logger
 from salad_compile.common.placement import placement
 from salad_compile.config import SaladConfig
 from salad_compile.conversion.convert import convert
-from salad_compile.errors import ConfigError, NotConvertedError
+from salad_compile.errors import ConfigError, require_conversion
 from salad_compile.latents import LatentDataset
 from salad_compile.sites.branch import SaladBranch, branches
 from salad_compile.training.flow_matching import TIMESTEPS, Forward, wan_forward
@@ -37,11 +37,11 @@ def require_converted(
         ConfigError: the conversion does not fit the settings. And what :func:`salad_compile.convert` raises.
     """
     known = branches(model)
-    if not known and config is None:
-        raise NotConvertedError(
-            f"{type(model).__name__} is not converted: call salad_compile.convert(model) first, or pass "
-            "train(..., config=SaladConfig())."
-        )
+    require_conversion(
+        bool(known or config is not None),
+        type(model).__name__,
+        "call salad_compile.convert(model) first, or pass train(..., config=SaladConfig()).",
+    )
     if config is not None:
         wanted = config if isinstance(config, SaladConfig) else SaladConfig.from_dict(config)
         _require_fit(wanted, settings)

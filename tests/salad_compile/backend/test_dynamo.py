@@ -17,6 +17,7 @@ from salad_compile.backend import cpu_fusion
 from salad_compile.backend import dynamo as backend
 from salad_compile.backend.dynamo import record_graphs
 from salad_compile.errors import ConfigError, WrongBackendError
+from salad_compile.kernels.rows import decompositions
 from tests import toys
 from tests.support import randomise_branches, relative_error
 
@@ -160,3 +161,14 @@ def test_dynamic_lengths_around_the_threshold() -> None:
         for count in (70, 33, 91, 40, 128, 65):
             assert relative_error(compiled(toys.tokens(count)), model(toys.tokens(count))) < 1e-6
     assert sorted(graph.calls[0].status for graph in graphs) == ["block-sparse", "dense"]
+
+
+def test_inductor_knows_our_decompositions_wherever_it_looks() -> None:
+    """`fast_random_decomps` is private, and keeps a copy of the table (torch 2.11 and 2.13)."""
+    from torch._inductor import decomposition
+
+    decomposition.fast_random_decomps()  # a copy from before, if nothing was compiled yet
+    backend._teach_inductor.cache_clear()
+    backend._teach_inductor()
+    for table in (decomposition.decompositions, decomposition.fast_random_decomps()):
+        assert decompositions().keys() <= table.keys()

@@ -55,7 +55,7 @@ def test_a_model_on_a_grid_is_exported(strict: bool) -> None:
 
 
 def test_what_is_not_converted_or_rewritten_already_is_an_error() -> None:
-    with pytest.raises(NotConvertedError, match="Convert the model before exporting it"):
+    with pytest.raises(NotConvertedError, match="program is not converted: convert the model before exporting it"):
         rewrite_exported(torch.export.export(toys.SelfAttention(), (toys.tokens(),)))
     rewritten = rewrite_exported(torch.export.export(converted(), (toys.tokens(),)))
     with pytest.raises(NotConvertedError, match="no second time"):
