@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from .call import Call
 
-# Operator -> its folder. The engine called "x" has its implementation in x.py there, under the operator's name.
+# Operator -> its folder. Each engine has a module of its own name there, with a function of the operator's name.
 FOLDERS = {
     "pool_blocks": "routing",
     "select_blocks": "routing",
