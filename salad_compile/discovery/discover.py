@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from salad_compile.calls.adapters import dense_reason, is_padding, mask_kind
+from salad_compile.calls.kinds import CallKind, kind_among
 from salad_compile.discovery.probe import Call, Probe, Projection
 from salad_compile.discovery.probe_forward import run_probe
 from salad_compile.discovery.segments import Layout, layout_of, video_inputs
@@ -42,7 +43,7 @@ class AttentionSite:
         mask: shape of the attention mask, or None. mask_kind: "", "keys", "padding" (a square one), "square",
             "unread" (square, on fake tensors) or "other".
         causal: whether the call is causal.
-        call_index: the call's number within one forward of `name`.
+        call_index: the call's number within one forward of `name`. call: its kind, if the eager twin may rely on it.
         invocations: how often the example forward reached it.
         eligible: whether `convert` converts it. reason: if not, why.
         position_fault: for which operand its position encoding cannot be replayed, and why, if that was asked.
@@ -74,6 +75,7 @@ class AttentionSite:
     eligible: bool
     reason: str
     position_fault: tuple[str, str] | None = None
+    call: CallKind = ""
 
     @property
     def video_tokens(self) -> int:
@@ -105,6 +107,7 @@ class AttentionSite:
             on_grid=self.on_grid,
             square_mask=self.mask_kind == "padding",
             call_index=self.call_index,
+            call=self.call,
             rotated_first=self.position_fault is not None,
         )
 
@@ -190,6 +193,7 @@ def _site_of(call: Call, probe: Probe, video: set[str], min_tokens: int) -> Atte
         mask_kind=mask,
         causal=bool(call.arguments.is_causal),
         call_index=_call_index(call, owner, probe.calls),
+        call=kind_among(call.kind, (other.kind for other in probe.calls if _is_inside(other, owner))),
         invocations=1,
         eligible=not reason,
         reason=reason,
@@ -261,6 +265,10 @@ def _owner_of(call: Call, projections: list[str]) -> str:
         if all(not frame.name or projection.startswith(f"{frame.name}.") for projection in projections):
             return frame.name
     return ""
+
+
+def _is_inside(call: Call, owner: str) -> bool:
+    return any(frame.name == owner for frame in call.stack)
 
 
 def _call_index(call: Call, owner: str, calls: list[Call]) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from salad_compile.calls.adapters import AttentionArguments, bind, is_attention, result_of
+from salad_compile.calls.kinds import CallKind, kind_of
 from salad_compile.calls.softmax_products import ManualAttention, of_tensors
 from salad_compile.discovery.token_ranges import Cat, Edge, TokenRange, narrow
 from salad_compile.position.recording import OperationRecording, Recorded, position_fault
@@ -79,6 +80,7 @@ class Call:
     arguments: AttentionArguments
     made_by: tuple[list[Projection], list[Projection], list[Projection]]
     stack: tuple[Frame, ...]  # outermost first
+    kind: CallKind
     outs: list[Out] = field(default_factory=list)  # projections that read the result, in order of execution
     # the operand for which map-then-rotate is not possible, and why, if that was asked for
     position_fault: tuple[str, str] | None = None
@@ -133,7 +135,7 @@ class Probe(Recorded, TorchFunctionMode):
                 return self._other(func, args, kwargs)
             arguments = self._with_heads(by_hand)
         query, key, value = (self.made_by(t.grad_fn) for t in (arguments.query, arguments.key, arguments.value))
-        call = Call(arguments, (query, key, value), tuple(self._stack))
+        call = Call(arguments, (query, key, value), tuple(self._stack), kind_of(func, arguments))
         self.calls.append(call)
         if self.recording is not None:
             sources = {self._sources[made.node]: None for made in (*query, *key)}

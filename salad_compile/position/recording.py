@@ -1,15 +1,17 @@
-"""What the eager twin has seen of a forward, as a graph in which position is found and from which it is run again.
+"""The operations of an uncompiled forward as a graph, in which position is found and from which it is run again.
 
-Recorded for the map-then-rotate placement alone, and dropped with the forward.
+Recorded for the map-then-rotate placement alone, where a sequence of operations is new (sequences.py), and dropped with
+the forward.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -18,10 +20,15 @@ from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from salad_compile.definition.operands import Mapped
 from salad_compile.position.flow import Cell, Flow, TensorInfo
 from salad_compile.position.operations import PROJECTIONS, data_arguments, operation, writes
-from salad_compile.position.slice import Entry, PositionSlice, UndeterminedError, features, find_slice, told_of
+from salad_compile.position.slice import Entry, PositionSlice, UndeterminedError, features, find_slice
+
+# device type, whether it is on, its dtype
+Autocast = tuple[str, bool, torch.dtype]
+
+UNCOUNTED = -1  # torch counts no writes into tensors of inference mode
+OVERWRITTEN = "what its position is made of has been overwritten by now"
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,20 @@ class OperationRecording:
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation of the model and record it."""
+        return self.record(func, args, kwargs, lambda: func(*args, **kwargs))
+
+    def record(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[[], Any]
+    ) -> Any:
+        """Record an operation. call: runs it, or returns its result if it ran already."""
         if not writes(func, args, kwargs):
-            out = func(*args, **kwargs)
-            if _holds_tensors(out):
+            out = call()
+            if holds_tensors(out):
                 self._add(self._node_of(func, args, kwargs, out), out, args, kwargs)
             return out
         node = self._node_of(func, args, kwargs, None)
         self.before_write(node)
-        out = func(*args, **kwargs)
+        out = call()
         if isinstance(out, Tensor):
             self._describe(node, out)
         self._add(node, out, args, kwargs)
@@ -74,7 +87,7 @@ class OperationRecording:
         """An operation ran. given: the tensors among its arguments."""
 
     def _add(self, node: fx.Node, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {self._nodes[tensor]: tensor for tensor in _tensors((args, kwargs)) if tensor in self._nodes}
+        given = {self._nodes[tensor]: tensor for tensor in tensors_in((args, kwargs)) if tensor in self._nodes}
         self.added(node, out, given)
         if not isinstance(out, Tensor) and isinstance(out, (tuple, list)):
             for at, part in enumerate(out):
@@ -101,10 +114,17 @@ class OperationRecording:
         self._nodes[out] = node
 
 
+class Runner(Protocol):
+    """Runs the operations of a model, and does something with what it sees."""
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation of the model."""
+
+
 class Recorded:
     """A function mode that runs what it sees through a recording, where there is one."""
 
-    recording: OperationRecording | None
+    recording: Runner | None
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation of the model."""
@@ -144,8 +164,15 @@ def _info(node: fx.Node) -> TensorInfo | None:
     return info
 
 
-class PositionRecording(OperationRecording):
-    """What the eager twin records of one forward, with the values that a replay needs.
+class Moment(NamedTuple):
+    """When an operation ran. versions: id of a tensor -> how many writes torch had counted. autocast: what was on."""
+
+    versions: Mapping[int, int]
+    autocast: Autocast | None
+
+
+class PositionGraph(OperationRecording):
+    """The operations of one forward, with the values that a replay needs.
 
     Args:
         all_projections: whether projections count that no hook reports.
@@ -160,9 +187,31 @@ class PositionRecording(OperationRecording):
         self._snapshots: dict[int, _Snapshot] = {}
         self._unseen = False  # a write
         self._writes_seen: dict[int, int] = {}  # a memory -> what torch's count of its writes was
+        self._moment: Moment | None = None  # of an operation that ran earlier; None: now
+        self.used: set[fx.Node] = set()  # whose values replays have read
+
+    def add_past(self, moment: Moment, add: Callable[[], object]) -> None:
+        """Add something that happened earlier."""
+        self._moment = moment
+        try:
+            add()
+        finally:
+            self._moment = None
+
+    def _version(self, tensor: Tensor) -> int | None:
+        """Torch's count of the writes into a tensor's memory; None if it does not count."""
+        if self._moment is not None and id(tensor) in self._moment.versions:
+            version = self._moment.versions[id(tensor)]
+            return None if version == UNCOUNTED else version
+        return None if tensor.is_inference() else tensor._version
+
+    @property
+    def snapshots(self) -> int:
+        """How many values were copied before the model wrote position into them."""
+        return len(self._snapshots)
 
     def add_projection(self, x: Tensor, out: Tensor) -> None:
-        """A projection answered `out` to `x`."""
+        """A projection returned `out` for `x`."""
         self.flow.add_input(self.node(x))
         self.add_source(out)
 
@@ -173,28 +222,8 @@ class PositionRecording(OperationRecording):
         self._values[node] = out
         return node
 
-    def mapped(self, query: Tensor, key: Tensor, feature_map: str, site: str) -> Mapped | None:
-        """Query and key of an attention call before position, and their features with it, laid out as they are.
-
-        Returns:
-            None where no position mixes in between projection and call.
-
-        Raises:
-            PositionReplayError: it cannot be told what the position encoding is.
-        """
-        operands, found, pairs = {"query": query, "key": key}, {}, {}
-        for role, operand in operands.items():
-            with told_of(site, role):
-                found[role] = self._slice_of(operand)
-        if all(slice_ is None for slice_ in found.values()):
-            return None
-        for role, operand in operands.items():
-            with told_of(site, role):
-                pairs[role] = self._replayed(found[role], operand, feature_map)
-        (plain_query, rotated_query), (plain_key, rotated_key) = pairs.values()
-        return Mapped(plain_query, plain_key, rotated_query, rotated_key)
-
-    def _slice_of(self, operand: Tensor) -> PositionSlice | None:
+    def find(self, operand: Tensor) -> PositionSlice | None:
+        """How an operand of an attention call got its position; None if it has none. Raises UndeterminedError."""
         node = self.node(operand)
         self._watch(node, operand, False)
         if self._unseen:
@@ -210,19 +239,19 @@ class PositionRecording(OperationRecording):
         self.flow.add(node)
         if isinstance(out, Tensor):
             self._watch(node, out, True)
-        node.meta["autocast"] = _autocast_state(out)
+        node.meta["autocast"] = autocast_state(out) if self._moment is None else self._moment.autocast
         self._keep(node, out, given)
         if self.all_projections and operation(node)[0] in PROJECTIONS and isinstance(out, Tensor):
             self.add_source(out)
 
     def _watch(self, node: fx.Node, tensor: Tensor, written: bool) -> None:
         """Notice that a value was written into by something that no function mode sees, such as a custom kernel."""
-        storage = self.flow.storage(node)
-        if storage is None or tensor.is_inference() or Cell(node) not in self.flow.parents:
+        storage, version = self.flow.storage(node), self._version(tensor)
+        if storage is None or version is None or Cell(node) not in self.flow.parents:
             return
-        if not written and self._writes_seen.get(storage, tensor._version) != tensor._version:
+        if not written and self._writes_seen.get(storage, version) != version:
             self._unseen = True
-        self._writes_seen[storage] = tensor._version
+        self._writes_seen[storage] = version
 
     def _keep(self, node: fx.Node, out: Any, given: Mapping[fx.Node, Tensor]) -> None:
         """Hold what a replay may need: values without position, and what position is made of."""
@@ -236,8 +265,9 @@ class PositionRecording(OperationRecording):
         for argument, tensor in given.items():
             if argument not in self._values and (argument not in data or Cell(argument) not in self.flow.parents):
                 self._values[argument] = tensor
-                if not tensor.is_inference():
-                    self._versions[argument] = tensor._version
+                version = self._version(tensor)
+                if version is not None:
+                    self._versions[argument] = version
 
     def before_write(self, node: fx.Node) -> None:
         """Where position is written into a value that has none, that value is kept."""
@@ -251,17 +281,11 @@ class PositionRecording(OperationRecording):
 
     # --------------------------------------------------------------------------------------------------------- replay
 
-    def _replayed(self, found: PositionSlice | None, operand: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
-        if found is None:
-            info = TensorInfo.of(operand)
-            assert info is not None
-            return operand, features(operand, info, operand.shape[-1], feature_map)
-        plain, rotated = found.replay(lambda entry: entry.begin(self._start_of(entry), feature_map), self._again)
-        return plain, rotated
-
-    def _start_of(self, entry: Entry) -> Tensor:
+    def start_of(self, entry: Entry) -> Tensor:
+        """The value at the start of a stream. Raises UndeterminedError."""
         node = entry.start.node
         if not entry.overwritten:
+            self.used.add(node)
             return self._values[node]
         storage = self.flow.storage(node)
         snapshot = None if storage is None else self._snapshots.get(storage)
@@ -271,48 +295,86 @@ class PositionRecording(OperationRecording):
         known: dict[fx.Node, Any] = {snapshot.root: snapshot.value}
         for view in self.flow.views(snapshot.root, node):
             written = operation(view)[1]  # then its write is in the snapshot already
-            known[view] = known[written[0]] if written else self._again(view, known)
+            known[view] = known[written[0]] if written else run_again(view, known, self.value)
         value: Tensor = known[node]
         return value
 
-    def _again(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
-        def value_of(argument: fx.Node) -> Any:
-            return known[argument] if argument in known else self._value(argument)
-
-        args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
-        assert callable(node.target)
-        with _autocast_as(node.meta.get("autocast")):
-            return node.target(*args, **kwargs)
-
-    def _value(self, node: fx.Node) -> Tensor:
+    def value(self, node: fx.Node) -> Tensor:
+        """What a node's tensor holds. Raises UndeterminedError."""
         value = self._values.get(node)
         if value is None:
             raise UndeterminedError(f"{node} is needed and was not kept")
         if node in self._versions and value._version != self._versions[node]:
-            raise UndeterminedError("what its position is made of has been overwritten by now")
+            raise UndeterminedError(OVERWRITTEN)
+        self.used.add(node)
         return value
 
+    def kept(self, node: fx.Node) -> tuple[Tensor, int | None]:
+        """A value that a replay has read, and the count of writes that it must have, if that matters."""
+        return self._values[node], self._versions.get(node)
 
-def _tensors(tree: Any) -> list[Tensor]:
+
+def replay(
+    found: PositionSlice | None,
+    operand: Tensor,
+    feature_map: str,
+    start_of: Callable[[Entry], Tensor],
+    value_of: Callable[[fx.Node], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """An operand without position, and its features with it.
+
+    Args:
+        start_of: the value at the start of a stream. value_of: what else is needed, of a node's tensor.
+    """
+    if found is None:
+        info = TensorInfo.of(operand)
+        assert info is not None
+        return operand, features(operand, info, operand.shape[-1], feature_map)
+    plain, rotated = found.replay(
+        lambda entry: entry.begin(start_of(entry), feature_map), lambda node, known: run_again(node, known, value_of)
+    )
+    return plain, rotated
+
+
+def run_again(node: fx.Node, known: Mapping[fx.Node, Any], value_of: Callable[[fx.Node], Tensor]) -> Any:
+    """Run an operation once more, with other values for some of its arguments."""
+
+    def value(argument: fx.Node) -> Any:
+        return known[argument] if argument in known else value_of(argument)
+
+    args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+    assert callable(node.target)
+    with _autocast_as(node.meta.get("autocast")):
+        return node.target(*args, **kwargs)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in nested containers."""
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _holds_tensors(out: Any) -> bool:
+def holds_tensors(out: Any) -> bool:
+    """Whether a result is a tensor, or a tuple or list that has one."""
     return isinstance(out, Tensor) or (isinstance(out, (tuple, list)) and any(isinstance(o, Tensor) for o in out))
 
 
-_Autocast = tuple[str, bool, torch.dtype]
-
-
-def _autocast_state(out: Any) -> _Autocast | None:
-    tensor = out if isinstance(out, Tensor) else next(iter(_tensors(out)), None)
-    if tensor is None or not torch.amp.is_autocast_available(tensor.device.type):
+def autocast_state(out: Any) -> Autocast | None:
+    """What autocast does on the device of a result; None if there is none for it."""
+    if not isinstance(out, Tensor):
+        tensors = [part for part in out if isinstance(part, Tensor)] if isinstance(out, (tuple, list)) else []
+        return autocast_state(tensors[0]) if tensors else None
+    device = out.device.type
+    if not _has_autocast(device):
         return None
-    device = tensor.device.type
     return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-def _autocast_as(state: _Autocast | None) -> contextlib.AbstractContextManager[Any]:
+@functools.cache
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+def _autocast_as(state: Autocast | None) -> contextlib.AbstractContextManager[Any]:
     if state is None or (torch.is_autocast_enabled(state[0]), torch.get_autocast_dtype(state[0])) == state[1:]:
         return contextlib.nullcontext()
     return torch.autocast(state[0], enabled=state[1], dtype=state[2])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from salad_compile.errors import require_conversion
 from salad_compile.sites import frozen_warning, graph_breaks
-from salad_compile.sites.eager_mode import SaladMode
+from salad_compile.sites.eager_mode import SaladMode, running
 from salad_compile.sites.markers import leave_dense
 from salad_compile.sites.site import Site
 
@@ -73,30 +73,34 @@ class SaladBranch(Site):
 
     def on_query(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the query (or fused) projection: its update, then the tag or, uncompiled, arming."""
+        if not torch.compiler.is_compiling():
+            mode = running(self)
+            if mode is not None:
+                mode.armed = args[0]
+            return self._add_source("query", args[0], out)
         out = self.add_updates("query", args[0], out)
         if self.switch.dense:
             return leave_dense(module, args, out)
-        if torch.compiler.is_compiling():
-            tensors = [self.mark, *self.tensors().values()]
-            tagged: Tensor = torch.ops.salad.tag(out, args[0], tensors, self.order(out.device), self.spec)
-            return tagged
-        self.armed = args[0]
-        return self._projected(args[0], out)
+        tensors = [self.mark, *self.tensors().values()]
+        tagged: Tensor = torch.ops.salad.tag(out, args[0], tensors, self.order(out.device), self.spec)
+        return tagged
 
-    def _projected(self, x: Tensor, out: Tensor) -> Tensor:
-        """Tell where a value comes from whose position is to be found."""
-        if not self.maps_before_position or self.switch.dense:
-            return out
+    def _add_source(self, first: str, x: Tensor, out: Tensor) -> Tensor:
+        """Add the updates, and tell that position is to be found in what becomes of the result."""
         if torch.compiler.is_compiling():
-            marked: Tensor = torch.ops.salad.projected(out)
-            return marked
-        if self.recording is not None:
-            self.recording.add_projection(x, out)
-        return out
+            out = self.add_updates(first, x, out)
+            if self.maps_before_position and not self.switch.dense:
+                marked: Tensor = torch.ops.salad.projected(out)
+                return marked
+            return out
+        mode = running(self)
+        if mode is None:
+            return self.add_updates(first, x, out)
+        return mode.run_projection(x, lambda: self.add_updates(first, x, out))
 
     def on_key(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the key projection, unless it is the query's."""
-        return self._projected(args[0], self.add_updates("key", args[0], out))
+        return self._add_source("key", args[0], out)
 
     def on_value(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the value projection, unless it is the query's or the key's."""
@@ -108,11 +112,11 @@ class SaladBranch(Site):
 
     def on_text_query(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the text stream's query (or fused) projection."""
-        return self._projected(args[0], self.add_updates("text_query", args[0], out))
+        return self._add_source("text_query", args[0], out)
 
     def on_text_key(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the text stream's key projection."""
-        return self._projected(args[0], self.add_updates("text_key", args[0], out))
+        return self._add_source("text_key", args[0], out)
 
     def on_text_value(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the text stream's value projection."""
@@ -151,12 +155,8 @@ class SaladBranch(Site):
 
     def _run_eagerly(self, *args: Any, **kwargs: Any) -> Any:
         mode = SaladMode(self, self._text(args, kwargs))
-        self.recording = mode.recording
-        try:
-            with mode:
-                out = self._run_original(*args, **kwargs)
-        finally:
-            self.armed = self.recording = None  # a tensor left here would keep its graph alive and break deepcopy
+        with mode:
+            out = self._run_original(*args, **kwargs)
         mode.require_replaced()
         return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -34,11 +35,23 @@ from salad_compile.definition.spec import AttentionSpec
 from salad_compile.errors import SiteLostError
 from salad_compile.kernels.exchange.api import members
 from salad_compile.kernels.measure import Execution, measure_executions
-from salad_compile.position.recording import PositionRecording, Recorded
+from salad_compile.position.recording import Recorded
+from salad_compile.position.sequences import PositionRecording
 from salad_compile.sites import observers
 from salad_compile.sites.site import Site
 
 _NOT_MEASURED: contextlib.AbstractContextManager[list[Execution]] = contextlib.nullcontext([])
+
+
+_running: ContextVar[SaladMode | None] = ContextVar("salad_compile.eager_mode", default=None)
+
+
+def running(site: Site) -> SaladMode | None:
+    """The mode under which a site's owner runs in this thread or task; None if it does not."""
+    mode = _running.get()
+    while mode is not None and mode.site is not site:
+        mode = mode.outer
+    return mode
 
 
 class SaladMode(Recorded, TorchFunctionMode):
@@ -56,33 +69,68 @@ class SaladMode(Recorded, TorchFunctionMode):
         super().__init__()
         self.site = site
         self.text = text
+        self.outer = _running.get()  # nested owners
         self.calls = 0
         self.replaced = 0
+        self.is_passive = False  # while nothing of what runs is looked at
+        self.armed: Tensor | None = None  # the gate's input, once the query projection has run
+        self._outer: list[Token[SaladMode | None]] = []
         spec = site.decoded_spec()
         self.recording: PositionRecording | None
         self.recording = PositionRecording(spec.text == "prefix") if spec.maps_before_position else None
-        self.by_hand = of_tensors(self.permute)
+        kind = site.record.call
+        self.by_hand = of_tensors(self.permute) if kind in ("", "products") else None
+        self.flex = seen_by_modes(real_flex_attention) if kind in ("", "flex") else contextlib.nullcontext()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if is_attention(func):
-            by_hand = None
-        else:
-            by_hand = self.by_hand.bind(func, args, kwargs)
+        if self.is_passive:
+            return func(*args, **kwargs)
+        by_hand = None
+        if not is_attention(func):
+            if self.by_hand is not None:
+                by_hand = self.by_hand.bind(func, args, kwargs)
             if by_hand is None:
                 out = self.run(func, args, kwargs)
-                self.by_hand.note(func, args, kwargs, out)
+                if self.by_hand is not None:
+                    self.by_hand.note(func, args, kwargs, out)
                 return out
+        return self._attend(func, args, kwargs, by_hand)
+
+    def run_projection(self, x: Tensor, updated: Callable[[], Tensor]) -> Tensor:
+        """The output of a projection of `x` with its updates, which are no part of what position is found in."""
+        before, self.is_passive = self.is_passive, True
+        try:
+            out = updated()
+        finally:
+            self.is_passive = before
+        if self.recording is not None:
+            self.recording.add_projection(x, out)
+        return out
+
+    def _attend(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        by_hand: AttentionArguments | None,
+    ) -> Any:
+        """An attention call: the site's is replaced, others run as they are."""
         self.calls += 1
-        if self.calls - 1 != self.site.record.call_index + self.replaced or self.site.armed is None:
+        if self.calls - 1 != self.site.record.call_index + self.replaced or self.armed is None:
             return func(*args, **kwargs)
         call = by_hand or bind(func, args, kwargs, lambda tensor: tensor.dim())
-        gate_input = self._gate_input(call, self.site.armed)
+        gate_input = self._gate_input(call, self.armed)
         if gate_input is None:
             return func(*args, **kwargs)
-        return in_place_of(func, call, self._replace(call, gate_input))
+        result = self._replace(call, gate_input)
+        # one call, or the last of one for each sample
+        self.is_passive = gate_input is self.armed or self.replaced == self.armed.shape[0]
+        if self.is_passive:
+            self.recording = None
+        return in_place_of(func, call, result)
 
     def _gate_input(self, call: AttentionArguments, armed: Tensor) -> Tensor | None:
         """The rows of the query projection's input that belong to this call, or None if it is not this site's."""
@@ -139,14 +187,16 @@ class SaladMode(Recorded, TorchFunctionMode):
         return result
 
     def __enter__(self) -> SaladMode:
-        self._flex = seen_by_modes(real_flex_attention)
-        self._flex.__enter__()
+        self._outer.append(_running.set(self))
+        self.flex.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._flex.__exit__(*error)
+        self.flex.__exit__(*error)
+        _running.reset(self._outer.pop())
+        self.armed = self.recording = None  # what this holds refers to it, and would keep the tensors alive
 
     def require_replaced(self) -> None:
         """Raises SiteLostError when the forward ran and its attention call was not met: never silently dense."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from salad_compile.calls.kinds import CallKind
+
 # What a projection of a site can be; a text stream has its own.
 ROLES = ("query", "key", "value", "out", "text_query", "text_key", "text_value", "text_out")
 
@@ -42,6 +44,7 @@ class SiteRecord:
     on_grid: bool = False
     square_mask: bool = False
     dropped: bool = False  # its linear branch, after fine-tuning: see dropping.py
+    call: CallKind = ""  # of its attention call; files of earlier versions do not tell
     rotated_first: bool = False  # its position encoding cannot be replayed, and "auto" takes the other placement
 
     @property

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from salad_compile.errors import ConfigError
 from salad_compile.grid.video_grid import VideoGrid
-from salad_compile.position.recording import PositionRecording
 from salad_compile.sites.parameters import BranchParameters
 
 
@@ -39,8 +38,6 @@ class Site(BranchParameters):
         self.uncompiled = False  # set when a graph break inside the owner's forward was seen
         self.measured_sparsity: float | None = None
         self.engine: str | None = None  # that computed the forward which was measured
-        self.recording: PositionRecording | None = None  # while the eager twin runs, where position is replayed
-        self.armed: Tensor | None = None  # the gate's input, between the query projection and the attention call
 
     def order(self, device: torch.device) -> Tensor | None:
         """int32 (2, V), the order of the video's tokens and its inverse; None where the grid is not known."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from salad_compile.definition.operands import Mapped
-from salad_compile.position.recording import PositionRecording
+from salad_compile.position.sequences import PositionRecording
 from salad_compile.position.slice import Entry
 from tests.models.expectations import WITHOUT_POSITION, converted_sites
 from tests.models.kinds import CONVERTED, KINDS, ROTATIONS, by_default, marks_of
