@@ -23,6 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write docs/models.md and the table in README.md from the outcomes of tests/models",
     )
     parser.addoption(
+        "--update-golden", action="store_true", help="write the golden graphs of tests/passes/golden as they are now"
+    )
+    parser.addoption(
         "--all-cases", action="store_true", help="run every check on every model, not the slow ones on one of each kind"
     )
     parser.addoption("--cost", type=Path, metavar="FILE", help="write down what each test cost in CPU seconds")
