@@ -29,7 +29,7 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, sizes, settings, and how often."""
+    """MODEL, sizes, settings, and the number of timings."""
     model_arguments.add_model(parser, weights=True)
     model_arguments.add_inputs(parser)
     model_arguments.add_settings(parser)

@@ -94,7 +94,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """Ours, and what its own metadata asks for."""
+    """This package and the packages that its metadata requires."""
     from packaging.requirements import Requirement
 
     from salad_compile.common.version import __version__
@@ -173,7 +173,7 @@ def _first_tool(variable: str, names: tuple[str, ...]) -> str | None:
 
 
 def _devices() -> Iterator[Finding]:
-    """Each device with the engine that computes our operators there."""
+    """Each device with the engine that computes the operators of this package there."""
     import torch
 
     yield Finding("cpu", FINE, f"engine {_engine(torch.device('cpu'))}, {torch.get_num_threads()} threads")
@@ -266,7 +266,7 @@ def _size(place: Path) -> int:
     for folder, _, files in os.walk(place):
         for file in files:
             path = Path(folder) / file
-            total += path.lstat().st_size if path.exists() else 0  # caches are written to meanwhile
+            total += path.lstat().st_size if path.exists() else 0  # other processes write to caches meanwhile
     return total
 
 
@@ -297,7 +297,7 @@ def _environment() -> Iterator[Finding]:
 
 
 def _attempts() -> Iterator[Finding]:
-    """A small attention on every device, held against the definition of dense attention."""
+    """A small attention on every device, compared with dense attention in fp64."""
     import torch
 
     devices = [torch.device("cpu"), *(torch.device("cuda", n) for n in range(torch.cuda.device_count()))]

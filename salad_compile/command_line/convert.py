@@ -27,7 +27,7 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, sizes, settings, and where to."""
+    """MODEL, sizes, settings and output file."""
     model_arguments.add_model(parser, weights=False)
     model_arguments.add_inputs(parser)
     model_arguments.add_settings(parser)

@@ -23,11 +23,11 @@ example:
     salad-compile export --model Wan2.2-T2V-A14B-Diffusers --salad high/ --salad-2 low/ --output exported
 """
 
-TRAINING = "training.json"  # what `train` leaves beside the SALAD file
+TRAINING = "training.json"  # `train` writes it beside the SALAD file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Model and file, formats, and where to."""
+    """Model, SALAD file, formats and output directory."""
     model_arguments.add_model(parser, weights=True, option=True)
     group = parser.add_argument_group("the fine-tuned branches")
     group.add_argument("--salad", required=True, metavar="FILE", help="a file, a directory or a Hub repository")

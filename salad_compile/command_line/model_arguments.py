@@ -56,7 +56,7 @@ def add_model(parser: argparse.ArgumentParser, *, weights: bool, option: bool = 
 
 
 def load(arguments: argparse.Namespace, *, meta: bool = False, component: str | None = None) -> nn.Module:
-    """The model that the arguments say; see :func:`load_model`."""
+    """The model of the arguments; see :func:`load_model`."""
     return load_model(
         arguments.model,
         dtype=dtype_of(arguments),
@@ -70,7 +70,7 @@ def load(arguments: argparse.Namespace, *, meta: bool = False, component: str | 
 
 
 def dtype_of(arguments: argparse.Namespace) -> torch.dtype | None:
-    """What --dtype says."""
+    """The dtype of --dtype, None if it is not given."""
     import torch
 
     dtype: torch.dtype | None = None if arguments.dtype is None else getattr(torch, arguments.dtype)
@@ -96,7 +96,7 @@ def without_weights(
     """`act(model, example inputs)` on a model that takes no memory, or with --random on one that does.
 
     Raises:
-        ProbeError, InputsError: as `act` does, with the option that mends it.
+        ProbeError, InputsError: as `act` does, naming the option that helps.
     """
     model = load(arguments, meta=not arguments.random, component=component)
     # discovery knows how to make up the default sizes
@@ -226,7 +226,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(arguments: argparse.Namespace) -> SaladConfig:
-    """The configuration that the arguments say.
+    """The configuration of the arguments.
 
     Raises:
         ConfigError: an unknown field or a wrong value. OSError: the file cannot be read.

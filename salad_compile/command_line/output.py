@@ -1,4 +1,4 @@
-"""What commands print: reports on stdout, as JSON, for a terminal or for a pipe; progress on stderr."""
+"""Printing of commands: reports on stdout, as JSON, for a terminal or for a pipe."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def show(arguments: argparse.Namespace, report: Report, **more: Any) -> None:
-    """A report: in colour and as wide as the terminal if stdout is one, plain text otherwise.
+    """Print a report: in colour and as wide as the terminal if stdout is one, plain text otherwise.
 
     Args:
-        more: what the JSON says beside the report.
+        more: further entries of the JSON.
     """
     if arguments.json:
         show_json({**report.to_dict(), **more})
@@ -29,7 +29,7 @@ def show(arguments: argparse.Namespace, report: Report, **more: Any) -> None:
 
 
 def tell(arguments: argparse.Namespace, text: str, values: Mapping[str, Any]) -> None:
-    """A sentence, or what it says as JSON."""
+    """Print a sentence, or its values as JSON."""
     if arguments.json:
         show_json(values)
     else:

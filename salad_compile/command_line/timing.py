@@ -29,7 +29,7 @@ class Timings:
 
     @property
     def median(self) -> float:
-        """Of the rounds."""
+        """The median of the rounds, in milliseconds."""
         return statistics.median(self.milliseconds)
 
     @property
@@ -45,7 +45,7 @@ class BenchReport(Report):
 
     dense: Timings
     salad: Timings
-    facts: Mapping[str, Any]  # where and of what, as JSON can hold it
+    facts: Mapping[str, Any]  # device, model and settings, of types that JSON can hold
 
     title = "one forward of the model, as in a denoising step"
     columns = ("attention", "median, ms", "middle 80 %, ms", "first call, s", "memory, GiB", "dense / this")

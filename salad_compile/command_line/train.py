@@ -36,7 +36,7 @@ START_METHOD = "spawn"  # of the processes of --processes; CUDA cannot be used a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to train, on what, how, and where to."""
+    """Model, data, settings and output directory."""
     parser.add_argument("--model", required=True, metavar="MODEL", help="the base model, as `plan` takes it")
     parser.add_argument("--component", default="transformer", metavar="NAME", help="of a pipeline: transformer")
     parser.add_argument("--latents", required=True, metavar="PATH", help="precomputed data, in any known layout")
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def settings_of(arguments: argparse.Namespace) -> TrainSettings:
-    """Of file, --set and --steps.
+    """The training settings of --settings, --set and --steps.
 
     Raises:
         ConfigError: an unknown field or a wrong value. OSError: the file cannot be read.
@@ -101,7 +101,7 @@ def settings_of(arguments: argparse.Namespace) -> TrainSettings:
 
 
 def config_of(arguments: argparse.Namespace) -> SaladConfig | None:
-    """Of file and --convert; None with --salad.
+    """The configuration of --conversion and --convert; None with --salad.
 
     Raises:
         ConfigError: an unknown field or a wrong value, or fields beside --salad. OSError: the file cannot be read.

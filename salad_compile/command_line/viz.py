@@ -19,7 +19,7 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, sizes, settings, and where to."""
+    """MODEL, sizes, settings and output directory."""
     model_arguments.add_model(parser, weights=True)
     model_arguments.add_inputs(parser)
     model_arguments.add_settings(parser)
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw and say where."""
+    """Draw, and print the path of the page."""
     import salad_compile
 
     device = model_arguments.device_of(arguments)

@@ -42,7 +42,7 @@ def write_directory_at_once(target: Path) -> Iterator[Path]:
     set aside first, and put back if the new one cannot take its name.
 
     Raises:
-        WriteError: as :func:`written_at_once`.
+        WriteError: as :func:`write_at_once`.
     """
     temporary, aside = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("partial", "before"))
     with name_failures(target):

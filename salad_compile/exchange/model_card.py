@@ -1,4 +1,4 @@
-"""The README.md of an export: what it is, what to load it into, what was converted and how it was trained."""
+"""The README.md of an export: base model, how to load each format, converted sites and training."""
 
 from __future__ import annotations
 

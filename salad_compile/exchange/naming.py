@@ -60,7 +60,7 @@ _ROOT = {
 
 
 def to_original_names(state_dict: Mapping[str, Value]) -> dict[str, Value]:
-    """Rename what a diffusers WanTransformer3DModel calls its parameters to the names of the original release.
+    """Rename the parameters of a diffusers WanTransformer3DModel to the names of the original release.
 
     Args:
         state_dict: names without a prefix such as `transformer.`, with anything behind them: `.weight`,

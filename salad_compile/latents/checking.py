@@ -1,4 +1,4 @@
-"""Looks at values: items that are damaged inside, and latents that were normalised never, twice or otherwise."""
+"""Checks of values: damaged items, and latents that were not normalised, or twice, or by other statistics."""
 
 from __future__ import annotations
 

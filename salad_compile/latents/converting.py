@@ -46,7 +46,7 @@ class ConversionReport:
 
 @dataclass(frozen=True)
 class _Target:
-    """How a format is written: `per_file` items at a time, numbered from 0."""
+    """The writer of a format: `per_file` items at a time, numbered from 0."""
 
     per_file: int
     keep: Callable[[int, Sequence[int]], bool]
@@ -80,7 +80,7 @@ def convert_latents(
     Raises:
         ConfigError: an unknown option, a destination that holds something else, or no statistics for "fastvideo".
         LatentItemError: an item is damaged (with on_error="raise"), or none is good.
-        WriteError: the disk is full, say. What was written stays, for the next run.
+        WriteError: for example, the disk is full. Items that were written stay, for the next run.
         Others as of :func:`open_latents`.
     """
     if to not in WRITABLE:
@@ -161,14 +161,14 @@ def _plan(latents: StoredLatents, to: str) -> str:
 
 
 def _claim(goal: Path, origin: Path, plan: str) -> None:
-    """Make the destination, or see that an interrupted run of this conversion left it.
+    """Make the destination, or check that an interrupted run of this conversion left it.
 
     Raises:
         ConfigError: it is neither.
     """
     here, there = goal.resolve(), origin.resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise ConfigError(f"source {origin} and destination {goal} have to lie apart.")
+        raise ConfigError(f"source {origin} and destination {goal} must not contain each other.")
     if goal.exists() and not goal.is_dir():
         raise ConfigError(f"the destination {goal} is a file.")
     note = goal / PLAN

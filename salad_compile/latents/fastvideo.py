@@ -95,7 +95,7 @@ class FastVideoSource(LatentSource):
         return bool(parquet_files(path))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cursor": None}  # an open file goes to no other process
+        return {**self.__dict__, "_cursor": None}  # an open file cannot be sent to another process
 
     def read(self, index: int) -> LatentItem:
         name, row = self.entries[index].name, self._rows[index]

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while a run is on: the step is finished and a checkpoint written, then the run ends."""
+"""SIGTERM and SIGINT during a run: the step is finished and a checkpoint written, then the run ends."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SAME_REQUEST_SECONDS = 3.0
 
 
 class StopRequest:
-    """While entered, the first such signal is remembered; one that comes later does what it did before.
+    """While entered, the first such signal is remembered; a later one has its usual effect.
 
-    Outside the main thread, where Python allows no handlers, signals do what they always do.
+    Outside the main thread, where Python allows no handlers, signals have their usual effect.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How a model is fine-tuned: a frozen dataclass that reads and writes JSON and rejects what it does not know."""
+"""The settings of a training run: a frozen dataclass that reads and writes JSON and rejects unknown names."""
 
 from __future__ import annotations
 
@@ -165,10 +165,10 @@ class TrainSettings:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> TrainSettings:
-        """Of a JSON file.
+        """The settings in a JSON file.
 
         Raises:
-            ConfigError: no JSON object, or see :meth:`from_dict`. FileNotFoundError: no file.
+            ConfigError: not a JSON object, or see :meth:`from_dict`. FileNotFoundError: no file.
         """
         return cls.from_dict(read_json(Path(path)))
 

@@ -184,7 +184,7 @@ def test_destinations_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pass statistics="):
         convert_latents(source, tmp_path / "goal", to="fastvideo")
     for near in (source, source / "below", tmp_path):
-        with pytest.raises(ConfigError, match="have to lie apart"):
+        with pytest.raises(ConfigError, match="must not contain each other"):
             convert_latents(source, near)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is a file"):
