@@ -38,11 +38,13 @@ class TensorInfo:
 
     @classmethod
     def of(cls, value: object) -> TensorInfo | None:
-        """None for what is no tensor."""
+        """None if the value is not a tensor."""
         if not isinstance(value, Tensor):
             return None
         try:
-            storage = value.untyped_storage()._cdata  # seen in torch 2.11 and 2.13
+            # private: the address of the memory's object, which views share. Seen in torch 2.11 and 2.13;
+            # tests/salad_compile/position/test_private_names.py fails when it moves.
+            storage = value.untyped_storage()._cdata
         except (RuntimeError, NotImplementedError):  # sparse, or inside vmap: on no way to attention
             return None
         return cls(tuple(value.shape), value.dtype, storage, isinstance(value, nn.Parameter))

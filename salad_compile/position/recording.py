@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, fx
 
-# StorageWeakRef is undocumented. Seen in torch 2.11 and 2.13; the tests of this file fail when it moves.
+# StorageWeakRef is undocumented. Seen in torch 2.11 and 2.13; position/test_private_names.py fails when it moves.
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
