@@ -165,30 +165,38 @@ FAULTS = (
         "static scale of the heads ignored",
         "definition",
         ("linear * branch.head_scale.to(linear.dtype).unsqueeze(-1)", "linear"),
+        ('linear * branch["head_scale"].to(linear.dtype).unsqueeze(-1) if _has_scales(spec) else linear', "linear"),
         tests=DEFINITION,
     ),
     _fault(
         "the update lands on the wrong rows of a joint sequence",
         "definition",
         ("(0, 0, where.video_begin, tokens - where.video_end)", "(0, 0, tokens - where.video_end, where.video_begin)"),
+        (
+            "(0, 0, where.video_begin, given.tokens - where.video_end)",
+            "(0, 0, given.tokens - where.video_end, where.video_begin)",
+        ),
         tests=DEFINITION + " tests/salad_compile/**/test_masks.py tests/models/test_zoo.py",
     ),
     _fault(
         "tokens are not moved back",
         "definition",
         ("take_rows.default(out, moved.inverse, moved.order)", "take_rows.default(out, moved.order, moved.inverse)"),
+        ("order, back = reversed(self.moved) if inverse else self.moved", "order, back = self.moved"),
         tests=DEFINITION + " tests/salad_compile/**/test_video_grid.py",
     ),
     _fault(
         "query heads meet the wrong key head",
         "definition",
         ("tensor.repeat_interleave(groups, dim=1)", "tensor.repeat(1, groups, 1, 1)"),
+        ("tensor.repeat_interleave(heads_per_key, dim=1)", "tensor.repeat(1, heads_per_key, 1, 1)"),
         tests=DEFINITION,
     ),
     _fault(
         "windows: heads in space and in time exchanged",
         "definition",
         ("chosen = temporal_heads[:, None, None]", "chosen = ~temporal_heads[:, None, None]"),
+        ("Arrangement(moved, heads[:, None, None]", "Arrangement(moved, ~heads[:, None, None]"),
         tests=DEFINITION,
     ),
     _fault(
@@ -211,6 +219,7 @@ FAULTS = (
             "self.order = cached_order(tile_order, grid, device)",
             "self.order = cached_order(tile_order, grid, device) if self.order is None else self.order",
         ),
+        ("self.orders = {name: cached_order", "self.orders = self.orders or {name: cached_order"),
         (
             "order = cached_order(tile_order, grid, device)",
             "order = self.__dict__.setdefault('_kept', cached_order(tile_order, grid, device))",
@@ -262,6 +271,7 @@ FAULTS = (
         "a lost site is not reported",
         "passes",
         ("return tag.args[4] != DENSE and tag not in used", "return False"),
+        ("if tag.args[4] != DENSE and tag not in used:", "if False:"),
         tests="tests/passes/*.py",
     ),
     _fault(
@@ -339,6 +349,7 @@ FAULTS = (
         "analysis",
         ("per_pair = 2 * (qk_width", "per_pair = 1 * (qk_width"),
         ("2 * (qk_width + record.width)", "(qk_width + record.width)"),
+        ("2 * (size.query_width + record.width)", "(size.query_width + record.width)"),
         tests="tests/salad_compile/**/test_inspection.py tests/salad_compile/analysis/*.py",
     ),
 )
