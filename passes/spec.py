@@ -43,7 +43,7 @@ RULES: tuple[tuple[str, str, Callable[[Call], bool]], ...] = (
     (STATE, "key and value have one dtype", lambda c: c.one_dtype("key", "value", "rotated_key")),
     (OUTPUT, "the query has one dtype", lambda c: c.one_dtype("query", "rotated_query")),
     (ROUTED, "pooled query and key have one dtype", lambda c: c.one_dtype("pooled_query", "pooled_key")),
-    (ATTENTION, "lut and count are the results of one selection", lambda c: c.selection is not None),
+    (ATTENTION, "lut and count are the results of one selection", lambda c: c.has_selection()),
     (ATTENTION, "it has the blocks of its selection", lambda c: c.agrees(c.selection, "query_block", "key_block")),
     (ATTENTION, "it has the key mask of its selection", lambda c: c.agrees(c.selection, "key_mask")),
     (ATTENTION, "the selection is of its query and key", lambda c: c.selection is None or c.selection.is_of(c)),
@@ -131,6 +131,13 @@ class Call:
     def selection(self) -> Call | None:
         """Whose lists of blocks an attention call reads."""
         return self._maker_of_both("lut", "count", ROUTED, WINDOWS)
+
+    def has_selection(self) -> bool:
+        """Whether the lists of blocks are those of one selection, or plain torch: a pattern may select without us."""
+        lists = [self["lut"], self["count"]]
+        sources = [node.args[0] if node.target is operator.getitem else node for node in lists]
+        plain = all(isinstance(source, fx.Node) and Call.of(source) is None for source in sources)
+        return plain or self.selection is not None
 
     @property
     def state(self) -> Call | None:

@@ -115,10 +115,11 @@ class SiteCall:
         """
         chosen = patterns.find(pattern or self.spec.pattern)
         order = self._order(chosen)
-        if (chosen.needs_grid and order is None) or not (chosen.takes_mask or self.given.key_mask is None):
+        lacks_grid = chosen.needs_grid and order is None
+        if lacks_grid or (self.given.key_mask is not None and not chosen.takes_mask):
+            reason = "needs the token grid, which is not known" if lacks_grid else "takes no mask"
             raise PatternError(
-                f'pattern "{chosen.name}" needs the token grid and takes no mask: look at {self.branch.record.owner!r} '
-                'with "topk".'
+                f'pattern "{chosen.name}" {reason}: look at {self.branch.record.owner!r} with another, "topk" say.'
             )
         permille = density_permille(self.branch.target_sparsity if sparsity is None else sparsity)
         spec = dataclasses.replace(
@@ -134,8 +135,7 @@ class SiteCall:
         with capture_selections() as captured:
             out = salad_of(given, spec, self.scale)
         (selected,) = captured
-        arranged = chosen.arrange(order, branch, spec, given.side, given.tokens, given.video)
-        lse = arranged.move_back(selected.lse.unsqueeze(-1)).squeeze(-1)
+        lse = chosen.arrange(given, spec).move_back(selected.lse.unsqueeze(-1)).squeeze(-1)
         return Sparse(out, lse, selected.selection.lut, selected.selection.count)
 
     @torch.no_grad()

@@ -13,9 +13,10 @@ from salad_compile import kernels as _kernels  # registers torch.ops.salad.*
 from salad_compile.definition import patterns
 from salad_compile.definition.linear_branch import update_of
 from salad_compile.definition.operands import Mapped, Operands, move_operands, operands_of
+from salad_compile.definition.pattern import BlockCall
 from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.tensors import BranchTensors
-from salad_compile.definition.token_layout import Arrangement, Segments
+from salad_compile.definition.token_layout import Segments
 from salad_compile.errors import SiteLostError
 
 __all__ = ["salad_attention", "salad_of", "sparse_attention"]
@@ -73,7 +74,7 @@ def salad_of(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
     """:func:`salad_attention` of its operands."""
     if spec.process_group:
         return _across_processes(given, spec, scale)
-    arranged = _arrange(given, spec)
+    arranged = patterns.find(spec.pattern).arrange(given, spec)
     moved = move_operands(given, arranged)
     out = sparse_attention(
         moved.query, moved.key, moved.value, arranged.where, spec, scale, moved.key_mask, moved.branch
@@ -84,11 +85,6 @@ def salad_of(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
     if spec.linear_branch and not with_moved:
         out = out + update_of(given, spec).to(out.dtype)
     return out[:, :, given.tokens - given.video :] if spec.text == "prefix" else out
-
-
-def _arrange(given: Operands, spec: AttentionSpec) -> Arrangement:
-    pattern = patterns.find(spec.pattern)
-    return pattern.arrange(given.order, given.branch, spec, given.side, given.tokens, given.video)
 
 
 def sparse_attention(
@@ -115,7 +111,8 @@ def sparse_attention(
     Returns:
         (B, H, S, value head_dim) in the dtype of query. No gradient flows through the selection.
     """
-    selected = patterns.find(spec.pattern).select(query, key, where, spec, key_mask, branch or {})
+    call = BlockCall(query, key, value, where, key_mask, branch or {})
+    selected = patterns.find(spec.pattern).select(call, spec)
     attended = torch.ops.salad.block_sparse_attention.default(
         query, key, value, *selected, spec.query_block, spec.key_block, scale, key_mask
     )
@@ -134,7 +131,7 @@ def _across_processes(given: Operands, spec: AttentionSpec, scale: float) -> Ten
     tensors = (given.query, given.key, given.value)
     query, key, value = (torch.ops.salad.gather_tokens.default(t, spec.process_group) for t in tensors)
     whole = given._replace(query=query, key=key, value=value, side="none", video=key.shape[2])
-    arranged = _arrange(whole, spec)
+    arranged = patterns.find(spec.pattern).arrange(whole, spec)
     query, key, value = (arranged.move(t) for t in (query, key, value))
     out: Tensor = sparse_attention(query, key, value, arranged.where, spec, scale, None, given.branch)
     out = torch.ops.salad.gather_heads.default(arranged.move_back(out), spec.process_group)

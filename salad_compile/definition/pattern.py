@@ -11,25 +11,44 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from salad_compile.definition.operands import Operands
 from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.tensors import BranchTensors, TensorRow
 from salad_compile.definition.token_layout import Arrangement, Segments, arrange_all
 from salad_compile.grid.orders import OrderOf, tile_order
 
-__all__ = ["CallSize", "Pattern", "Selection", "SiteFacts"]
+__all__ = ["BlockCall", "CallSize", "Pattern", "SelectedBlocks", "SiteFacts"]
 
 
-class Selection(NamedTuple):
+class SelectedBlocks(NamedTuple):
     """The key blocks that every query block attends to.
 
     Attributes:
         lut: int32 (B, H, query blocks, K), ids of key blocks, ascending and unique.
-        counts: int32 (B, H, query blocks), how many entries of a row count; ALL_BLOCKS (-1) for all key blocks there
+        count: int32 (B, H, query blocks), how many entries of a row count; ALL_BLOCKS (-1) for all key blocks there
             are, whatever the row says.
     """
 
     lut: Tensor
-    counts: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+
+
+class BlockCall(NamedTuple):
+    """A call whose tokens are in the order of its blocks.
+
+    Attributes:
+        query, key, value: (B, H, S, head_dim).
+        where: where video and text lie among the tokens.
+        key_mask: bool (B, S), True where a key is valid, or None.
+        branch: the site's tensors; `permille` where the density is data.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    where: Segments
+    key_mask: Tensor | None
+    branch: BranchTensors
 
 
 class SiteFacts(NamedTuple):
@@ -75,37 +94,14 @@ class Pattern(ABC):
 
     # --- what it computes ---------------------------------------------------------------------------------------------
 
-    def arrange(
-        self, order: Tensor | None, branch: BranchTensors, spec: AttentionSpec, side: str, tokens: int, video: int
-    ) -> Arrangement:
-        """How tokens are moved before blocks are selected among them. Here: the video in its order, text behind it.
-
-        Args:
-            order: int32 (2, V), the order that :attr:`order` makes and its inverse; None where the grid is not known.
-            branch: the site's tensors.
-            side: where text lies: "none", "before" or "after".
-            tokens, video: how many there are, and how many of them are video.
-        """
-        return arrange_all(None if spec.token_order == "flat" else order, side, tokens, video)
+    def arrange(self, given: Operands, spec: AttentionSpec) -> Arrangement:
+        """How tokens are moved before blocks are made of them. Here: the video in its order, the text behind it."""
+        order = None if spec.token_order == "flat" else given.order
+        return arrange_all(order, given.side, given.tokens, given.video)
 
     @abstractmethod
-    def select(
-        self,
-        query: Tensor,
-        key: Tensor,
-        where: Segments,
-        spec: AttentionSpec,
-        key_mask: Tensor | None,
-        branch: BranchTensors,
-    ) -> Selection:
-        """The key blocks of every query block; no gradient flows through them.
-
-        Args:
-            query, key: (B, H, S, head_dim), their tokens as :meth:`arrange` moves them.
-            where: where video and text lie among them.
-            key_mask: bool (B, S), True where a key is valid, or None.
-            branch: the site's tensors; `permille` where the density is data.
-        """
+    def select(self, call: BlockCall, spec: AttentionSpec) -> SelectedBlocks:
+        """The key blocks of every query block; no gradient flows through the choice."""
 
     # --- which sites it suits -----------------------------------------------------------------------------------------
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from salad_compile.definition.pattern import CallSize, Pattern, Selection, SiteFacts
+from salad_compile.definition.operands import Operands
+from salad_compile.definition.pattern import BlockCall, CallSize, Pattern, SelectedBlocks, SiteFacts
 from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.tensors import BranchSite, BranchTensors, TensorRow
-from salad_compile.definition.token_layout import Arrangement, Segments, arrange_heads
+from salad_compile.definition.token_layout import Arrangement, arrange_heads
 from salad_compile.grid.orders import temporal_order
 from salad_compile.kernels.layout import block_count
 from salad_compile.kernels.windows.reach import doubled_reach
@@ -38,26 +39,17 @@ class SlidingWindows(Pattern):
     crosses_processes = False  # a process would have to know which of the heads are its own
     order = staticmethod(temporal_order)
 
-    def arrange(
-        self, order: Tensor | None, branch: BranchTensors, spec: AttentionSpec, side: str, tokens: int, video: int
-    ) -> Arrangement:
-        assert order is not None
-        return arrange_heads(branch["temporal_heads"], order, side, tokens, video)
+    def arrange(self, given: Operands, spec: AttentionSpec) -> Arrangement:
+        assert given.order is not None
+        return arrange_heads(given.branch["temporal_heads"], given.order, given.side, given.tokens, given.video)
 
-    def select(
-        self,
-        query: Tensor,
-        key: Tensor,
-        where: Segments,
-        spec: AttentionSpec,
-        key_mask: Tensor | None,
-        branch: BranchTensors,
-    ) -> Selection:
-        assert key_mask is None
+    def select(self, call: BlockCall, spec: AttentionSpec) -> SelectedBlocks:
+        assert call.key_mask is None
+        blocks = (spec.query_block, spec.key_block)
         selected = torch.ops.salad.window_blocks.default(
-            query, spec.query_block, spec.key_block, spec.permille, spec.window, *where, branch.get("permille")
+            call.query, *blocks, spec.permille, spec.window, *call.where, call.branch.get("permille")
         )
-        return Selection(selected[0], selected[1])
+        return SelectedBlocks(selected[0], selected[1])
 
     def misfit(self, site: SiteFacts) -> str:
         if reason := super().misfit(site):

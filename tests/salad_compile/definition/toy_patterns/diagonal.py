@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from salad_compile.definition.pattern import CallSize, Pattern, Selection
+from salad_compile.definition.pattern import BlockCall, CallSize, Pattern, SelectedBlocks
 from salad_compile.definition.spec import AttentionSpec
-from salad_compile.definition.tensors import BranchTensors, TensorRow
-from salad_compile.definition.token_layout import Segments
+from salad_compile.definition.tensors import TensorRow
 from salad_compile.kernels.layout import block_count
 
 OFFSETS = TensorRow("diagonal_offsets", shape=lambda site, spec: (site.heads,), dtype=torch.int32)
@@ -24,26 +23,20 @@ class Diagonal(Pattern):
     takes_mask = False
     tensors = (OFFSETS,)
 
-    def select(
-        self,
-        query: Tensor,
-        key: Tensor,
-        where: Segments,
-        spec: AttentionSpec,
-        key_mask: Tensor | None,
-        branch: BranchTensors,
-    ) -> Selection:
-        key_blocks = block_count(key.shape[2], spec.key_block)
-        ids = torch.arange(key_blocks, dtype=torch.int32, device=query.device)
-        rows = torch.arange(block_count(query.shape[2], spec.query_block), dtype=torch.int32, device=query.device)
-        centres = (2 * rows + 1) * spec.query_block + 2 * spec.key_block * branch[OFFSETS.name][:, None]
-        permille = branch["permille"] if spec.adjustable else spec.permille
+    def select(self, call: BlockCall, spec: AttentionSpec) -> SelectedBlocks:
+        key_blocks = block_count(call.key.shape[2], spec.key_block)
+        ids = torch.arange(key_blocks, dtype=torch.int32, device=call.query.device)
+        rows = torch.arange(
+            block_count(call.query.shape[2], spec.query_block), dtype=torch.int32, device=call.query.device
+        )
+        centres = (2 * rows + 1) * spec.query_block + 2 * spec.key_block * call.branch[OFFSETS.name][:, None]
+        permille = call.branch["permille"] if spec.adjustable else spec.permille
         distance = ((2 * ids + 1) * spec.key_block - centres[..., None]).abs()
         beside = distance <= _reach(key_blocks, spec, permille)
         listed = (ids + key_blocks * beside.logical_not()).sort(dim=-1).values % key_blocks
         counts = beside.sum(dim=-1, dtype=torch.int32)
-        batch = query.shape[0]
-        return Selection(
+        batch = call.query.shape[0]
+        return SelectedBlocks(
             listed.to(torch.int32).expand(batch, -1, -1, -1).contiguous(), counts.expand(batch, -1, -1).contiguous()
         )
 
