@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_SupportTable())
     if config.getoption("--cost"):
         config.pluginmanager.register(CostOfTests(config.getoption("--cost"), writes=not is_worker))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is here now stays; and Dynamo makes so many objects that looking for cycles among them takes long."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries complain at exit of what they take for leaks
 
 
 class _SupportTable:
