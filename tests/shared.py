@@ -31,23 +31,30 @@ def close_session() -> None:
 
 
 def once(name: str, make: Callable[[], T]) -> T:
-    """What `make` returns: of this process, or of another one of the session that was here before."""
+    """What `make` returned, in this process or in another one of the session; it is called only if neither has it."""
     if name not in _known:
-        _known[name] = _from_disk(name, make) if FOLDER in os.environ else make()
+        file = _file(name)
+        if file is not None and file.is_file():
+            _known[name] = pickle.loads(file.read_bytes())
+        else:
+            keep(name, make())
     made: T = _known[name]  # type: ignore[assignment]
     return made
+
+
+def keep(name: str, made: object) -> None:
+    """Let :func:`once` find it from now on, in every process of the session."""
+    _known[name] = made
+    file = _file(name)
+    if file is not None:
+        mine = file.with_suffix(f".{os.getpid()}")
+        mine.write_bytes(pickle.dumps(made))
+        mine.replace(file)  # whole for whoever looks
 
 
 _known: dict[str, object] = {}
 
 
-def _from_disk(name: str, make: Callable[[], T]) -> T:
-    file = Path(os.environ[FOLDER]) / f"{name}.pickle"
-    if file.is_file():
-        known: T = pickle.loads(file.read_bytes())
-        return known
-    made = make()
-    mine = file.with_suffix(f".{os.getpid()}")
-    mine.write_bytes(pickle.dumps(made))
-    mine.replace(file)  # whole for whoever looks
-    return made
+def _file(name: str) -> Path | None:
+    """None in a process that knows of no session."""
+    return Path(os.environ[FOLDER]) / f"{name}.pickle" if FOLDER in os.environ else None

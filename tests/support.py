@@ -20,6 +20,7 @@ import salad_compile
 from salad_compile.backend.dynamo import salad
 from salad_compile.conversion import convert
 from salad_compile.discovery.discover import Discovery, discover
+from salad_compile.discovery.plan import Plan
 from salad_compile.sites.branch import branches
 from tests import shared
 
@@ -61,11 +62,26 @@ def converted(case: Case, *, randomise: bool = True, **changes: Any) -> nn.Modul
     return model
 
 
+def probed(case: Case, model: nn.Module) -> Plan:
+    """The plan for a model of the case, by a probe of its own, which later conversions of the case use."""
+    with mock.patch.object(convert, "discover", functools.partial(_discover_anew, case)):
+        return salad_compile.plan(model, dict(case.inputs(0)), config=TINY)
+
+
+def _discover_anew(case: Case, model: nn.Module, inputs: Any, **settings: Any) -> Discovery:
+    found = discover(model, inputs, **settings)
+    shared.keep(_name(case, settings), found)
+    return found
+
+
+def _name(case: Case, settings: dict[str, Any]) -> str:
+    return "-".join([case.name, *(f"{key}={value}" for key, value in sorted(settings.items()))])
+
+
 def _discover_once(case: Case, model: nn.Module, inputs: Any, **settings: Any) -> Discovery:
     """What `discover` finds. A probe that sees to positions sees everything that one without does."""
     everything = {**settings, "replay_position": True}
-    name = "-".join([case.name, *(f"{key}={value}" for key, value in sorted(everything.items()))])
-    found = shared.once(name, lambda: discover(model, inputs, **everything))
+    found = shared.once(_name(case, everything), lambda: discover(model, inputs, **everything))
     if settings["replay_position"]:
         return found
     return dataclasses.replace(found, sites=[dataclasses.replace(site, position_fault=None) for site in found.sites])

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 import salad_compile
 from salad_compile.backend.dynamo import record_graphs
 from salad_compile.passes.report import GraphReport
-from tests import toys
+from tests import support, toys
 from tests.models.zoo import CASES
-from tests.support import TINY, assert_same, randomise_branches, relative_error, run, seeded
+from tests.support import assert_same, randomise_branches, relative_error, run, seeded
 
 ROOT = Path(__file__).parents[2]
 Compiled = Callable[..., Any]
@@ -85,14 +85,6 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fresh_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is compiled here is compiled by this code, once: several ways compile the same graphs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        yield
-
-
 def check(
     compile_it: Callable[[Video], Compiled], model: Video | None = None, inputs: dict[str, Tensor] | None = None
 ) -> list[GraphReport]:
@@ -143,8 +135,7 @@ def test_blocks_share_one_graph() -> None:
 
 def test_compile_repeated_blocks() -> None:
     case = CASES["Wan"]
-    model: Any = salad_compile.convert(case.build(), TINY, example_inputs=dict(case.inputs(0)))
-    randomise_branches(model)
+    model: Any = support.converted(case)
     expected = run(model, case.inputs(0), case.output)
     model.compile_repeated_blocks(fullgraph=True, **EAGER)
     with record_graphs() as graphs:
@@ -183,8 +174,8 @@ def test_an_attention_module_that_is_left_out_runs_as_its_eager_twin() -> None:
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_modes(mode: str) -> None:
-    graphs = check(lambda model: torch.compile(model, backend="salad", mode=mode), converted(blocks=1))
-    assert sites(graphs) == [1]
+    graphs = check(lambda model: torch.compile(model, backend="salad", mode=mode), converted(blocks=2))
+    assert sites(graphs) == [2]
 
 
 # ---------------------------------------------------------------- shapes

@@ -13,20 +13,33 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import salad_compile
+from salad_compile.backend.dynamo import record_graphs
 from salad_compile.kernels import measure_executions
 from salad_compile.sites.branch import branches
 from tests.models.expectations import DENSE, GAPS, converted_sites, seen_as
 from tests.models.kinds import KINDS, RESOLUTIONS, ROTATIONS, by_default, every_case, marks_of
 from tests.models.registry import ALL_CASES
 from tests.models.zoo import Case
-from tests.support import TINY, Recorder, Result, assert_same, converted, randomise_branches, relative_error, run
+from tests.support import (
+    TINY,
+    Recorder,
+    Result,
+    assert_same,
+    converted,
+    probed,
+    randomise_branches,
+    relative_error,
+    run,
+)
 
 # Dynamo and our passes see every case, whole and per block; what they make runs as it is. Inductor takes up to a minute
 # for a block, and so sees one of each kind: attention modules, inline attention, one stream, two streams, grouped heads
-# with a prefix. What is False needs `--all-cases`.
-WHOLE_MODEL_INDUCTOR = {"handwritten_inline": True, "Wan": False}
+# with a prefix. What is False needs `--all-cases`; by default `test_modes` of tests/end_to_end/test_compile_matrix.py
+# takes a whole model through Inductor.
+WHOLE_MODEL_INDUCTOR = {"Wan": False, "handwritten_inline": False}
 PER_BLOCK_INDUCTOR = {
     "Wan": True,
+    "handwritten_inline": True,
     "CogVideoX": True,
     "handwritten_fused": False,
     "HunyuanVideo": False,
@@ -79,7 +92,7 @@ def same(case: Case, actual: Result, expected: Result, **changes: Any) -> None:
 @every_case
 def test_discovery_finds_exactly_the_video_self_attention(case: Case) -> None:
     model = case.build()
-    plan = salad_compile.plan(model, dict(case.inputs(0)), config=TINY)
+    plan = probed(case, model)
     assert tuple(site.name for site in plan.eligible) == converted_sites(case)
     first = plan.eligible[0]
     assert (first.kind, first.text) == seen_as(case)
@@ -174,12 +187,17 @@ def test_eager_equals_compiled_per_block(case: Case) -> None:
 def test_eager_equals_compiled_per_block_through_inductor(name: str) -> None:
     case = ALL_CASES[name]
     model, inputs = converted(case), case.inputs(0)
+    for value in inputs.values():  # then the first block is like the others, and all are one graph
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value.requires_grad_()
     expected = run(model, inputs, case.output)
     # without it Inductor drops casts to 16 bits and back, and so computes something else than the model says
     options = {"inductor": {"emulate_precision_casts": True}}
     for block in case.repeated_blocks:
         model.get_submodule(block).compile(backend="salad", fullgraph=True, options=options)
-    actual = run(model, inputs, case.output)
+    with record_graphs() as graphs:
+        actual = run(model, inputs, case.output)
+    assert sum(graph.count("salad") > 0 for graph in graphs) == 1
     same(case, actual, expected, **bounds(case))
     _assert_distinct_gradients(actual, case)
 

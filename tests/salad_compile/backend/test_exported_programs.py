@@ -21,8 +21,9 @@ CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, l
 LENGTHS = {"x": {1: torch.export.Dim("tokens", min=64, max=512)}}
 
 
-def converted() -> nn.Module:
-    model = toys.Stack(toys.SelfAttention(toys.rotated_in_place), toys.SelfAttention()).eval()
+def converted(*calls: toys.Attend) -> nn.Module:
+    """A site for each call, one with a position encoding and one without if not told otherwise."""
+    model = toys.Stack(*map(toys.SelfAttention, calls or (toys.rotated_in_place, toys.positional))).eval()
     salad_compile.convert(model, CONFIG, example_inputs=(toys.tokens(),))
     randomise_branches(model)
     return model
@@ -73,7 +74,7 @@ print(error)
 
 
 def test_a_package_runs_in_a_process_without_the_model(tmp_path: Path) -> None:
-    model = converted()
+    model = converted(toys.rotated_in_place)
     program = torch.export.export(model, (toys.tokens(),), dynamic_shapes=LENGTHS)
     package = package_exported(program, str(tmp_path / "model.pt2"))
     x = toys.tokens(133)
