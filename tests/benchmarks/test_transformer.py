@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.benchmarks.conftest import BENCHMARKS
+from tests.end_to_end.scripts import run_script
 
 
-def run_script(output: Path, *arguments: str) -> list[dict[str, object]]:
-    script = [sys.executable, str(BENCHMARKS / "transformer.py"), "--quick", "--device", "cpu"]
-    command = [*script, "--output", str(output), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+def rows_of(output: Path, *arguments: str) -> list[dict[str, object]]:
+    options = ["--quick", "--device", "cpu", "--output", str(output), *arguments]
+    run_script(BENCHMARKS / "transformer.py", *options, said=output.with_suffix(".said"))
     rows: list[dict[str, object]] = json.loads(output.read_text())
     return rows
 
@@ -22,7 +19,7 @@ def run_script(output: Path, *arguments: str) -> list[dict[str, object]]:
 def test_quick_run_writes_complete_rows(tmp_path: Path) -> None:
     # Inductor's C++ takes a minute here, and other tests hold that compiled models are right
     short = ["--compiler", "aot_eager", "--models", "1.3B-480p", "--sparsity", "0.5", "0.3"]
-    rows = run_script(tmp_path / "rows.json", *short)
+    rows = rows_of(tmp_path / "rows.json", *short)
     assert [(row["kind"], row["pass"], row["sparsity"]) for row in rows] == [
         ("dense", "denoising step", 0.0),
         ("salad", "denoising step", 0.5),
@@ -45,6 +42,6 @@ def test_quick_run_writes_complete_rows(tmp_path: Path) -> None:
 
 
 def test_what_the_budget_does_not_reach_is_said(tmp_path: Path) -> None:
-    rows = run_script(tmp_path / "rows.json", "--budget-seconds", "0", "--sparsity", "0.5", "--no-training")
+    rows = rows_of(tmp_path / "rows.json", "--budget-seconds", "0", "--sparsity", "0.5", "--no-training")
     assert [row["case"] for row in rows] == ["1.3B-480p", "14B-720p", "1.3B-720p"]
     assert all(str(row["error"]).startswith("left out") for row in rows)

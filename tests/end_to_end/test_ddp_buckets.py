@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from salad_compile.backend.dynamo import record_graphs
 from salad_compile.errors import SiteLostError
 from tests.end_to_end.test_compile_matrix import AOT, EAGER, Video, converted, video
+from tests.end_to_end.train_life import forkserver
 from tests.support import Result, relative_error, run
 
 WORLD = 2
@@ -124,7 +125,8 @@ def try_out(model: nn.Module, inputs: dict[str, Any], expected: Result) -> str:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[str, int]]]:
     """Of each process: way -> outcome, and graphs with attention."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    forkserver()
+    mp.start_processes(worker, args=(str(folder),), nprocs=WORLD, start_method="forkserver")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 

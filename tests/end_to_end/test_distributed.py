@@ -15,17 +15,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import salad_compile
+from tests import support
+from tests.end_to_end.train_life import forkserver
 from tests.models.zoo import CASES
-from tests.support import TINY, randomise_branches, relative_error, run
+from tests.support import randomise_branches, relative_error, run
 
 CASE = CASES["Wan"]
 WORLD = 2
 
 
 def converted() -> Any:
-    model = salad_compile.convert(CASE.build(), TINY, example_inputs=dict(CASE.inputs(0)))
-    randomise_branches(model)
-    return model
+    return support.converted(CASE)
 
 
 def shard(model: Any) -> Any:
@@ -64,7 +64,8 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_fsdp2_equals_one_process_and_saves_the_same_file(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=WORLD)
+    forkserver()
+    mp.start_processes(worker, args=(str(tmp_path),), nprocs=WORLD, start_method="forkserver")
     whole = salad_compile.save(converted(), tmp_path / "whole.safetensors")
     sharded, expected = load_file(tmp_path / "sharded.safetensors"), load_file(whole)
     assert sharded.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""Processes of training runs for the tests, forked from one that has everything loaded: importing takes longest."""
+"""Processes for the tests, forked from one that has everything imported: importing takes longest."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import accelerate  # noqa: F401
 import diffusers.models.transformers.transformer_wan  # noqa: F401
 import torch
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
 import torch.distributed.launcher.api
 
 import salad_compile.salad_files.salad_file
 import salad_compile.training.loop  # noqa: F401
+import tests.models.zoo
+import tests.support  # noqa: F401
 from salad_compile.command_line import main, train
 
 

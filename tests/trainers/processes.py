@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.end_to_end.train_life import forkserver
+
 WORLD = 2
 
 
@@ -24,7 +26,8 @@ def free_port() -> int:
 
 def in_two_processes(function: Callable[[int, Path], None], folder: Path) -> None:
     """`function(rank, folder)` in each; what it raises is raised here. The environment is what torchrun sets."""
-    mp.spawn(_run, args=(function, folder, free_port()), nprocs=WORLD)
+    forkserver()
+    mp.start_processes(_run, args=(function, folder, free_port()), nprocs=WORLD, start_method="forkserver")
 
 
 def _run(rank: int, function: Callable[[int, Path], None], folder: Path, port: int) -> None:
