@@ -19,9 +19,9 @@ demo: env  ## the whole way on a small model, then samples of a trained one
 
 test: env  ## all tests, two at a time, and the gate in part; PYTEST_ARGS="-k Wan" runs some of them
 	@echo "== tests, $(WORKERS) at a time"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 ifeq ($(strip $(PYTEST_ARGS)),)
-	@$(MAKE) --no-print-directory quick-gate test-kernels
+	@$(MAKE) --no-print-directory -j2 quick-gate test-kernels
 endif
 
 # With a GPU the tests above have run the Triton kernels on it. Without one they are interpreted, in a process of their
@@ -30,7 +30,7 @@ test-kernels: env  ## the Triton kernels, interpreted where there is no GPU
 	@echo "== tests of the Triton kernels, interpreted"
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then echo "there is a GPU: they have run on it"; \
-	else TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/kernels/gpu; fi
+	else TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/kernels/gpu; fi
 
 # what `make test` has time for: all kernels for Hopper, and for Ampere and Blackwell those of bf16 and head_dim 128
 quick-gate: env  ## compile the kernels of Hopper, and a part of those of Ampere and Blackwell
