@@ -1,7 +1,7 @@
 """What the tests cost in CPU seconds: `pytest --cost FILE` writes it down, this script makes tables of it.
 
     make test PYTEST_ARGS="--cost out/cost.json"
-    python tools/cost_of_tests.py out/cost.json              # by folder
+    python tools/cost_of_tests.py out/cost.json              # by room
     python tools/cost_of_tests.py before.json out/cost.json  # two runs side by side
     python tools/cost_of_tests.py --by test out/cost.json    # the dearest tests
 
@@ -25,7 +25,8 @@ import pytest
 PROPERTY = "cost"
 TICK = os.sysconf("SC_CLK_TCK")
 GROUPS: Mapping[str, Callable[[str], str]] = {
-    "folder": lambda node: "/".join(node.partition("::")[0].split("/")[1:-1][:2]) or "(top)",
+    "room": lambda node: "/".join(node.partition("::")[0].split("/")[1:-1][:1]) or "(top)",
+    "folder": lambda node: node.partition("::")[0].rpartition("/")[0],
     "file": lambda node: node.partition("::")[0],
     "function": lambda node: node.partition("[")[0],
     "test": lambda node: node,
@@ -102,7 +103,7 @@ def table(runs: list[dict[str, tuple[int, float]]], most: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help="what --cost wrote, the older run first")
-    parser.add_argument("--by", choices=GROUPS, default="folder")
+    parser.add_argument("--by", choices=GROUPS, default="room")
     parser.add_argument("--most", type=int, default=40, help="rows of the table")
     given = parser.parse_args()
     print(table([read(file, GROUPS[given.by]) for file in given.files], given.most))
