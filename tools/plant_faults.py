@@ -79,7 +79,8 @@ class Tree:
 
     def run_tests(self, name: str, fault: Fault) -> subprocess.CompletedProcess[str]:
         """Run a test file, or one test, until the first failure. Raises subprocess.TimeoutExpired."""
-        environment = {**os.environ, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         if fault.interpreted:
             environment["TRITON_INTERPRET"] = "1"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-rfE", name]
