@@ -5,6 +5,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..autocast import without_autocast
 from ..checks import accumulation_dtype
+from ..direct import direct
 from ..engines import Call, choose
 from ..layout import empty_bshd
 from ..measure import record_execution, record_selection
@@ -13,6 +14,7 @@ from .checks import check_arguments, check_gradient, check_types
 
 
 @torch.library.custom_op("salad::block_sparse_attention", mutates_args=())
+@direct("salad::block_sparse_attention")
 @without_autocast
 def block_sparse_attention(
     query: torch.Tensor,

@@ -9,6 +9,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..autocast import without_autocast
 from ..checks import accumulation_dtype
+from ..direct import direct
 from ..engines import Call, choose
 from ..layout import empty_bshd
 from .absent import absent
@@ -25,6 +26,7 @@ from .checks import (
 
 
 @torch.library.custom_op("salad::linear_state", mutates_args=())
+@direct("salad::linear_state")
 @without_autocast
 def linear_state(
     key: torch.Tensor,
@@ -171,6 +173,7 @@ linear_state.register_autograd(_state_backward, setup_context=_state_setup)
 
 
 @torch.library.custom_op("salad::linear_output", mutates_args=())
+@direct("salad::linear_output")
 @without_autocast
 def linear_output(
     query: torch.Tensor,

@@ -5,6 +5,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..autocast import without_autocast
 from ..checks import accumulation_dtype
+from ..direct import direct
 from ..engines import Call, choose
 from ..layout import block_count
 from .checks import check_pool, check_pool_types, check_select, check_select_types
@@ -12,6 +13,7 @@ from .density import list_width
 
 
 @torch.library.custom_op("salad::pool_blocks", mutates_args=())
+@direct("salad::pool_blocks")
 @without_autocast
 def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of the valid rows of each block of tokens (specification 4.2, step 1; our choice).
@@ -44,6 +46,7 @@ def _(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torc
 
 
 @torch.library.custom_op("salad::select_blocks", mutates_args=())
+@direct("salad::select_blocks")
 @without_autocast
 def select_blocks(
     pooled_query: torch.Tensor,

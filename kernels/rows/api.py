@@ -15,10 +15,12 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from ..checks import check_order, check_order_type, require
+from ..direct import direct
 from .reference import take_rows as _take_rows
 
 
 @torch.library.custom_op("salad::take_rows", mutates_args=())
+@direct("salad::take_rows")
 def take_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """Row order[i] of every head as row i.
 

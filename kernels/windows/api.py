@@ -3,12 +3,14 @@
 import torch
 
 from ..checks import check_permille, check_permille_type, require
+from ..direct import direct
 from ..layout import ALL_BLOCKS, block_count
 from ..routing.density import check_density, touched_blocks
 from .reach import doubled_reach, doubled_reach_of, list_width
 
 
 @torch.library.custom_op("salad::window_blocks", mutates_args=())
+@direct("salad::window_blocks")
 def window_blocks(
     query: torch.Tensor,
     query_block: int,

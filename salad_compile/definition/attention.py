@@ -18,6 +18,7 @@ from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.tensors import BranchTensors
 from salad_compile.definition.token_layout import Segments
 from salad_compile.errors import SiteLostError
+from salad_compile.kernels.direct import call_operator
 
 __all__ = ["salad_attention", "salad_of", "sparse_attention"]
 
@@ -113,8 +114,16 @@ def sparse_attention(
     """
     call = BlockCall(query, key, value, where, key_mask, branch or {})
     selected = patterns.find(spec.pattern).select(call, spec)
-    attended = torch.ops.salad.block_sparse_attention.default(
-        query, key, value, *selected, spec.query_block, spec.key_block, scale, key_mask
+    attended = call_operator(
+        torch.ops.salad.block_sparse_attention.default,
+        query,
+        key,
+        value,
+        *selected,
+        spec.query_block,
+        spec.key_block,
+        scale,
+        key_mask,
     )
     out: Tensor = attended[0]
     return out

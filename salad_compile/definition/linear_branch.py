@@ -10,6 +10,7 @@ from salad_compile.definition.operands import Mapped, Operands
 from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.tensors import BranchTensors, TensorRow, ones
 from salad_compile.definition.token_layout import segments
+from salad_compile.kernels.direct import call_operator
 from salad_compile.kernels.exchange import api as _head_exchange  # registers torch.ops.salad.*
 
 __all__ = ["LINEAR_EPS", "PROJECTION", "SCALES", "linear_attention", "project", "update_of"]
@@ -64,11 +65,11 @@ def linear_attention(
     rotated_query = rotated_key = None
     if mapped is not None:
         query, key, rotated_query, rotated_key = mapped
-    state = torch.ops.salad.linear_state.default(key, value, spec.feature_map, key_mask, rotated_key)
+    state = call_operator(torch.ops.salad.linear_state.default, key, value, spec.feature_map, key_mask, rotated_key)
     if spec.process_group:
         state = [torch.ops.salad.sum_of_processes.default(state[i], spec.process_group) for i in range(2)]
-    out: Tensor = torch.ops.salad.linear_output.default(
-        query, state[0], state[1], spec.feature_map, LINEAR_EPS, rotated_query
+    out: Tensor = call_operator(
+        torch.ops.salad.linear_output.default, query, state[0], state[1], spec.feature_map, LINEAR_EPS, rotated_query
     )
     return out
 

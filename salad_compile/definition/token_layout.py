@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from salad_compile.grid.orders import joint_order
+from salad_compile.kernels.direct import call_operator
 
 __all__ = [
     "Arrangement",
@@ -109,7 +110,7 @@ class Arrangement(NamedTuple):
         if self.moved is None:
             return tensor
         order, back = reversed(self.moved) if inverse else self.moved
-        taken: Tensor = torch.ops.salad.take_rows.default(tensor, order, back)
+        taken: Tensor = call_operator(torch.ops.salad.take_rows.default, tensor, order, back)
         return taken if self.heads is None else torch.where(self.heads, taken, tensor)
 
 

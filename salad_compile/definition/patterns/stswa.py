@@ -11,6 +11,7 @@ from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.tensors import BranchSite, BranchTensors, TensorRow
 from salad_compile.definition.token_layout import Arrangement, arrange_heads
 from salad_compile.grid.orders import temporal_order
+from salad_compile.kernels.direct import call_operator
 from salad_compile.kernels.layout import block_count
 from salad_compile.kernels.windows.reach import doubled_reach
 
@@ -46,8 +47,14 @@ class SlidingWindows(Pattern):
     def select(self, call: BlockCall, spec: AttentionSpec) -> SelectedBlocks:
         assert call.key_mask is None
         blocks = (spec.query_block, spec.key_block)
-        selected = torch.ops.salad.window_blocks.default(
-            call.query, *blocks, spec.permille, spec.window, *call.where, call.branch.get("permille")
+        selected = call_operator(
+            torch.ops.salad.window_blocks.default,
+            call.query,
+            *blocks,
+            spec.permille,
+            spec.window,
+            *call.where,
+            call.branch.get("permille"),
         )
         return SelectedBlocks(selected[0], selected[1])
 

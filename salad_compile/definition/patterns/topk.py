@@ -7,6 +7,7 @@ import torch
 from salad_compile.definition.pattern import BlockCall, CallSize, Pattern, SelectedBlocks
 from salad_compile.definition.spec import AttentionSpec
 from salad_compile.kernels import kept_blocks
+from salad_compile.kernels.direct import call_operator
 from salad_compile.kernels.layout import block_count
 
 
@@ -16,11 +17,22 @@ class TopK(Pattern):
     name = "topk"
 
     def select(self, call: BlockCall, spec: AttentionSpec) -> SelectedBlocks:
-        pooled_query = torch.ops.salad.pool_blocks.default(call.query.detach(), spec.query_block, call.key_mask)
-        pooled_key = torch.ops.salad.pool_blocks.default(call.key.detach(), spec.key_block, call.key_mask)
+        pooled_query = call_operator(
+            torch.ops.salad.pool_blocks.default, call.query.detach(), spec.query_block, call.key_mask
+        )
+        pooled_key = call_operator(
+            torch.ops.salad.pool_blocks.default, call.key.detach(), spec.key_block, call.key_mask
+        )
         blocks, sinks = (spec.query_block, spec.key_block), (call.where.sink_begin, call.where.sink_end)
-        selected = torch.ops.salad.select_blocks.default(
-            pooled_query, pooled_key, *blocks, spec.permille, *sinks, call.key_mask, call.branch.get("permille")
+        selected = call_operator(
+            torch.ops.salad.select_blocks.default,
+            pooled_query,
+            pooled_key,
+            *blocks,
+            spec.permille,
+            *sinks,
+            call.key_mask,
+            call.branch.get("permille"),
         )
         return SelectedBlocks(selected[0], selected[1])
 

@@ -1,0 +1,66 @@
+"""Operators called without torch's dispatcher, where nobody but the dispatcher could see the difference.
+
+A call through `torch.library` costs more than the work of a small call. Without gradients, modes, transforms and
+tracing all that it does is to run the operator's function, so there the function is called as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, int, float, str, bool, type(None)})
+
+_functions: dict[str, Callable[..., Any]] = {}
+
+
+def direct(name: str) -> Callable[[Function], Function]:
+    """Declare the function that an operator ("salad::...") runs. The operator must write into none of its arguments."""
+
+    def declare(function: Function) -> Function:
+        _functions[name] = function
+        return function
+
+    return declare
+
+
+def call_operator(overload: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """`overload(*arguments)`, by the shortest way. Of `fx.Proxy` objects too, which make a node of the overload.
+
+    Args:
+        overload: of an operator whose function is declared, as torch.ops.salad.take_rows.default.
+    """
+    name = overload.name()  # type: ignore[no-untyped-call]
+    return (_functions[name] if is_direct(arguments) else overload)(*arguments)
+
+
+def is_direct(arguments: tuple[Any, ...]) -> bool:
+    """Whether a call with these arguments needs nothing from torch's dispatcher: plain CPU tensors, no gradients.
+
+    On a GPU operators go through the dispatcher: there its time is hidden, and profiles show them by name.
+    """
+    if torch.compiler.is_compiling() or _is_watched() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    gradients = torch.is_grad_enabled()
+    for argument in arguments:
+        if type(argument) not in _PLAIN:
+            return False
+        if isinstance(argument, torch.Tensor) and (not argument.is_cpu or (gradients and argument.requires_grad)):
+            return False
+    return True
+
+
+def _is_watched() -> bool:
+    """Whether a mode or a transform (vmap, grad) is active, which must see the operator and not what it runs.
+
+    Three private functions of torch._C, seen in torch 2.13; tests/kernels/test_direct.py fails when they move.
+    """
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    )

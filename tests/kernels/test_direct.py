@@ -1,0 +1,114 @@
+"""Operators without the dispatcher: the same results, and never where a mode, a transform or autograd looks on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from salad_compile.kernels.direct import call_operator, is_direct
+from salad_compile.kernels.errors import KernelArgumentError
+
+TAKE_ROWS = torch.ops.salad.take_rows.default
+ORDER = torch.tensor([2, 0, 1], dtype=torch.int32)
+INVERSE = torch.tensor([1, 2, 0], dtype=torch.int32)
+
+
+class Dispatched(TorchDispatchMode):
+    """Notes which operators it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Called(TorchFunctionMode):
+    """Notes which functions it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def values() -> Tensor:
+    return torch.arange(6.0).view(1, 1, 3, 2)
+
+
+def test_a_plain_call_is_direct_and_equal() -> None:
+    assert is_direct((values(), ORDER, INVERSE, 1, 0.5, "relu", None))
+    assert torch.equal(call_operator(TAKE_ROWS, values(), ORDER, INVERSE), TAKE_ROWS(values(), ORDER, INVERSE))
+
+
+def test_a_direct_call_checks_its_arguments() -> None:
+    with pytest.raises(KernelArgumentError, match="permutation"):
+        call_operator(TAKE_ROWS, values(), torch.zeros(3, dtype=torch.int32), INVERSE)
+
+
+@pytest.mark.parametrize("mode_class", [Dispatched, Called])
+def test_modes_see_the_operator(mode_class: type[Dispatched] | type[Called]) -> None:
+    with mode_class() as mode:
+        call_operator(TAKE_ROWS, values(), ORDER, INVERSE)
+    assert TAKE_ROWS in mode.seen
+
+
+def test_autograd_sees_the_operator() -> None:
+    x = values().requires_grad_()
+    call_operator(TAKE_ROWS, x, ORDER, INVERSE)[0, 0, 0].sum().backward()
+    assert x.grad is not None
+    assert x.grad[0, 0].tolist() == [[0, 0], [0, 0], [1, 1]]
+    with torch.no_grad():
+        assert is_direct((x,))
+
+
+def test_transforms_see_the_operator() -> None:
+    watched = []
+
+    def note(x: Tensor) -> Tensor:
+        watched.append(not is_direct((x,)))
+        return x
+
+    torch.func.vmap(note)(values())
+    torch.func.grad(lambda x: note(x).sum())(values())
+    assert watched == [True, True]
+
+
+def test_other_devices_and_other_tensors_are_not_direct() -> None:
+    assert not is_direct((values().to("meta"),))
+    assert not is_direct((values().as_subclass(type("Own", (Tensor,), {})),))
+    assert call_operator(TAKE_ROWS, values().to("meta"), ORDER.to("meta"), INVERSE.to("meta")).shape == (1, 1, 3, 2)
+
+
+def test_a_traced_call_is_a_node_of_the_operator() -> None:
+    class Taken(torch.nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return call_operator(TAKE_ROWS, x, ORDER, INVERSE)
+
+    tracer = fx.Tracer()
+    proxy = fx.Proxy(fx.Graph(tracer_cls=None).placeholder("x"), tracer)
+    tracer.graph = proxy.node.graph
+    assert call_operator(TAKE_ROWS, proxy, None, None).node.target is TAKE_ROWS
+    traced = torch.export.export(Taken(), (values(),)).graph
+    assert TAKE_ROWS in {node.target for node in traced.nodes}
+    compiled = torch.compile(Taken(), backend=_keep(targets := []), fullgraph=True)
+    compiled(values())
+    assert TAKE_ROWS in targets
+
+
+def _keep(targets: list[Any]) -> Any:
+    def backend(graph: fx.GraphModule, inputs: Any) -> Any:
+        targets.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    return backend
