@@ -34,8 +34,9 @@ def call_operator(overload: torch._ops.OpOverload, *arguments: Any) -> Any:
     Args:
         overload: of an operator whose function is declared, as torch.ops.salad.take_rows.default.
     """
-    name = overload.name()  # type: ignore[no-untyped-call]
-    return (_functions[name] if is_direct(arguments) else overload)(*arguments)
+    if is_direct(arguments):
+        return _functions[overload.name()](*arguments)  # type: ignore[no-untyped-call]
+    return overload(*arguments)
 
 
 def is_direct(arguments: tuple[Any, ...]) -> bool:
