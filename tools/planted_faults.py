@@ -302,8 +302,8 @@ FAULTS = (
     _fault(
         "merge forgets alpha / rank",
         "conversion",
-        ("(up @ down) * branch.lora_scale", "(up @ down) * branch.lora_scale.sign()"),
-        ("(up @ down) * parameters.lora_scale", "(up @ down) * parameters.lora_scale.sign()"),
+        ("(up @ down) * branch.low_rank_scale", "(up @ down) * branch.low_rank_scale.sign()"),
+        ("(up @ down) * parameters.low_rank_scale", "(up @ down) * parameters.low_rank_scale.sign()"),
         tests="tests/salad_compile/**/test_merge.py",
     ),
     # ------------------------------------------------------------------------- salad_files, exchange, latents, training

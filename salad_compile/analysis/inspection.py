@@ -33,7 +33,7 @@ def summary(model: Any) -> Summary:
 
 def _summarise(component: str, branch: SaladBranch) -> SiteSummary:
     sizes = {name: p.numel() for name, p in branch.named_parameters()}
-    lora = sum(size for name, size in sizes.items() if name.startswith("lora_"))
+    lora = sum(size for name, size in sizes.items() if name.startswith("low_rank_"))
     return SiteSummary(
         component=component,
         name=branch.record.owner,

@@ -82,7 +82,7 @@ def _materialise(model: nn.Module, dtype: torch.dtype | None) -> None:
     from salad_compile.sites.branch import branches
 
     for branch in branches(model).values():
-        if branch.lora_scale.device.type == "meta":
+        if branch.low_rank_scale.device.type == "meta":
             branch.to_empty(device="cpu")
         for parameter in branch.parameters():
             parameter.data = parameter.data.to(dtype or parameter.dtype)

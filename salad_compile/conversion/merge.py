@@ -81,16 +81,16 @@ def merged_weight(weight: Tensor, update: Tensor) -> tuple[Tensor, float]:
 def _update(branch: SaladBranch, role: str, rows: int, linear: nn.Linear) -> Tensor:
     if role not in branch.lora_roles:
         return torch.zeros(rows, linear.weight.shape[1], device=linear.weight.device)
-    down, up = (getattr(branch, f"lora_{role}_{part}").float() for part in ("down", "up"))
-    update: Tensor = (up @ down) * branch.lora_scale
+    down, up = (getattr(branch, f"low_rank_{role}_{part}").float() for part in ("down", "up"))
+    update: Tensor = (up @ down) * branch.low_rank_scale
     return update
 
 
 def _drop_lora(branch: SaladBranch) -> None:
     for role in branch.lora_roles:
-        delattr(branch, f"lora_{role}_down")
-        delattr(branch, f"lora_{role}_up")
+        delattr(branch, f"low_rank_{role}_down")
+        delattr(branch, f"low_rank_{role}_up")
     branch.lora_roles = ()
     branch.lora_merged = True
     branch.config = dataclasses.replace(branch.config, lora_rank=0)
-    branch.lora_scale.zero_()
+    branch.low_rank_scale.zero_()

@@ -7,6 +7,7 @@ their rows are made for each projection (:func:`low_rank_rows`) and do not trave
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from salad_compile.definition.linear_branch import PROJECTION, SCALES
 from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.tensors import BranchSite, BranchTensors, TensorRow
 
-__all__ = ["PERMILLE", "flat", "from_flat", "low_rank_rows", "names", "rows"]
+__all__ = ["PERMILLE", "current_name", "flat", "from_flat", "low_rank_rows", "names", "rows"]
 
 
 def _start_permille(tensor: Tensor, site: BranchSite) -> None:
@@ -59,11 +60,27 @@ def from_flat(tensors: Sequence[Any], spec: AttentionSpec) -> BranchTensors:
 
 
 def low_rank_rows(role: str, in_features: int, out_features: int, rank: int) -> tuple[TensorRow, TensorRow]:
-    """The pair of a projection's low-rank update: `down` (rank, in) at random, `up` (out, rank) at zero."""
+    """The pair of a projection's low-rank update: `down` (rank, in) at random, `up` (out, rank) at zero.
+
+    No name may contain the prefix of an adapter of peft ("lora_"): its hot-swap zeroes each tensor whose name has the
+    prefix and the adapter's name in it, wherever they stand.
+    """
     return (
-        TensorRow(f"lora_{role}_down", lambda site, spec: (rank, in_features), initialise=_kaiming, cost="lora"),
-        TensorRow(f"lora_{role}_up", lambda site, spec: (out_features, rank), cost="lora"),
+        TensorRow(f"low_rank_{role}_down", lambda site, spec: (rank, in_features), initialise=_kaiming, cost="lora"),
+        TensorRow(f"low_rank_{role}_up", lambda site, spec: (out_features, rank), cost="lora"),
     )
+
+
+_FORMER_NAME = re.compile(r"((?:.*[./])?)lora_(scale|[a-z_]+_(?:down|up))")
+
+
+def current_name(name: str) -> str:
+    """The name of a tensor of a branch, with anything in front, from the one that it may have had before.
+
+    Until format version 4 low-rank updates were called `lora_query_down`, `lora_scale`.
+    """
+    former = _FORMER_NAME.fullmatch(name)
+    return f"{former[1]}low_rank_{former[2]}" if former else name
 
 
 def _kaiming(tensor: Tensor, site: BranchSite) -> None:

@@ -98,8 +98,8 @@ def _part(branch: SaladBranch, role: str, state: Mapping[str, Tensor]) -> Part:
     if role not in branch.lora_roles:
         return Part(role, branch.shares[role], None, None, 0.0)
     prefix = ".".join(part for part in (plain_key(branch.record.owner), BRANCH_NAME) if part)
-    down, up = (state[f"{prefix}.lora_{role}_{part}"] for part in ("down", "up"))
-    return Part(role, branch.shares[role], down, up, float(state[f"{prefix}.lora_scale"]))
+    down, up = (state[f"{prefix}.low_rank_{role}_{part}"] for part in ("down", "up"))
+    return Part(role, branch.shares[role], down, up, float(state[f"{prefix}.low_rank_scale"]))
 
 
 def is_fused_by_diffusers(model: nn.Module, name: str) -> bool:

@@ -100,7 +100,7 @@ def _header_after_merging(component: Component, weights: Mapping[str, Tensor]) -
 def _drop_lora(branch_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The branch state as merge_lora leaves it: no factors, and a scale of zero."""
     kept = {name: value for name, value in branch_state.items() if not name.endswith(("_down", "_up"))}
-    return {name: value * 0 if name.endswith(".lora_scale") else value for name, value in kept.items()}
+    return {name: value * 0 if name.endswith(".low_rank_scale") else value for name, value in kept.items()}
 
 
 def _is_whole_storage(tensor: Tensor) -> bool:

@@ -12,7 +12,9 @@ from salad_compile.errors import CorruptFileError, FormatVersionError, SaladErro
 from salad_compile.grid.rule import GridRule
 from salad_compile.sites.record import SiteRecord
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+# Version 4 calls the low-rank updates otherwise: definition/branch_tensors.py
+READABLE_VERSIONS = (4, FORMAT_VERSION)
 HEADER_KEY = "salad_config"
 
 
@@ -58,9 +60,10 @@ class Header:
             version = values["format_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptFileError(f"{path}: the header is not readable: {error!r}") from error
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise FormatVersionError(
-                f"{path} has format version {version}, this release of salad_compile reads {FORMAT_VERSION}. "
+                f"{path} has format version {version}, this release of salad_compile reads "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}. "
                 f"It was written by {values.get('versions')}: use that release."
             )
         try:

@@ -22,6 +22,7 @@ from salad_compile.common.logs import logger
 from salad_compile.common.sharding import is_first_rank, shard_like, whole_state
 from salad_compile.common.wrappers import plain_key, single_model
 from salad_compile.conversion.convert import attach, prepare
+from salad_compile.definition.branch_tensors import current_name
 from salad_compile.errors import (
     AlreadyConvertedError,
     BaseModelMismatchError,
@@ -244,7 +245,8 @@ def _plan_state(prepared: list[SaladBranch]) -> dict[str, Tensor]:
 
 def _read_and_check(content: Any, expected: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     """All tensors of the file; strict both ways, and every shape, before any of them is used."""
-    there = {plain_key(key): key for key in content.keys()}  # noqa: SIM118 (safe_open is not a dictionary)
+    keys = {plain_key(key): key for key in content.keys()}  # noqa: SIM118 (safe_open is not a dictionary)
+    there = {name if current_name(name) in keys else current_name(name): key for name, key in keys.items()}
     _require_keys(sorted(set(expected) - set(there)), MissingKeysError, f"{file} lacks", "Is the file complete?")
     _require_keys(
         sorted(set(there) - set(expected)),

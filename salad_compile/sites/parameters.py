@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -36,7 +37,7 @@ class BranchParameters(nn.Module):
         dtype, device: of the parameters.
     """
 
-    lora_scale: Tensor
+    low_rank_scale: Tensor
     permille: Tensor
 
     def __init__(
@@ -70,8 +71,15 @@ class BranchParameters(nn.Module):
             else:
                 self.register_buffer(row.name, tensor)
         # a tensor, because a Python number in a graph recompiles when it changes; fp32 whatever the parameters are
-        self.register_buffer("lora_scale", torch.empty((), dtype=torch.float32, device=device))
+        self.register_buffer("low_rank_scale", torch.empty((), dtype=torch.float32, device=device))
         self.reset_parameters()
+
+    # Private. Seen in torch 2.11 and 2.13; tests/trainers/test_former_names.py fails when it moves.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """State dicts of before format version 5 have other names for the low-rank updates."""
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            state_dict[branch_tensors.current_name(name)] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _take_spec(self, spec: AttentionSpec) -> None:
         self.spec = spec.encode()
@@ -80,7 +88,7 @@ class BranchParameters(nn.Module):
         self.branch_names = branch_tensors.names(spec)
 
     def rows(self) -> tuple[TensorRow, ...]:
-        """The rows of all these tensors but `lora_scale`."""
+        """The rows of all these tensors but `low_rank_scale`."""
         rank = self.config.lora_rank
         pairs = (branch_tensors.low_rank_rows(role, *self.lora_widths[role], rank) for role in self.lora_roles)
         return (*branch_tensors.rows(self.decoded_spec()), *itertools.chain.from_iterable(pairs))
@@ -95,7 +103,7 @@ class BranchParameters(nn.Module):
         """Write the initial values (specification 6)."""
         for row in self.rows():
             row.initialise(getattr(self, row.name), self.branch_site())
-        self.lora_scale.fill_(self.config.lora_scale)
+        self.low_rank_scale.fill_(self.config.lora_scale)
 
     # --- what the site computes ---------------------------------------------------------------------------------------
 
@@ -137,7 +145,7 @@ class BranchParameters(nn.Module):
     @property
     def mark(self) -> Tensor:
         """A tensor that every site has, of its own: by it the markers in a graph know each other."""
-        return self.lora_scale
+        return self.low_rank_scale
 
     def drop_linear(self) -> None:
         """Give up gate, projection and static scales, in place (specification 7); sparse attention and LoRA stay.
@@ -183,9 +191,9 @@ class BranchParameters(nn.Module):
         return torch.cat(updated, dim=-1)
 
     def _low_rank(self, role: str, x: Tensor) -> Tensor:
-        down, up = (getattr(self, f"lora_{role}_{part}") for part in ("down", "up"))
+        down, up = (getattr(self, f"low_rank_{role}_{part}") for part in ("down", "up"))
         # a copy: a cast without effect returns its operand, which in torch.export's graphs stands for the mark itself
-        scale = self.lora_scale.to(x.dtype, copy=True)
+        scale = self.low_rank_scale.to(x.dtype, copy=True)
         return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * scale
 
     def extra_repr(self) -> str:

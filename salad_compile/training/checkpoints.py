@@ -24,6 +24,7 @@ from torch import Tensor
 
 from salad_compile.common.files import flush_to_disk, name_failures
 from salad_compile.common.logs import logger
+from salad_compile.definition.branch_tensors import current_name
 from salad_compile.errors import ResumeError, SaladError, TrainingError
 from salad_compile.latents import LatentDataset
 from salad_compile.salad_files.contents import describe
@@ -231,7 +232,8 @@ class CheckpointWriter:
 
         try:
             load(self.model, checkpoint.path / FILE_NAME)
-            tensors = load_file(checkpoint.path / TENSORS_FILE)
+            loaded = load_file(checkpoint.path / TENSORS_FILE)
+            tensors = {current_name(name): tensor for name, tensor in loaded.items()}
         except (SaladError, SafetensorError, OSError) as error:
             raise ResumeError(f"{checkpoint.path} cannot be used: {error}") from error
         averages = {

@@ -71,13 +71,13 @@ class SiteDistillation:
 @contextlib.contextmanager
 def _as_base(branch: SaladBranch) -> Iterator[None]:
     """The site as it is in the base model: dense, without its low-rank update."""
-    scale = branch.lora_scale.clone()
+    scale = branch.low_rank_scale.clone()
     try:
-        branch.lora_scale.zero_()
+        branch.low_rank_scale.zero_()
         with hold_dense([branch], True):
             yield
     finally:
-        branch.lora_scale.copy_(scale)
+        branch.low_rank_scale.copy_(scale)
 
 
 def _tensors(output: Any) -> list[Tensor]:

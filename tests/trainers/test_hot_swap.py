@@ -44,7 +44,7 @@ def test_another_strength_of_our_low_rank_updates() -> None:
         for strength in (0.5, 0.0):
             for each in (model, twin):
                 for branch in branches(each).values():
-                    branch.lora_scale.fill_(strength)
+                    branch.low_rank_scale.fill_(strength)
             assert relative_error(output(model), output(twin)) < 1e-5
             assert relative_error(output(model), full) > 1e-3
 

@@ -69,7 +69,7 @@ def test_the_least_contribution_goes_and_is_measured_by_definition() -> None:
         assert branch.decoded_spec().linear_branch != is_dropped
         names = dict(branch.named_parameters())
         assert all((name in names) != is_dropped for name in GONE)
-        assert "lora_query_up" in names
+        assert "low_rank_query_up" in names
     assert report.variants == 2
     assert "two compilations" in str(report)
     assert json.loads(report.to_json())["parameters"] == 2 * (24 * 24 + 24 + 24 + 1)
@@ -185,7 +185,7 @@ def test_a_damaged_file_drops_nothing(dropped: nn.Module, tmp_path: Path) -> Non
     with safe_open(path, "pt") as content:
         metadata = content.metadata()
     tensors = load_file(path)
-    del tensors["blocks.1.attn1.salad.lora_out_up"]
+    del tensors["blocks.1.attn1.salad.low_rank_out_up"]
     save_file(tensors, path, metadata=metadata)
     model = converted()
     before = fingerprint(model)

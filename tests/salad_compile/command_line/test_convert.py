@@ -23,7 +23,7 @@ def test_the_file_is_that_of_a_conversion_with_weights(command: Run, wan: Path, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for module in expected.modules():
-            if hasattr(module, "lora_scale"):
+            if hasattr(module, "low_rank_scale"):
                 module.reset_parameters()  # type: ignore[operator]
     salad_compile.save(expected, tmp_path / "expected.safetensors")
     ours, theirs = load_file(file), load_file(tmp_path / "expected.safetensors")
@@ -31,7 +31,7 @@ def test_the_file_is_that_of_a_conversion_with_weights(command: Run, wan: Path, 
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype
         assert torch.equal(ours[name], tensor)
-    assert ours["blocks.0.attn1.salad.lora_query_down"].abs().min() > 0
+    assert ours["blocks.0.attn1.salad.low_rank_query_down"].abs().min() > 0
     loaded = salad_compile.load(load_model(wan), file)  # the header fits the base, too
     assert len(salad_compile.summary(loaded).sites) == 2
 

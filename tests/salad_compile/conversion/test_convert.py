@@ -64,8 +64,8 @@ def test_base_keys_stay_and_only_the_branch_trains() -> None:
         f"blocks.{i}.attn1.salad.{key}"
         for i in (0, 1)
         for key in (
-            *("gate_weight", "gate_bias", "proj_weight", "proj_bias", "lora_scale"),
-            *(f"lora_{role}_{part}" for role in ("query", "key", "value", "out") for part in ("down", "up")),
+            *("gate_weight", "gate_bias", "proj_weight", "proj_bias", "low_rank_scale"),
+            *(f"low_rank_{role}_{part}" for role in ("query", "key", "value", "out") for part in ("down", "up")),
         )
     }
     assert all(p.requires_grad == (".salad." in name) for name, p in model.named_parameters())
@@ -79,7 +79,7 @@ def test_initial_values() -> None:
     for name, parameter in model.named_parameters():
         if ".salad." in name:
             assert bool(parameter.any()) == name.endswith("_down"), name
-    scales = [branch.lora_scale.item() for branch in branches(model).values()]
+    scales = [branch.low_rank_scale.item() for branch in branches(model).values()]
     assert scales == [2.0, 2.0]  # alpha 6 over rank 3
 
 
@@ -95,8 +95,8 @@ def test_lora_targets_and_rank() -> None:
     salad_compile.convert(model, {**TINY.to_dict(), "lora_targets": ["value"], "lora_rank": 5}, example_inputs=inputs)
     branch = model.get_submodule("blocks.0.attn1.salad")
     assert isinstance(branch, SaladBranch)
-    assert [n for n, _ in branch.named_parameters() if "lora" in n] == ["lora_value_down", "lora_value_up"]
-    assert branch.lora_value_down.shape == (5, 24)
+    assert [n for n, _ in branch.named_parameters() if "low_rank" in n] == ["low_rank_value_down", "low_rank_value_up"]
+    assert branch.low_rank_value_down.shape == (5, 24)
 
 
 @pytest.mark.parametrize("name", ["handwritten_fused", "handwritten_rearrange"])
@@ -113,7 +113,7 @@ def test_lora_equals_changed_weights(name: str) -> None:
             for first, roles in groups.items():
                 weight = model.get_submodule(branch.record.projections()[first]).weight
                 for share, role in zip(weight.chunk(len(roles)), roles, strict=True):
-                    up, down = getattr(branch, f"lora_{role}_up"), getattr(branch, f"lora_{role}_down")
+                    up, down = getattr(branch, f"low_rank_{role}_up"), getattr(branch, f"low_rank_{role}_down")
                     share += 2.0 * up @ down
                     up.zero_()
     assert relative_error(run(model, inputs, case.output, gradients=False).output, expected) < 1e-5
@@ -251,7 +251,7 @@ def test_branch_parameters_follow_the_projections_dtype() -> None:
     model = toys.SelfAttention().to(torch.bfloat16)
     salad_compile.convert(model, CONFIG, example_inputs=(X.to(torch.bfloat16),))
     assert {p.dtype for p in model.salad.parameters()} == {torch.bfloat16}
-    assert model.salad.lora_scale.dtype == torch.float32
+    assert model.salad.low_rank_scale.dtype == torch.float32
     randomise_branches(model)
     expected = model(X.to(torch.bfloat16))
     # fp32 master weights under 16-bit activations, without autocast

@@ -25,7 +25,7 @@ def test_merged_equals_unmerged(name: str, tmp_path: Path) -> None:
     merged = salad_compile.merge_lora(model)
     assert len(merged) == 2 * len(set(case.projections.values()))
     assert all(item.cast_error < 1e-5 for item in merged)
-    assert not [n for n, _ in model.named_parameters() if "lora" in n]
+    assert not [n for n, _ in model.named_parameters() if "low_rank" in n]
     assert relative_error(run(model, case.inputs(0), case.output, gradients=False).output, expected) < 1e-5
     recorder = Recorder({"lowering": "eager"})
     compiled = torch.compile(model, backend=recorder)

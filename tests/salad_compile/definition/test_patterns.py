@@ -151,9 +151,9 @@ def test_other_tensors_follow_the_table() -> None:
     assert branch.proj_weight.eq(0).all()
     assert branch.head_scale.eq(1).all()
     assert branch.head_scale.shape == (heads,)
-    assert branch.lora_query_down.shape[0] == TINY.lora_rank
-    assert branch.lora_query_down.ne(0).any()
-    assert branch.lora_query_up.eq(0).all()
+    assert branch.low_rank_query_down.shape[0] == TINY.lora_rank
+    assert branch.low_rank_query_down.ne(0).any()
+    assert branch.low_rank_query_up.eq(0).all()
     cost = site_cost(branch)
     tokens = branch.record.batch * branch.record.tokens
     assert cost.projection == 2 * tokens * width**2

@@ -63,7 +63,7 @@ def with_dense_updates(base: nn.Module, model: nn.Module) -> nn.Module:
                 weight: Any = base.get_submodule(branch.record.projections()[roles[0]]).weight
                 for rows, role in zip(weight.chunk(len(roles)), roles, strict=True):
                     if role in branch.lora_roles:
-                        down, up = (getattr(branch, f"lora_{role}_{part}") for part in ("down", "up"))
+                        down, up = (getattr(branch, f"low_rank_{role}_{part}") for part in ("down", "up"))
                         rows += (config.lora_alpha or config.lora_rank) / config.lora_rank * up @ down
     return base
 

@@ -76,7 +76,7 @@ def test_factors_keep_their_dtype_and_are_rounded_once() -> None:
     stored = update.parts[0].up
     assert stored is not None
     assert up.dtype == torch.bfloat16
-    scale = float(next(iter(branches(model).values())).lora_scale)  # as the model computes: .to() rounds buffers too
+    scale = float(next(iter(branches(model).values())).low_rank_scale)  # .to() rounds buffers too
     assert scale == pytest.approx(5 / 3, rel=2**-8)
     assert torch.equal(up, (stored.float() * scale).to(torch.bfloat16))
 

@@ -74,7 +74,7 @@ def test_the_file_holds_exactly_the_branch_state(file: Path) -> None:
     assert tensors.keys() == {name for name in model.state_dict() if ".salad." in name}
     with safe_open(file, framework="pt") as content:
         header = json.loads(content.metadata()["salad_config"])
-    assert header["format_version"] == 4
+    assert header["format_version"] == 5
     assert header["base_class"] == "WanTransformer3DModel"
     assert header["config"] == TINY.to_dict()
     assert header["grid"] == {"kind": "latent", "names": ["hidden_states"], "axes": [2, 3, 4], "patch": [1, 2, 2]}
@@ -150,11 +150,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Path], type[SaladError], str]] = {
         ShapeMismatchError,
         r"\(3, 3\).*\(24, 24\)",
     ),
-    "newer format": (lambda f: edited(f, lambda t, h: h.update(format_version=5)), FormatVersionError, "version 5"),
+    "newer format": (lambda f: edited(f, lambda t, h: h.update(format_version=6)), FormatVersionError, "version 6"),
     "older format": (
         lambda f: edited(f, lambda t, h: h.update(format_version=3)),
         FormatVersionError,
-        "version 3, this release of salad_compile reads 4",
+        "version 3, this release of salad_compile reads 4 and 5",
     ),
     "no grid": (lambda f: edited(f, lambda t, h: h.__delitem__("grid")), CorruptFileError, "grid"),
     "broken grid": (lambda f: edited(f, lambda t, h: h["grid"].update(kind="latents")), CorruptFileError, "latents"),

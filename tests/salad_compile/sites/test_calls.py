@@ -229,7 +229,7 @@ def test_a_wholly_16_bit_model_without_autocast() -> None:
     out = torch.compile(model, backend=recorder, fullgraph=True)(x)
     assert out.dtype == model(x).dtype == torch.bfloat16
     assert relative_error(out, model(x)) < 1e-2
-    assert model.salad.lora_scale.dtype == torch.bfloat16  # `to` moves it; the update is scaled all the same
+    assert model.salad.low_rank_scale.dtype == torch.bfloat16  # `to` moves it; the update is scaled all the same
 
 
 def test_double_precision() -> None:

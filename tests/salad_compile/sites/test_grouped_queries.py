@@ -151,13 +151,13 @@ def test_lora_equals_changed_weights(kind: type[Grouped], share: Share | None) -
     model = converted(kind, share)
     expected = model(toys.tokens())
     (branch,) = branches(model).values()
-    assert branch.lora_query_up.shape == (HEADS * HEAD_DIM, 2)
-    assert branch.lora_key_up.shape == branch.lora_value_up.shape == (KEY_HEADS * HEAD_DIM, 2)
+    assert branch.low_rank_query_up.shape == (HEADS * HEAD_DIM, 2)
+    assert branch.low_rank_key_up.shape == branch.low_rank_value_up.shape == (KEY_HEADS * HEAD_DIM, 2)
     with torch.no_grad():
         for first, roles in branch.record.shared_roles().items():
             weight = model.get_submodule(branch.record.projections()[first]).weight
             for part, role in zip(weight.split([branch.shares[role] for role in roles]), roles, strict=True):
-                up, down = getattr(branch, f"lora_{role}_up"), getattr(branch, f"lora_{role}_down")
+                up, down = getattr(branch, f"low_rank_{role}_up"), getattr(branch, f"low_rank_{role}_down")
                 part += 3.0 * up @ down
                 up.zero_()
     assert relative_error(model(toys.tokens()), expected) < 1e-5

@@ -69,7 +69,7 @@ def test_afterwards_the_model_is_as_it_was() -> None:
         model(**INPUTS)
     assert torch.equal(model(**INPUTS).sample, before)
     assert not any(block.attn1._forward_hooks for block in model.blocks)
-    assert all(float(branch.lora_scale) == 1.0 for branch in branches(model).values())
+    assert all(float(branch.low_rank_scale) == 1.0 for branch in branches(model).values())
 
 
 def test_a_run_begins_with_it(tmp_path: Path) -> None:
