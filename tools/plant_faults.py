@@ -94,7 +94,8 @@ class Tree:
             run = self.run_tests(name, fault)
             if run.returncode not in (0, 5):  # 5: no test was collected
                 lines = [line for line in run.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-                return lines[0].split(" ")[1] if lines else name
+                # an id may hold spaces; the message stands behind " - "
+                return lines[0].partition(" ")[2].partition(" - ")[0] if lines else name
         return ""
 
     def judge(self, fault: Fault) -> Row:

@@ -210,7 +210,7 @@ FAULTS = (
         "text in front takes the video's places",
         "grid",
         ("begin = 0 if text_first else order.shape[0]", "begin = order.shape[0] if text_first else 0"),
-        tests="tests/salad_compile/grid/*.py",
+        tests="tests/salad_compile/grid/*.py tests/salad_compile/test_geometry.py",
     ),
     _fault(
         "order of the previous video kept",
@@ -230,7 +230,7 @@ FAULTS = (
         "incomplete patches at the border forgotten",
         "grid",
         ("(shape[axis] + patch - 1) // patch", "shape[axis] // patch"),
-        tests="tests/salad_compile/grid/*.py",
+        tests="tests/salad_compile/grid/*.py tests/salad_compile/test_geometry.py",
     ),
     # --------------------------------------------------------------------------------------------- sites and position
     _fault(
@@ -297,7 +297,7 @@ FAULTS = (
         "base parameters stay trainable",
         "conversion",
         ("            parameter.requires_grad_(False)\n", "            pass\n"),
-        tests="tests/salad_compile/**/test_conversion.py tests/salad_compile/**/test_convert.py",
+        tests="tests/salad_compile/conversion/test_convert.py tests/salad_compile/test_conversion.py",
     ),
     _fault(
         "merge forgets alpha / rank",

@@ -107,7 +107,8 @@ class Inputs:
     def dense_gradients(self, case: Case) -> tuple[torch.Tensor, ...]:
         """Gradients of PyTorch's own attention on the same selection and in the same dtype: the yardstick."""
         mask = reference.token_mask(self.selection(case), case.tokens)
-        narrow = [x.detach().requires_grad_() for x in self.qkv]
+        # contiguous: for rows at odd addresses some dtypes have no kernel there
+        narrow = [x.detach().contiguous().requires_grad_() for x in self.qkv]
         return torch.autograd.grad(F.scaled_dot_product_attention(*narrow, attn_mask=mask), narrow, self.grad)
 
 
