@@ -21,6 +21,24 @@ def with_dense_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def describable(x: torch.Tensor) -> bool:
+    """Whether the bulk copy engine can read x (B, H, S, D): aligned start and strides, none of them 0, dense channels.
+
+    Aligned is what is a multiple of 16 bytes.
+    """
+    strides = [stride * x.element_size() for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
+    return aligned and x.stride(-1) == 1
+
+
+def descriptor_strides(x: torch.Tensor) -> list[int]:
+    """The strides of x (B, H, S, D) for a descriptor, in entries.
+
+    The stride of an axis with one entry means nothing, and may be none that the copy engine takes.
+    """
+    return [*(stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)), 1]
+
+
 def row_strides(x: torch.Tensor | None) -> tuple[int, int, int]:
     """The strides of batch, heads and tokens; 0 for an absent tensor, because a kernel has one signature."""
     return (0, 0, 0) if x is None else x.stride()[:3]  # type: ignore[return-value]

@@ -23,7 +23,8 @@ def too_long(name: str, text: str) -> Iterator[str]:
         yield f"{name}: {lines} lines, at most {FILE}"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            limit = KERNEL if any("triton.jit" in ast.unparse(d) for d in node.decorator_list) else FUNCTION
+            decorators = " ".join(map(ast.unparse, node.decorator_list))
+            limit = KERNEL if "triton.jit" in decorators or "gluon.jit" in decorators else FUNCTION
             size = (node.end_lineno or node.lineno) - node.lineno + 1
             if size > limit:
                 yield f"{name}: {node.name} has {size} lines, at most {limit}"
@@ -44,6 +45,7 @@ def test_files_and_functions_fit_on_a_screen() -> None:
         ("x = 1\n" * 401, "a.py: 401 lines, at most 400"),
         ("def f():\n" + "    x = 1\n" * 60, "a.py: f has 61 lines, at most 60"),
         ("@triton.jit\ndef f():\n" + "    x = 1\n" * 100, "a.py: f has 101 lines, at most 100"),
+        ("@gluon.jit\ndef f():\n" + "    x = 1\n" * 100, "a.py: f has 101 lines, at most 100"),
     ],
 )
 def test_what_is_too_long_is_named(text: str, said: str) -> None:

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..capability import arch_of, padded_head_dim
 from ..launch import launch
-from ..layout import block_count, empty_bshd, row_strides, with_dense_rows
+from ..layout import block_count, describable, descriptor_strides, empty_bshd, row_strides, with_dense_rows
 from ..selection import Selection
 from ..tuning import choose
 from .deferred import check_selection
@@ -37,7 +37,7 @@ def block_sparse_attention(
     out = empty_bshd(query, batch, heads, tokens, value.shape[-1])
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
     tensors = with_dense_rows(query), with_dense_rows(key), with_dense_rows(value)
-    described = all(_describable(x) for x in tensors)
+    described = all(describable(x) for x in tensors)
 
     def run(tiling: Tiling) -> None:
         sources = _sources(tiling, (tiling.query, tiling.key, tiling.key), *tensors)
@@ -74,11 +74,11 @@ def block_sparse_attention_backward(
     delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
     grad_query, grad_key, grad_value = (empty_bshd(x, *x.shape) for x in (query, key, value))
 
-    if not _describable(grad_out):  # expanded, perhaps: the gradient of a sum
+    if not describable(grad_out):  # expanded, perhaps: the gradient of a sum
         grad_out = grad_out.contiguous()
     query, key, value, out = (with_dense_rows(x) for x in (query, key, value, out))
     tensors = (query, key, value, out, grad_out)
-    described = all(_describable(x) for x in tensors)
+    described = all(describable(x) for x in tensors)
 
     def run_query(tiling: Tiling) -> None:
         sources = _sources(tiling, (tiling.query, tiling.key, tiling.key, tiling.query, tiling.query), *tensors)
@@ -178,15 +178,6 @@ def _sources(tiling: Tiling, rows: tuple[int, ...], *tensors: torch.Tensor) -> t
         return tensors
     described = []
     for x, tile in zip(tensors, rows, strict=True):
-        # the stride of an axis with one entry means nothing, and may be none that the copy engine takes
-        strides = [stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
         box = [1, 1, tile, padded_head_dim(x.shape[-1])]
-        described.append(TensorDescriptor(x, list(x.shape), [*strides, 1], box))
+        described.append(TensorDescriptor(x, list(x.shape), descriptor_strides(x), box))
     return tuple(described)
-
-
-def _describable(x: torch.Tensor) -> bool:
-    """Whether the bulk copy engine can read x: 16-byte aligned start and strides, none of them 0, dense channels."""
-    strides = [stride * x.element_size() for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-    aligned = x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
-    return aligned and x.stride(-1) == 1

@@ -6,11 +6,12 @@ themselves with `register`.
 
 from .call import Call
 from .engine import FOLDERS, Engine, GateCall, implementation
+from .gluon import GluonEngine
 from .registry import choose, engines, find, register, unregister, use_engine
 from .torch import TorchEngine
 from .triton import TritonEngine
 
-for _engine in (TritonEngine(), TorchEngine()):  # in order of priority
+for _engine in (GluonEngine(), TritonEngine(), TorchEngine()):  # in order of priority
     register(_engine)
 
 __all__ = [

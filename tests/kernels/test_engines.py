@@ -35,13 +35,14 @@ def _compiling_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def engine_on(device: torch.device, **changes: Any) -> str:
     """The engine of a plain call."""
     sizes = {"head_dim": 64, "value_dim": 64, "query_block": 128, "key_block": 64}
-    facts = {"operator": "block_sparse_attention", "device": device, "dtype": torch.bfloat16} | sizes
+    facts = {"operator": "block_sparse_attention", "device": device, "dtype": torch.float16} | sizes
     return choose(Call(**(facts | changes))).name
 
 
 def test_the_device_decides_by_default() -> None:
     assert engine_on(CPU) == "torch"
     assert engine_on(CUDA) == "triton"
+    assert engine_on(CUDA, dtype=torch.bfloat16) == "gluon"
 
 
 def test_contexts_nest() -> None:
@@ -163,7 +164,7 @@ def test_an_added_engine_serves_what_it_supports_and_is_reported(definition: Def
     ran, gradient = attend(16)
     assert ran == ["definition"]
     assert attend(8)[0] == ["torch"]
-    assert [engine.name for engine in engines()] == ["triton", "definition", "torch"]
+    assert [engine.name for engine in engines()] == ["gluon", "triton", "definition", "torch"]
     unregister("definition")
     ran, expected = attend(16)
     assert ran == ["torch"]
@@ -204,8 +205,8 @@ def test_what_an_engine_is_asked_about(definition: Definition) -> None:
 def test_a_name_is_taken_once(definition: Definition) -> None:
     with pytest.raises(UnsupportedKernelError, match="already"):
         register(Definition())
-    with pytest.raises(UnsupportedKernelError, match="unknown engine 'gluon'"):
-        register(Definition(name="other"), before="gluon")
-    with pytest.raises(UnsupportedKernelError, match="unknown engine 'gluon'"):
-        unregister("gluon")
+    with pytest.raises(UnsupportedKernelError, match="unknown engine 'fast'"):
+        register(Definition(name="other"), before="fast")
+    with pytest.raises(UnsupportedKernelError, match="unknown engine 'fast'"):
+        unregister("fast")
     assert find("definition") is definition

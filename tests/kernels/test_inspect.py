@@ -223,10 +223,9 @@ def modules(start: str) -> dict[str, list[Any]]:
 
 def test_every_kernel_is_inspected(jobs: list[inspect.Job]) -> None:
     seen = {job.source.kernel for job in jobs}
-    files = modules("triton_")
-    assert files.keys() == modules("triton").keys() == set(FOLDERS.values())
-    for operator in files:
-        for file in files[operator]:
+    assert modules("triton_").keys() == modules("triton").keys() == set(FOLDERS.values())
+    for operator, files in [*modules("triton_").items(), *modules("gluon_").items()]:
+        for file in files:
             for name, kernel in vars(file).items():
                 if name.endswith("_kernel"):
                     assert kernel in seen, f"{operator}: no call of an engine's gate_calls launches {name}"
@@ -235,6 +234,9 @@ def test_every_kernel_is_inspected(jobs: list[inspect.Job]) -> None:
 def test_every_operator_is_called() -> None:
     engine = find("triton")
     assert {call.operator for call, *_ in engine.gate_calls(90)} == set(engine.operators)
+    engine = find("gluon")
+    assert {call.operator for call, *_ in engine.gate_calls(90)} == set(engine.operators)
+    assert not list(engine.gate_calls(80))
 
 
 class Toy(TorchEngine):

@@ -1,0 +1,75 @@
+"""Compile-time settings of the Gluon forward: everything of a call that decides which kernel is built; no length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KEY_BLOCK = 64
+QUERY_BLOCKS = (64, 128)
+HEAD_DIMS = (64, 128)
+GROUP_ROWS = 64  # query rows of one group of four warps: the height of one wgmma
+BOX = 64  # rows and columns of the boxes that the bulk copy engine writes: 64 bf16 fill its 128-byte swizzle
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One build of the kernel. Two groups of four warps multiply, and a warp for each ring of buffers loads.
+
+    Query blocks of 128 rows: the two groups take a half each and share a ring. Query blocks of 64 rows: each group has
+    a tile, a list and a ring of its own.
+    """
+
+    head_dim: int
+    query_block: int
+    masked: bool
+    fixed: bool  # the row maximum of the first step stays the reference; else the online softmax
+    repair: bool  # only the tiles that a launch with `fixed` has put on the list
+    entries: int  # key blocks in one step
+    stages: int  # steps on their way: each holds the keys of a step and the values of the step before
+    query_slots: int  # tiles of query rows on their way
+    in_place: bool  # the output leaves through the query's buffer, which then comes free later
+    consumer_registers: int = 240
+    loader_registers: int = 24
+
+    @property
+    def groups(self) -> int:
+        """Groups of warps that share a list and a ring."""
+        return self.query_block // GROUP_ROWS
+
+    @property
+    def rings(self) -> int:
+        """Rings of buffers, each with a loading warp."""
+        return 2 // self.groups
+
+    @property
+    def columns(self) -> int:
+        """Boxes side by side in one row of a tile."""
+        return self.head_dim // BOX
+
+    @property
+    def step(self) -> int:
+        """Keys in one step."""
+        return self.entries * KEY_BLOCK
+
+    @property
+    def stage_boxes(self) -> int:
+        """Boxes that the keys, or the values, of a step fill."""
+        return self.entries * self.columns
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of the keys, or the values, of a step."""
+        return self.step * self.head_dim * 2
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of the query rows of a tile."""
+        return self.query_block * self.head_dim * 2
+
+
+def settings_of(head_dim: int, query_block: int, *, masked: bool, repair: bool = False) -> Settings:
+    """The build for a call. A mask takes the online softmax: the first blocks of a list may be masked altogether."""
+    fixed = not (masked or repair)
+    if query_block == GROUP_ROWS and head_dim == 128:  # two steps of two blocks do not fit, for each group
+        return Settings(head_dim, query_block, masked, fixed, repair, entries=1, stages=3, query_slots=1, in_place=True)
+    return Settings(head_dim, query_block, masked, fixed, repair, entries=2, stages=2, query_slots=2, in_place=False)

@@ -1,0 +1,33 @@
+"""The Gluon forward on a Hopper GPU, against the definition in fp64. `gluon_cases.py` has the cases.
+
+All cases of a head_dim and query block run in a process of their own with a time limit: a kernel that waits for ever
+ends with its process and with nothing else.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+SECONDS = 300  # a dozen builds and 65 cases take 40
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of compute capability 9.0, as Gluon kernels cannot be interpreted",
+)
+
+
+@pytest.mark.parametrize("query_block", [128, 64])
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_every_case(head_dim: int, query_block: int) -> None:
+    command = [sys.executable, "-m", "tests.kernels.gpu.gluon_cases", str(head_dim), str(query_block)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert not failed, "\n".join(failed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sum(line.startswith("ok ") for line in done.stdout.splitlines()) > 60
