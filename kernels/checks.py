@@ -3,8 +3,11 @@
 import torch
 
 from .errors import KernelArgumentError
+from .remembered import fact_of, remember
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_PERMUTATION = "a permutation of as many tokens as it has entries"
 
 
 def require(condition: bool, message: str) -> None:
@@ -54,11 +57,12 @@ def check_order(order: torch.Tensor, tokens: int) -> None:
     """The token order has one entry per token; on the CPU also that it is a permutation (elsewhere that would sync)."""
     check_order_type(order)
     require(order.shape[0] == tokens, f"order has {order.shape[0]} entries but there are {tokens} tokens")
-    if order.device.type == "cpu":
+    if order.device.type == "cpu" and fact_of(order) != _PERMUTATION:
         low, high = (int(bound) for bound in order.aminmax())
         require(low >= 0 and high < tokens, f"order has entries in [{low}, {high}], outside [0, {tokens})")
         seen = torch.zeros(tokens, dtype=torch.bool).index_fill_(0, order.long(), 1)
         require(bool(seen.all()), "order is not a permutation: some tokens occur twice and others never")
+        remember(order, _PERMUTATION)
 
 
 def check_key_mask(key_mask: torch.Tensor | None, batch: int, tokens: int) -> None:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from .remembered import fact_of, remember
+
 
 class Selection(NamedTuple):
     """Which keys every query block attends to, and how.
@@ -26,3 +28,23 @@ class Selection(NamedTuple):
     key_block: int
     scale: float
     key_mask: torch.Tensor | None = None
+
+
+class _Selected(NamedTuple):
+    """What a list of selected blocks and its counts have in common: which of them belong together."""
+
+    pair: object
+    key_blocks: int
+
+
+def remember_selected(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> None:
+    """Note that these are right, by the way they were made: `are_selected` then spares reading them."""
+    selected = _Selected(object(), key_blocks)
+    remember(lut, selected)
+    remember(count, selected)
+
+
+def are_selected(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> bool:
+    """Whether an operator made these together, for as many key blocks, and nothing wrote into them since."""
+    fact = fact_of(lut)
+    return isinstance(fact, _Selected) and fact.key_blocks == key_blocks and fact_of(count) is fact

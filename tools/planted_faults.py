@@ -236,7 +236,7 @@ FAULTS = (
     _fault(
         "low-rank update without its scale",
         "sites",
-        ("up.to(x.dtype)) * scale", "up.to(x.dtype)) * scale.sign()"),
+        ("F.linear(F.linear(x, down), up) * scale", "F.linear(F.linear(x, down), up) * scale.sign()"),
         tests="tests/salad_compile/**/test_merge.py tests/salad_compile/**/test_calls.py tests/passes/test_rewrite.py "
         "tests/salad_compile/exchange/*.py",
     ),

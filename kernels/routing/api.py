@@ -8,6 +8,7 @@ from ..checks import accumulation_dtype
 from ..direct import direct
 from ..engines import Call, choose
 from ..layout import block_count
+from ..selection import remember_selected
 from .checks import check_pool, check_pool_types, check_select, check_select_types
 from .density import list_width
 
@@ -93,6 +94,8 @@ def select_blocks(
     call = Call("select_blocks", pooled_query.device, pooled_query.dtype, masked=key_mask is not None)
     given = (*settings, sink_begin, sink_end, key_mask, permille)
     lut, count = choose(call).run(call, pooled_query, pooled_key, *given)
+    if lut.device.type == "cpu":
+        remember_selected(lut, count, pooled_key.shape[2])
     return lut, count
 
 

@@ -5,13 +5,15 @@ Like the definition that uses it, this runs on tensors and on `fx.Proxy` objects
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from salad_compile.grid.orders import joint_order
-from salad_compile.kernels.direct import call_operator
+from salad_compile.kernels.direct import call_operator, is_direct
 
 __all__ = [
     "Arrangement",
@@ -59,6 +61,10 @@ class Reordering(NamedTuple):
     inverse: Tensor
 
 
+_MOST_REORDERINGS = 16  # of one order: lengths of text
+_reorderings: MutableMapping[Tensor, dict[tuple[str, int, int], Reordering]] = WeakIdKeyDictionary()
+
+
 def reordering(order: Tensor, text: str, tokens: int) -> Reordering:
     """The order of a whole sequence from that of its video's tokens: the text stays apart, behind them.
 
@@ -66,6 +72,19 @@ def reordering(order: Tensor, text: str, tokens: int) -> Reordering:
         order: int32 (2, V), the order of the video's tokens and its inverse.
         text, tokens: see :func:`segments`.
     """
+    if not is_direct((order,)) or order.is_inference():
+        return _reordering(order, text, tokens)
+    # one object for each order, so that it is made, and its contents are checked, once
+    made = _reorderings.setdefault(order, {})
+    key = (text, tokens, order._version)
+    if key not in made:
+        if len(made) >= _MOST_REORDERINGS:
+            made.clear()
+        made[key] = _reordering(order, text, tokens)
+    return made[key]
+
+
+def _reordering(order: Tensor, text: str, tokens: int) -> Reordering:
     if text == "none":
         return Reordering(order[0], order[1])
     count = tokens - order.shape[1]

@@ -6,7 +6,6 @@ the forward.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -339,12 +338,18 @@ def replay(
 def run_again(node: fx.Node, known: Mapping[fx.Node, Any], value_of: Callable[[fx.Node], Tensor]) -> Any:
     """Run an operation once more, with other values for some of its arguments."""
 
-    def value(argument: fx.Node) -> Any:
-        return known[argument] if argument in known else value_of(argument)
+    def value(argument: Any) -> Any:
+        if type(argument) is fx.Node:
+            return known[argument] if argument in known else value_of(argument)
+        return fx.map_arg(argument, value) if isinstance(argument, (tuple, list, slice, dict)) else argument
 
-    args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+    args = [value(argument) for argument in node.args]
+    kwargs = {name: value(argument) for name, argument in node.kwargs.items()}
     assert callable(node.target)
-    with _autocast_as(node.meta.get("autocast")):
+    autocast: Autocast | None = node.meta.get("autocast")
+    if autocast is None or _autocast_now(autocast[0]) == autocast[1:]:
+        return node.target(*args, **kwargs)
+    with torch.autocast(autocast[0], enabled=autocast[1], dtype=autocast[2]):
         return node.target(*args, **kwargs)
 
 
@@ -366,7 +371,7 @@ def autocast_state(out: Any) -> Autocast | None:
     device = out.device.type
     if not _has_autocast(device):
         return None
-    return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return (device, *_autocast_now(device))
 
 
 @functools.cache
@@ -374,7 +379,6 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-def _autocast_as(state: Autocast | None) -> contextlib.AbstractContextManager[Any]:
-    if state is None or (torch.is_autocast_enabled(state[0]), torch.get_autocast_dtype(state[0])) == state[1:]:
-        return contextlib.nullcontext()
-    return torch.autocast(state[0], enabled=state[1], dtype=state[2])
+def _autocast_now(device: str) -> tuple[bool, torch.dtype]:
+    """Whether autocast is on for a device type, and its dtype."""
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -74,8 +74,7 @@ class _Sequence:
     calls: dict[Any, dict[str, _Found]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """Something that happened. operation: function, args, kwargs and result; or None: a projection of `tensors`."""
 
     operation: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any] | None
@@ -136,10 +135,17 @@ class PositionRecording:
             self._versions = {}
             edge = ("projection", self._tensor(x), self._tensor(out))
             step = _Step(None, (x, out), Moment(self._versions, None))
-            self._advance(edge)
+            self._advance(edge, self._at.next.get(edge))
             self._steps.append(step)
         if self.graph is not None:
             self.graph.add_projection(x, out)
+
+    def add_operation(self, func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
+        """Something of ours that ran unseen made `out` of `args`; `func` stands for it."""
+        if self._at is not None:
+            self._note(func, args, {}, out)
+        elif self.graph is not None:
+            self.graph.record(func, args, {}, lambda: out)
 
     def _run_write(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation that writes: whether a value is copied for it depends on nothing but what ran before it."""
@@ -182,22 +188,23 @@ class PositionRecording:
 
     def _step(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> _Step | None:
         """Go on along an operation that ran; None if it cannot be compared."""
+        versions: dict[int, int] = {}
+        self._versions = versions
+        assert self._at is not None
         try:
-            self._versions = {}
             autocast = autocast_state(out)
             edge = (self._arguments(func, args, kwargs), self._result(out), autocast)
-            hash(edge)
-        except (_UnknownArgumentError, TypeError):
+            following = self._at.next.get(edge)
+        except (_UnknownArgumentError, TypeError):  # of what cannot be hashed
             self._forget()
             return None
-        moment = Moment(self._versions, autocast)
-        self._advance(edge)
-        return _Step((func, args, kwargs, out), (), moment)
+        self._advance(edge, following)
+        return _Step((func, args, kwargs, out), (), Moment(versions, autocast))
 
-    def _advance(self, edge: Any) -> None:
+    def _advance(self, edge: Any, following: _Sequence | None) -> None:
+        """Go on to `following`; None: to a new sequence, by this edge."""
         global _edges
         assert self._at is not None
-        following = self._at.next.get(edge)
         if following is None:
             self._graph()
             if _edges >= _MOST_EDGES:
@@ -222,14 +229,29 @@ class PositionRecording:
     # ------------------------------------------------------------------------------------------------------- edges
 
     def _arguments(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (func, *map(self._key, args), self._key(kwargs) if kwargs else None)
+        numbers, first, versions = self._numbers, self._first_versions, self._versions
+        key: list[Any] = [func]
+        for value in args:
+            identity = id(value)
+            number = numbers.get(identity)
+            if number is None:
+                key.append(self._key(value))
+                continue
+            before = first[number]
+            versions[identity] = version = before if before == UNCOUNTED else value._version
+            key.append((number, version - before))
+        key.append(self._key(kwargs) if kwargs else None)
+        return tuple(key)
 
     def _key(self, value: Any) -> Any:
         """What an argument is compared by. Raises _UnknownArgumentError."""
         kind = type(value)
-        if kind in _CONSTANTS:
-            # 0.0 and -0.0 are equal
-            return (kind, value) if value or kind is not float else (kind, math.copysign(1.0, value))
+        if kind is not Tensor:
+            if kind in _CONSTANTS:
+                # 0.0 and -0.0 are equal
+                return (kind, value) if value or kind is not float else (kind, math.copysign(1.0, value))
+            if kind is tuple or kind is list:
+                return (kind, *[self._key(entry) for entry in value])
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, (tuple, list)):
@@ -241,20 +263,21 @@ class PositionRecording:
         raise _UnknownArgumentError
 
     def _tensor(self, tensor: Tensor) -> tuple[Any, ...]:
+        identity = id(tensor)
+        number = self._numbers.get(identity)
         try:
             version = tensor._version
         except RuntimeError:  # of inference mode
             version = UNCOUNTED
-        identity = id(tensor)
         self._versions[identity] = version
-        number = self._numbers.get(identity)
         if number is not None:
             return (number, version - self._first_versions[number])
         self._numbers[identity] = number = len(self._tensors)
         self._tensors.append(tensor)
         self._first_versions.append(version)
-        parameter, counted = isinstance(tensor, nn.Parameter), version != UNCOUNTED
-        return (number, tensor.shape, tensor.dtype, self._storage(tensor), parameter, counted)
+        # exactly a tensor: no parameter, and the check for parameters is slow
+        parameter = type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)
+        return (number, tensor.shape, tensor.dtype, self._storage(tensor), parameter, version != UNCOUNTED)
 
     def _storage(self, tensor: Tensor) -> int | None:
         """A number that only tensors of one memory share, in the order in which memories are met."""
@@ -265,12 +288,12 @@ class PositionRecording:
         return self._storages.setdefault(storage, len(self._storages))
 
     def _result(self, out: Any) -> Any:
+        if isinstance(out, Tensor):
+            known = id(out) in self._numbers  # of operations in place, some of which change the shape
+            return (self._tensor(out), out.shape, out.dtype) if known else self._tensor(out)
         if isinstance(out, (tuple, list)):
-            return (type(out), *map(self._result, out))
-        if not isinstance(out, Tensor):
-            return self._key(out)
-        known = id(out) in self._numbers  # of operations in place, some of which change the shape
-        return (self._tensor(out), out.shape, out.dtype) if known else self._tensor(out)
+            return (type(out), *[self._result(part) for part in out])
+        return self._key(out)
 
     # ---------------------------------------------------------------------------------------------------- position
 

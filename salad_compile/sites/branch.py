@@ -98,17 +98,24 @@ class SaladBranch(Site):
             return self.add_updates(first, x, out)
         return mode.run_projection(x, lambda: self.add_updates(first, x, out))
 
+    def _add_updates(self, first: str, x: Tensor, out: Tensor) -> Tensor:
+        """Add the updates of a projection in which position is not looked for."""
+        mode = None if torch.compiler.is_compiling() else running(self)
+        if mode is None:
+            return self.add_updates(first, x, out)
+        return mode.run_updates(x, out, lambda: self.add_updates(first, x, out))
+
     def on_key(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the key projection, unless it is the query's."""
         return self._add_source("key", args[0], out)
 
     def on_value(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the value projection, unless it is the query's or the key's."""
-        return self.add_updates("value", args[0], out)
+        return self._add_updates("value", args[0], out)
 
     def on_out(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the output projection."""
-        return self.add_updates("out", args[0], out)
+        return self._add_updates("out", args[0], out)
 
     def on_text_query(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the text stream's query (or fused) projection."""
@@ -120,11 +127,11 @@ class SaladBranch(Site):
 
     def on_text_value(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the text stream's value projection."""
-        return self.add_updates("text_value", args[0], out)
+        return self._add_updates("text_value", args[0], out)
 
     def on_text_out(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the text stream's output projection."""
-        return self.add_updates("text_out", args[0], out)
+        return self._add_updates("text_out", args[0], out)
 
     def run_owner(self, *args: Any, **kwargs: Any) -> Any:
         """The owner's forward. Compiled: the original, announced to the passes. Uncompiled: under the eager twin."""

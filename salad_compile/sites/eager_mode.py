@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from salad_compile.calls.adapters import (
     AttentionArguments,
@@ -54,6 +54,15 @@ def running(site: Site) -> SaladMode | None:
     return mode
 
 
+def add_updates(x: Tensor, out: Tensor) -> Tensor:
+    """Stands for the low-rank updates of a projection of `x` among the operations in which position is found."""
+    raise NotImplementedError
+
+
+def _run(function: Callable[[], Tensor]) -> Tensor:
+    return function()
+
+
 class SaladMode(Recorded, TorchFunctionMode):
     """Replaces one attention call of a converted module's forward, the one that discovery saw.
 
@@ -85,30 +94,45 @@ class SaladMode(Recorded, TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        if kwargs is None:
+            kwargs = {}
         if self.is_passive:
             return func(*args, **kwargs)
         by_hand = None
         if not is_attention(func):
-            if self.by_hand is not None:
-                by_hand = self.by_hand.bind(func, args, kwargs)
+            if self.by_hand is None:
+                return self.run(func, args, kwargs)
+            by_hand = self.by_hand.bind(func, args, kwargs)
             if by_hand is None:
                 out = self.run(func, args, kwargs)
-                if self.by_hand is not None:
-                    self.by_hand.note(func, args, kwargs, out)
+                self.by_hand.note(func, args, kwargs, out)
                 return out
         return self._attend(func, args, kwargs, by_hand)
 
     def run_projection(self, x: Tensor, updated: Callable[[], Tensor]) -> Tensor:
         """The output of a projection of `x` with its updates, which are no part of what position is found in."""
-        before, self.is_passive = self.is_passive, True
-        try:
-            out = updated()
-        finally:
-            self.is_passive = before
+        out = self._run_unseen(x, updated)
         if self.recording is not None:
             self.recording.add_projection(x, out)
         return out
+
+    def run_updates(self, x: Tensor, out: Tensor, updated: Callable[[], Tensor]) -> Tensor:
+        """The output `out` of a projection of `x` with its updates, where position is not looked for in it."""
+        result = self._run_unseen(x, updated)
+        if self.recording is not None:
+            self.recording.add_operation(add_updates, (x, out), result)
+        return result
+
+    def _run_unseen(self, x: Tensor, function: Callable[[], Tensor]) -> Tensor:
+        """Run a function of which this mode sees nothing. It sees one call instead, and is not active in that."""
+        before, self.is_passive = self.is_passive, True
+        try:
+            if not has_torch_function((x,)):  # somebody switched all modes off
+                return function()
+            result: Tensor = handle_torch_function(_run, (x,), function)
+            return result
+        finally:
+            self.is_passive = before
 
     def _attend(
         self,

@@ -182,19 +182,20 @@ class BranchParameters(nn.Module):
         if not any(role in self.lora_roles for role in roles):
             return out
         if len(roles) == 1:
-            return out + self._low_rank(roles[0], x).to(out.dtype)
+            return out + _cast(self._low_rank(roles[0], x), out.dtype)
         shares = torch.split(out, [self.shares[role] for role in roles], dim=-1)
         updated = [
-            share + self._low_rank(role, x).to(out.dtype) if role in self.lora_roles else share
+            share + _cast(self._low_rank(role, x), out.dtype) if role in self.lora_roles else share
             for role, share in zip(roles, shares, strict=True)
         ]
         return torch.cat(updated, dim=-1)
 
     def _low_rank(self, role: str, x: Tensor) -> Tensor:
-        down, up = (getattr(self, f"low_rank_{role}_{part}") for part in ("down", "up"))
+        down, up = (_cast(getattr(self, f"low_rank_{role}_{part}"), x.dtype) for part in ("down", "up"))
         # a copy: a cast without effect returns its operand, which in torch.export's graphs stands for the mark itself
-        scale = self.low_rank_scale.to(x.dtype, copy=True)
-        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * scale
+        compiling = torch.compiler.is_compiling()
+        scale = self.low_rank_scale.to(x.dtype, copy=True) if compiling else _cast(self.low_rank_scale, x.dtype)
+        return F.linear(F.linear(x, down), up) * scale
 
     def extra_repr(self) -> str:
         """One line for `print(model)`: torchao's users complain that a printed model tells nothing."""
@@ -203,3 +204,8 @@ class BranchParameters(nn.Module):
         dropped = ", linear branch dropped" if self.record.dropped else ""
         blocks = f"{config.query_block}x{config.key_block} blocks"
         return f"{config.pattern}, sparsity={config.sparsity}, {blocks}, {lora}{dropped}"
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """With this dtype. A cast without effect takes time uncompiled, and is left in graphs, where it takes none."""
+    return tensor if not torch.compiler.is_compiling() and tensor.dtype == dtype else tensor.to(dtype)
