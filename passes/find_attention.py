@@ -26,6 +26,7 @@ from salad_compile.calls.adapters import AttentionArguments, bind, dense_reason,
 from salad_compile.calls.softmax_products import ManualAttention
 from salad_compile.config import BackendOptions
 from salad_compile.definition.spec import AttentionSpec
+from salad_compile.grid.video_grid import order_error
 from salad_compile.passes.attention_call import (
     CONVERTED,
     LEFT_DENSE,
@@ -36,8 +37,8 @@ from salad_compile.passes.attention_call import (
     recorded_tensor,
 )
 from salad_compile.passes.context import Context, Counts, Pass
-from salad_compile.passes.provenance import example_value, find_tag, is_dead, mark_of, projection_inputs
-from salad_compile.sites.markers import DENSE, SITES
+from salad_compile.passes.provenance import example_value, find_tag, is_dead, mark_of, module_path, projection_inputs
+from salad_compile.sites.markers import DENSE, NO_ORDER, SITES, TAGS
 
 _REGISTERED = (flex, multihead)
 
@@ -56,6 +57,7 @@ def find_attention(graph: fx.Graph, options: BackendOptions) -> list[AttentionCa
     """All attention calls of one graph, in order. Nothing is rewritten yet."""
     calls: list[AttentionCall] = []
     by_hand = ManualAttention({}, _rank, _permute)
+    _require_orders(graph)
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
@@ -70,6 +72,13 @@ def find_attention(graph: fx.Graph, options: BackendOptions) -> list[AttentionCa
             arguments = found
         calls.append(_classify(node, arguments, options, calls))
     return calls
+
+
+def _require_orders(graph: fx.Graph) -> None:
+    """Raises GridMismatchError for a converted site that runs while its model's forward does not."""
+    for node in graph.nodes:
+        if node.target in TAGS and node.args[4] == NO_ORDER:
+            raise order_error(module_path(node) or "a converted site of this graph")
 
 
 def _rank(value: Any) -> int:

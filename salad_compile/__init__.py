@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from salad_compile.exchange.hub import push_to_hub as push_to_hub
     from salad_compile.salad_files.salad_file import load as load
     from salad_compile.salad_files.salad_file import save as save
+    from salad_compile.sites.token_grid import token_grid as token_grid
 
 _HOMES = {
     "AttentionArguments": "calls.adapters",
@@ -74,6 +75,7 @@ _HOMES = {
     "set_sparsity": "conversion.schedules",
     "set_trainable": "conversion.trainability",
     "summary": "analysis.inspection",
+    "token_grid": "sites.token_grid",
 }
 
 __all__ = [
@@ -104,6 +106,7 @@ __all__ = [
     "set_sparsity",
     "set_trainable",
     "summary",
+    "token_grid",
 ]
 
 

@@ -2,22 +2,48 @@
 
 The order is data: an int32 tensor (2, V), a permutation and its inverse, whose length says how many tokens are video.
 So one compiled block serves all resolutions, and a site of a joint sequence knows how much of it is text.
+
+It belongs to one call. A thread sees the order of the forward that it runs, and none outside of one: a site that runs
+while its root does not, because it was bypassed or its forward was replaced, has no order and must not guess one. Code
+that recomputes activations runs in a backward pass, maybe in another thread: there the root's output brings the order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import threading
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from salad_compile.errors import GridMismatchError
 from salad_compile.grid.orders import OrderOf, cached_order
 from salad_compile.grid.rule import GridSource, read_grid
 from salad_compile.grid.sizes import Grid
+
+Orders = Mapping[str, Tensor]
+
+
+class _Running(threading.local):
+    """What runs in a thread.
+
+    Attributes:
+        orders: of the forward that runs, by the name of what made them; None if none does.
+        size: of its video.
+        task: the backward pass that brought them, if one did.
+    """
+
+    def __init__(self) -> None:
+        # For each thread anew, and no defaults of the class: Dynamo would take those for constants.
+        self.orders: Orders | None = None
+        self.size: Grid | None = None
+        self.task: int | None = None
 
 
 class VideoGrid:
@@ -26,25 +52,73 @@ class VideoGrid:
     Args:
         source: how to read the grid from the arguments of the root's forward.
         makers: make the orders that its sites ask for, see :data:`salad_compile.grid.orders.OrderOf`.
+
+    Attributes:
+        size: of the latest forward, for pictures.
+        running: what this thread runs.
     """
 
     def __init__(self, source: GridSource, makers: Iterable[OrderOf]) -> None:
         self.source = source
         self.makers = {make.__name__: make for make in makers}
-        # of the latest forward; kept for recomputation under checkpointing
         self.size: Grid | None = None
-        self.orders: dict[str, Tensor] = {}
+        self.running = _Running()
+        self._sizes: set[Grid] = set()  # of all forwards, up to two of them
 
-    def update(self, inputs: dict[str, Any]) -> None:
-        """Set the orders for a forward with these arguments."""
+    def read(self, inputs: Mapping[str, Any]) -> tuple[Grid, Orders]:
+        """The grid and the orders for a forward with these arguments."""
         grid = read_grid(self.source, inputs)
+        device = next((v.device for v in inputs.values() if isinstance(v, Tensor)), torch.device("cpu"))
         if not torch.compiler.is_compiling():  # symbolic sizes would outlive their graph
             self.size = grid
-        device = next((v.device for v in inputs.values() if isinstance(v, Tensor)), torch.device("cpu"))
-        self.orders = {name: cached_order(make, grid, device) for name, make in self.makers.items()}
+            if len(self._sizes) < 2:
+                self._sizes.add(grid)
+        return grid, self.orders_of(grid, device)
+
+    def orders_of(self, grid: Grid, device: torch.device) -> Orders:
+        """The orders that the sites ask for, of one grid."""
+        return {name: cached_order(make, grid, device) for name, make in self.makers.items()}
+
+    @contextlib.contextmanager
+    def hold(self, grid: Grid, device: torch.device) -> Iterator[None]:
+        """A video of this grid runs in this thread, whether or not the root does."""
+        before = self.running.orders, self.running.size
+        self.running.orders, self.running.size = self.orders_of(grid, device), grid
+        try:
+            yield
+        finally:
+            self.running.orders, self.running.size = before
+
+    def recomputed(self, device: torch.device) -> Orders | None:
+        """The orders for code that a backward pass runs again and to which no output brought any; None elsewhere.
+
+        Where all forwards had one grid, there is no other. Uncompiled code only.
+        """
+        if backward_pass() is None or len(self._sizes) != 1:
+            return None
+        return self.orders_of(next(iter(self._sizes)), device)
+
+    def bring_along(self, out: Any, grid: Grid, orders: Orders) -> None:
+        """Let the backward pass of a forward that returned `out` run with the forward's order."""
+        nodes = {leaf.grad_fn for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.grad_fn is not None}
+        for node in nodes:
+            node.register_prehook(lambda _: self._begin_backward(grid, orders))
+
+    def _begin_backward(self, grid: Grid, orders: Orders) -> None:
+        running = self.running  # of the thread in which this part of the backward pass runs
+        task = backward_pass()
+        if running.task != task:
+            values, before = running.__dict__, dict(running.__dict__)
+            # private: runs at the end of this backward pass, in whichever thread. Seen in torch 2.11 and 2.13;
+            # grid/test_private_names.py fails when it moves.
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: values.update(before))
+        running.orders, running.size, running.task = orders, grid, task
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "orders": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "running"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, running=_Running())
 
 
 class RootForward:
@@ -73,7 +147,37 @@ class RootForward:
         """torch.export asks `forward` for it, unless strict=True, to say where a program is from (torch 2.13)."""
         return type(self).__call__.__code__
 
+    def _original(self) -> Callable[..., Any]:
+        """What the root's forward would be without this; caches replace it on the class."""
+        return type(self.bound[0]).forward if self.bound else self.original
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        grid, running = self.grid, self.grid.running
         # by hand, because Dynamo does not trace Signature.bind
-        self.grid.update({**dict(zip(self.names, args, strict=False)), **kwargs})
-        return self.original(*self.bound, *args, **kwargs)
+        size, orders = grid.read({**dict(zip(self.names, args, strict=False)), **kwargs})
+        before, size_before = running.orders, running.size
+        running.orders, running.size = orders, size
+        try:
+            out = self._original()(*self.bound, *args, **kwargs)
+        finally:
+            running.orders, running.size = before, size_before
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            grid.bring_along(out, size, orders)
+        return out
+
+
+def backward_pass() -> int | None:
+    """The number of the backward pass that this thread is in; None if it is in none."""
+    # private: -1 outside of one. Seen in torch 2.11 and 2.13; grid/test_private_names.py fails when it moves.
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
+
+
+def order_error(site: str) -> GridMismatchError:
+    """A site runs whose model's forward, which reads the token grid, does not."""
+    return GridMismatchError(
+        f"{site}: the order of the video's tokens is not known, because the forward of the converted model does not "
+        "run around this site. It was bypassed (a function that calls the model's blocks), or model.forward was "
+        "replaced after conversion. Call the model itself, convert after replacing its forward, or say which grid "
+        "runs: with salad_compile.token_grid(model, (T, H, W)): ..."
+    )

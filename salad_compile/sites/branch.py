@@ -13,7 +13,7 @@ from torch import Tensor
 from salad_compile.errors import require_conversion
 from salad_compile.sites import frozen_warning, graph_breaks
 from salad_compile.sites.eager_mode import SaladMode, running
-from salad_compile.sites.markers import leave_dense
+from salad_compile.sites.markers import NO_ORDER, leave_dense
 from salad_compile.sites.site import Site
 
 # Name of the submodule that a converted attention module gets. No other key of the base model's state dict changes.
@@ -82,7 +82,9 @@ class SaladBranch(Site):
         if self.switch.dense:
             return leave_dense(module, args, out)
         tensors = [self.mark, *self.tensors().values()]
-        tagged: Tensor = torch.ops.salad.tag(out, args[0], tensors, self.order(out.device), self.spec)
+        order = self.order(out.device)
+        spec = NO_ORDER if self.lacks_order(order) else self.spec
+        tagged: Tensor = torch.ops.salad.tag(out, args[0], tensors, order, spec)
         return tagged
 
     def _add_source(self, first: str, x: Tensor, out: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from salad_compile.definition.attention import salad_of
 from salad_compile.definition.operands import Mapped, operands_of
 from salad_compile.definition.spec import AttentionSpec
 from salad_compile.errors import SiteLostError
+from salad_compile.grid.video_grid import order_error
 from salad_compile.kernels.exchange.api import members
 from salad_compile.kernels.measure import Execution, measure_executions
 from salad_compile.position.recording import Recorded
@@ -178,8 +179,11 @@ class SaladMode(Recorded, TorchFunctionMode):
         padding = spec.square_mask and kind == "square"
         if padding and site.measured_sparsity is None:  # once: reading values waits for the device
             padding = is_padding(call.attn_mask)
+        order = site.order(query.device)
+        if site.lacks_order(order):
+            raise order_error(f"the converted site {site.record.owner!r}")
         reason = dense_reason(call, [t.shape for t in (query, key, value)], kind, square_is_padding=padding)
-        reason = reason or _misfit(spec, query, key, site.order(query.device), gate_input, self.text)
+        reason = reason or _misfit(spec, query, key, order, gate_input, self.text)
         if site.measured_sparsity is None:  # once: reading the lengths waits for the device
             reason = reason or _ragged(call)
         if reason:
@@ -197,8 +201,7 @@ class SaladMode(Recorded, TorchFunctionMode):
             mapped = self.recording.mapped(call.query, call.key, spec.feature_map, site.record.owner)
         if mapped is not None:
             mapped = Mapped(*(call.heads_first(operand) for operand in mapped))
-        dtype, order = _result_dtype(value if call.by_hand else query), site.order(query.device)
-        tensors = site.tensors()
+        dtype, tensors = _result_dtype(value if call.by_hand else query), site.tensors()
         given = operands_of(query, key, value, gate_input, tensors, order, spec, dtype, mask, self.text, mapped)
         if observers.is_observed():
             observers.notify(site, given, spec, scale)

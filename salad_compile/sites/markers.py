@@ -79,6 +79,9 @@ PROJECTED = frozenset({torch.ops.salad.projected, torch.ops.salad.projected.defa
 # The spec of the tag on attention that the conversion decided to leave dense.
 DENSE = "dense"
 
+# The spec of the tag of a site that lacks the order of the video's tokens: the passes raise.
+NO_ORDER = "no order"
+
 
 def leave_dense(module: Any, args: tuple[Any, ...], out: Tensor) -> Tensor:
     """Forward hook of the query projection of self-attention that stays dense: compiled, the passes must know."""

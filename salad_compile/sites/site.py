@@ -43,9 +43,16 @@ class Site(BranchParameters):
         """int32 (2, V), the order of the video's tokens and its inverse; None where the grid is not known."""
         if self.grid is None or not self.record.on_grid:
             return None
-        order = self.grid.orders.get(self.order_name)
+        orders = self.grid.running.orders
+        if orders is None and not torch.compiler.is_compiling():
+            orders = self.grid.recomputed(device)
+        order = None if orders is None else orders.get(self.order_name)
         # the arguments of the root may lie elsewhere than this layer
         return order if order is None or order.device == device else order.to(device)
+
+    def lacks_order(self, order: Tensor | None) -> bool:
+        """Whether this should have an order, and the model's forward, which knows it, does not run."""
+        return order is None and self.grid is not None and self.record.on_grid
 
     def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """The owner's forward under the eager twin, also while its surroundings are compiled."""

@@ -42,8 +42,8 @@ def text_of(name: str) -> str:
         )
     model = toys.Stack(toys.SelfAttention(toys.rotated_in_place))
     salad_compile.convert(model, config, example_inputs=inputs, grid=(3, 5, 7))
-    model(*inputs)  # finds the order of the tokens, which is an input of the block's graph
-    return golden_text(emitted_graph(model.layers[0], *inputs))
+    with salad_compile.token_grid(model, (3, 5, 7)):  # its order is an input of the block's graph
+        return golden_text(emitted_graph(model.layers[0], *inputs))
 
 
 @pytest.mark.parametrize("name", [*CASES, "training_free"])
