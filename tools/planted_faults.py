@@ -284,7 +284,7 @@ FAULTS = (
         "every sample gets the gate of the first",
         "passes",
         ("rows[call.sample : call.sample + 1]", "rows[0:1]"),
-        tests="tests/passes/*.py tests/models/test_zoo.py",
+        tests="tests/salad_compile/sites/test_calls.py tests/salad_compile/test_calls.py tests/models/test_zoo.py",
     ),
     _fault(
         "short sequences are taken",
