@@ -10,6 +10,7 @@ from torch import fx
 
 from salad_compile.config import BackendOptions
 from salad_compile.passes.attention_call import AttentionCall
+from salad_compile.passes.open_functions import APPLY
 from salad_compile.sites.markers import DENSE, SITES, TAGS
 
 Counts = Mapping[str, int]
@@ -54,8 +55,20 @@ class Pass:
 
 
 def graph_modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    """A graph module and those nested in it: bodies of checkpoints and other higher-order operators."""
-    return (module for module in gm.modules() if isinstance(module, fx.GraphModule))
+    """A graph module and those nested in it: bodies of checkpoints and other higher-order operators.
+
+    Not those of autograd Functions, whose operations find_attention looks at where they are called.
+    """
+    modules = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    inside = {
+        id(module.get_submodule(str(body.target)))
+        for module in modules
+        for node in module.graph.nodes
+        if node.target is APPLY
+        for body in node.args[:2]
+        if isinstance(body, fx.Node)
+    }
+    return (module for module in modules if id(module) not in inside)
 
 
 def has_converted_tags(graph: fx.Graph) -> bool:

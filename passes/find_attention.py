@@ -11,6 +11,7 @@ Operands of products that lie in an unusual order get permuted copies, which not
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections import Counter
 from collections.abc import Sequence
@@ -37,40 +38,51 @@ from salad_compile.passes.attention_call import (
     recorded_tensor,
 )
 from salad_compile.passes.context import Context, Counts, Pass
+from salad_compile.passes.open_functions import function_body, open_function
 from salad_compile.passes.provenance import example_value, find_tag, is_dead, mark_of, module_path, projection_inputs
 from salad_compile.sites.markers import DENSE, NO_ORDER, SITES, TAGS
 
 _REGISTERED = (flex, multihead)
 
+_IN_FUNCTION = "other attention in its autograd Function stays dense"
 CROSS_ATTENTION, LEFT_BY_CONVERSION = "cross-attention", "the conversion left it dense"
 
 
 def _run(graph: fx.Graph, context: Context) -> Counts:
-    calls = context.calls[graph] = find_attention(graph, context.options)
+    calls = context.calls[graph] = find_attention(graph, context.options, converted=context.converted)
     return Counter(call.status for call in calls)
 
 
 PASS = Pass("find_attention", _run)
 
 
-def find_attention(graph: fx.Graph, options: BackendOptions) -> list[AttentionCall]:
-    """All attention calls of one graph, in order. Nothing is rewritten yet."""
+def find_attention(graph: fx.Graph, options: BackendOptions, *, converted: bool = False) -> list[AttentionCall]:
+    """All attention calls of one graph, in order. Nothing is rewritten yet, but for Functions around calls to rewrite.
+
+    Args:
+        converted: whether the graph belongs to a converted model, where only converted sites are rewritten.
+    """
     calls: list[AttentionCall] = []
     by_hand = ManualAttention({}, _rank, _permute)
     _require_orders(graph)
     for node in list(graph.nodes):
-        if node.op not in ("call_function", "call_method"):
+        body = function_body(node)
+        opened = None if body is None else open_function(node, body)
+        if opened is None:
+            calls += _calls_of(node, by_hand, options, calls)
             continue
-        if node.op == "call_function" and is_attention(node.target):
-            arguments = bind(node.target, node.args, node.kwargs, lambda operand: recorded_tensor(operand).dim())
+        inside: list[AttentionCall] = []
+        for copied in opened.copied:
+            inside += _calls_of(copied, by_hand, options, [*calls, *inside])
+        rewritten = {CONVERTED} if converted else {CONVERTED, TRAINING_FREE}
+        if inside and all(call.status in rewritten for call in inside):
+            opened.take_over()
         else:
-            with graph.inserting_before(node):
-                found = by_hand.bind(node.target, node.args, node.kwargs)
-            if found is None:
-                by_hand.note(node.target, node.args, node.kwargs, node)
-                continue
-            arguments = found
-        calls.append(_classify(node, arguments, options, calls))
+            opened.discard()
+            inside = [
+                dataclasses.replace(call, status=LEFT_DENSE, reason=call.reason or _IN_FUNCTION) for call in inside
+            ]
+        calls += inside
     return calls
 
 
@@ -79,6 +91,24 @@ def _require_orders(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target in TAGS and node.args[4] == NO_ORDER:
             raise order_error(module_path(node) or "a converted site of this graph")
+
+
+def _calls_of(
+    node: fx.Node, by_hand: ManualAttention, options: BackendOptions, before: Sequence[AttentionCall]
+) -> list[AttentionCall]:
+    """The attention call that a node completes, if it completes one."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if node.op == "call_function" and is_attention(node.target):
+        arguments = bind(node.target, node.args, node.kwargs, lambda operand: recorded_tensor(operand).dim())
+    else:
+        with node.graph.inserting_before(node):
+            found = by_hand.bind(node.target, node.args, node.kwargs)
+        if found is None:
+            by_hand.note(node.target, node.args, node.kwargs, node)
+            return []
+        arguments = found
+    return [_classify(node, arguments, options, before)]
 
 
 def _rank(value: Any) -> int:

@@ -14,6 +14,8 @@ import torch
 from torch import fx
 
 from salad_compile.backend.cpu_fusion import inner_compile, own_cache_keys
+from salad_compile.calls import autograd_functions
+from salad_compile.calls.flash_family import find_family
 from salad_compile.common.logs import logger
 from salad_compile.config import BackendOptions
 from salad_compile.errors import ConfigError
@@ -28,6 +30,15 @@ from salad_compile.sites.graph_breaks import any_converted
 
 _recorders: list[list[GraphReport]] = []
 _announced: set[str] = set()
+
+
+def know_functions() -> None:
+    """Let Dynamo keep attention functions whole; before it looks at a model, that is when this module is loaded."""
+    find_family(in_graphs=True)
+    autograd_functions.keep_whole_in_graphs()
+
+
+know_functions()
 
 
 def salad(
@@ -47,6 +58,7 @@ def salad(
     Raises:
         ConfigError, SiteLostError: inside torch's BackendCompilerFailed, as its `inner_exception`.
     """
+    know_functions()  # what was imported since then
     parsed = BackendOptions.from_options(options)
     frozen.tell_of_inputs(example_inputs)
     report = run_passes(gm, parsed, example_inputs)

@@ -8,7 +8,9 @@ An adapter says which arguments are query, key and value and how they lie; :func
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 
+from salad_compile.calls import autograd_functions, python_functions
 from salad_compile.common.logs import logger
 from salad_compile.errors import AdapterError, did_you_mean
 
@@ -32,6 +35,7 @@ class AttentionArguments:
         attn_mask, dropout_p, is_causal, scale, enable_gqa: as in scaled_dot_product_attention.
         layout: "BHSD", "BSHD", "HSD" (one sample) or "SHD" (samples of equal length, packed one after another).
         batch: for "SHD": a tensor with one entry more than there are samples (cu_seqlens), or None for one sample.
+        key_batch: the same for the keys, where it is another tensor.
         output: which element of the call's result is the attention's, or None where the result is a tensor.
         results: how many elements such a result has. Only for functions: an operator's schema tells.
         by_hand: whether the model computes it by products and a softmax (softmax_products.py).
@@ -48,6 +52,7 @@ class AttentionArguments:
     enable_gqa: Any = False
     layout: str = "BHSD"
     batch: Any = None
+    key_batch: Any = None
     output: int | None = None
     results: int | None = None
     by_hand: bool = False
@@ -91,6 +96,7 @@ Adapter = Callable[..., AttentionArguments]
 AnyAdapter = TypeVar("AnyAdapter", bound=Adapter)
 
 _ADAPTERS: dict[Any, Adapter] = {}
+_unmet: dict[Adapter, str] = {}  # adapters of users that no call has come to yet -> names of their targets
 
 
 def attention_adapter(*targets: Any) -> Callable[[AnyAdapter], AnyAdapter]:
@@ -102,10 +108,13 @@ def attention_adapter(*targets: Any) -> Callable[[AnyAdapter], AnyAdapter]:
             return salad_compile.AttentionArguments(q, k, v, **scale, layout="BSHD", output=0)
 
     The function has the signature of the operator and picks arguments: in graphs it gets `fx.Node` objects, so it must
-    not compute with them. Register it before `convert` and before the first compilation.
+    not compute with them. Register it before `convert` and before the first compilation. A target that no forward has
+    called by the end of a `plan` is named in a warning.
 
     Args:
-        targets: functions or operators as a forward calls them; of an operator packet all overloads are meant.
+        targets: operators, Python functions or subclasses of `torch.autograd.Function` as a forward calls them; of an
+            operator packet all overloads are meant, of a Function its `apply`. The adapter of a Function has the
+            signature of `apply`, without the context. flash_attn and its family need no adapter.
 
     Raises:
         AdapterError: a target is no callable.
@@ -116,21 +125,71 @@ def attention_adapter(*targets: Any) -> Callable[[AnyAdapter], AnyAdapter]:
 
     def register(adapter: AnyAdapter) -> AnyAdapter:
         for target in targets:
-            _ADAPTERS[target] = adapter
-            if isinstance(target, torch._ops.OpOverloadPacket):
-                overloads: list[str] = target.overloads()  # type: ignore[no-untyped-call]
-                _ADAPTERS.update({getattr(target, overload): adapter for overload in overloads})
-            if isinstance(target, torch._library.custom_ops.CustomOpDef):
-                # Dynamo keeps the overload in its graphs, the definition is what Python calls
-                _ADAPTERS[target._opoverload] = _ADAPTERS[target._opoverload.overloadpacket] = adapter
+            register_adapter(_seen_as(target), adapter)
+        _unmet[adapter] = ", ".join(
+            target.__qualname__ if isinstance(target, (type, types.FunctionType)) else str(target) for target in targets
+        )
         return adapter
 
     return register
 
 
+def _seen_as(target: Any) -> Any:
+    """What modes and graphs say that they call when a model calls `target`."""
+    if isinstance(target, type) and issubclass(target, torch.autograd.Function):
+        return autograd_functions.know(target)
+    if isinstance(target, types.FunctionType) and not target.__module__.startswith("torch."):
+        python_functions.know(target)  # those of torch itself tell modes
+    return target
+
+
+def register_adapter(target: Any, adapter: Adapter) -> None:
+    """Like :func:`attention_adapter`, for what this package itself knows."""
+    _ADAPTERS[target] = adapter
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads: list[str] = target.overloads()  # type: ignore[no-untyped-call]
+        _ADAPTERS.update({getattr(target, overload): adapter for overload in overloads})
+    if isinstance(target, torch._library.custom_ops.CustomOpDef):
+        # Dynamo keeps the overload in its graphs, the definition is what Python calls
+        _ADAPTERS[target._opoverload] = _ADAPTERS[target._opoverload.overloadpacket] = adapter
+
+
+def adapter_of(*targets: Any) -> Callable[[AnyAdapter], AnyAdapter]:
+    """Decorator, see :func:`register_adapter`."""
+
+    def register(adapter: AnyAdapter) -> AnyAdapter:
+        for target in targets:
+            register_adapter(target, adapter)
+        return adapter
+
+    return register
+
+
+def warn_of_unmet() -> None:
+    """Say once which targets of `attention_adapter` no forward has called so far."""
+    for names in _unmet.values():
+        logger.warning(
+            "no forward has called %s, for which attention_adapter was used: register what the model calls itself "
+            "(the function object that its module imported, not a copy or a wrapper of it)",
+            names,
+        )
+    _unmet.clear()
+
+
+def plain_target(target: Any) -> Any:
+    """What a user registered, given what stands for it in Dynamo's graphs."""
+    whole = getattr(target, "salad_attention", None)
+    if whole is None and getattr(target, "__name__", "") == "trampoline_autograd_apply":
+        # how Dynamo calls a Function that it keeps whole; private, seen in torch 2.11 and 2.13;
+        # tests/salad_compile/calls/test_autograd_functions.py fails when it changes
+        function = inspect.getclosurevars(target).nonlocals.get("fn_cls")
+        whole = None if function is None else autograd_functions.applied(function)
+    return target if whole is None else whole
+
+
 # The same object as torch._C._nn.scaled_dot_product_attention, which is the target in Dynamo's graphs (torch 2.11 and
 # 2.13; tests/salad_compile/calls/test_adapters.py fails when it changes); graphs of torch.export hold the overload.
-@attention_adapter(F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+@adapter_of(F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 def _scaled_dot_product_attention(
     query: Any,
     key: Any,
@@ -147,7 +206,7 @@ def _scaled_dot_product_attention(
 def is_attention(target: Any) -> bool:
     """Whether a function, or the target of a graph node, is a known attention call."""
     try:
-        return target in _ADAPTERS
+        return plain_target(target) in _ADAPTERS
     except TypeError:  # some callables cannot be hashed
         return False
 
@@ -161,7 +220,9 @@ def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], rank: Call
     Raises:
         AdapterError: a user's adapter does not take this call, or answers something else than AttentionArguments.
     """
+    target = plain_target(target)
     adapter = _ADAPTERS[target]
+    _unmet.pop(adapter, None)
     try:
         arguments = adapter(*args, **kwargs)
     except Exception as error:  # whatever the user's function raises
@@ -172,8 +233,11 @@ def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], rank: Call
         raise AdapterError(f"the attention adapter of {target} answered {arguments!r}, not AttentionArguments.")
     if adapter is _scaled_dot_product_attention:  # takes any rank; of others than these two `dense_reason` speaks
         return dataclasses.replace(arguments, layout="HSD") if rank(arguments.query) == 3 else arguments
-    if not arguments.reason:
-        _check_layout(target, arguments, rank)
+    if arguments.reason:
+        return arguments
+    if getattr(adapter, "of_family", False) and rank(arguments.query) != len(arguments.layout):
+        return dataclasses.replace(arguments, reason="its heads and samples, or its tokens, are one axis")
+    _check_layout(target, arguments, rank)
     return arguments
 
 
@@ -210,7 +274,7 @@ def result_of(target: Any, arguments: AttentionArguments, answered: Any) -> Any:
             f"the attention adapter of {target} says output={arguments.output}, but the call answered {what}."
         )
     out = answered if arguments.output is None else answered[arguments.output]
-    broadcasts = arguments.by_hand or _ADAPTERS[target] is _scaled_dot_product_attention
+    broadcasts = arguments.by_hand or _ADAPTERS[plain_target(target)] is _scaled_dot_product_attention
     if arguments.reason or broadcasts:
         return out
     expected = (*arguments.query.shape[:-1], arguments.value.shape[-1])

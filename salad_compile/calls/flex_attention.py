@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE, _identity, flex_attention, noop_mask
 from torch.overrides import handle_torch_function, has_torch_function
 
-from salad_compile.calls.adapters import AttentionArguments, attention_adapter
+from salad_compile.calls.adapters import AttentionArguments, adapter_of
 
 _SCORE_MOD, _BLOCK_MASK = "it has a score_mod of its own", "it has a block mask of its own"
 
@@ -80,7 +80,7 @@ def stand_in(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: An
     return out if call.output is None else (out, out.new_zeros(out.shape[:-1]))
 
 
-@attention_adapter(flex_attention)
+@adapter_of(flex_attention)
 def _of_function(
     query: Any,
     key: Any,
@@ -110,7 +110,7 @@ def _of_function(
     )
 
 
-@attention_adapter(torch.ops.higher_order.flex_attention)
+@adapter_of(torch.ops.higher_order.flex_attention)
 def _of_graph(
     query: Any, key: Any, value: Any, score_mod: Any, block_mask: Any, scale: Any, *rest: Any
 ) -> AttentionArguments:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from salad_compile.calls.adapters import AttentionArguments, attention_adapter
+from salad_compile.calls.adapters import AttentionArguments, adapter_of
 
 # Name of the submodule that a taken apart nn.MultiheadAttention has.
 IN_PROJECTION = "in_projection"
@@ -45,12 +45,12 @@ def attend(
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p)
 
 
-@attention_adapter(attend)
+@adapter_of(attend)
 def _attend(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, reason: str) -> AttentionArguments:
     return AttentionArguments(query, key, value, attn_mask, dropout_p, reason=reason)
 
 
-@attention_adapter(F.multi_head_attention_forward)
+@adapter_of(F.multi_head_attention_forward)
 def _not_taken_apart(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> AttentionArguments:
     """A call outside of discovery and of converted modules, before its projections: known, so that it is reported."""
     reason = "nn.MultiheadAttention has its projections inside: convert the model, which takes it apart"

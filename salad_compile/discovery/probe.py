@@ -21,7 +21,9 @@ from torch import Tensor, fx
 # Private. Seen in torch 2.11 and 2.13; tests/salad_compile/discovery/test_discover.py fails when it moves.
 from torch.overrides import TorchFunctionMode
 
+from salad_compile.calls import autograd_functions
 from salad_compile.calls.adapters import AttentionArguments, bind, is_attention, result_of
+from salad_compile.calls.flash_family import run_or_stand_in
 from salad_compile.calls.kinds import CallKind, kind_of
 from salad_compile.calls.softmax_products import ManualAttention, of_tensors
 from salad_compile.discovery.token_ranges import Cat, Edge, TokenRange, narrow
@@ -134,6 +136,7 @@ class Probe(Recorded, TorchFunctionMode):
             if by_hand is None:
                 return self._other(func, args, kwargs)
             arguments = self._with_heads(by_hand)
+        autograd_functions.leave_function()
         query, key, value = (self.made_by(t.grad_fn) for t in (arguments.query, arguments.key, arguments.value))
         call = Call(arguments, (query, key, value), tuple(self._stack), kind_of(func, arguments))
         self.calls.append(call)
@@ -141,7 +144,7 @@ class Probe(Recorded, TorchFunctionMode):
             sources = {self._sources[made.node]: None for made in (*query, *key)}
             operands = {"query": arguments.query, "key": arguments.key}
             call.position_fault = position_fault(self.recording, list(sources), operands)
-        return self._answer(func, call, func(*args, **kwargs))
+        return self._answer(func, call, run_or_stand_in(func, arguments, args, kwargs))
 
     def _other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = self.run(func, args, kwargs)

@@ -17,6 +17,9 @@ from torch import Tensor
 # Private. Seen in torch 2.11 and 2.13; tests/salad_compile/discovery/test_discover.py fails when it moves.
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from salad_compile.calls import autograd_functions
+from salad_compile.calls.adapters import warn_of_unmet
+from salad_compile.calls.flash_family import find_family
 from salad_compile.calls.flex_attention import seen_by_modes, stand_in
 from salad_compile.calls.multihead import take_apart_for_discovery
 from salad_compile.common.logs import logger
@@ -30,6 +33,7 @@ from salad_compile.sites.branch import BRANCH_NAME, SaladBranch
 
 def run_probe(model: nn.Module, example_inputs: Any, *, replay_position: bool = False) -> Probe:
     """One forward of `model` under a :class:`Probe`, without memory where possible."""
+    find_family()
     device, dtype = placement(model)
     on_meta = device.type == "meta"
     attempts: list[contextlib.AbstractContextManager[Any]] = [contextlib.nullcontext()]
@@ -86,6 +90,7 @@ def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         torch.random.fork_rng(devices=[]),
         torch.enable_grad(),
         seen_by_modes(stand_in),
+        autograd_functions.seen_by_modes(),
         probe,
     ):
         args, kwargs = tuple(_with_history(v) for v in args), {k: _with_history(v) for k, v in kwargs.items()}
@@ -97,6 +102,7 @@ def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
             if isinstance(value, Tensor) and value.grad_fn is not None
         }
         model(*args, **kwargs)
+    warn_of_unmet()
     return probe
 
 

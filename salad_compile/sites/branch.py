@@ -76,7 +76,7 @@ class SaladBranch(Site):
         if not torch.compiler.is_compiling():
             mode = running(self)
             if mode is not None:
-                mode.armed = args[0]
+                mode.arm(args[0])
             return self._add_source("query", args[0], out)
         out = self.add_updates("query", args[0], out)
         if self.switch.dense:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
+from salad_compile.calls import autograd_functions
 from salad_compile.calls.adapters import (
     AttentionArguments,
     bind,
@@ -27,6 +28,7 @@ from salad_compile.calls.adapters import (
     mask_kind,
     warn_of_dropout,
 )
+from salad_compile.calls.flash_family import find_family
 from salad_compile.calls.flex_attention import real_flex_attention, seen_by_modes
 from salad_compile.calls.softmax_products import of_tensors
 from salad_compile.definition.attention import salad_of
@@ -84,12 +86,15 @@ class SaladMode(Recorded, TorchFunctionMode):
         self.replaced = 0
         self.is_passive = False  # while nothing of what runs is looked at
         self.armed: Tensor | None = None  # the gate's input, once the query projection has run
+        self.keeps_gradients = False  # whether they were on when the query projection ran
         self._outer: list[Token[SaladMode | None]] = []
         spec = site.decoded_spec()
         self.recording: PositionRecording | None
         self.recording = PositionRecording(spec.text == "prefix") if spec.maps_before_position else None
         kind = site.record.call
         self.by_hand = of_tensors(self.permute) if kind in ("", "products") else None
+        find_family()
+        self.functions = autograd_functions.seen_by_modes()
         self.flex = seen_by_modes(real_flex_attention) if kind in ("", "flex") else contextlib.nullcontext()
 
     def __torch_function__(
@@ -109,6 +114,10 @@ class SaladMode(Recorded, TorchFunctionMode):
                 self.by_hand.note(func, args, kwargs, out)
                 return out
         return self._attend(func, args, kwargs, by_hand)
+
+    def arm(self, gate_input: Tensor) -> None:
+        """The query projection has run on `gate_input`: the next call of its size is the site's."""
+        self.armed, self.keeps_gradients = gate_input, torch.is_grad_enabled()
 
     def run_projection(self, x: Tensor, updated: Callable[[], Tensor]) -> Tensor:
         """The output of a projection of `x` with its updates, which are no part of what position is found in."""
@@ -143,19 +152,38 @@ class SaladMode(Recorded, TorchFunctionMode):
         by_hand: AttentionArguments | None,
     ) -> Any:
         """An attention call: the site's is replaced, others run as they are."""
+        call, gate_input = by_hand, None
+        if self.calls == self.site.record.call_index + self.replaced and self.armed is not None:
+            call = by_hand or bind(func, args, kwargs, lambda tensor: tensor.dim())
+            gate_input = self._gate_input(call, self.armed)
+            if gate_input is not None:
+                autograd_functions.leave_function()
         self.calls += 1
-        if self.calls - 1 != self.site.record.call_index + self.replaced or self.armed is None:
-            return func(*args, **kwargs)
-        call = by_hand or bind(func, args, kwargs, lambda tensor: tensor.dim())
-        gate_input = self._gate_input(call, self.armed)
         if gate_input is None:
             return func(*args, **kwargs)
+        assert call is not None
+        assert self.armed is not None
+        self._require_gradients()
         result = self._replace(call, gate_input)
         # one call, or the last of one for each sample
         self.is_passive = gate_input is self.armed or self.replaced == self.armed.shape[0]
         if self.is_passive:
             self.recording = None
         return in_place_of(func, call, result)
+
+    def _require_gradients(self) -> None:
+        """Raises SiteLostError where the branch would silently get no gradient."""
+        if (
+            self.keeps_gradients
+            and not torch.is_grad_enabled()
+            and any(p.requires_grad for p in self.site.parameters())
+        ):
+            raise SiteLostError(
+                f"the attention call of the converted site {self.site.record.owner!r} runs without gradients (inside "
+                "torch.no_grad, or in an autograd Function of its own that is not written in Python), so its branch "
+                "would get none. Give the function that the model calls to salad_compile.attention_adapter, or run "
+                "the whole model without gradients."
+            )
 
     def _gate_input(self, call: AttentionArguments, armed: Tensor) -> Tensor | None:
         """The rows of the query projection's input that belong to this call, or None if it is not this site's."""
@@ -216,11 +244,13 @@ class SaladMode(Recorded, TorchFunctionMode):
     def __enter__(self) -> SaladMode:
         self._outer.append(_running.set(self))
         self.flex.__enter__()
+        self.functions.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.functions.__exit__(*error)
         self.flex.__exit__(*error)
         _running.reset(self._outer.pop())
         self.armed = self.recording = None  # what this holds refers to it, and would keep the tensors alive
