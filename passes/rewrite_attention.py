@@ -18,9 +18,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.proxy import Proxy
 
+from salad_compile.calls import packed_samples  # registers torch.ops.salad.require_equal_samples
 from salad_compile.calls.adapters import AttentionArguments, key_padding, warn_of_dropout
 from salad_compile.definition import branch_tensors
 from salad_compile.definition.attention import salad_attention, sparse_attention
@@ -30,6 +32,8 @@ from salad_compile.definition.token_layout import segments
 from salad_compile.passes.attention_call import CONVERTED, TRAINING_FREE, AttentionCall
 from salad_compile.passes.context import Context, Counts, Pass
 from salad_compile.passes.splicing import SplicingTracer
+
+assert packed_samples
 
 Wrap = Callable[[Any], Any]
 """Node -> proxy whose operations are appended to the graph."""
@@ -105,7 +109,11 @@ def _operands(call: AttentionCall, proxy: Wrap) -> tuple[AttentionArguments, lis
     given = call.arguments
     batch = None if given.batch is None else proxy(given.batch)
     arguments = dataclasses.replace(given, batch=batch)
-    return arguments, [arguments.heads_first(proxy(node)) for node in (given.query, given.key, given.value)]
+    query, key, value = (proxy(node) for node in (given.query, given.key, given.value))
+    if given.batch is not None:
+        key_batch = None if given.key_batch is None else proxy(given.key_batch)
+        query = torch.ops.salad.require_equal_samples.default(query, batch, key_batch, key.shape[0])
+    return arguments, [arguments.heads_first(operand) for operand in (query, key, value)]
 
 
 def _key_mask(call: AttentionCall, proxy: Wrap, query: Any) -> Any:

@@ -30,6 +30,7 @@ OPERATORS = {
     "linear_output": "query=f4 state=f4 key_sum=f3 feature_map=t eps=s rotated_query=f4? -> f4",
     "gather_tokens": "x=f4 group=t -> f4",
     "gather_heads": "x=f4 group=t -> f4",
+    "require_equal_samples": "query=f3 batch=i1 key_batch=i1? key_tokens=n -> f3",
     "sum_of_processes": "x=f34 group=t -> f34",
 }
 MARKERS = ("tag", "site", "projected")

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from salad_compile.calls.adapters import dense_reason, is_padding, mask_kind
 from salad_compile.calls.kinds import CallKind, kind_among
+from salad_compile.calls.packed_samples import different_lengths
 from salad_compile.discovery.probe import Call, Probe, Projection
 from salad_compile.discovery.probe_forward import run_probe
 from salad_compile.discovery.segments import Layout, layout_of, video_inputs
@@ -334,6 +335,9 @@ def _ineligible(call: Call, kind: str, layout: Layout, mask: str, min_tokens: in
     if dense := dense_reason(call.arguments, call.shapes, square, square_is_padding=mask == "padding"):
         unread = ", as far as fake tensors show" if mask == "unread" else ""
         return dense + unread
+    packed = call.arguments
+    if reason := different_lengths(packed.batch, packed.key_batch, len(packed.query), len(packed.key)):
+        return reason
     if layout.reason:
         return layout.reason
     tokens = query[2]

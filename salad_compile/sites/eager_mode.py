@@ -30,6 +30,7 @@ from salad_compile.calls.adapters import (
 )
 from salad_compile.calls.flash_family import find_family
 from salad_compile.calls.flex_attention import real_flex_attention, seen_by_modes
+from salad_compile.calls.packed_samples import different_lengths
 from salad_compile.calls.softmax_products import of_tensors
 from salad_compile.definition.attention import salad_of
 from salad_compile.definition.operands import Mapped, operands_of
@@ -212,8 +213,7 @@ class SaladMode(Recorded, TorchFunctionMode):
             raise order_error(f"the converted site {site.record.owner!r}")
         reason = dense_reason(call, [t.shape for t in (query, key, value)], kind, square_is_padding=padding)
         reason = reason or _misfit(spec, query, key, order, gate_input, self.text)
-        if site.measured_sparsity is None:  # once: reading the lengths waits for the device
-            reason = reason or _ragged(call)
+        reason = reason or different_lengths(call.batch, call.key_batch, len(call.query), len(call.key))
         if reason:
             raise SiteLostError(
                 f"the converted site {site.record.owner!r} cannot run as SALAD: {reason}, which was not so at "
@@ -283,13 +283,6 @@ def _misfit(
     if order.shape[1] > rows or (not spec.single and order.shape[1] != rows):
         return f"the token grid has {order.shape[1]} tokens and the site {rows}"
     return ""
-
-
-def _ragged(call: AttentionArguments) -> str:
-    """Why packed samples cannot be told apart by their number alone, or the empty string."""
-    if call.batch is None or call.batch.device.type == "meta":
-        return ""
-    return "its packed samples have different lengths" if call.batch.diff().unique().numel() > 1 else ""
 
 
 def _result_dtype(operand: Tensor) -> torch.dtype:
