@@ -10,10 +10,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from salad_compile.config import SaladConfig
 from salad_compile.errors import require_conversion
 from salad_compile.sites import frozen_warning, graph_breaks
 from salad_compile.sites.eager_mode import SaladMode, running
 from salad_compile.sites.markers import NO_ORDER, leave_dense
+from salad_compile.sites.record import SiteRecord
 from salad_compile.sites.site import Site
 
 # Name of the submodule that a converted attention module gets. No other key of the base model's state dict changes.
@@ -26,8 +28,20 @@ class SaladBranch(Site):
     Arguments are those of :class:`salad_compile.sites.parameters.BranchParameters`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        record: SiteRecord,
+        config: SaladConfig,
+        *,
+        gate_width: int,
+        widths: Mapping[str, tuple[int, int]],
+        shares: Mapping[str, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(
+            record, config, gate_width=gate_width, widths=widths, shares=shares, dtype=dtype, device=device
+        )
         self.text_position = 0  # of the owner's argument that tells how much is text
         # a tuple, because an attribute that is a module would be registered as a child
         self._original: tuple[Callable[..., Any], tuple[nn.Module, ...]] | None = None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from salad_compile.config import SaladConfig
 from salad_compile.errors import ConfigError
 from salad_compile.grid.video_grid import VideoGrid
 from salad_compile.sites.parameters import BranchParameters
+from salad_compile.sites.record import SiteRecord
 
 
 class DenseSwitch:
@@ -31,8 +33,20 @@ class Site(BranchParameters):
 
     owner_class: type[nn.Module]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        record: SiteRecord,
+        config: SaladConfig,
+        *,
+        gate_width: int,
+        widths: Mapping[str, tuple[int, int]],
+        shares: Mapping[str, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(
+            record, config, gate_width=gate_width, widths=widths, shares=shares, dtype=dtype, device=device
+        )
         self.grid: VideoGrid | None = None  # shared by the sites of a model
         self.switch = DenseSwitch()  # likewise
         self.uncompiled = False  # set when a graph break inside the owner's forward was seen
