@@ -129,7 +129,7 @@ class ManualAttention:
                 self.table[out] = step
             if writes:
                 self.table[target] = step or dataclasses.replace(scores, reason=_goes_through(name))
-        elif isinstance(out, (tuple, list)):
+        elif isinstance(out, (tuple, list)) and any(map(self.rank, out)):  # not its shape or strides
             self._alter(target, name)
 
     def _step(

@@ -16,7 +16,7 @@ from salad_compile.config import SaladConfig
 from salad_compile.conversion.selection import apply_settings, filter_sites
 from salad_compile.discovery.discover import AttentionSite, Discovery, discover
 from salad_compile.discovery.plan import Plan
-from salad_compile.discovery.probe import is_linear
+from salad_compile.discovery.probe import history, is_linear
 from salad_compile.errors import (
     AlreadyConvertedError,
     ConfigError,
@@ -149,7 +149,8 @@ def prepare(model: nn.Module, records: Iterable[SiteRecord], config: SaladConfig
     """
     _require_whole(model)
     config = dataclasses.replace(config)  # one object for each model: by it the branches of one know each other
-    return [build_branch(model, record, config) for record in records]
+    with history():  # autograd refuses tensors that were made in inference mode
+        return [build_branch(model, record, config) for record in records]
 
 
 def attach(

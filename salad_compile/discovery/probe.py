@@ -7,6 +7,7 @@ names. How the forward is run: probe_forward.py.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 
 # Private. Seen in torch 2.11 and 2.13; tests/salad_compile/discovery/test_discover.py fails when it moves.
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from salad_compile.calls import autograd_functions
 from salad_compile.calls.adapters import AttentionArguments, bind, is_attention, result_of
@@ -27,6 +29,7 @@ from salad_compile.calls.flash_family import run_or_stand_in
 from salad_compile.calls.kinds import CallKind, kind_of
 from salad_compile.calls.softmax_products import ManualAttention, of_tensors
 from salad_compile.discovery.token_ranges import Cat, Edge, TokenRange, narrow
+from salad_compile.position.operations import writes
 from salad_compile.position.recording import OperationRecording, Recorded, position_fault
 
 _CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
@@ -40,11 +43,30 @@ class _Mark(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+        return x.detach()  # and not a view of it, into which no model could write
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
+
+
+@contextlib.contextmanager
+def history() -> Iterator[None]:
+    """Autograd records what runs here, wherever the model itself switched it off."""
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def ordinary(tree: Any) -> Any:
+    """Copies of tensors that were made in inference mode, which autograd refuses."""
+    leaves, spec = tree_flatten(tree)
+    if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves):
+        return tree
+    copies = (leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in leaves)
+    return tree_unflatten(copies, spec)
 
 
 def _mark(x: Tensor) -> Tensor:
@@ -129,6 +151,13 @@ class Probe(Recorded, TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:
+            return func(*args, **kwargs)
+        with history():
+            return self._run(func, *ordinary((args, kwargs)))
+
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One operation of the model, with autograd."""
         if is_attention(func):
             arguments = bind(func, args, kwargs, lambda tensor: tensor.dim())
         else:
@@ -147,7 +176,14 @@ class Probe(Recorded, TorchFunctionMode):
         return self._answer(func, call, run_or_stand_in(func, arguments, args, kwargs))
 
     def _other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = self.run(func, args, kwargs)
+        try:
+            out = self.run(func, args, kwargs)
+        except RuntimeError:
+            if not writes(func, args, kwargs):
+                raise
+            # a write that autograd refuses, and inference does not; the value written into stays what it was made from
+            with torch.no_grad():
+                out = self.run(func, args, kwargs)
         if func in _CATS:
             self._note_cat(out, *args, **kwargs)
         self._by_hand.note(func, args, kwargs, out)
@@ -232,6 +268,11 @@ class Probe(Recorded, TorchFunctionMode):
             return None
         if not isinstance(gate_input, Tensor):
             return None
+        with history():
+            gate_input, out = ordinary((gate_input, out))
+            return self._mark_projection(name, gate_input, out)
+
+    def _mark_projection(self, name: str, gate_input: Tensor, out: Tensor) -> Tensor:
         self._note_out(name, gate_input)
         marked = _mark(out)
         self._projections[marked.grad_fn] = Projection(name, gate_input, marked.grad_fn)

@@ -25,7 +25,7 @@ from salad_compile.calls.multihead import take_apart_for_discovery
 from salad_compile.common.logs import logger
 from salad_compile.common.placement import placement
 from salad_compile.discovery.inputs import normalise_inputs, synthesise_inputs
-from salad_compile.discovery.probe import Probe, is_linear, named_inputs
+from salad_compile.discovery.probe import Probe, history, is_linear, named_inputs, ordinary
 from salad_compile.errors import AdapterError, InputsError, ProbeError
 from salad_compile.position.recording import OperationRecording
 from salad_compile.sites.branch import BRANCH_NAME, SaladBranch
@@ -43,7 +43,7 @@ def run_probe(model: nn.Module, example_inputs: Any, *, replay_position: bool = 
     for attempt in attempts:
         small = failure is not None  # real tensors: the smallest video that shows the structure
         try:
-            with attempt:
+            with history(), attempt:
                 args, kwargs = _inputs(model, example_inputs, device, dtype, small=small)
                 return _forward(model, args, kwargs, replay_position)
         except (InputsError, AdapterError):
@@ -110,6 +110,7 @@ def _with_history(value: Any) -> Any:
     """Features that already have an autograd node, so that views and casts of one tensor are recognised as the same."""
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return type(value)(_with_history(item) for item in value)
+    value = ordinary(value)
     if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
         return value.detach().requires_grad_().clone()  # no leaf: models write into their inputs
     return value

@@ -354,8 +354,16 @@ def run_again(node: fx.Node, known: Mapping[fx.Node, Any], value_of: Callable[[f
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors in nested containers."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """The tensors in nested containers, slices included."""
+    found: list[Tensor] = []
+
+    def note(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        return leaf
+
+    fx.node.map_aggregate(tree, note)
+    return found
 
 
 def holds_tensors(out: Any) -> bool:
