@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help demo test test-kernels gate quick-gate env lint docs bench bench-gpu clean
+.PHONY: help demo test test-kernels test-wild gate quick-gate env lint docs bench bench-gpu clean
 
 help:  ## this list (also what `make` alone does)
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,12 @@ test-kernels: env  ## the Triton kernels, interpreted where there is no GPU
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then echo "there is a GPU: they have run on it"; \
 	else TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/kernels/gpu; fi
+
+# Models that other projects wrote, as their packages have them; installed into build/wild/site, the first time.
+test-wild: env  ## hold video DiTs of other projects' packages against the invariants; needs a network once
+	@$(BIN)/python -m tools.wild_install
+	@echo "== models of other projects' packages, $(WORKERS) at a time"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/wild $(PYTEST_ARGS)
 
 # what `make test` has time for: all kernels for Hopper, and for Ampere and Blackwell those of bf16 and head_dim 128
 quick-gate: env  ## compile the kernels of Hopper, and a part of those of Ampere and Blackwell
