@@ -1,8 +1,9 @@
 """Random video DiTs over what real model code does around its attention.
 
-`python -m tests.wild.random_models --count 300`. Each model is drawn from a seed. It is right, or refused with a reason:
+`python -m tests.wild.random_models --count 300`. Each model is drawn from a seed. It is right, or refused with a
+reason:
 
-- right: at sparsity 0 it computes what the dense model does; each query's gate belongs to its own token and sample;
+- right: at sparsity 0 it computes what the dense model does; text is known to be text; gates belong to their own sample;
   gradients arrive; compiled (a share of the models) it computes what it does uncompiled, gradients included;
 - refused: `convert` raises an error of ours that gives a reason, and leaves the model as it was.
 """
@@ -364,10 +365,9 @@ def check_text(style: Style, model: RandomModel) -> None:
 
 
 def check_gates(style: Style, model: RandomModel) -> None:
-    """With a projection of zeros but for a bias of 1, and gates that read one channel, a moved gate changes the output.
+    """The samples of a batch, swapped, give the same outputs swapped: no gate acts on another sample.
 
-    The linear branch is replaced by ones: what it adds is the gate of each token, so output minus the sparse part is a
-    function of that token alone. A second model whose samples and tokens are shuffled in must come out shuffled.
+    The linear branch is a projection to ones, so that all that it adds to a token is that token's gate.
     """
     if style.batch < 2:
         return

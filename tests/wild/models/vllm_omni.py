@@ -10,7 +10,7 @@ NEEDS = "its modules use vLLM's linear layers and much else of it when imported,
 ENTRIES: dict[str, Wild] = {}
 
 WITHOUT_ENTRY: dict[str, str] = {
-    f"{MODELS}.hunyuan_video.hunyuan_video_15_transformer.HunyuanVideo15IndividualTokenRefiner": "a part of HunyuanVideo15Transformer3DModel that refines text",
+    f"{MODELS}.hunyuan_video.hunyuan_video_15_transformer.HunyuanVideo15IndividualTokenRefiner": "refines text",
 }
 
 CANNOT_BE_IMPORTED: dict[str, str] = {
