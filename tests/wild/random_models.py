@@ -3,8 +3,8 @@
 `python -m tests.wild.random_models --count 300`. Each model is drawn from a seed. It is right, or refused with a
 reason:
 
-- right: at sparsity 0 it computes what the dense model does; text is known to be text; gates belong to their own sample;
-  gradients arrive; compiled (a share of the models) it computes what it does uncompiled, gradients included;
+- right: at sparsity 0 it computes what the dense model does; text is known to be text; gates belong to their own
+  sample; gradients arrive; compiled (a share of the models) it computes what it does uncompiled, gradients included;
 - refused: `convert` raises an error of ours that gives a reason, and leaves the model as it was.
 """
 
