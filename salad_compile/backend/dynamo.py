@@ -13,23 +13,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from salad_compile.backend.announcements import announce
 from salad_compile.backend.cpu_fusion import inner_compile, own_cache_keys
 from salad_compile.calls import autograd_functions
 from salad_compile.calls.flash_family import find_family
-from salad_compile.common.logs import logger
 from salad_compile.config import BackendOptions
 from salad_compile.errors import ConfigError
 from salad_compile.kernels.listening import listen
 from salad_compile.kernels.rows import decompositions
-from salad_compile.passes.attention_call import CONVERTED, TRAINING_FREE
 from salad_compile.passes.driver import run_passes
-from salad_compile.passes.find_attention import CROSS_ATTENTION, LEFT_BY_CONVERSION
 from salad_compile.passes.report import GraphReport
 from salad_compile.sites import frozen_warning as frozen
-from salad_compile.sites.graph_breaks import any_converted
 
 _recorders: list[list[GraphReport]] = []
-_announced: set[str] = set()
 
 
 def know_functions() -> None:
@@ -64,7 +60,7 @@ def salad(
     report = run_passes(gm, parsed, example_inputs)
     for recorder in _recorders:
         recorder.append(report)
-    _announce(report, parsed)
+    announce(report, gm, parsed)
     return _lower(gm, example_inputs, parsed, mode)
 
 
@@ -112,25 +108,3 @@ def _teach_inductor() -> None:
     for operator, definition in decompositions().items():
         decomposition.register_decomposition([operator])(definition)
     decomposition.fast_random_decomps.cache_clear()
-
-
-def _announce(report: GraphReport, options: BackendOptions) -> None:
-    """Tell, once, what happens to a model that was never converted."""
-    if count := report.count(TRAINING_FREE):
-        _say_once(
-            f"this model was never converted: {count} self-attention calls of this graph became block-sparse at "
-            f"sparsity {options.sparsity} without any training, which may change the quality of what it makes. "
-            "options={'sparsity': ...} sets it (0 computes everything); salad_compile.convert(model) and fine-tuning "
-            "adds what repairs the quality."
-        )
-    elif report.calls and not report.count(CONVERTED):
-        reasons = dict.fromkeys(call.reason for call in report.calls)
-        if any_converted() and set(reasons) <= {CROSS_ATTENTION, LEFT_BY_CONVERSION}:
-            return  # a graph of a converted model, of cross-attention alone say
-        _say_once(f"nothing was rewritten in this graph, all attention stays dense: {'; '.join(reasons)}.")
-
-
-def _say_once(message: str) -> None:
-    if message not in _announced:
-        _announced.add(message)
-        logger.warning(message)

@@ -13,7 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import run_and_get_code
 
 import salad_compile
-from salad_compile.backend import cpu_fusion
+from salad_compile.backend import announcements, cpu_fusion
 from salad_compile.backend import dynamo as backend
 from salad_compile.backend.dynamo import record_graphs
 from salad_compile.errors import ConfigError, WrongBackendError
@@ -27,7 +27,7 @@ CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, l
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backend, "_announced", set())
+    monkeypatch.setattr(announcements, "_announced", set())
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
