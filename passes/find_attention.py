@@ -41,6 +41,7 @@ from salad_compile.passes.context import Context, Counts, Pass
 from salad_compile.passes.open_functions import function_body, open_function
 from salad_compile.passes.provenance import example_value, find_tag, is_dead, mark_of, module_path, projection_inputs
 from salad_compile.sites.markers import DENSE, NO_ORDER, SITES, TAGS
+from salad_compile.sites.outside_owner import twice_error
 
 _REGISTERED = (flex, multihead)
 
@@ -64,7 +65,7 @@ def find_attention(graph: fx.Graph, options: BackendOptions, *, converted: bool 
     """
     calls: list[AttentionCall] = []
     by_hand = ManualAttention({}, _rank, _permute)
-    _require_orders(graph)
+    _require_own_forward(graph)
     for node in list(graph.nodes):
         body = function_body(node)
         opened = None if body is None else open_function(node, body)
@@ -86,11 +87,22 @@ def find_attention(graph: fx.Graph, options: BackendOptions, *, converted: bool 
     return calls
 
 
-def _require_orders(graph: fx.Graph) -> None:
-    """Raises GridMismatchError for a converted site that runs while its model's forward does not."""
+def _require_own_forward(graph: fx.Graph) -> None:
+    """Raises GridMismatchError for a converted site that runs while its model's forward does not.
+
+    Raises SiteLostError where one forward of an owner runs the query projection twice.
+    """
+    entered = Counter(mark_of(node) for node in graph.nodes if node.target in SITES)
+    ran: Counter[object] = Counter()
     for node in graph.nodes:
-        if node.target in TAGS and node.args[4] == NO_ORDER:
-            raise order_error(module_path(node) or "a converted site of this graph")
+        if node.target not in TAGS or node.args[4] == DENSE:
+            continue
+        where = module_path(node) or "of this graph"
+        if node.args[4] == NO_ORDER:
+            raise order_error(where)
+        ran[mark_of(node)] += 1
+        if 0 < entered[mark_of(node)] < ran[mark_of(node)]:
+            raise twice_error(where)
 
 
 def _calls_of(
@@ -137,6 +149,8 @@ def _classify(
     site = _site_of(tag)
     reason = reason or _other_results(node, arguments) or _without_text(spec, tag, site)
     sample = _sample(shapes[0], tag, before)
+    if sample is None and any(call.tag is tag for call in before):  # the site is the first call, uncompiled too
+        return AttentionCall(node, arguments, None, LEFT_DENSE, "another attention call of a converted site's query")
     return AttentionCall(node, arguments, tag, LEFT_DENSE if reason else CONVERTED, reason, site, sample)
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from salad_compile.config import SaladConfig
 from salad_compile.errors import require_conversion
+from salad_compile.grid.video_grid import backward_pass
 from salad_compile.sites import frozen_warning, graph_breaks
 from salad_compile.sites.eager_mode import SaladMode, running
 from salad_compile.sites.markers import NO_ORDER, leave_dense
+from salad_compile.sites.outside_owner import recomputed_error, replaced_error
 from salad_compile.sites.record import SiteRecord
 from salad_compile.sites.site import Site
 
@@ -42,6 +44,7 @@ class SaladBranch(Site):
         super().__init__(
             record, config, gate_width=gate_width, widths=widths, shares=shares, dtype=dtype, device=device
         )
+        self.detached = False  # while the owner runs with the forward that it had
         self.text_position = 0  # of the owner's argument that tells how much is text
         # a tuple, because an attribute that is a module would be registered as a child
         self._original: tuple[Callable[..., Any], tuple[nn.Module, ...]] | None = None
@@ -81,6 +84,7 @@ class SaladBranch(Site):
         """Give the owner back the forward that it had; the hooks stay."""
         assert self._original is not None
         original, bound = self._original
+        self.detached = True
         owner.__dict__.pop("forward")
         if not bound:
             owner.forward = original
@@ -90,7 +94,10 @@ class SaladBranch(Site):
         if not torch.compiler.is_compiling():
             mode = running(self)
             if mode is not None:
+                self._require_gradients(mode)
                 mode.arm(args[0])
+            elif not self.switch.dense and not self.detached:
+                self._require_owner()
             return self._add_source("query", args[0], out)
         out = self.add_updates("query", args[0], out)
         if self.switch.dense:
@@ -100,6 +107,21 @@ class SaladBranch(Site):
         spec = NO_ORDER if self.lacks_order(order) else self.spec
         tagged: Tensor = torch.ops.salad.tag(out, args[0], tensors, order, spec)
         return tagged
+
+    def _require_gradients(self, mode: SaladMode) -> None:
+        """Raises SiteLostError where the owner's forward switches gradients off on the way, to run again later."""
+        assert self._original is not None
+        lost = mode.began_with_gradients and not torch.is_grad_enabled()
+        lost = lost and any(p.requires_grad for p in self.parameters())
+        if lost and not hasattr(self._original[0], "__wrapped__"):  # a decorated forward wants none
+            raise recomputed_error(self.record.owner)
+
+    def _require_owner(self) -> None:
+        """Raises SiteLostError where the query projection alone shows that the attention would be dense."""
+        if backward_pass() is not None:
+            raise recomputed_error(self.record.owner)
+        if self.grid is not None and self.grid.running.orders is not None:
+            raise replaced_error(self.record.owner)
 
     def _add_source(self, first: str, x: Tensor, out: Tensor) -> Tensor:
         """Add the updates, and tell that position is to be found in what becomes of the result."""

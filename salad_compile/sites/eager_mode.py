@@ -42,6 +42,7 @@ from salad_compile.kernels.measure import Execution, measure_executions
 from salad_compile.position.recording import Recorded
 from salad_compile.position.sequences import PositionRecording
 from salad_compile.sites import observers
+from salad_compile.sites.outside_owner import require_same_saving, saving, twice_error
 from salad_compile.sites.site import Site
 
 _NOT_MEASURED: contextlib.AbstractContextManager[list[Execution]] = contextlib.nullcontext([])
@@ -86,6 +87,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         self.calls = 0
         self.replaced = 0
         self.is_passive = False  # while nothing of what runs is looked at
+        self.saving, self.began_with_gradients = saving(), torch.is_grad_enabled()
         self.armed: Tensor | None = None  # the gate's input, once the query projection has run
         self.keeps_gradients = False  # whether they were on when the query projection ran
         self._outer: list[Token[SaladMode | None]] = []
@@ -118,6 +120,8 @@ class SaladMode(Recorded, TorchFunctionMode):
 
     def arm(self, gate_input: Tensor) -> None:
         """The query projection has run on `gate_input`: the next call of its size is the site's."""
+        if self.armed is not None and not gate_input.is_set_to(self.armed):  # of one input there is one gate
+            raise twice_error(self.site.record.owner)
         self.armed, self.keeps_gradients = gate_input, torch.is_grad_enabled()
 
     def run_projection(self, x: Tensor, updated: Callable[[], Tensor]) -> Tensor:
@@ -208,6 +212,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         padding = spec.square_mask and kind == "square"
         if padding and site.measured_sparsity is None:  # once: reading values waits for the device
             padding = is_padding(call.attn_mask)
+        require_same_saving(self.saving, site.record.owner)
         order = site.order(query.device)
         if site.lacks_order(order):
             raise order_error(f"the converted site {site.record.owner!r}")
