@@ -118,7 +118,9 @@ def write(
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     README.write_text(f"{before}{BEGIN}\n{_short(models, outcomes, dense)}\n{END}{after}")
-    TABLE.write_text(_full(models, outcomes, versions, dense))
+    from tools.wild_table import kept_block  # imports this module
+
+    TABLE.write_text(_full(models, outcomes, versions, dense) + kept_block(TABLE.read_text()))
 
 
 def _short(models: list[Model], outcomes: Mapping[tuple[str, str], str], dense: list[DenseModel]) -> str:
@@ -127,8 +129,8 @@ def _short(models: list[Model], outcomes: Mapping[tuple[str, str], str], dense: 
         passed = sum(outcomes[model.name, test] == "yes" for test in COLUMNS)
         rows.append((model.name, shown_sites(model.sites), f"{passed} of {len(COLUMNS)}"))
     left = "; ".join(f"{model.name}: {model.reason}" for model in dense if model.tested)
-    table = _table(("model", "converted sites", "checks passed"), rows)
-    return f"{table}\n\nChecks: {', '.join(_HEADINGS)}." + (f"\n\nLeft dense: {left}." if left else "")
+    rendered = table(("model", "converted sites", "checks passed"), rows)
+    return f"{rendered}\n\nChecks: {', '.join(_HEADINGS)}." + (f"\n\nLeft dense: {left}." if left else "")
 
 
 def _full(models: list[Model], outcomes: Mapping[tuple[str, str], str], versions: str, dense: list[DenseModel]) -> str:
@@ -147,7 +149,7 @@ Each model is built tiny, with random weights, in fp32 on the CPU: the table sho
 architecture. It says nothing about speed, about trained weights or about the quality of videos. What the table does not
 list may work or not; `salad_compile.plan(model)` tells which sites it finds, and an error tells when one is lost.
 
-{_table(("model", "class", *_HEADINGS, "converted sites", "note"), rows)}
+{table(("model", "class", *_HEADINGS, "converted sites", "note"), rows)}
 
 A "yes" means that the test passed:
 
@@ -159,7 +161,7 @@ Cases and classes that are not converted. "Tested" (`{DENSE_TEST}`): `convert` r
 leaves it as it was. Classes of diffusers that make video are found by rule (`tests/models/registry.py`): a new one
 fails `tests/models/test_registry.py` until it is in one of the two tables.
 
-{_table(("model", "class", "reason", "tested"), left)}
+{table(("model", "class", "reason", "tested"), left)}
 
 To write this file and the block in README.md again: `{COMMAND}`.
 """
@@ -170,7 +172,8 @@ def shown_sites(sites: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(f"`{re.sub(r'(?<=[.])[0-9]+(?=[.]|$)', '*', site)}`" for site in sites))
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Of Markdown."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

@@ -44,6 +44,7 @@ class Wild:
         why none can be converted.
     grid: of the video tokens; None where the forward cannot tell, with `flat` saying why in words of the plan's reason.
     around: entered around every forward: a package's own forward context.
+    untrue: the product's reason for refusing is known to be wrong, with what is true.
     known: check -> why the product fails it today. Such a check must fail: when it passes, the entry is taken out.
     """
 
@@ -51,6 +52,7 @@ class Wild:
     inputs: Callable[[], dict[str, Any]]
     sites: tuple[str, ...] = ()
     refused: str = ""
+    untrue: str = ""
     grid: tuple[int, int, int] | None = GRID
     flat: str = ""
     blocks: tuple[str, ...] = ()
@@ -59,7 +61,6 @@ class Wild:
     fullgraph: bool = True
     bound: float = 1e-5
     vanish: tuple[str, ...] = ()
-    note: str = ""
     known: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 

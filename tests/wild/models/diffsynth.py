@@ -246,6 +246,7 @@ ENTRIES = {
         blocks=numbered("transformer_blocks.{}"),
         grid=None,
         refused="no video: it reads 'video_latents', 'video_timesteps'",
+        untrue="its video_latents are video",
     ),
 }
 
