@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 import torch.nn as nn
 
 from salad_compile.calls.multihead import in_projection_owner, projection, take_apart
+from salad_compile.common.foreign_hooks import forward_slot
 from salad_compile.common.logs import logger
 from salad_compile.common.wrappers import components
 from salad_compile.config import SaladConfig
+from salad_compile.conversion.placement import branch_placement, join_hooks, require_joinable
 from salad_compile.conversion.selection import apply_settings, filter_sites
 from salad_compile.discovery.discover import AttentionSite, Discovery, discover
 from salad_compile.discovery.plan import Plan
@@ -145,9 +146,10 @@ def prepare(model: nn.Module, records: Iterable[SiteRecord], config: SaladConfig
 
     Raises:
         UnknownProjectionError: a module that a record names is missing or is no projection of the recorded widths.
-        WrappedModelError: the model is sharded.
+        WrappedModelError: the model is sharded, or offloaded with streams.
     """
     _require_whole(model)
+    require_joinable(model)
     config = dataclasses.replace(config)  # one object for each model: by it the branches of one know each other
     with history():  # autograd refuses tensors that were made in inference mode
         return [build_branch(model, record, config) for record in records]
@@ -179,8 +181,10 @@ def attach(
         branch.train(owner.training)
         branch.grid, branch.switch = grid, switch
         branch.attach(owner, modules)
+        join_hooks(model, branch, modules["query"])
     if grid is not None:
-        model.forward = RootForward(model, grid)
+        root = RootForward(model, grid)
+        forward_slot(model).set(root)
     for name in dense:
         if in_projection_owner(model, name) is not None:
             continue  # of an nn.MultiheadAttention that stays whole, which the passes leave alone
@@ -204,7 +208,7 @@ def build_branch(model: nn.Module, record: SiteRecord, config: SaladConfig) -> S
         shares.update(_shares(record, roles, int(projections[roles[0]].out_features)))
     targets = [role for role in projections if role.removeprefix("text_") in config.lora_targets]
     widths = {role: (int(projections[role].in_features), shares[role]) for role in targets}
-    device, dtype = _parameter_placement(projections["query"], owner)
+    device, dtype = branch_placement(projections["query"], owner)
     return SaladBranch(
         record,
         config,
@@ -255,15 +259,6 @@ def _submodule(model: nn.Module, name: str, record: SiteRecord) -> nn.Module:
         raise UnknownProjectionError(
             f"{type(model).__name__} has no module {name!r}, which the site {record.owner!r} needs."
         ) from error
-
-
-def _parameter_placement(projection: nn.Module, owner: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype for a branch: those of the projection, or a trainable dtype when its storage is quantised."""
-    parameters: list[torch.Tensor] = [*projection.parameters(), *projection.buffers()]
-    parameters = parameters or list(owner.parameters())  # the input projection of an nn.MultiheadAttention has none
-    device = parameters[0].device if parameters else torch.device("cpu")
-    dtypes = [p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1]
-    return device, dtypes[0] if dtypes else torch.float32
 
 
 def _checked_config(config: SaladConfig | Mapping[str, Any] | None) -> SaladConfig:

@@ -22,10 +22,12 @@ from salad_compile.calls.adapters import warn_of_unmet
 from salad_compile.calls.flash_family import find_family
 from salad_compile.calls.flex_attention import seen_by_modes, stand_in
 from salad_compile.calls.multihead import take_apart_for_discovery
+from salad_compile.common.foreign_hooks import execution_device, without_foreign_hooks
 from salad_compile.common.logs import logger
 from salad_compile.common.placement import placement
 from salad_compile.discovery.inputs import normalise_inputs, synthesise_inputs
 from salad_compile.discovery.probe import Probe, history, is_linear, named_inputs, ordinary
+from salad_compile.discovery.weights import gather_weights, keep_values
 from salad_compile.errors import AdapterError, InputsError, ProbeError
 from salad_compile.position.recording import OperationRecording
 from salad_compile.sites.branch import BRANCH_NAME, SaladBranch
@@ -43,9 +45,10 @@ def run_probe(model: nn.Module, example_inputs: Any, *, replay_position: bool = 
     for attempt in attempts:
         small = failure is not None  # real tensors: the smallest video that shows the structure
         try:
-            with history(), attempt:
+            with history(), keep_values(model), attempt:
                 args, kwargs = _inputs(model, example_inputs, device, dtype, small=small)
-                return _forward(model, args, kwargs, replay_position)
+                with _without_hooks(model, device, real=attempt is attempts[-1] and not on_meta):
+                    return _forward(model, args, kwargs, replay_position)
         except (InputsError, AdapterError):
             raise
         except Exception as error:
@@ -57,6 +60,15 @@ def run_probe(model: nn.Module, example_inputs: Any, *, replay_position: bool = 
         f"{type(failure).__name__}: {failure}\nPass example_inputs that the model accepts, as a tuple of positional "
         "or a dict of keyword inputs. A model on the meta device whose forward reads values needs real weights."
     ) from failure
+
+
+@contextlib.contextmanager
+def _without_hooks(model: nn.Module, device: torch.device, *, real: bool) -> Iterator[None]:
+    """Without the hooks of others, which cache results or move weights; what moves real weights is needed."""
+    with _keep_attributes(model), without_foreign_hooks(model, keep_placement=real):
+        if not real and any(execution_device(module) is not None for module in model.modules()):
+            gather_weights(model, device)
+        yield
 
 
 def _warn_of_fallback(error: Exception, *, last: bool, synthetic: bool) -> None:
@@ -84,7 +96,6 @@ def _inputs(
 def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], replay_position: bool) -> Probe:
     probe = Probe(recording=OperationRecording() if replay_position else None)
     with (
-        _keep_attributes(model),
         _install_hooks(model, probe),
         torch.compiler.set_stance("force_eager"),  # parts that are compiled already show nothing to a mode
         torch.random.fork_rng(devices=[]),
@@ -150,14 +161,16 @@ def _keep_attributes(model: nn.Module) -> Iterator[None]:
         (module, {name: dict(v) if type(v) is dict else v for name, v in module.__dict__.items()})
         for module in model.modules()
     ]
+    forwards = contextlib.ExitStack()
     try:
         for module, _ in before:
             module.training = False  # gradient checkpointing and dropout are for training
             if isinstance(branch := module._modules.get(BRANCH_NAME), SaladBranch):
-                branch.detach_forward(module)  # a converted model is probed as the model that it was
+                forwards.callback(branch.detach_forward(module))  # a converted model is probed as the model that it was
         take_apart_for_discovery(model)
         yield
     finally:
+        forwards.close()
         for module, attributes in before:
             for name in [name for name in module.__dict__ if name not in attributes]:
                 del module.__dict__[name]

@@ -22,6 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from salad_compile.common.foreign_hooks import forward_slot
 from salad_compile.errors import GridMismatchError
 from salad_compile.grid.orders import OrderOf, cached_order
 from salad_compile.grid.rule import GridSource, read_grid
@@ -128,7 +129,7 @@ class RootForward:
     """
 
     def __init__(self, root: nn.Module, grid: VideoGrid) -> None:
-        chained = root.__dict__.get("forward")
+        chained = forward_slot(root).get()
         # see `SaladBranch.attach` for why the class's function is kept
         self.original: Callable[..., Any] = type(root).forward if chained is None else chained
         self.bound: tuple[nn.Module, ...] = (root,) if chained is None else ()

@@ -12,12 +12,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.calls.multihead import projection
+from salad_compile.common.foreign_hooks import is_on_disk, stored
 from salad_compile.common.logs import logger
 from salad_compile.common.sharding import whole
 from salad_compile.common.version import __version__
 from salad_compile.common.wrappers import plain_key
 from salad_compile.conversion.convert import dense_projections
-from salad_compile.errors import require_conversion
+from salad_compile.errors import WrappedModelError, require_conversion
 from salad_compile.grid.rule import GridRule
 from salad_compile.salad_files.header import Header
 from salad_compile.sites.branch import SaladBranch, branches
@@ -54,12 +55,20 @@ def _saved_grid(branch: SaladBranch) -> GridRule | None:
 
 
 def branch_state(model: nn.Module) -> dict[str, Tensor]:
-    """Plain name (`blocks.0.attn1.salad.gate_weight`) -> parameter or buffer of every branch."""
+    """Plain name (`blocks.0.attn1.salad.gate_weight`) -> parameter or buffer of every branch, with its values."""
     return {
-        plain_key(f"{name}.{key}"): tensor
+        plain_key(f"{name}.{key}"): stored(model, branch, key, tensor)
         for name, branch in branches(model).items()
         for key, tensor in branch.state_dict(keep_vars=True).items()
     }
+
+
+def require_writable(model: nn.Module) -> None:
+    """Raises WrappedModelError where hooks keep the parameters of a branch in files."""
+    for name, branch in branches(model).items():
+        for key, tensor in branch.state_dict(keep_vars=True).items():
+            if is_on_disk(model, branch, key, tensor):
+                raise WrappedModelError(f"{name}.{key} is offloaded to a file: load first, then offload.")
 
 
 def base_class(model: nn.Module) -> str:
@@ -83,8 +92,8 @@ def base_digest(model: nn.Module, records: tuple[SiteRecord, ...]) -> str:
 def weight_sums(model: nn.Module, records: tuple[SiteRecord, ...]) -> Iterator[float]:
     """:func:`weight_sum` of each site's projections; of sharded weights every rank must call it."""
     for record in records:
-        weights: list[Any] = [model.get_submodule(name).weight for name in record.projections().values()]
-        yield weight_sum(whole(weight) for weight in weights)
+        modules: list[Any] = [model.get_submodule(name) for name in record.projections().values()]
+        yield weight_sum(whole(stored(model, module, "weight", module.weight)) for module in modules)
 
 
 def weight_sum(weights: Iterable[Tensor]) -> float:

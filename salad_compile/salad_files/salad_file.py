@@ -35,7 +35,14 @@ from salad_compile.errors import (
     UnknownProjectionError,
 )
 from salad_compile.grid.rule import GridSource
-from salad_compile.salad_files.contents import base_class, base_digest, branch_state, describe, weight_sums
+from salad_compile.salad_files.contents import (
+    base_class,
+    base_digest,
+    branch_state,
+    describe,
+    require_writable,
+    weight_sums,
+)
 from salad_compile.salad_files.header import HEADER_KEY, Header
 from salad_compile.salad_files.location import FILE_NAME, file_at
 from salad_compile.sites.branch import BRANCH_NAME, SaladBranch, branches
@@ -99,10 +106,12 @@ def load(model: Model, path: str | os.PathLike[str], *, grid: GridSource | None 
     Raises:
         CheckpointError: the file is wrong; each way of being wrong has a subclass.
         AlreadyConvertedError: the model was converted with another configuration.
+        WrappedModelError: the model is sharded, or offloaded in a way that takes no weights.
         FileNotFoundError: there is no such file, here or on the Hub. HubError: the download broke off.
         Whatever is raised, the model is unchanged.
     """
     bare = single_model(model, "load")
+    require_writable(bare)
     file = file_at(path)
     with _open(file) as content:
         header = read_header(content, file)

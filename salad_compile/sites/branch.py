@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from salad_compile.common.foreign_hooks import forward_slot
 from salad_compile.config import SaladConfig
 from salad_compile.errors import require_conversion
 from salad_compile.grid.video_grid import backward_pass
@@ -54,11 +55,13 @@ class SaladBranch(Site):
     def attach(self, owner: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         """Hang this branch on `owner`; `modules` maps the first role of each projection to its module.
 
-        Chains whatever `forward` the instance already has: accelerate's and diffusers' hooks put theirs there too.
+        Chains whatever `forward` the instance already has, inside of the hooks of accelerate and diffusers: these
+        move weights, or skip a forward whose result they have cached, and when they are removed ours must stay.
         """
         # The class's function and not a bound method: Dynamo does not look `forward` up on a class that diffusers
         # allows in graphs, and a bound method would unpickle as whatever `owner.forward` is by then.
-        chained = owner.__dict__.get("forward")
+        slot = forward_slot(owner)
+        chained = slot.get()
         self._original = (type(owner).forward, (owner,)) if chained is None else (chained, ())
         owner.add_module(BRANCH_NAME, self)
         hooks = {
@@ -77,17 +80,23 @@ class SaladBranch(Site):
         if self.record.text_argument is not None:
             self.text_position = names.index(self.record.text_argument)
         self.owner_class = type(owner)
-        owner.forward = self.run_owner
+        slot.set(self.run_owner)
         graph_breaks.remember(self)
 
-    def detach_forward(self, owner: nn.Module) -> None:
-        """Give the owner back the forward that it had; the hooks stay."""
+    def detach_forward(self, owner: nn.Module) -> Callable[[], None]:
+        """Give the owner back the forward that it had; the hooks stay. The result undoes it."""
         assert self._original is not None
         original, bound = self._original
+        slot = forward_slot(owner)
+        ours = slot.get()
         self.detached = True
-        owner.__dict__.pop("forward")
-        if not bound:
-            owner.forward = original
+        slot.set(None if bound else original)
+
+        def undo() -> None:
+            slot.set(ours)
+            self.detached = False
+
+        return undo
 
     def on_query(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """Forward hook of the query (or fused) projection: its update, then the tag or, uncompiled, arming."""
@@ -172,6 +181,13 @@ class SaladBranch(Site):
         return self._add_updates("text_out", args[0], out)
 
     def run_owner(self, *args: Any, **kwargs: Any) -> Any:
+        """What stands in the place of the owner's forward.
+
+        It calls this module, so that hooks that move parameters into place for their module's forward do so for ours.
+        """
+        return self(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The owner's forward. Compiled: the original, announced to the passes. Uncompiled: under the eager twin."""
         if not torch.compiler.is_compiling():
             frozen_warning.tell(self)
@@ -182,7 +198,7 @@ class SaladBranch(Site):
         return self.run_announced(*args, **kwargs)
 
     def run_announced(self, *args: Any, **kwargs: Any) -> Any:
-        """The second half of :meth:`run_owner`.
+        """The second half of :meth:`forward`.
 
         A function of its own: after a graph break inside the owner it is a frame of its own, and by then the passes
         have seen the marker alone and set `uncompiled`.
