@@ -14,6 +14,9 @@ PIPELINE_COMPONENTS = ("transformer", "transformer_2")
 # What torch.compile, DDP, FSDP1 and the activation checkpoint wrapper put into parameter names.
 WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
 
+# What peft's layers, and those of other libraries that follow it, call the layer that they wrap.
+_BASE_LAYER = "base_layer"
+
 
 def components(model: Any) -> dict[str, nn.Module]:
     """The modules to work on: {"": model}, or a pipeline's transformers under their own names.
@@ -76,6 +79,20 @@ def _require_bare(model: nn.Module) -> nn.Module:
             "distribute: model = salad_compile.convert(model); model = torch.compile(model, backend='salad')."
         )
     return model
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer inside the wrappers of adapters (peft's): what is left when the adapter is unloaded."""
+    while isinstance(inner := module._modules.get(_BASE_LAYER), nn.Module):
+        module = inner
+    return module
+
+
+def without_base_layer(name: str) -> str:
+    """The name that a layer has when no adapter wraps it."""
+    while name.endswith(f".{_BASE_LAYER}"):
+        name = name.removesuffix(f".{_BASE_LAYER}")
+    return name
 
 
 def plain_key(key: str) -> str:

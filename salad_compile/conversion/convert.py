@@ -11,7 +11,7 @@ import torch.nn as nn
 from salad_compile.calls.multihead import in_projection_owner, projection, take_apart
 from salad_compile.common.foreign_hooks import forward_slot
 from salad_compile.common.logs import logger
-from salad_compile.common.wrappers import components
+from salad_compile.common.wrappers import base_layer, components, without_base_layer
 from salad_compile.config import SaladConfig
 from salad_compile.conversion.placement import branch_placement, join_hooks, require_joinable
 from salad_compile.conversion.selection import apply_settings, filter_sites
@@ -177,7 +177,7 @@ def attach(
     for branch in prepared:
         owner = model.get_submodule(branch.record.owner)
         projections = branch.record.projections()
-        modules = {role: model.get_submodule(projections[role]) for role in branch.record.shared_roles()}
+        modules = {role: base_layer(model.get_submodule(projections[role])) for role in branch.record.shared_roles()}
         branch.train(owner.training)
         branch.grid, branch.switch = grid, switch
         branch.attach(owner, modules)
@@ -188,13 +188,14 @@ def attach(
     for name in dense:
         if in_projection_owner(model, name) is not None:
             continue  # of an nn.MultiheadAttention that stays whole, which the passes leave alone
-        model.get_submodule(name).register_forward_hook(leave_dense)
+        base_layer(model.get_submodule(name)).register_forward_hook(leave_dense)
     logger.info("converted %d sites of %s at sparsity %s", len(prepared), type(model).__name__, config.sparsity)
 
 
 def dense_projections(model: nn.Module) -> list[str]:
     """The query projections of self-attention that the conversion left dense."""
-    return [name for name, module in model.named_modules() if leave_dense in module._forward_hooks.values()]
+    found = [name for name, module in model.named_modules() if leave_dense in module._forward_hooks.values()]
+    return [without_base_layer(name) for name in found]
 
 
 def build_branch(model: nn.Module, record: SiteRecord, config: SaladConfig) -> SaladBranch:
@@ -254,7 +255,7 @@ def _projection(model: nn.Module, name: str, record: SiteRecord) -> Any:
 
 def _submodule(model: nn.Module, name: str, record: SiteRecord) -> nn.Module:
     try:
-        return projection(model, name)
+        return base_layer(projection(model, name))
     except AttributeError as error:
         raise UnknownProjectionError(
             f"{type(model).__name__} has no module {name!r}, which the site {record.owner!r} needs."
