@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.common.wrappers import single_model
+from salad_compile.conversion.mergeable import dequantised, is_subclass, mergeable, require_untied
 from salad_compile.errors import MergeError, require_conversion
 from salad_compile.sites.branch import SaladBranch, branches
 
@@ -24,7 +24,7 @@ class MergedProjection:
     cast_error: float
 
 
-def merge_lora(model: nn.Module) -> list[MergedProjection]:
+def merge_lora(model: nn.Module, *, dequantise: bool = False) -> list[MergedProjection]:
     """Fold W + (alpha / rank) B A into the base projections and drop the LoRA parameters, in place.
 
     The sum is taken in fp32 and cast once. In 16-bit weights small updates are partly lost to rounding; the result says
@@ -39,32 +39,22 @@ def merge_lora(model: nn.Module) -> list[MergedProjection]:
     require_conversion(bool(known), type(bare).__name__)
     if not any(branch.lora_roles for branch in known):
         raise MergeError("this model has no LoRA: converted with lora_rank=0, or merged before.")
-    work = [item for branch in known for item in mergeable(bare, branch)]
+    work = [item for branch in known for item in mergeable(bare, branch, dequantise=dequantise)]
+    require_untied(bare, [name for _, name, _, _ in work])
     merged = [MergedProjection(name, roles, _merge(branch, linear, roles)) for branch, name, linear, roles in work]
     for branch in known:
         _drop_lora(branch)
     return merged
 
 
-def mergeable(model: nn.Module, branch: SaladBranch) -> Iterator[tuple[SaladBranch, str, nn.Linear, tuple[str, ...]]]:
-    """Branch, name, module and roles of each projection with a low-rank update. Raises MergeError."""
-    for first, roles in branch.record.shared_roles().items():
-        if not any(role in branch.lora_roles for role in roles):
-            continue
-        name = branch.record.projections()[first]
-        linear = model.get_submodule(name)
-        if type(linear) is not nn.Linear or linear.weight.dtype.itemsize < 2 or not linear.weight.is_floating_point():
-            raise MergeError(
-                f"{name!r} is a {type(linear).__name__}: only plain floating-point Linears can be merged. Dequantise, "
-                "or unload the other adapter, first."
-            )
-        yield branch, name, linear, roles
-
-
 def _merge(branch: SaladBranch, linear: nn.Linear, roles: tuple[str, ...]) -> float:
     """Add the update of each role to its share of the weight's rows; returns the relative cast error."""
     with torch.no_grad():
         updates = [_update(branch, role, branch.shares[role], linear) for role in roles]
+        if is_subclass(linear.weight):
+            merged, cast_error = merged_weight(dequantised(linear.weight), torch.cat(updates))
+            linear.weight = nn.Parameter(merged, linear.weight.requires_grad)
+            return cast_error
         merged, cast_error = merged_weight(linear.weight, torch.cat(updates))
         linear.weight.copy_(merged)
         return cast_error

@@ -11,7 +11,8 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.conversion.merge import MergedProjection, mergeable, merged_weight
+from salad_compile.conversion.merge import MergedProjection, merged_weight
+from salad_compile.conversion.mergeable import mergeable, require_untied
 from salad_compile.errors import ExportError, MergeError
 from salad_compile.exchange.component import Component
 from salad_compile.exchange.low_rank import LowRank, is_fused_by_diffusers
@@ -29,10 +30,10 @@ def require_mergeable(model: nn.Module) -> None:
     """Check, before anything is gathered or written, that a checkpoint of the merged model can be written.
 
     Raises:
-        MergeError: quantised, or wrapped by another adapter. ExportError: another layout than from_pretrained builds.
+        MergeError: quantised, tied, or wrapped by another adapter. ExportError: from_pretrained builds another layout.
     """
     for branch in branches(model).values():
-        list(mergeable(model, branch))
+        require_untied(model, [name for _, name, _, _ in mergeable(model, branch)])
         for name in branch.record.projections().values():
             if is_fused_by_diffusers(model, name):
                 raise ExportError(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import salad_compile
 from salad_compile.errors import BaseModelMismatchError, MergeError, NotConvertedError
@@ -62,3 +65,107 @@ def test_what_cannot_be_merged_is_refused() -> None:
     randomise_branches(without)
     with pytest.raises(MergeError, match="no LoRA"):
         salad_compile.merge_lora(without)
+
+
+class Quantised(torch.Tensor):
+    """A weight in int8 with one scale, as quantisers have it: a wrapper without storage, which shows another dtype."""
+
+    @staticmethod
+    def __new__(cls, weight: Tensor) -> Quantised:
+        made: Quantised = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+        return made
+
+    def __init__(self, weight: Tensor) -> None:
+        self.scale = weight.detach().abs().max() / 127
+        self.numbers = (weight.detach() / self.scale).round().to(torch.int8)
+
+    def dequantize(self) -> Tensor:
+        return self.numbers.float() * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        return func(*tree_map_only(cls, cls.dequantize, args), **(kwargs or {}))
+
+
+class Unreadable(Quantised):
+    def dequantize(self) -> Tensor:
+        raise NotImplementedError("no kernel")
+
+
+def quantise(linear: torch.nn.Linear, kind: type[Quantised]) -> None:
+    linear.weight = torch.nn.Parameter(kind(linear.weight), requires_grad=False)
+
+
+def test_a_quantised_weight_is_refused_before_anything_is_written() -> None:
+    case, model = CASES["Wan"], converted()
+    quantise(model.blocks[1].attn1.to_k, Quantised)
+    expected = run(model, case.inputs(0), case.output, gradients=False).output
+    with pytest.raises(MergeError, match=r"blocks\.1\.attn1\.to_k.*Quantised.*dequantise=True"):
+        salad_compile.merge_lora(model)
+    assert torch.equal(run(model, case.inputs(0), case.output, gradients=False).output, expected)
+
+    merged = salad_compile.merge_lora(model, dequantise=True)
+    assert len(merged) == 8
+    assert type(model.blocks[1].attn1.to_k.weight) is torch.nn.Parameter
+    assert relative_error(run(model, case.inputs(0), case.output, gradients=False).output, expected) < 1e-5
+
+    model = converted()
+    quantise(model.blocks[1].attn1.to_k, Unreadable)
+    before = model.blocks[0].attn1.to_q.weight.clone()
+    with pytest.raises(MergeError, match="cannot be dequantised: NotImplementedError: no kernel"):
+        salad_compile.merge_lora(model, dequantise=True)
+    assert torch.equal(model.blocks[0].attn1.to_q.weight, before)
+
+
+def tie_inside(model: Any) -> None:
+    model.blocks[0].attn1.to_k.weight = model.blocks[0].attn1.to_q.weight
+
+
+def tie_across(model: Any) -> None:
+    model.blocks[1].attn1.to_v.weight = model.blocks[0].attn1.to_v.weight
+
+
+def tie_to_other_modules(model: Any) -> None:
+    model.blocks[1].attn2.to_q.weight = model.blocks[0].attn1.to_q.weight
+
+
+def share_a_module(model: Any) -> None:
+    model.blocks[1].attn1.to_q = model.blocks[0].attn1.to_q
+
+
+def view_one_memory(model: Any) -> None:
+    both = torch.randn(36, 24)
+    model.blocks[0].attn1.to_q.weight = torch.nn.Parameter(both[:24])
+    model.blocks[1].attn1.to_q.weight = torch.nn.Parameter(both[12:])
+
+
+@pytest.mark.parametrize("tie", [tie_inside, tie_across, tie_to_other_modules, share_a_module, view_one_memory])
+def test_tied_projections_are_refused_by_name(tie: Any) -> None:
+    model = converted()
+    tie(model)
+    before = fingerprint(model)
+    with pytest.raises(MergeError, match=r"'blocks\.[01]\.attn1\.to_.\.weight' shares its memory with 'blocks"):
+        salad_compile.merge_lora(model)
+    assert_unchanged(model, before)
+
+
+def test_neighbours_in_one_memory_are_not_tied() -> None:
+    model = converted()
+    both = torch.randn(48, 24)
+    model.blocks[0].attn1.to_q.weight = torch.nn.Parameter(both[:24])
+    model.blocks[1].attn1.to_q.weight = torch.nn.Parameter(both[24:])
+    assert len(salad_compile.merge_lora(model)) == 8
+
+
+def test_a_weight_that_is_elsewhere_or_computed_is_refused(tmp_path: Path) -> None:
+    model = converted()
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[1].attn1.to_q)
+    with pytest.raises(MergeError, match=r"blocks\.1\.attn1\.to_q"):
+        salad_compile.merge_lora(model)
+    accelerate = pytest.importorskip("accelerate")
+    model = converted()
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(MergeError, match="merge before offloading"):
+        salad_compile.merge_lora(model)
