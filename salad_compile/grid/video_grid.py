@@ -31,7 +31,7 @@ from salad_compile.grid.sizes import Grid
 Orders = Mapping[str, Tensor]
 
 
-class _Running(threading.local):
+class _Running:
     """What runs in a thread.
 
     Attributes:
@@ -47,6 +47,13 @@ class _Running(threading.local):
         self.task: int | None = None
 
 
+class _Threads(threading.local):
+    """What runs in each thread: an object of its own, because Dynamo loses what is written into a threading.local."""
+
+    def __init__(self) -> None:
+        self.running = _Running()
+
+
 class VideoGrid:
     """One for each converted model.
 
@@ -56,15 +63,20 @@ class VideoGrid:
 
     Attributes:
         size: of the latest forward, for pictures.
-        running: what this thread runs.
     """
 
     def __init__(self, source: GridSource, makers: Iterable[OrderOf]) -> None:
         self.source = source
         self.makers = {make.__name__: make for make in makers}
         self.size: Grid | None = None
-        self.running = _Running()
+        self._threads = _Threads()
         self._sizes: set[Grid] = set()  # of all forwards, up to two of them
+
+    @property
+    def running(self) -> _Running:
+        """What this thread runs."""
+        running: _Running = self._threads.running
+        return running
 
     def read(self, inputs: Mapping[str, Any]) -> tuple[Grid, Orders]:
         """The grid and the orders for a forward with these arguments."""
@@ -116,10 +128,10 @@ class VideoGrid:
         running.orders, running.size, running.task = orders, grid, task
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "running"}
+        return {name: value for name, value in self.__dict__.items() if name != "_threads"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, running=_Running())
+        self.__dict__.update(state, _threads=_Threads())
 
 
 class RootForward:

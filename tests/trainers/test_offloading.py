@@ -146,3 +146,12 @@ def test_a_cache_before_conversion(name: str) -> None:
             assert relative_error(output(model), output(converted())) < SAME
     model.disable_cache()
     assert relative_error(output(model), output(converted())) < SAME, "the cache took ours with it"
+
+
+def test_a_hook_that_breaks_the_graph_leaves_the_token_order() -> None:
+    torch._dynamo.reset()
+    model = converted()
+    model.blocks[0].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    compiled = torch.compile(model, backend="salad", options={"lowering": "eager"})
+    assert relative_error(output(compiled), output(converted())) < SAME
+    torch._dynamo.reset()
