@@ -20,7 +20,7 @@ from torch import fx
 from salad_compile.passes.provenance import erase_dead
 
 # Not documented: what Dynamo makes of a Function's `apply`. Seen in torch 2.11 and 2.13;
-# tests/passes/test_open_functions.py fails when it changes.
+# tests/salad_compile/calls/test_flash_family.py fails when it changes.
 APPLY = torch.ops.higher_order.autograd_function_apply
 _DETACH = ("detach", "detach_", torch.detach, torch.Tensor.detach)
 _VALUES = ("example_value", "val")

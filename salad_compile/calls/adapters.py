@@ -181,7 +181,7 @@ def plain_target(target: Any) -> Any:
     whole = getattr(target, "salad_attention", None)
     if whole is None and getattr(target, "__name__", "") == "trampoline_autograd_apply":
         # how Dynamo calls a Function that it keeps whole; private, seen in torch 2.11 and 2.13;
-        # tests/salad_compile/calls/test_autograd_functions.py fails when it changes
+        # tests/salad_compile/calls/test_flash_family.py fails when it changes
         function = inspect.getclosurevars(target).nonlocals.get("fn_cls")
         whole = None if function is None else autograd_functions.applied(function)
     return target if whole is None else whole

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 # The code of `apply` is exchanged: whoever has a bound method of it has this function. It is public, that it is one in
-# Python is not: seen in torch 2.11 and 2.13; tests/salad_compile/calls/test_autograd_functions.py fails when it is not.
+# Python is not: seen in torch 2.11 and 2.13; tests/salad_compile/calls/test_flash_family.py fails when it is not.
 _apply: Any = torch.autograd.Function.__dict__["apply"].__func__
 _real_apply = types.FunctionType(_apply.__code__, _apply.__globals__, "apply", _apply.__defaults__, _apply.__closure__)
 _real_apply.__kwdefaults__ = _apply.__kwdefaults__

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Private. Seen in torch 2.11 and 2.13; tests/salad_compile/calls/test_opaque_calls.py fails when it moves.
+# Private. Seen in torch 2.11 and 2.13; tests/salad_compile/calls/test_flash_family.py fails when it moves.
 from torch._subclasses.fake_tensor import is_fake
 
 _functions: dict[str, Callable[..., Any]] = {}
@@ -107,7 +107,7 @@ def _attention_function_backward_fake(grad: Tensor, tensors: list[Tensor], recip
 def _recording() -> Iterator[None]:
     """Autograd inside an operator, which runs below it.
 
-    The key and the functions are private: seen in torch 2.11 and 2.13; tests/salad_compile/calls/test_opaque_calls.py.
+    The key and the functions are private: seen in torch 2.11 and 2.13; tests/salad_compile/calls/test_flash_family.py.
     """
     key = torch._C.DispatchKey.AutogradFunctionality
     before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)

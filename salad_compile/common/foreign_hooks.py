@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-# Private names. Seen in accelerate 1.15 and diffusers 0.42; tests/salad_compile/common/test_foreign_hooks.py fails when
+# Private names. Seen in accelerate 1.15 and diffusers 0.42; tests/trainers/test_offloading.py fails when
 # they move. accelerate: the hook of a module and the forward that it wraps. diffusers: the registry of a module's
 # hooks, and of each hook what it calls.
 _ACCELERATE_HOOK, _ACCELERATE_FORWARD = "_hf_hook", "_old_forward"

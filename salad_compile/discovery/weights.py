@@ -20,7 +20,7 @@ def keep_values(model: nn.Module) -> Iterator[None]:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if type(t.data) is Tensor}
     before = [(tensor, tensor.data) for tensor in tensors.values()]
     # `_version` is private: how often a tensor was written into. Seen in torch 2.11 and 2.13;
-    # tests/salad_compile/discovery/test_weights.py fails when it moves.
+    # tests/trainers/test_offloading.py fails when it moves.
     buffers = [b for b in model.buffers() if b.device.type != "meta" and not b.is_inference()]
     values = [(buffer, buffer._version, buffer.detach().clone()) for buffer in buffers]
     try:

@@ -192,9 +192,9 @@ class BranchParameters(nn.Module):
 
     def _low_rank(self, role: str, x: Tensor) -> Tensor:
         down, up = (_cast(getattr(self, f"low_rank_{role}_{part}"), x.dtype) for part in ("down", "up"))
-        # a copy: a cast without effect returns its operand, which in torch.export's graphs stands for the mark itself
-        compiling = torch.compiler.is_compiling()
-        scale = self.low_rank_scale.to(x.dtype, copy=True) if compiling else _cast(self.low_rank_scale, x.dtype)
+        # a copy: a cast without effect returns its operand, which in torch.export's graphs stands for the mark itself,
+        # and which may change before the backward pass (distillation sets it to 0 for the dense teacher)
+        scale = self.low_rank_scale.to(x.dtype, copy=True)
         return F.linear(F.linear(x, down), up) * scale
 
     def extra_repr(self) -> str:

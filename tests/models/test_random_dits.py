@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import salad_compile
-from salad_compile.definition import attention
+from salad_compile.definition import linear_branch
 from salad_compile.kernels import measure_executions
 from salad_compile.sites.branch import branches
 from tests.support import TINY, Recorder, assert_same, randomise_branches, relative_error, run, seeded
@@ -252,7 +252,7 @@ def check_sparsity_zero(style: Style, dense: Tensor) -> None:
 def check_zero_projection(style: Style, model: RandomDiT, dense: Tensor) -> None:
     inputs = inputs_of(style)
     salad = run(model, inputs, gradients=False).output
-    with mock.patch.object(attention, "linear_attention", _nothing):
+    with mock.patch.object(linear_branch, "linear_attention", _nothing):
         sparse = run(model, inputs, gradients=False).output
     assert relative_error(salad, sparse) <= 1e-5
     assert relative_error(sparse, dense) > 1e-4, "nothing is sparse: the test is vacuous"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.testing import assert_close
 
-from salad_compile.grid.orders import temporal_order
+from salad_compile.grid.orders import order_and_inverse, temporal_order
 from salad_compile.grid.sizes import Grid
 from salad_compile.kernels import KernelArgumentError, block_sparse_attention, measure_executions, window_blocks
 from salad_compile.kernels.layout import ALL_BLOCKS
@@ -81,9 +81,9 @@ def test_reported_sparsity_is_what_was_computed(sparsity: float) -> None:
     query, key, value = torch.randn(3, 1, 1, tokens, 8, dtype=torch.float64).unbind(0)
     lut, count = window_blocks(query, *blocks, round(1000 * (1 - sparsity)), 0, 0, 0, 0, tokens)
     with measure_executions() as executions:
-        block_sparse_attention(query, key, value, lut, count, None, *blocks, 0.3, None)
+        block_sparse_attention(query, key, value, lut, count, *blocks, 0.3, None)
     visited = torch.autograd.functional.jacobian(
-        lambda v: block_sparse_attention(query, key, v, lut, count, None, *blocks, 0.3, None)[0].sum(-1), value
+        lambda v: block_sparse_attention(query, key, v, lut, count, *blocks, 0.3, None)[0].sum(-1), value
     )
     pairs = int((visited[0, 0, :, 0, 0].abs().sum(-1) > 0).sum())
     assert executions[0].computed_pairs == pairs
@@ -93,9 +93,11 @@ def test_reported_sparsity_is_what_was_computed(sparsity: float) -> None:
 def test_sparsity_zero_is_dense_in_either_order() -> None:
     query, key, value = torch.randn(3, 1, 2, 105, 8, dtype=torch.float64).unbind(0)
     lut, count = window_blocks(query, 32, 16, 1000, 0, 0, 0, 0, 105)
-    order = temporal_order((3, 5, 7))
-    for taken in (None, order):
-        out = block_sparse_attention(query, key, value, lut, count, taken, 32, 16, 8**-0.5, None)[0]
+    order, inverse = order_and_inverse(temporal_order, (3, 5, 7))
+    for taken, back in (None, None), (order, inverse):
+        moved = [x if taken is None else x[:, :, taken] for x in (query, key, value)]
+        out = block_sparse_attention(*moved, lut, count, 32, 16, 8**-0.5, None)[0]
+        out = out if back is None else out[:, :, back]
         assert_close(out, F.scaled_dot_product_attention(query, key, value))
 
 

@@ -120,7 +120,8 @@ def test_dense_comes_back_after_an_error_and_trains_low_rank_updates() -> None:
     gradients: dict[str, Tensor] = {}
     with pytest.raises(RuntimeError, match="inside"):
         fail()
-    assert {name.rsplit(".", 1)[1].split("_")[0] for name in gradients} == {"lora"}
+    assert gradients
+    assert all(name.rsplit(".", 1)[1].startswith("low_rank_") for name in gradients)
     assert torch.equal(output(model), salad)
 
 
