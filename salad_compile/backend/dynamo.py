@@ -106,5 +106,6 @@ def _teach_inductor() -> None:
     from torch._inductor import decomposition
 
     for operator, definition in decompositions().items():
-        decomposition.register_decomposition([operator])(definition)
+        if operator not in decomposition.decompositions:
+            decomposition.register_decomposition([operator])(definition)
     decomposition.fast_random_decomps.cache_clear()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -145,6 +146,7 @@ class RootForward:
         # see `SaladBranch.attach` for why the class's function is kept
         self.original: Callable[..., Any] = type(root).forward if chained is None else chained
         self.bound: tuple[nn.Module, ...] = (root,) if chained is None else ()
+        self.is_allowed_in_graph = is_allowed_in_graph(type(root))
         self.grid = grid
         self.names = tuple(inspect.signature(root.forward).parameters)
 
@@ -161,8 +163,14 @@ class RootForward:
         return type(self).__call__.__code__
 
     def _original(self) -> Callable[..., Any]:
-        """What the root's forward would be without this; caches replace it on the class."""
-        return type(self.bound[0]).forward if self.bound else self.original
+        """What the root's forward would be without this; caches replace it on the class.
+
+        Of a class that is allowed in graphs (diffusers does that), compiled, what it was at conversion: Dynamo does not
+        look `forward` up on such a class.
+        """
+        if not self.bound or (self.is_allowed_in_graph and torch.compiler.is_compiling()):
+            return self.original
+        return type(self.bound[0]).forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         grid, running = self.grid, self.grid.running
@@ -177,6 +185,14 @@ class RootForward:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             grid.bring_along(out, size, orders)
         return out
+
+
+def is_allowed_in_graph(cls: type) -> bool:
+    """Whether `torch._dynamo.allow_in_graph` was called on a class."""
+    # private: is_callable_allowed. Seen in torch 2.13; grid/test_private_names.py fails when it moves. Not imported:
+    # a class is allowed by a call that loads Dynamo.
+    rules = sys.modules.get("torch._dynamo.trace_rules")
+    return rules is not None and bool(rules.is_callable_allowed(cls))
 
 
 def backward_pass() -> int | None:

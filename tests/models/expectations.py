@@ -33,7 +33,7 @@ DENSE: Mapping[str, Dense] = MappingProxyType(
 )
 
 # Parts of names of parameters whose gradient is zero or missing: text that the last block computes and nobody reads.
-_TEXT_OF_THE_LAST_BLOCK = ("salad.lora_text_",)
+_TEXT_OF_THE_LAST_BLOCK = ("salad.low_rank_text_",)
 GAPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     dict.fromkeys(("HunyuanVideo15", "HunyuanVideo15I2V", "Mochi"), _TEXT_OF_THE_LAST_BLOCK)
 )

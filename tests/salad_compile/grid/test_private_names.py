@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch._dynamo
+import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.grid.video_grid import backward_pass
+from salad_compile.grid.video_grid import backward_pass, is_allowed_in_graph
 
 
 def test_a_backward_pass_has_a_number_and_runs_callbacks_at_its_end() -> None:
@@ -27,3 +29,12 @@ def test_a_backward_pass_has_a_number_and_runs_callbacks_at_its_end() -> None:
     assert isinstance(numbers[0], int)
     assert numbers[0] == numbers[1]
     assert ends == ["end", "end"]
+
+
+def test_dynamo_tells_which_classes_are_allowed_in_graphs() -> None:
+    class Allowed(nn.Module):
+        pass
+
+    assert not is_allowed_in_graph(Allowed)
+    torch._dynamo.allow_in_graph(Allowed)
+    assert is_allowed_in_graph(Allowed)

@@ -182,7 +182,7 @@ NO_PADDING = "its attention mask is no key-padding mask: not bool, or not the sa
 @pytest.mark.parametrize("read", [False, True])
 def test_other_masks_stay_dense_with_a_reason(make: MakeMask, reason: str, read: bool) -> None:
     site = site_of(make, read=read)
-    unread = ", as far as can be told on fake tensors" if reason == PER_QUERY and not read else ""
+    unread = ", as far as fake tensors show" if reason == PER_QUERY and not read else ""
     assert (site.eligible, site.reason) == (False, reason + unread)
 
 
