@@ -21,8 +21,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from salad_compile.calls import flex_attention as flex  # register their nodes
-from salad_compile.calls import multihead  # register their nodes
+from salad_compile.calls import (
+    flex_attention,  # register their nodes
+    multihead,  # register their nodes
+)
 from salad_compile.calls.adapters import AttentionArguments, bind, dense_reason, is_attention
 from salad_compile.calls.softmax_products import ManualAttention
 from salad_compile.config import BackendOptions
@@ -43,7 +45,7 @@ from salad_compile.passes.provenance import example_value, find_tag, is_dead, ma
 from salad_compile.sites.markers import DENSE, NO_ORDER, SITES, TAGS
 from salad_compile.sites.outside_owner import twice_error
 
-_REGISTERED = (flex, multihead)
+_REGISTERED = (flex_attention, multihead)
 
 _IN_FUNCTION = "other attention in its autograd Function stays dense"
 CROSS_ATTENTION, LEFT_BY_CONVERSION = "cross-attention", "the conversion left it dense"

@@ -23,7 +23,7 @@ from salad_compile.kernels.listening import listen
 from salad_compile.kernels.rows import decompositions
 from salad_compile.passes.driver import run_passes
 from salad_compile.passes.report import GraphReport
-from salad_compile.sites import frozen_warning as frozen
+from salad_compile.sites import frozen_warning
 
 _recorders: list[list[GraphReport]] = []
 
@@ -56,7 +56,7 @@ def salad(
     """
     know_functions()  # what was imported since then
     parsed = BackendOptions.from_options(options)
-    frozen.tell_of_inputs(example_inputs)
+    frozen_warning.tell_of_inputs(example_inputs)
     report = run_passes(gm, parsed, example_inputs)
     for recorder in _recorders:
         recorder.append(report)

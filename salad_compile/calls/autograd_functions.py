@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import types
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
+from salad_compile.calls.code_exchange import CodeExchange
+
 # The code of `apply` is exchanged: whoever has a bound method of it has this function. It is public, that it is one in
 # Python is not: seen in torch 2.11 and 2.13; tests/salad_compile/calls/test_flash_family.py fails when it is not.
 _apply: Any = torch.autograd.Function.__dict__["apply"].__func__
@@ -27,8 +28,7 @@ _real_apply = types.FunctionType(_apply.__code__, _apply.__globals__, "apply", _
 _real_apply.__kwdefaults__ = _apply.__kwdefaults__
 
 _closed: ContextVar[bool] = ContextVar("salad_compile.inside_function", default=False)
-_lock = threading.Lock()
-_users = 0
+_exchange_of_apply = CodeExchange(_apply)
 _in_graphs = False
 
 
@@ -84,17 +84,8 @@ def leave_function() -> None:
 @contextlib.contextmanager
 def seen_by_modes() -> Iterator[None]:
     """Let function modes see into autograd Functions. Other threads run theirs as ever."""
-    global _users
-    with _lock:
-        _users += 1
-        _apply.__code__ = _exchange_code()
-    try:
+    with _exchange_of_apply.hold(_exchange_code()):
         yield
-    finally:
-        with _lock:
-            _users -= 1
-            if not _users:
-                _apply.__code__ = _real_apply.__code__
 
 
 @functools.cache

@@ -10,7 +10,6 @@ Other threads that call flex_attention meanwhile get the real one; what they com
 from __future__ import annotations
 
 import contextlib
-import threading
 import types
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -26,6 +25,7 @@ from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE, _identit
 from torch.overrides import handle_torch_function, has_torch_function
 
 from salad_compile.calls.adapters import AttentionArguments, adapter_of
+from salad_compile.calls.code_exchange import CodeExchange
 
 _SCORE_MOD, _BLOCK_MASK = "it has a score_mod of its own", "it has a block mask of its own"
 
@@ -36,25 +36,17 @@ real_flex_attention: Callable[..., Any] = types.FunctionType(
 real_flex_attention.__kwdefaults__ = flex_attention.__kwdefaults__
 
 _underneath: ContextVar[Callable[..., Any]] = ContextVar("flex_attention", default=real_flex_attention)
-_lock = threading.Lock()
-_users = 0
+_exchange_of_flex = CodeExchange(flex_attention)
 
 
 @contextlib.contextmanager
 def seen_by_modes(underneath: Callable[..., Any]) -> Iterator[None]:
     """Let function modes see calls of flex_attention; `underneath` answers what no mode answers."""
-    global _users
     token = _underneath.set(underneath)
-    with _lock:
-        _users += 1
-        flex_attention.__code__ = _exchange.__code__
     try:
-        yield
+        with _exchange_of_flex.hold(_exchange.__code__):
+            yield
     finally:
-        with _lock:
-            _users -= 1
-            if not _users:
-                flex_attention.__code__ = real_flex_attention.__code__
         _underneath.reset(token)
 
 

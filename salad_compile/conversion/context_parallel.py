@@ -17,7 +17,7 @@ import torch.nn as nn
 from salad_compile.common.wrappers import single_model
 from salad_compile.definition import patterns
 from salad_compile.errors import ConfigError, require_conversion
-from salad_compile.kernels.exchange import api as head_exchange
+from salad_compile.kernels.exchange import group_name, members
 from salad_compile.sites.branch import SaladBranch, branches
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def parallelise(model: Model) -> Model:
     bare = single_model(model, "parallelise")
     known = branches(bare)
     require_conversion(bool(known), type(bare).__name__)
-    name = head_exchange.group_name(_group_of(bare))
+    name = group_name(_group_of(bare))
     for branch in known.values():
-        if fault := _fault(branch, head_exchange.members(name)):
+        if fault := _fault(branch, members(name)):
             raise ConfigError(f"{branch.record.owner!r} cannot run across processes: {fault}.")
     owners = {bare.get_submodule(branch.record.owner): branch for branch in known.values()}
     processors = _processors(bare, owners)

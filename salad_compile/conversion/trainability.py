@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from salad_compile.common.wrappers import bare_components
-from salad_compile.sites import frozen_warning as frozen
+from salad_compile.sites import frozen_warning
 from salad_compile.sites.branch import branches_in
 
 __all__ = ["set_trainable"]
@@ -29,5 +29,5 @@ def set_trainable(model: Any, on: bool = True) -> int:
     known = [branch for _, branch in branches_in(bare_components(model))]
     for branch in known:
         branch.requires_grad_(on)
-        frozen.settle(branch, settled=not on)
+        frozen_warning.settle(branch, settled=not on)
     return sum(parameter.numel() for branch in known for parameter in branch.parameters())

@@ -185,11 +185,8 @@ class SaladBranch(Site):
 
         It calls this module, so that hooks that move parameters into place for their module's forward do so for ours.
         """
-        if (
-            torch.compiler.is_compiling()
-        ):  # graphs name modules by the way to their call, and this is none of the model's
-            return self.forward(*args, **kwargs)
-        return self(*args, **kwargs)
+        # not in graphs: they name modules by the way to their call, and this way is none of the model's
+        return self.forward(*args, **kwargs) if torch.compiler.is_compiling() else self(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The owner's forward. Compiled: the original, announced to the passes. Uncompiled: under the eager twin."""

@@ -16,7 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import salad_compile
 from salad_compile.backend.dynamo import record_graphs
-from salad_compile.calls import adapters as attention_call
+from salad_compile.calls import adapters
 from salad_compile.config import BackendOptions
 from salad_compile.errors import ConfigError, SaladError, SiteLostError
 from salad_compile.kernels import measure_executions
@@ -171,7 +171,7 @@ def test_key_padding_that_conversion_did_not_see_is_obeyed() -> None:
 def test_dropout_of_a_converted_site_is_left_out_with_one_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_call, "_warned_of_dropout", set())
+    monkeypatch.setattr(adapters, "_warned_of_dropout", set())
     model = converted()
     expected = model(toys.tokens())
     for layer in model.layers:
@@ -189,7 +189,7 @@ def test_dropout_of_a_converted_site_is_left_out_with_one_warning(
 def test_the_compiler_alone_warns_of_dropout_too(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_call, "_warned_of_dropout", set())
+    monkeypatch.setattr(adapters, "_warned_of_dropout", set())
     model = converted(toys.SelfAttention(toys.dropped))
     torch._dynamo.reset()
     with caplog.at_level(logging.WARNING, "salad_compile"):
