@@ -8,6 +8,8 @@ import functools
 import json
 import logging
 import os
+import secrets
+import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ logger = logging.getLogger("salad_compile.kernels.tuning")
 T = TypeVar("T", bound=Hashable)
 
 _FORMAT = 1  # of the file; others are ignored
+_LEFT_SECONDS = 3600  # writing takes milliseconds
 # What `choose` looks at first: (operator, key, device) -> the fastest candidate, or None where nothing was measured.
 _known: dict[tuple[object, ...], Any] = {}
 # What this process measured, as in the file: entry name -> the fields of the fastest candidate.
@@ -177,9 +180,12 @@ def _write() -> None:
     content = {"format": _FORMAT, "entries": dict(sorted((_read(path) | _measured).items()))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"tuning-{os.getpid()}.tmp")
+        temporary = path.with_name(f"tuning-{secrets.token_hex(8)}.tmp")
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(temporary, path)
+        for left in path.parent.glob("tuning-*.tmp"):  # of processes that were killed while they wrote
+            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                left.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(f"tuned launch settings are not kept: {error}", stacklevel=2)
 

@@ -45,7 +45,10 @@ def add_model(parser: argparse.ArgumentParser, *, weights: bool, option: bool = 
         group.add_argument("model", metavar="MODEL", help=what)
     group.add_argument("--component", metavar="NAME", help="of a pipeline: transformer (the default) or transformer_2")
     group.add_argument(
-        "--class", dest="class_name", metavar="CLASS", help="the class, where config.json does not say it"
+        "--class",
+        dest="class_name",
+        metavar="CLASS",
+        help="the class, where config.json does not say it: of diffusers, or module:Class, whose code runs",
     )
     group.add_argument("--config", metavar="FILE", help="with module:Class: a JSON file of its arguments")
     group.add_argument("--dtype", choices=DTYPES, help="of the parameters; default: as the weights are stored")

@@ -7,6 +7,9 @@ A source is one of
     a JSON file                                   a configuration alone; its _class_name or `class_name` says the class
     module:Class or file.py:Class                 a class of one's own; `config` is a JSON file of its arguments
     owner/name                                    a repository on the Hugging Face Hub, in one of the first two forms
+
+No file runs code: _class_name is the name of a model of diffusers and nothing else. Only what the caller names himself,
+as the source or as `class_name`, is imported.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from salad_compile.common.files import read_json
+from salad_compile.common.logs import logger
 from salad_compile.errors import HubError, MissingPackageError, ModelSourceError, did_you_mean
 from salad_compile.salad_files.location import is_repository_id
 
@@ -129,7 +133,7 @@ def find_model(
         return _of_config(read_json(path), str(path), class_name)
     if ":" in text:
         given = {} if config is None else read_json(Path(config))
-        return ModelSource(text, lambda: import_name(text), given, None)
+        return ModelSource(text, lambda: _own_class(text), given, None)
     if is_repository_id(text):
         return _in_directory(_download(text, component, with_weights), component, class_name)
     raise ModelSourceError(
@@ -209,20 +213,41 @@ def _in_directory(path: Path, component: str, class_name: str | None) -> ModelSo
 
 
 def _has_component(index: Mapping[str, Any], name: str) -> bool:
-    return bool(index.get(name)) and index[name][0] is not None  # Wan 2.1 lists its second expert as [null, null]
+    listed = index.get(name)  # Wan 2.1 lists its second expert as [null, null]
+    return isinstance(listed, list) and bool(listed) and listed[0] is not None
 
 
 def _of_config(values: Mapping[str, Any], name: str, class_name: str | None) -> ModelSource:
+    if class_name is not None and ":" in class_name:
+        logger.warning("--class %s: the code of %s runs", class_name, class_name.rpartition(":")[0])
+        own = {key: value for key, value in values.items() if not key.startswith("_")}
+        return ModelSource(name, lambda: _own_class(class_name), own, None)
     stated = class_name or values.get("_class_name")
     if not isinstance(stated, str):
         raise ModelSourceError(
             f"{name} does not say which class it configures (no _class_name): name it, --class WanTransformer3DModel "
             "or --class module:Class."
         )
-    if ":" in stated:
-        own = {key: value for key, value in values.items() if not key.startswith("_")}
-        return ModelSource(name, lambda: import_name(stated), own, None)
+    if not stated.isidentifier():  # a file, perhaps a downloaded one, must not choose what is imported
+        raise ModelSourceError(
+            f"{name} says _class_name {stated[:80]!r}, which is no model of diffusers: nothing else is imported "
+            "for a file. If you trust that code, name it yourself: --class module:Class."
+        )
     return ModelSource(name, lambda: _diffusers_class(stated), values, None)
+
+
+def _own_class(reference: str) -> Any:
+    """A class that the caller names.
+
+    Raises:
+        ModelSourceError: it cannot be imported, or is no module of torch.
+    """
+    import torch.nn as nn
+
+    cls = import_name(reference)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ModelSourceError(f"{reference!r} is {cls!r:.80}, and not a class of models (torch.nn.Module).")
+    return cls
 
 
 def _diffusers_class(name: str) -> Any:
@@ -233,7 +258,7 @@ def _diffusers_class(name: str) -> Any:
             f"{name} is a class of diffusers, which is not installed: pip install 'salad-compile[diffusers]'."
         ) from error
     cls = getattr(diffusers, name, None)
-    if cls is None or not hasattr(cls, "from_config"):
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         hint = did_you_mean(name, (known for known in dir(diffusers) if known.endswith("Model")))
         raise ModelSourceError(f"diffusers {diffusers.__version__} has no model class {name!r}.{hint}")
     return cls
@@ -315,12 +340,27 @@ def _from_pretrained(cls: Any, found: ModelSource, dtype: torch.dtype | None) ->
 
     _silence_progress()
     assert found.directory is not None
+    _require_shards_inside(found.directory)
     dtype = dtype or stored_dtype(found.directory) or torch.float32
     try:
         model: nn.Module = cls.from_pretrained(str(found.directory), torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelSourceError(f"the weights of {found.name} cannot be read: {error}") from error
     return model
+
+
+def _require_shards_inside(directory: Path) -> None:
+    """Raises ModelSourceError for an index of weights that names files elsewhere."""
+    for index in sorted(directory.glob("*.index.json")):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ModelSourceError(f"{index} has no weight_map from names of tensors to names of files.")
+        for name in sorted(set(shards.values())):
+            place = PurePosixPath(name)
+            if place.is_absolute() or ".." in place.parts or "\\" in name:
+                raise ModelSourceError(
+                    f"{index} names {name!r}, which leads out of {directory}: nothing is read there."
+                )
 
 
 def _silence_progress() -> None:

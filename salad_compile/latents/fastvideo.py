@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salad_compile.common.inside import require_inside
 from salad_compile.errors import LatentLayoutError, MissingPackageError
 from salad_compile.latents.item import LatentItem
 from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, strip_padding, unique_names
@@ -73,6 +74,8 @@ class FastVideoSource(LatentSource):
         for file in parquet_files(path):
             place = file.relative_to(path).as_posix() if path.is_dir() else file.name
             try:
+                if path.is_dir():
+                    require_inside(path, file)
                 table = _small_columns(file)
             except LatentLayoutError:
                 raise

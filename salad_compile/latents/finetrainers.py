@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salad_compile.common.inside import require_inside
 from salad_compile.latents.item import LatentItem, Shape
 from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, strip_padding
 from salad_compile.latents.statistics import WAN_2_1
@@ -88,6 +89,8 @@ def _head(file: Path) -> tuple[Shape | None, str | None, Tensor | None]:
     if not _text_file(file).exists():
         return None, f"its text is missing: no {_text_file(file).name}", None
     try:
+        for part in (file, _text_file(file)):
+            require_inside(file.parent, part)
         values = _load(file)
         sizes = _posterior_mean(values).shape
         shape = as_latent_shape(sizes) if len(sizes) == 4 else None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from salad_compile.common.files import name_failures
+from salad_compile.common.inside import require_inside
 from salad_compile.latents.item import LatentItem, Shape
 from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, unique_names
 from salad_compile.latents.statistics import WAN_2_1
@@ -125,6 +126,8 @@ def _head(latent_file: Path, text_file: Path) -> tuple[str, Shape | None, str | 
     name: str = match["name"]
     shape: Shape | None = None
     try:
+        for file in (latent_file, text_file):
+            require_inside(latent_file.parent, file)
         with open_tensors(latent_file) as content:
             name = (content.metadata() or {}).get(_NAME, name)
             key = _latent_key(content)

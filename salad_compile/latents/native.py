@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from salad_compile.common.files import name_failures
+from salad_compile.common.inside import inside
 from salad_compile.errors import LatentItemError, LatentLayoutError
 from salad_compile.latents.item import LatentItem
 from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, check_item, item_error
@@ -153,7 +154,7 @@ class NativeSource(LatentSource):
         record = self._records[index]
         name = record["name"]
         try:
-            with open_tensors(self._path / record["file"]) as content:
+            with open_tensors(inside(self._path, record["file"])) as content:
                 latent, text = content.get_tensor("latent"), content.get_tensor("text")
         except Exception as error:  # whatever a damaged file makes safetensors raise
             raise item_error(name, str(error)) from error
@@ -163,7 +164,10 @@ class NativeSource(LatentSource):
 
     def _entry(self, record: dict[str, Any]) -> Entry:
         name, shape = record["name"], as_latent_shape(record["shape"])
-        file = self._path / record["file"]
+        try:
+            file = inside(self._path, record["file"])
+        except ValueError as error:
+            return Entry(name, shape, str(error))
         size = file.stat().st_size if file.exists() else None
         if size is None:
             return Entry(name, shape, f"{record['file']} is missing")

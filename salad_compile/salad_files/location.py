@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from salad_compile.errors import HubError
+from salad_compile.common.inside import require_inside
+from salad_compile.errors import CorruptFileError, HubError
 
 FILE_NAME = "salad.safetensors"
 
@@ -38,7 +39,10 @@ def _find_in(directory: Path) -> Path:
         deeper = sorted(str(found.parent) for found in directory.glob(f"*/{FILE_NAME}"))
         hint = f" An export of several models has one for each: pass {' or '.join(deeper)}." if deeper else ""
         raise FileNotFoundError(f"no SALAD file at {file}.{hint}")
-    return file
+    try:
+        return require_inside(directory, file)
+    except ValueError as error:
+        raise CorruptFileError(f"{directory}: {error}.") from error
 
 
 def _download(repository: str) -> Path:
