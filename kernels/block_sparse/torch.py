@@ -10,12 +10,16 @@ from ..checks import accumulation_dtype
 from ..layout import ALL_BLOCKS, empty_bshd
 from ..selection import Selection
 from .chunks import KeyLists, Plan, Scratch, from_blocks, head_groups, valid_blocks
+from .whole import attend_whole
 
 
 def block_sparse_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, selection: Selection
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.block_sparse_attention`."""
+    attended = attend_whole(query, key, value, selection)
+    if attended is not None:
+        return attended
     lut, count, query_block, key_block, scale, key_mask = selection
     batch, heads, tokens, head_dim = query.shape
     dtype = accumulation_dtype(query.dtype)

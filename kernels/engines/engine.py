@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple, Protocol
@@ -74,6 +75,7 @@ class Engine(Protocol):
         ...
 
 
+@functools.cache
 def implementation(operator: str, engine: str) -> Any:
     """The function that computes an operator. Imported on first use: Triton takes a second."""
     module = importlib.import_module(f"...{FOLDERS[operator]}.{engine}", __name__)

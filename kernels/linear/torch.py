@@ -10,6 +10,7 @@ import torch
 
 from ..checks import accumulation_dtype
 from ..layout import empty_bshd
+from . import reference
 from .absent import absent
 from .feature_maps import find_feature_map
 
@@ -43,6 +44,8 @@ def linear_state(
     rotated_key: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.linear_state`."""
+    if key.numel() <= _CHUNK_ELEMENTS:  # one chunk of all
+        return reference.linear_state(key, value, feature_map, key_mask, rotated_key)
     phi, _ = find_feature_map(feature_map)
     dtype = accumulation_dtype(key.dtype)
     batch, heads, _, head_dim = key.shape
@@ -103,6 +106,8 @@ def linear_output(
     phi, _ = find_feature_map(feature_map)
     batch, heads, tokens, _ = query.shape
     out = empty_bshd(query, batch, heads, tokens, state.shape[-1])
+    if query.numel() <= _CHUNK_ELEMENTS:
+        return out.copy_(reference.linear_output(query, state, key_sum, feature_map, eps, rotated_query))
     state, key_sum = state.contiguous(), key_sum.contiguous()
     for b, run in _chunks(query):
         features = phi(query[b, :, run].to(state.dtype))

@@ -1,5 +1,7 @@
 """The fast plain-torch engine of routing. Runs on any device; tuned for the CPU."""
 
+import functools
+
 import torch
 
 from ..checks import accumulation_dtype
@@ -20,11 +22,13 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
         torch.sum(rows, dim=3, dtype=dtype, out=pooled[:, :, :full])
     if full * block < tokens:
         torch.sum(x[:, :, full * block :], dim=2, dtype=dtype, out=pooled[:, :, full])
-    if key_mask is None:
-        seen = _rows(torch.ones(1, tokens, dtype=torch.bool, device=x.device), block)
-    else:
-        seen = _rows(key_mask, block).clamp_(min=1)
-    return pooled.div_(seen[:, None, :, None])
+    if key_mask is not None:
+        return pooled.div_(_rows(key_mask, block).clamp_(min=1)[:, None, :, None])
+    if full:
+        pooled[:, :, :full].div_(block)
+    if full * block < tokens:
+        pooled[:, :, full].div_(tokens - full * block)
+    return pooled
 
 
 def select_blocks(
@@ -45,9 +49,10 @@ def select_blocks(
     # An overflow must not tie with a forced block, and NaN must not outrank it: the self block is always selected.
     lowest, highest = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
     scores.nan_to_num_(nan=lowest, posinf=highest, neginf=lowest)
-    _force_overlap(scores, query_block, key_block)
+    scores.masked_fill_(_overlap(*scores.shape[-2:], query_block, key_block, scores.device), float("inf"))
     first, end = touched_blocks(sink_begin, sink_end, key_block)
-    scores[..., first:end] = float("inf")
+    if first < end:
+        scores[..., first:end] = float("inf")
     keep = slots
     if permille is not None:
         keep = kept_now(int(permille), slots, key_blocks, query_block, key_block, end - first)
@@ -56,9 +61,10 @@ def select_blocks(
         count = torch.full(lut.shape[:3], slots, dtype=torch.int32, device=lut.device)
     else:
         lut, count = _among_valid(scores, slots, keep, key_mask, key_block)
-    text = slice(*touched_blocks(sink_begin, sink_end, query_block))
-    lut[:, :, text] = torch.arange(slots, dtype=torch.int32, device=lut.device)
-    count[:, :, text] = ALL_BLOCKS
+    if sink_begin < sink_end:
+        text = slice(*touched_blocks(sink_begin, sink_end, query_block))
+        lut[:, :, text] = torch.arange(slots, dtype=torch.int32, device=lut.device)
+        count[:, :, text] = ALL_BLOCKS
     return lut, count
 
 
@@ -90,10 +96,11 @@ def _among_valid(
     return lut.masked_fill_(lut == key_blocks, 0).to(torch.int32), found.sum(dim=-1).to(torch.int32)
 
 
-def _force_overlap(scores: torch.Tensor, query_block: int, key_block: int) -> None:
-    """Set the score of every key block that overlaps its query block to +inf, in place."""
-    query_blocks, key_blocks = scores.shape[-2:]
-    query_start = torch.arange(query_blocks, device=scores.device)[:, None] * query_block
-    key_start = torch.arange(key_blocks, device=scores.device)[None, :] * key_block
-    overlap = (key_start < query_start + query_block) & (query_start < key_start + key_block)
-    scores.masked_fill_(overlap, float("inf"))
+@functools.lru_cache(maxsize=8)  # every layer asks for the same
+def _overlap(
+    query_blocks: int, key_blocks: int, query_block: int, key_block: int, device: torch.device
+) -> torch.Tensor:
+    """bool (Mq, Mk), True where a key block overlaps the query block."""
+    query_start = torch.arange(query_blocks, device=device)[:, None] * query_block
+    key_start = torch.arange(key_blocks, device=device)[None, :] * key_block
+    return (key_start < query_start + query_block) & (query_start < key_start + key_block)
