@@ -121,6 +121,10 @@ class ShapeMismatchError(CheckpointError):
     """A tensor of the file has another shape than its parameter."""
 
 
+class DtypeMismatchError(CheckpointError):
+    """A tensor of the file is of another kind than its parameter: integers, or a storage format of 8 bits."""
+
+
 class WriteError(SaladError, OSError):
     """A file or directory could not be written; `errno` says why, and what was there before is as it was."""
 

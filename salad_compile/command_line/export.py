@@ -10,6 +10,8 @@ from typing import Any
 from salad_compile.command_line import model_arguments
 from salad_compile.command_line.output import show
 from salad_compile.common.files import read_json
+from salad_compile.common.schema import DIGEST, SummaryFields, decode_file, fields_of
+from salad_compile.errors import ConfigError
 from salad_compile.exchange.formats import FORMATS
 
 HELP = """\
@@ -83,4 +85,7 @@ def _read_training(arguments: argparse.Namespace) -> dict[str, Any] | None:
         return read_json(Path(arguments.training))
     beside = Path(arguments.salad)
     file = (beside if beside.is_dir() else beside.parent) / TRAINING
-    return read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    known = fields_of(decode_file(SummaryFields, file, ConfigError))
+    return {name: value for name, value in known.items() if name != DIGEST}

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from salad_compile.common.schema import LARGEST_FILE
 from salad_compile.errors import ConfigError, SaladError, WriteError
 
 
@@ -83,9 +84,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it holds something else. OSError: it cannot be read.
     """
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise ConfigError(f"{path} is not a file of settings: it has {size:,} bytes.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold an object with names and values, and holds a {type(values).__name__}.")

@@ -168,6 +168,8 @@ def attach(
         dense: query projections of self-attention that stays dense; the backend must not take it for unconverted.
         rule: how to read the video's token grid from the arguments of the model's forward.
     """
+    dense = tuple(dense)
+    require_names(model, [branch.record for branch in prepared], dense)
     grid = None if rule is None else VideoGrid(rule, [branch.pattern.order for branch in prepared])
     switch = DenseSwitch()
     if not config.train_base:
@@ -190,6 +192,24 @@ def attach(
             continue  # of an nn.MultiheadAttention that stays whole, which the passes leave alone
         base_layer(model.get_submodule(name)).register_forward_hook(leave_dense)
     logger.info("converted %d sites of %s at sparsity %s", len(prepared), type(model).__name__, config.sparsity)
+
+
+def require_names(model: nn.Module, records: Sequence[SiteRecord], dense: Iterable[str]) -> None:
+    """Resolve every name of a conversion before anything is attached.
+
+    Raises:
+        UnknownProjectionError: the model has no such module.
+    """
+    for record in records:
+        for name in (record.owner, *record.projections().values()):
+            _submodule(model, name, record)
+    for name in dense:
+        try:
+            projection(model, name)
+        except AttributeError as error:
+            raise UnknownProjectionError(
+                f"{type(model).__name__} has no module {name!r}, whose attention was to stay dense."
+            ) from error
 
 
 def dense_projections(model: nn.Module) -> list[str]:

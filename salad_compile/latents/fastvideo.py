@@ -35,6 +35,12 @@ NEEDED = (
     *("vae_latent_bytes", "vae_latent_shape", "vae_latent_dtype"),
     *("text_embedding_bytes", "text_embedding_shape", "text_embedding_dtype"),
 )
+# of the footer, which a damaged length would make as large as memory; pages have a checksum in files of ours
+_BOUNDS: dict[str, Any] = {
+    "thrift_string_size_limit": 1 << 24,
+    "thrift_container_size_limit": 1 << 20,
+    "page_checksum_verification": True,
+}
 _MASK = ("text_attention_mask_bytes", "text_attention_mask_shape", "text_attention_mask_dtype")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -135,7 +141,7 @@ class _Cursor:
     def _read(file: Path, group: int) -> Iterator[Any]:
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20) as content:
+        with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, **_BOUNDS) as content:
             there = set(content.schema_arrow.names)
             columns = [name for name in (*NEEDED, *_MASK, "caption", "fps") if name in there]
             yield from content.iter_batches(batch_size=1, row_groups=[group], columns=columns, use_threads=False)
@@ -178,7 +184,7 @@ def _small_columns(file: Path) -> Iterator[tuple[_Row, dict[str, Any]]]:
     """
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(file) as content:
+    with pyarrow.parquet.ParquetFile(file, **_BOUNDS) as content:
         there = content.schema_arrow.names
         missing = [name for name in NEEDED if name not in there]
         if missing:

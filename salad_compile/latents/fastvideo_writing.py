@@ -38,7 +38,9 @@ class FastVideoWriter:
 
         table = pyarrow.Table.from_pylist([self._row(item) for item in items], schema=_schema())
         with write_at_once(self._file(chunk)) as temporary:
-            pyarrow.parquet.write_table(table, temporary, compression="zstd", row_group_size=1)
+            pyarrow.parquet.write_table(
+                table, temporary, compression="zstd", row_group_size=1, write_page_checksum=True
+            )
             flush_to_disk(temporary)
 
     def _file(self, chunk: int) -> Path:

@@ -13,6 +13,7 @@ are opened with `weights_only=True` and mapped, so that no code in them runs and
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class FinetrainersSource(LatentSource):
     def read(self, index: int) -> LatentItem:
         file = self._files[index]
         try:
+            for part in (file, _text_file(file)):
+                _require_checksums(part)
             latent = _posterior_mean(_load(file))
             text = _load(_text_file(file))["encoder_hidden_states"]
             text = text[0] if text.ndim == 3 and len(text) == 1 else text
@@ -70,6 +73,14 @@ def _text_file(latent: Path) -> Path:
 def _load(file: Path) -> dict[str, Any]:
     values: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     return values
+
+
+def _require_checksums(file: Path) -> None:
+    """torch.load maps the archive and looks at none of its checksums. Raises ValueError."""
+    with zipfile.ZipFile(file) as archive:
+        bad = archive.testzip()
+    if bad is not None:
+        raise ValueError(f"{file.name}: the checksum of {bad} differs")
 
 
 def _posterior_mean(values: dict[str, Any]) -> Tensor:

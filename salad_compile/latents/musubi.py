@@ -15,12 +15,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from salad_compile.common.files import name_failures
 from salad_compile.common.inside import require_inside
+from salad_compile.common.tensor_files import open_safetensors, require_digest
 from salad_compile.latents.item import LatentItem, Shape
 from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, unique_names
 from salad_compile.latents.statistics import WAN_2_1
-from salad_compile.latents.storing import file_stem, open_tensors, save_tensors
+from salad_compile.latents.storing import file_stem, save_tensors
 
 _FILE = re.compile(r"(?P<name>.+)_\d{4,}x\d{4,}_wan\.safetensors")
 _CLIP = re.compile(r"(?P<video>.+)_\d+-\d+(-\d+)?")
@@ -53,11 +56,11 @@ class MusubiSource(LatentSource):
     def read(self, index: int) -> LatentItem:
         name, (latent_file, text_file) = self.entries[index].name, self._files[index]
         try:
-            with open_tensors(latent_file) as content:
-                latent = content.get_tensor(_latent_key(content))
+            with open_safetensors(latent_file) as content:
+                latent = _as_written(content, _latent_key(content))
                 fps = (content.metadata() or {}).get(_FPS)
-            with open_tensors(text_file) as content:
-                text = content.get_tensor(_text_key(content))
+            with open_safetensors(text_file) as content:
+                text = _as_written(content, _text_key(content))
                 caption = (content.metadata() or {}).get("caption1", "")
         except Exception as error:  # whatever a damaged file makes safetensors raise
             raise item_error(name, str(error)) from error
@@ -128,7 +131,7 @@ def _head(latent_file: Path, text_file: Path) -> tuple[str, Shape | None, str | 
     try:
         for file in (latent_file, text_file):
             require_inside(latent_file.parent, file)
-        with open_tensors(latent_file) as content:
+        with open_safetensors(latent_file) as content:
             name = (content.metadata() or {}).get(_NAME, name)
             key = _latent_key(content)
             sizes = content.get_slice(key).get_shape()
@@ -137,7 +140,7 @@ def _head(latent_file: Path, text_file: Path) -> tuple[str, Shape | None, str | 
                 return name, shape, f"{key} has shape {sizes}"
         if not text_file.exists():
             return name, shape, f"its text is missing: no {text_file.name}"
-        with open_tensors(text_file) as content:
+        with open_safetensors(text_file) as content:
             key = _text_key(content)
             sizes = content.get_slice(key).get_shape()
             if len(sizes) != 2 or not sizes[0]:
@@ -145,6 +148,13 @@ def _head(latent_file: Path, text_file: Path) -> tuple[str, Shape | None, str | 
     except Exception as error:  # whatever a damaged file makes safetensors raise
         return name, shape, str(error)
     return name, shape, None
+
+
+def _as_written(content: Any, key: str) -> Tensor:
+    """The tensor, compared with the digest that files of ours have. Raises ValueError."""
+    tensor: Tensor = content.get_tensor(key)
+    require_digest(content.metadata(), {key: tensor})
+    return tensor
 
 
 def _latent_key(content: Any) -> str:

@@ -20,11 +20,22 @@ import torch
 
 from salad_compile.common.files import name_failures
 from salad_compile.common.inside import inside
-from salad_compile.errors import LatentItemError, LatentLayoutError
+from salad_compile.common.schema import (
+    InfoFields,
+    ItemFields,
+    RecordFields,
+    VersionFields,
+    decode,
+    decode_file,
+    fields_of,
+    stamp,
+)
+from salad_compile.common.tensor_files import first_not_finite, open_safetensors, require_digest
+from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError
 from salad_compile.latents.item import LatentItem
 from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, check_item, item_error
 from salad_compile.latents.statistics import LatentStatistics
-from salad_compile.latents.storing import file_stem, open_tensors, save_tensors, save_text
+from salad_compile.latents.storing import file_stem, save_tensors, save_text
 
 FORMAT = "salad-latents"
 FORMAT_VERSION = 1
@@ -94,8 +105,11 @@ class NativeWriter:
         file = self._file(name)
         if not file.exists():
             return False
-        with open_tensors(file) as content:
-            self._records[name] = _with_place(json.loads(content.metadata()[_RECORD]), file)
+        try:
+            with open_safetensors(file) as content:
+                self._records[name] = _with_place(_stated(content, file), file)
+        except ValueError as error:
+            raise item_error(name, f"{error}. Delete {file} and run again") from error
         return True
 
     def write(self, item: LatentItem) -> None:
@@ -154,8 +168,15 @@ class NativeSource(LatentSource):
         record = self._records[index]
         name = record["name"]
         try:
-            with open_tensors(inside(self._path, record["file"])) as content:
+            with open_safetensors(inside(self._path, record["file"])) as content:
                 latent, text = content.get_tensor("latent"), content.get_tensor("text")
+                stated = _stated(content, Path(record["file"]))
+                if any(record[key] != value for key, value in stated.items()):
+                    raise ValueError(f"its file is of {stated}, and {INDEX} says otherwise")
+                bad = first_not_finite({"latent": latent, "text": text})
+                if bad is not None:
+                    raise ValueError(f"the {bad} holds NaN or infinity")
+                require_digest(content.metadata(), {"latent": latent, "text": text})
         except Exception as error:  # whatever a damaged file makes safetensors raise
             raise item_error(name, str(error)) from error
         if latent.dtype != torch.float32:
@@ -184,50 +205,53 @@ def read_info(directory: Path) -> LatentStatistics | None:
     """
     file = directory / INFO
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        version = values["format_version"] if values["format"] == FORMAT else None
-        statistics = values["statistics"] and LatentStatistics.from_dict(values["statistics"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LatentLayoutError(f"{file} is not readable: {error!r}") from error
-    if version != FORMAT_VERSION:
-        raise LatentLayoutError(
-            f"{file} says {values['format']!r}, version {values['format_version']}; this release reads {FORMAT!r}, "
-            f"version {FORMAT_VERSION}."
-        )
-    return statistics or None
+        known = decode_file(VersionFields, file, LatentLayoutError)
+        if known.format_version != FORMAT_VERSION:
+            raise LatentLayoutError(
+                f"{file} says version {known.format_version}; this release reads {FORMAT!r}, version {FORMAT_VERSION}."
+            )
+        values = fields_of(decode_file(InfoFields, file, LatentLayoutError))
+        if values["format"] != FORMAT:
+            raise LatentLayoutError(f"{file} says {values['format']!r}; this release reads {FORMAT!r}.")
+        return None if values["statistics"] is None else LatentStatistics.from_dict(values["statistics"])
+    except (OSError, ConfigError) as error:
+        raise LatentLayoutError(f"{file} is not readable: {error}") from error
 
 
 def read_index(directory: Path) -> list[dict[str, Any]]:
     """The lines of `items.jsonl`.
 
     Raises:
-        LatentLayoutError: a line is not readable.
+        LatentLayoutError: a line is not readable. LatentItemError: an item is listed twice.
     """
     file = directory / INDEX
     records: list[dict[str, Any]] = []
-    # not splitlines: a caption may hold what Unicode takes for the end of a line
-    for number, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
-        if not line and number == 1:  # a dataset without items
-            break
-        try:
-            record = json.loads(line)
-            for key in ("name", "file", "shape", "text_shape", "bytes", "caption", "fps"):
-                record[key]
-        except (ValueError, KeyError, TypeError) as error:
-            raise LatentLayoutError(f"{file}, line {number}, is not readable: {error!r}") from error
-        records.append(record)
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            record = decode(RecordFields, line, f"{file}, line {number},", LatentLayoutError)
+            records.append(fields_of(record))
     if len({record["name"] for record in records}) != len(records):
         raise LatentItemError(f"{file} lists an item twice.")
     return records
 
 
+def _stated(content: Any, file: Path) -> dict[str, Any]:
+    """What the file of an item says of itself. Raises ValueError."""
+    text = (content.metadata() or {}).get(_RECORD)
+    if text is None:
+        raise ValueError(f"{file.name} has no {_RECORD}")
+    return fields_of(decode(ItemFields, text, file.name, LatentItemError))
+
+
 def _info(statistics: LatentStatistics | None) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "normalized": True,
-        "statistics": None if statistics is None else statistics.to_dict(),
-    }
+    return stamp(
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "normalized": True,
+            "statistics": None if statistics is None else statistics.to_dict(),
+        }
+    )
 
 
 def _with_place(record: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from salad_compile.common.files import flush_to_disk, write_at_once
+from salad_compile.common.tensor_files import with_digest
 
 _LONGEST_STEM = 120  # most file systems take names of 255 bytes; formats append to the stem
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -31,7 +30,11 @@ def save_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
     from safetensors.torch import save_file
 
     with write_at_once(target) as temporary:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=dict(metadata))
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()},
+            temporary,
+            metadata=with_digest(tensors, metadata),
+        )
         flush_to_disk(temporary)
 
 
@@ -40,20 +43,3 @@ def save_text(target: Path, text: str) -> None:
     with write_at_once(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
         flush_to_disk(temporary)
-
-
-@contextlib.contextmanager
-def open_tensors(file: Path) -> Iterator[Any]:
-    """A safetensors file, of which only the header is read.
-
-    Raises:
-        ValueError: truncated, no such file, or not a safetensors file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        content = safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file.name} cannot be read ({error}): truncated, or removed?") from error
-    with content:
-        yield content

@@ -7,6 +7,7 @@ checks everything, names and shapes included, before it touches the model; savin
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -20,18 +21,13 @@ from torch import Tensor
 from salad_compile.common.files import flush_to_disk, name_failures, write_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.sharding import is_first_rank, shard_like, whole_state
-from salad_compile.common.wrappers import plain_key, single_model
-from salad_compile.conversion.convert import attach, prepare
-from salad_compile.definition.branch_tensors import current_name
+from salad_compile.common.tensor_files import with_digest
+from salad_compile.common.wrappers import single_model
+from salad_compile.conversion.convert import attach, prepare, require_names
 from salad_compile.errors import (
     AlreadyConvertedError,
     BaseModelMismatchError,
-    CheckpointError,
-    CorruptFileError,
-    MissingKeysError,
     NotASaladFileError,
-    ShapeMismatchError,
-    UnexpectedKeysError,
     UnknownProjectionError,
 )
 from salad_compile.grid.rule import GridSource
@@ -43,8 +39,9 @@ from salad_compile.salad_files.contents import (
     require_writable,
     weight_sums,
 )
-from salad_compile.salad_files.header import HEADER_KEY, Header
+from salad_compile.salad_files.header import CHECKED, HEADER_KEY, Header
 from salad_compile.salad_files.location import FILE_NAME, file_at
+from salad_compile.salad_files.reading import open_salad, read_tensors, require_rank
 from salad_compile.sites.branch import BRANCH_NAME, SaladBranch, branches
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -87,8 +84,10 @@ def write(state: Mapping[str, Tensor], header: Header, target: Path) -> None:
 
     with name_failures(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+    text = dataclasses.replace(header, checked=CHECKED).to_json()
+    metadata = with_digest(state, {"format": "pt", HEADER_KEY: text})
     with write_at_once(target) as temporary:
-        save_file(dict(state), temporary, metadata={"format": "pt", HEADER_KEY: header.to_json()})
+        save_file(dict(state), temporary, metadata=metadata)
         flush_to_disk(temporary)
 
 
@@ -113,14 +112,15 @@ def load(model: Model, path: str | os.PathLike[str], *, grid: GridSource | None 
     bare = single_model(model, "load")
     require_writable(bare)
     file = file_at(path)
-    with _open(file) as content:
+    with open_salad(file) as content:
         header = read_header(content, file)
+        require_rank(content, header, file)
         _check_base(bare, header, file)
         known = branches(bare)
         prepared = [] if known else _prepare(bare, header, file)
         dropping = _find_branches_to_drop(known, header, file)
         expected = _state_without(bare, dropping) if known else _plan_state(prepared)
-        tensors = _read_and_check(content, expected, file)
+        tensors = read_tensors(content, header, expected, file)
     for branch in dropping:
         branch.drop_linear()
     if not known:
@@ -135,20 +135,6 @@ def load(model: Model, path: str | os.PathLike[str], *, grid: GridSource | None 
             parameter.copy_(shard_like(tensors[name], parameter))
     logger.info("loaded %d tensors of %d sites from %s", len(tensors), len(header.sites), file)
     return model
-
-
-@contextlib.contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        content = safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise CorruptFileError(
-            f"{file} is not a complete safetensors file ({error}): truncated by an interrupted copy or download?"
-        ) from error
-    with content:
-        yield content
 
 
 def read_header(content: Any, file: Path) -> Header:
@@ -175,7 +161,7 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Any, Header]
         CheckpointError, FileNotFoundError: see :func:`load`.
     """
     file = file_at(path)
-    with _open(file) as content:
+    with open_salad(file) as content:
         yield file, content, read_header(content, file)
 
 
@@ -190,7 +176,8 @@ def _check_base(model: nn.Module, header: Header, file: Path) -> None:
             f"the model was converted with another configuration than {file} (model != file): "
             f"{known[0].config.difference(header.config)}. Load into the base model: it is converted from the file."
         )
-    if known and {b.record.owner for b in known} != {record.owner for record in header.sites}:
+    places = {record.owner: record.projections() for record in header.sites}
+    if known and {b.record.owner: b.record.projections() for b in known} != places:
         raise BaseModelMismatchError(
             f"the model has {len(known)} converted sites and {file} has {len(header.sites)} sites, or under other "
             "names. Load into the base model: it is converted from the file."
@@ -217,6 +204,7 @@ def _check_base(model: nn.Module, header: Header, file: Path) -> None:
 
 def _prepare(model: nn.Module, header: Header, file: Path) -> list[SaladBranch]:
     try:
+        require_names(model, header.sites, header.dense_projections)
         return prepare(model, header.sites, header.config)
     except UnknownProjectionError as error:
         raise BaseModelMismatchError(f"{file} does not fit this {header.base_class}: {error}") from error
@@ -250,31 +238,3 @@ def _plan_state(prepared: list[SaladBranch]) -> dict[str, Tensor]:
         for branch in prepared
         for key, tensor in branch.state_dict(keep_vars=True).items()
     }
-
-
-def _read_and_check(content: Any, expected: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """All tensors of the file; strict both ways, and every shape, before any of them is used."""
-    keys = {plain_key(key): key for key in content.keys()}  # noqa: SIM118 (safe_open is not a dictionary)
-    there = {name if current_name(name) in keys else current_name(name): key for name, key in keys.items()}
-    _require_keys(sorted(set(expected) - set(there)), MissingKeysError, f"{file} lacks", "Is the file complete?")
-    _require_keys(
-        sorted(set(there) - set(expected)),
-        UnexpectedKeysError,
-        f"{file} has, beyond the model's sites,",
-        "Was the model converted with fewer sites or LoRA targets?",
-    )
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in expected.items():
-        tensor = content.get_tensor(there[name])
-        if tensor.shape != parameter.shape:
-            raise ShapeMismatchError(
-                f"{file}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(parameter.shape)}."
-            )
-        tensors[name] = tensor
-    return tensors
-
-
-def _require_keys(keys: list[str], error: type[CheckpointError], what: str, hint: str) -> None:
-    if keys:
-        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-        raise error(f"{what} {len(keys)} tensors: {', '.join(keys[:3])}{more}. {hint}")

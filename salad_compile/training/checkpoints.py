@@ -23,21 +23,25 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.common.files import flush_to_disk, name_failures
-from salad_compile.common.logs import logger
+from salad_compile.common.schema import fields_of, stamp
+from salad_compile.common.tensor_files import digest_of, first_not_finite, open_safetensors
 from salad_compile.definition.branch_tensors import current_name
 from salad_compile.errors import ResumeError, SaladError, TrainingError
 from salad_compile.latents import LatentDataset
 from salad_compile.salad_files.contents import describe
 from salad_compile.salad_files.location import FILE_NAME
+from salad_compile.salad_files.runs import (
+    FOLDER,
+    STATE_FILE,
+    STATE_VERSION,
+    TENSORS_FILE,
+    Checkpoint,
+    checkpoint_name,
+)
 from salad_compile.salad_files.salad_file import load, save
 from salad_compile.training.ema import MovingAverage
 from salad_compile.training.settings import MAY_CHANGE, TrainSettings
 from salad_compile.training.tensors import optimizer_tensors, restore_optimizer, trained_parameters
-
-FOLDER = "checkpoints"
-STATE_FILE = "state.json"
-TENSORS_FILE = "training.safetensors"
-STATE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -72,45 +76,19 @@ def _weight_sum(model: nn.Module) -> float:
     return sum(float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in frozen)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk. step: optimizer steps taken."""
-
-    path: Path
-    step: int
-    state: dict[str, Any]
-
-
-# --- finding ---------------------------------------------------------------------------------------------------------
-
-
-def complete_checkpoints(directory: Path) -> list[Checkpoint]:
-    """The complete checkpoints of a run, the newest last; a warning names damaged ones."""
-    found = []
-    for path in sorted((directory / FOLDER).glob("step-*")):
-        try:
-            state = json.loads((path / STATE_FILE).read_text())
-            sizes = {name: (path / name).stat().st_size for name in state["files"]}
-            if sizes != state["files"]:
-                raise ValueError(f"files of {sizes} bytes instead of {state['files']}")
-            found.append(Checkpoint(path, state["step"], state))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is not a complete checkpoint and is skipped: %s", path, error)
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+# --- going on ---------------------------------------------------------------------------------------------------------
 
 
 def require_same(checkpoint: Checkpoint, settings: TrainSettings, fingerprint: Fingerprint) -> None:
     """Raises ResumeError that names each setting, and each part of model and data, that has changed."""
     state, path = checkpoint.state, checkpoint.path
-    if state.get("version") != STATE_VERSION:
-        raise ResumeError(f"{path} has version {state.get('version')!r}, this release reads {STATE_VERSION}.")
-    before, now = state["settings"], settings.to_dict()
+    before, now = state.settings, settings.to_dict()
     changed = [
         f"{name} (was {before.get(name)!r}, is {now.get(name)!r})"
         for name in sorted({*before, *now} - MAY_CHANGE)
         if before.get(name) != now.get(name)
     ]
-    changed += _differences(state["fingerprint"], dataclasses.asdict(fingerprint))
+    changed += _differences(fields_of(state.fingerprint), dataclasses.asdict(fingerprint))
     if changed:
         raise ResumeError(
             f"the run in {path.parent.parent} cannot be resumed, because these have changed: {'; '.join(changed)}. "
@@ -165,7 +143,7 @@ class CheckpointWriter:
         Raises:
             TrainingError: it cannot be written (a full disk, say). Earlier checkpoints are as they were.
         """
-        target = self.folder / f"step-{step:08d}"
+        target = self.folder / checkpoint_name(step)
         temporary = target.with_name(f".{target.name}.partial")
         try:
             if self.main:
@@ -206,9 +184,10 @@ class CheckpointWriter:
             "settings": self.settings.to_dict(),
             "fingerprint": dataclasses.asdict(self.fingerprint),
             "files": {name: (folder / name).stat().st_size for name in (FILE_NAME, TENSORS_FILE)},
+            "digests": {TENSORS_FILE: digest_of(tensors, {})},
         }
         with (folder / STATE_FILE).open("w") as file:
-            json.dump(state, file, indent=1)
+            json.dump(stamp(state), file, indent=1)
         flush_to_disk(folder / STATE_FILE)
         flush_to_disk(folder)
 
@@ -227,14 +206,10 @@ class CheckpointWriter:
         Raises:
             ResumeError: a file is damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
+            tensors = self._read_tensors(checkpoint)
             load(self.model, checkpoint.path / FILE_NAME)
-            loaded = load_file(checkpoint.path / TENSORS_FILE)
-            tensors = {current_name(name): tensor for name, tensor in loaded.items()}
-        except (SaladError, SafetensorError, OSError) as error:
+        except (SaladError, ValueError, OSError) as error:
             raise ResumeError(f"{checkpoint.path} cannot be used: {error}") from error
         averages = {
             name: tensors.pop(f"average/{name}") for name in self._average_names() if f"average/{name}" in tensors
@@ -242,6 +217,29 @@ class CheckpointWriter:
         restore_optimizer(self.optimizer, trained_parameters(self.model), tensors)
         if self.average is not None:
             self.average.restore(averages)
+
+    def _read_tensors(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """Optimizer and moving average. Raises ValueError: names, shapes or values are not those of this run."""
+        with open_safetensors(checkpoint.path / TENSORS_FILE) as content:
+            stored = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (it is no dictionary)
+        stated = (checkpoint.state.digests or {}).get(TENSORS_FILE)
+        if stated is not None and stated != digest_of(stored, {}):
+            raise ValueError(f"{TENSORS_FILE} does not hold what was written (the digest differs)")
+        bad = first_not_finite(stored)
+        if bad is not None:
+            raise ValueError(f"{bad} in {TENSORS_FILE} holds NaN or infinity")
+        tensors = {current_name(name): tensor for name, tensor in stored.items()}
+        parameters = trained_parameters(self.model)
+        for joined, tensor in tensors.items():
+            kind, _, name = joined.partition("/")
+            if name not in parameters or not tensor.is_floating_point():
+                raise ValueError(f"{TENSORS_FILE} has {joined!r} of {tensor.dtype}, which this model has not")
+            if kind != "step" and tensor.shape != parameters[name].shape:
+                raise ValueError(f"{joined} has shape {tuple(tensor.shape)}, it needs {tuple(parameters[name].shape)}")
+        missing = [name for name in self._average_names() if f"average/{name}" not in tensors]
+        if missing:
+            raise ValueError(f"{TENSORS_FILE} lacks average/{missing[0]}")
+        return tensors
 
     def _average_names(self) -> list[str]:
         return [] if self.average is None else list(self.average.averages)

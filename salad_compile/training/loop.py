@@ -16,21 +16,17 @@ import torch.nn as nn
 
 from salad_compile.common.files import write_at_once
 from salad_compile.common.logs import logger
+from salad_compile.common.schema import stamp
 from salad_compile.common.wrappers import single_model
 from salad_compile.config import SaladConfig
 from salad_compile.conversion.schedules import ramp_sparsity
-from salad_compile.errors import ResumeError, TrainingError
+from salad_compile.errors import CheckpointError, ResumeError, TrainingError
 from salad_compile.latents import LatentDataset
 from salad_compile.salad_files.location import FILE_NAME
+from salad_compile.salad_files.runs import Checkpoint, complete_checkpoints
 from salad_compile.salad_files.salad_file import save
 from salad_compile.sites.branch import branches
-from salad_compile.training.checkpoints import (
-    Checkpoint,
-    CheckpointWriter,
-    Fingerprint,
-    complete_checkpoints,
-    require_same,
-)
+from salad_compile.training.checkpoints import CheckpointWriter, Fingerprint, require_same
 from salad_compile.training.distillation import SiteDistillation
 from salad_compile.training.ema import MovingAverage
 from salad_compile.training.engine import Engine, make_accelerator
@@ -111,7 +107,10 @@ def train(
 
 
 def _newest(directory: Path, settings: TrainSettings, resume: bool) -> Checkpoint | None:
-    found = complete_checkpoints(directory)
+    try:
+        found = complete_checkpoints(directory)
+    except CheckpointError as error:
+        raise ResumeError(str(error)) from error
     if not resume and (found or read_log(directory)):
         raise ResumeError(f"{directory} holds a run already: resume it (resume=True), or pass another directory.")
     return found[-1] if found else None
@@ -310,7 +309,7 @@ class _Run:
             "settings": self.settings.to_dict(),
         }
         with write_at_once(self.directory / SUMMARY_FILE) as temporary:
-            temporary.write_text(json.dumps(summary, indent=1))
+            temporary.write_text(json.dumps(stamp(summary), indent=1))
 
 
 def _flat(settings: TrainSettings) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from salad_compile.command_line import WRONG
 from salad_compile.command_line.model_source import load_model
 from tests.salad_compile.command_line.conftest import Run
 
+SUMMARY = {"steps": 4711, "loss": 0.5, "validation_loss": None, "items": 9, "processes": 1, "settings": {}}
+
 
 def test_formats_and_the_training_beside_the_file(command: Run, wan: Path, salad_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     shutil.copy(salad_file, run)
-    (run / "training.json").write_text(json.dumps({"steps": 4711}))
+    (run / "training.json").write_text(json.dumps(SUMMARY))
     words = ("export", "--model", wan, "--salad", run, "--output", tmp_path / "out", "--json")
     report = command(*words, "--formats", "salad", "merged", "--base-model", "somebody/wan").json()
     assert [entry["format"] for entry in report["formats"] if entry["path"]] == ["salad", "merged"]

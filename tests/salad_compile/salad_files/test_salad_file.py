@@ -19,6 +19,7 @@ from salad_compile.errors import (
     BaseModelMismatchError,
     ConfigError,
     CorruptFileError,
+    DtypeMismatchError,
     FormatVersionError,
     MissingKeysError,
     NotASaladFileError,
@@ -114,6 +115,7 @@ def edited(file: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]
     with safe_open(file, framework="pt") as content:
         header = json.loads(content.metadata()["salad_config"])
     tensors = load_file(file)
+    header.pop("checked")  # as files of before, which have no digest
     change(tensors, header)
     save_file(tensors, file, metadata={"salad_config": json.dumps(header)})
     return file
@@ -131,6 +133,26 @@ def no_safetensors(file: Path) -> Path:
 
 def lora(file: Path) -> Path:
     save_file({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.randn(2, 2)}, file)
+    return file
+
+
+def flipped(file: Path) -> Path:
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    return file
+
+
+def without_digest(file: Path) -> Path:
+    with safe_open(file, framework="pt") as content:
+        metadata = content.metadata()
+    metadata.pop("salad_digest")
+    save_file(load_file(file), file, metadata=metadata)
+    return file
+
+
+def huge_header(file: Path) -> Path:
+    file.write_bytes((2**40).to_bytes(8, "little") + file.read_bytes()[8:])
     return file
 
 
@@ -164,6 +186,30 @@ DAMAGES: dict[str, tuple[Callable[[Path], Path], type[SaladError], str]] = {
         CorruptFileError,
         "sparsty",
     ),
+    "no sparsity": (
+        lambda f: edited(f, lambda t, h: h["config"].__delitem__("sparsity")),
+        CorruptFileError,
+        "sparsity",
+    ),
+    "integers": (lambda f: edited(f, lambda t, h: t.update({KEY: t[KEY].int()})), DtypeMismatchError, "int32"),
+    "8 bits": (
+        lambda f: edited(f, lambda t, h: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)})),
+        DtypeMismatchError,
+        "float8",
+    ),
+    "NaN": (
+        lambda f: edited(f, lambda t, h: t[KEY].view(-1)[5].fill_(float("nan"))),
+        CorruptFileError,
+        f"{KEY} holds NaN",
+    ),
+    "a huge rank": (
+        lambda f: edited(f, lambda t, h: h["config"].update(lora_rank=2**40)),
+        ShapeMismatchError,
+        "lora_rank 1099511627776",
+    ),
+    "a flipped value": (flipped, CorruptFileError, "digest"),
+    "no digest": (without_digest, CorruptFileError, "salad_digest"),
+    "a huge header": (huge_header, CorruptFileError, "header would have"),
     "other class": (
         lambda f: edited(f, lambda t, h: h.update(base_class="LTXVideoTransformer3DModel")),
         BaseModelMismatchError,
@@ -190,6 +236,35 @@ def test_damaged_files_have_their_own_error_and_leave_the_model(name: str, conve
     model = converted() if convert_first else CASE.build()
     before = fingerprint(model)
     with pytest.raises(error, match=message):
+        salad_compile.load(model, file)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("place", ["dense", "out"])
+def test_every_name_is_resolved_before_anything_is_attached(place: str, file: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+        if place == "dense":
+            header["dense_projections"] = ["blocks.0.attn2.to_q", "blocks.9.attn2.to_q"]
+        else:
+            header["sites"][1]["out"] = "blocks.1.attn1.to_nowhere"
+
+    edited(file, change)
+    model = CASE.build()
+    before = fingerprint(model)
+    with pytest.raises(BaseModelMismatchError, match=r"blocks\.9|to_nowhere"):
+        salad_compile.load(model, file)
+    assert_unchanged(model, before)
+
+
+def test_a_file_of_other_projections_does_not_fit_a_converted_model(file: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+        site = header["sites"][0]
+        site["query"], site["key"] = site["key"], site["query"]
+
+    edited(file, change)
+    model = converted()
+    before = fingerprint(model)
+    with pytest.raises(BaseModelMismatchError, match="under other names"):
         salad_compile.load(model, file)
     assert_unchanged(model, before)
 

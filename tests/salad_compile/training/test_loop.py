@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import salad_compile
 from salad_compile.errors import ConfigError, NotConvertedError, ResumeError, TrainingError
@@ -133,6 +134,58 @@ def test_a_damaged_checkpoint_is_passed_over(data: Path, whole: Path, tmp_path: 
     newest.write_bytes(newest.read_bytes()[:-1])
     run(data, directory)
     assert_same(directory, whole)
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """As checkpoints of before, whose state.json has no digest."""
+    tensors = load_file(folder / "training.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "training.safetensors")
+    edit_state(folder, digests=None, files={name: (folder / name).stat().st_size for name in FILES})
+
+
+def edit_state(folder: Path, **changes: Any) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "digest": None, **changes}))
+
+
+FILES = ("salad.safetensors", "training.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t["exp_avg/blocks.0.attn1.salad.gate_weight"].fill_(float("nan")), "exp_avg.* holds NaN"),
+        (lambda t: t.update({"exp_avg/blocks.0.attn1.salad.gate_weight": torch.ones(2)}), "has shape"),
+        (lambda t: t.update({"exp_avg/blocks.7.attn1.salad.gate_weight": torch.ones(2)}), r"blocks\.7"),
+        (lambda t: t.update({"exp_avg/blocks.0.attn1.salad.gate_weight": torch.ones(2).int()}), "int32"),
+    ],
+)
+def test_moments_that_cannot_be_used(data: Path, whole: Path, tmp_path: Path, change: Any, said: str) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    edit_tensors(tmp_path / "run" / "checkpoints" / "step-00000006", change)
+    with pytest.raises(ResumeError, match=said):
+        run(data, tmp_path / "run", dataclasses.replace(RUN, steps=8))
+
+
+def test_a_changed_byte_of_the_moments_is_told(data: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-00000006" / "training.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ResumeError, match="digest"):
+        run(data, tmp_path / "run", dataclasses.replace(RUN, steps=8))
+
+
+@pytest.mark.parametrize("change", [{"step": 5}, {"step": 2**60}, {"files": {"../a": 1, "b": 2}}, {"settings": None}])
+def test_a_state_that_is_not_of_its_directory_is_passed_over(
+    data: Path, whole: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    edit_state(tmp_path / "run" / "checkpoints" / "step-00000006", **change)
+    run(data, tmp_path / "run")
+    assert_same(tmp_path / "run", whole)
 
 
 def test_only_the_last_checkpoints_stay(data: Path, tmp_path: Path) -> None:

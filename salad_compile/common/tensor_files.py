@@ -1,0 +1,64 @@
+"""Reading safetensors files of others: bounded before they are parsed, and compared with a digest if there is one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DIGEST_KEY = "salad_digest"  # in the metadata of files that we write
+LARGEST_HEADER = 16 * 2**20  # bytes; that of the largest model takes a few hundred kilobytes
+
+
+@contextlib.contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """The opened file, of which only the header was read.
+
+    Raises:
+        ValueError: truncated, no such file, no safetensors file, or a header that no file of ours has.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with file.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise ValueError(f"its header would have {length:,} bytes")
+        content = safe_open(file, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file.name} cannot be read ({error}): truncated, or removed?") from error
+    with content:
+        yield content
+
+
+def digest_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the metadata without its digest, and of names, dtypes, shapes and values, in the order of names."""
+    rest = sorted((name, text) for name, text in metadata.items() if name != DIGEST_KEY)
+    found = hashlib.sha256(json.dumps(rest).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def with_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata with the digest of a file that holds both."""
+    return {**metadata, DIGEST_KEY: digest_of(tensors, metadata)}
+
+
+def require_digest(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless the file's digest, if it has one, is that of all its tensors and metadata."""
+    stated = (metadata or {}).get(DIGEST_KEY)
+    if stated is not None and stated != digest_of(tensors, metadata or {}):
+        raise ValueError("its contents are not those that were written (the digest differs): was it damaged?")
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with NaN or infinity in it."""
+    return next((name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
