@@ -11,13 +11,14 @@ import torch.nn as nn
 from salad_compile.calls.multihead import in_projection_owner, projection, take_apart
 from salad_compile.common.foreign_hooks import forward_slot
 from salad_compile.common.logs import logger
+from salad_compile.common.projections import channels
 from salad_compile.common.wrappers import base_layer, components, without_base_layer
 from salad_compile.config import SaladConfig
 from salad_compile.conversion.placement import branch_placement, join_hooks, require_joinable
 from salad_compile.conversion.selection import apply_settings, filter_sites
 from salad_compile.discovery.discover import AttentionSite, Discovery, discover
 from salad_compile.discovery.plan import Plan
-from salad_compile.discovery.probe import history, is_linear
+from salad_compile.discovery.probe import history
 from salad_compile.errors import (
     AlreadyConvertedError,
     ConfigError,
@@ -80,7 +81,7 @@ def _fitting(model: nn.Module, site: AttentionSite) -> AttentionSite:
     record = site.record()
     try:
         for roles in record.shared_roles().values():
-            _shares(record, roles, int(_projection(model, record.projections()[roles[0]], record).out_features))
+            _shares(record, roles, _widths(model, record.projections()[roles[0]], record)[1])
     except UnknownProjectionError as error:
         return dataclasses.replace(site, eligible=False, reason=str(error).removesuffix("."))
     return site
@@ -190,7 +191,7 @@ def attach(
     for name in dense:
         if in_projection_owner(model, name) is not None:
             continue  # of an nn.MultiheadAttention that stays whole, which the passes leave alone
-        base_layer(model.get_submodule(name)).register_forward_hook(leave_dense)
+        base_layer(model.get_submodule(name)).register_forward_hook(leave_dense, with_kwargs=True)
     logger.info("converted %d sites of %s at sparsity %s", len(prepared), type(model).__name__, config.sparsity)
 
 
@@ -220,20 +221,20 @@ def dense_projections(model: nn.Module) -> list[str]:
 
 def build_branch(model: nn.Module, record: SiteRecord, config: SaladConfig) -> SaladBranch:
     """The branch of one site, on the device and in the dtype of its projections; the model is not touched."""
-    projections = {role: _projection(model, name, record) for role, name in record.projections().items()}
+    found = {role: _widths(model, name, record) for role, name in record.projections().items()}
     owner = _submodule(model, record.owner, record)
     if hasattr(owner, BRANCH_NAME):
         raise ConfigError(f"{record.owner!r} has an attribute {BRANCH_NAME!r} already: rename it before converting.")
     shares = {}
     for roles in record.shared_roles().values():
-        shares.update(_shares(record, roles, int(projections[roles[0]].out_features)))
-    targets = [role for role in projections if role.removeprefix("text_") in config.lora_targets]
-    widths = {role: (int(projections[role].in_features), shares[role]) for role in targets}
-    device, dtype = branch_placement(projections["query"], owner)
+        shares.update(_shares(record, roles, found[roles[0]][1]))
+    targets = [role for role in found if role.removeprefix("text_") in config.lora_targets]
+    widths = {role: (found[role][0], shares[role]) for role in targets}
+    device, dtype = branch_placement(_submodule(model, record.query, record), owner)
     return SaladBranch(
         record,
         config,
-        gate_width=int(projections["query"].in_features),
+        gate_width=found["query"][0],
         widths=widths,
         shares=shares,
         dtype=dtype,
@@ -264,13 +265,15 @@ def _shares(record: SiteRecord, roles: Sequence[str], out_features: int) -> dict
     )
 
 
-def _projection(model: nn.Module, name: str, record: SiteRecord) -> Any:
+def _widths(model: nn.Module, name: str, record: SiteRecord) -> tuple[int, int]:
+    """Input and output channels of a projection."""
     module = _submodule(model, name, record)
-    if not is_linear(module):
+    found = channels(module)
+    if found is None:
         raise UnknownProjectionError(
             f"{name!r} of the site {record.owner!r} is a {type(module).__name__}, not a projection."
         )
-    return module
+    return found
 
 
 def _submodule(model: nn.Module, name: str, record: SiteRecord) -> nn.Module:

@@ -9,8 +9,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from salad_compile.common.projections import laid_out
 from salad_compile.common.wrappers import single_model
-from salad_compile.conversion.mergeable import dequantised, is_subclass, mergeable, require_untied
+from salad_compile.conversion.mergeable import Mergeable, dequantised, is_subclass, mergeable, require_untied
 from salad_compile.errors import MergeError, require_conversion
 from salad_compile.sites.branch import SaladBranch, branches
 
@@ -40,23 +41,26 @@ def merge_lora(model: nn.Module, *, dequantise: bool = False) -> list[MergedProj
     if not any(branch.lora_roles for branch in known):
         raise MergeError("this model has no LoRA: converted with lora_rank=0, or merged before.")
     work = [item for branch in known for item in mergeable(bare, branch, dequantise=dequantise)]
-    require_untied(bare, [name for _, name, _, _ in work])
-    merged = [MergedProjection(name, roles, _merge(branch, linear, roles)) for branch, name, linear, roles in work]
+    require_untied(bare, [item.key for item in work])
+    merged = [MergedProjection(item.name, item.roles, _merge(item)) for item in work]
     for branch in known:
         _drop_lora(branch)
     return merged
 
 
-def _merge(branch: SaladBranch, linear: nn.Linear, roles: tuple[str, ...]) -> float:
+def _merge(item: Mergeable) -> float:
     """Add the update of each role to its share of the weight's rows; returns the relative cast error."""
     with torch.no_grad():
-        updates = [_update(branch, role, branch.shares[role], linear) for role in roles]
-        if is_subclass(linear.weight):
-            merged, cast_error = merged_weight(dequantised(linear.weight), torch.cat(updates))
-            linear.weight = nn.Parameter(merged, linear.weight.requires_grad)
+        weight = item.weight
+        update = laid_out(
+            torch.cat([_update(item, role) for role in item.roles]), weight, outputs_first=item.outputs_first
+        )
+        if is_subclass(weight):
+            merged, cast_error = merged_weight(dequantised(weight), update)
+            setattr(item.module, item.weight_name, nn.Parameter(merged, weight.requires_grad))
             return cast_error
-        merged, cast_error = merged_weight(linear.weight, torch.cat(updates))
-        linear.weight.copy_(merged)
+        merged, cast_error = merged_weight(weight, update)
+        weight.copy_(merged)
         return cast_error
 
 
@@ -68,9 +72,10 @@ def merged_weight(weight: Tensor, update: Tensor) -> tuple[Tensor, float]:
     return merged, float((merged.float() - exact).norm() / norm) if norm else 0.0
 
 
-def _update(branch: SaladBranch, role: str, rows: int, linear: nn.Linear) -> Tensor:
+def _update(item: Mergeable, role: str) -> Tensor:
+    branch, rows = item.branch, item.branch.shares[role]
     if role not in branch.lora_roles:
-        return torch.zeros(rows, linear.weight.shape[1], device=linear.weight.device)
+        return torch.zeros(rows, item.columns, device=item.weight.device)
     down, up = (getattr(branch, f"low_rank_{role}_{part}").float() for part in ("down", "up"))
     update: Tensor = (up @ down) * branch.low_rank_scale
     return update

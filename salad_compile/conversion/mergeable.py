@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,34 +11,72 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.common.foreign_hooks import is_on_disk
+from salad_compile.common.projections import holds_outputs_first, weight_name
 from salad_compile.errors import MergeError
 from salad_compile.sites.branch import SaladBranch
 
 
-def mergeable(
-    model: nn.Module, branch: SaladBranch, *, dequantise: bool = False
-) -> Iterator[tuple[SaladBranch, str, nn.Linear, tuple[str, ...]]]:
-    """Branch, name, module and roles of each projection with a low-rank update. Raises MergeError."""
+@dataclass(frozen=True)
+class Mergeable:
+    """A projection with a low-rank update: its name and module, its roles in `branch`, and its weight.
+
+    outputs_first: whether the weight is (out, in); else it is (in, out).
+    """
+
+    branch: SaladBranch
+    name: str
+    module: nn.Module
+    roles: tuple[str, ...]
+    weight_name: str
+    outputs_first: bool
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter itself."""
+        weight = self.module._parameters[self.weight_name]
+        assert weight is not None
+        return weight
+
+    @property
+    def columns(self) -> int:
+        """How many input channels it has."""
+        return self.weight.numel() // self.weight.shape[0 if self.outputs_first else 1]
+
+    @property
+    def key(self) -> str:
+        """The name of the weight in the state dict of the model."""
+        return f"{self.name}.{self.weight_name}"
+
+
+def mergeable(model: nn.Module, branch: SaladBranch, *, dequantise: bool = False) -> Iterator[Mergeable]:
+    """Each projection with a low-rank update. Raises MergeError."""
     for first, roles in branch.record.shared_roles().items():
         if not any(role in branch.lora_roles for role in roles):
             continue
         name = branch.record.projections()[first]
-        linear = model.get_submodule(name)
-        if reason := _fault(model, linear, dequantise=dequantise):
+        module = model.get_submodule(name)
+        held = weight_name(module)
+        if reason := _fault(model, module, held, dequantise=dequantise):
             raise MergeError(f"{name!r} {reason}.")
-        assert isinstance(linear, nn.Linear)
-        yield branch, name, linear, roles
+        outputs_first = holds_outputs_first(module)
+        if held is None or outputs_first is None:
+            raise MergeError(f"{name!r} {_no_product(module)}.")
+        yield Mergeable(branch, name, module, roles, held, outputs_first)
 
 
-def _fault(model: nn.Module, linear: nn.Module, *, dequantise: bool) -> str:
+def _no_product(module: nn.Module) -> str:
+    return (
+        f"is a {type(module).__name__}, which is not simply the product of one floating-point parameter and its input. "
+        "Dequantise, or unload the other adapter, first"
+    )
+
+
+def _fault(model: nn.Module, module: nn.Module, held: str | None, *, dequantise: bool) -> str:
     """Why an update cannot be merged into the weight of a module, or the empty string."""
-    weight = linear._parameters.get("weight")
-    if type(linear) is not nn.Linear or weight is None:
-        return (
-            f"is a {type(linear).__name__} whose weight is not simply a parameter: only plain floating-point Linears "
-            "can be merged. Dequantise, or unload the other adapter, first"
-        )
-    if weight.device.type == "meta" or is_on_disk(model, linear, "weight", weight):
+    weight = module._parameters.get(held or "")
+    if weight is None:
+        return _no_product(module)
+    if weight.device.type == "meta" or is_on_disk(model, module, held or "", weight):
         return "has its weight elsewhere (offloaded, or on the meta device): merge before offloading"
     if is_subclass(weight):
         kind = type(weight.data).__name__
@@ -72,7 +111,7 @@ def dequantised(weight: Tensor) -> Tensor:
 
 
 def require_untied(model: nn.Module, names: list[str]) -> None:
-    """Check that nothing else in a model uses the weights of these projections.
+    """Check that nothing else in a model uses these weights of projections.
 
     Raises:
         MergeError: something does, and would get an update that is not its own. Bits count, not objects: views too.
@@ -82,7 +121,7 @@ def require_untied(model: nn.Module, names: list[str]) -> None:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.device.type != "meta" and type(parameter.data) is Tensor and parameter.numel()
     ]
-    own = {f"{name}.weight" for name in names}
+    own = set(names)
     spans.sort()
     reach: tuple[str, int, int, str] | None = None  # the span so far that ends last
     for device, start, end, name in spans:

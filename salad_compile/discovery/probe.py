@@ -1,6 +1,6 @@
 """One forward of a model without memory, that shows its attention calls and where their operands come from.
 
-Every module that looks like a Linear gets a hook that marks its output with an autograd node of ours. A function mode
+Every module that may be a projection gets a hook that marks its output with an autograd node of ours. A function mode
 sees the attention calls and walks the autograd graph from query, key and value back to those marks: identity, not
 names. How the forward is run: probe_forward.py.
 """
@@ -27,11 +27,16 @@ from salad_compile.calls import autograd_functions
 from salad_compile.calls.adapters import AttentionArguments, bind, is_attention, result_of
 from salad_compile.calls.flash_family import run_or_stand_in
 from salad_compile.calls.kinds import CallKind, kind_of
-from salad_compile.calls.softmax_products import ManualAttention, of_tensors
+from salad_compile.calls.softmax_products import ManualAttention, name_of, of_tensors
+from salad_compile.common.projections import fits, projection_call, says_its_widths
 from salad_compile.discovery.token_ranges import Cat, Edge, TokenRange, narrow
 from salad_compile.position.operations import writes
 from salad_compile.position.recording import OperationRecording, Recorded, position_fault
 
+_CONTRACTIONS = frozenset(
+    {"linear", "matmul", "mm", "bmm", "addmm", "einsum", "tensordot", "conv1d", "conv2d", "conv3d"}
+)
+_PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "einsum", "tensordot", "conv1d", "conv2d", "conv3d"}
 _CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
 
 # How far an output projection may lie behind its attention call, in autograd nodes. Wan has three between them.
@@ -141,6 +146,8 @@ class Probe(Recorded, TorchFunctionMode):
     _stack: list[Frame] = field(default_factory=list)
     _invocations: Iterator[int] = field(default_factory=itertools.count)
     _linear_depth: int = 0
+    _products: int = 0  # so far: a module that does not say its widths projects only if there is one inside
+    _began: list[int] = field(default_factory=list)
     _sources: dict[Any, fx.Node] = field(default_factory=dict)  # by autograd node
 
     def __post_init__(self) -> None:
@@ -187,6 +194,7 @@ class Probe(Recorded, TorchFunctionMode):
         if func in _CATS:
             self._note_cat(out, *args, **kwargs)
         self._by_hand.note(func, args, kwargs, out)
+        self._products += name_of(func, args)[0] in _PRODUCTS
         return out
 
     def _with_heads(self, arguments: AttentionArguments) -> AttentionArguments:
@@ -260,17 +268,23 @@ class Probe(Recorded, TorchFunctionMode):
 
     def enter_linear(self) -> None:
         self._linear_depth += 1
+        self._began.append(self._products)
 
-    def leave_linear(self, name: str, gate_input: Any, out: Any) -> Any:
-        """Mark the output of an outermost Linear; inside a wrapper (peft's) only the wrapper counts."""
+    def leave_linear(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], returned: Any
+    ) -> Any:
+        """Mark the output of an outermost projection; inside a wrapper (peft's) only the wrapper counts."""
         self._linear_depth -= 1
-        if self._linear_depth or not isinstance(out, Tensor) or not out.is_floating_point():
-            return None
-        if not isinstance(gate_input, Tensor):
+        began = self._began.pop()
+        if self._linear_depth:
             return None
         with history():
-            gate_input, out = ordinary((gate_input, out))
-            return self._mark_projection(name, gate_input, out)
+            call = projection_call(module, *ordinary((args, kwargs, returned)))
+            if call is None or not (call.x.is_floating_point() and call.out.is_floating_point()):
+                return None
+            if not says_its_widths(module) and not (self._products > began and fits(module, call.x, call.out)):
+                return None
+            return call.rebuild(self._mark_projection(name, call.x, call.out))
 
     def _mark_projection(self, name: str, gate_input: Tensor, out: Tensor) -> Tensor:
         self._note_out(name, gate_input)
@@ -297,12 +311,6 @@ def _ancestors(start: Any, stop: Callable[[Any], bool]) -> Iterator[Any]:
             parents = [parent for parent, _ in node.next_functions if parent is not None and parent not in seen]
             seen.update(parents)
             todo.extend(parents)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """A projection: torch's Linear, or what quantisers and adapters put in its place."""
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return isinstance(module, nn.Linear) or all(isinstance(size, int) for size in sizes)
 
 
 def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

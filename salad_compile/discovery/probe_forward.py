@@ -25,8 +25,9 @@ from salad_compile.calls.multihead import take_apart_for_discovery
 from salad_compile.common.foreign_hooks import execution_device, without_foreign_hooks
 from salad_compile.common.logs import logger
 from salad_compile.common.placement import placement
+from salad_compile.common.projections import may_project, says_its_widths
 from salad_compile.discovery.inputs import normalise_inputs, synthesise_inputs
-from salad_compile.discovery.probe import Probe, history, is_linear, named_inputs, ordinary
+from salad_compile.discovery.probe import Probe, history, named_inputs, ordinary
 from salad_compile.discovery.weights import gather_weights, keep_values
 from salad_compile.errors import AdapterError, InputsError, ProbeError
 from salad_compile.position.recording import OperationRecording
@@ -131,14 +132,15 @@ def _with_history(value: Any) -> Any:
 def _install_hooks(model: nn.Module, probe: Probe) -> Iterator[None]:
     handles = []
     for name, module in model.named_modules():
-        if is_linear(module):
+        if may_project(module):
             handles += [
                 module.register_forward_pre_hook(lambda *_: probe.enter_linear()),
                 module.register_forward_hook(
-                    lambda _, args, out, name=name: probe.leave_linear(name, args[0] if args else None, out)
+                    lambda module, args, kwargs, out, name=name: probe.leave_linear(name, module, args, kwargs, out),
+                    with_kwargs=True,
                 ),
             ]
-        else:
+        if not says_its_widths(module):
             handles += [
                 module.register_forward_pre_hook(
                     lambda module, args, kwargs, name=name: probe.enter(name, module, args, kwargs), with_kwargs=True

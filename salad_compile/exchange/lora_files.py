@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.calls.multihead import in_projection_owner
+from salad_compile.common.projections import is_convolution
 from salad_compile.errors import ExportError
 from salad_compile.exchange.export_format import Written
 from salad_compile.exchange.low_rank import LowRank
@@ -30,7 +31,7 @@ def require_lora(model: nn.Module) -> None:
     """Check that the model has updates that a LoRA file can hold.
 
     Raises:
-        ExportError: there is no LoRA, or it is inside an nn.MultiheadAttention.
+        ExportError: there is no LoRA, or it is inside an nn.MultiheadAttention or a convolution.
     """
     known = branches(model).values()
     if not any(branch.lora_roles for branch in known):
@@ -41,6 +42,8 @@ def require_lora(model: nn.Module) -> None:
                 raise ExportError(
                     f"{name!r} is inside an nn.MultiheadAttention, whose own forward would not apply the update."
                 )
+            if is_convolution(model.get_submodule(name)):
+                raise ExportError(f"{name!r} is a convolution, for which readers expect factors of another shape.")
 
 
 def pairs(updates: Sequence[LowRank], prefix: str) -> dict[str, Tensor]:

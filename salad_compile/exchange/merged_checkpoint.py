@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
+from salad_compile.common.projections import laid_out, weight_name
 from salad_compile.conversion.merge import MergedProjection, merged_weight
 from salad_compile.conversion.mergeable import mergeable, require_untied
 from salad_compile.errors import ExportError, MergeError
@@ -33,7 +34,7 @@ def require_mergeable(model: nn.Module) -> None:
         MergeError: quantised, tied, or wrapped by another adapter. ExportError: from_pretrained builds another layout.
     """
     for branch in branches(model).values():
-        require_untied(model, [name for _, name, _, _ in mergeable(model, branch)])
+        require_untied(model, [item.key for item in mergeable(model, branch)])
         for name in branch.record.projections().values():
             if is_fused_by_diffusers(model, name):
                 raise ExportError(
@@ -48,13 +49,20 @@ def require_mergeable(model: nn.Module) -> None:
 
 
 def merge_updates(
-    state: Mapping[str, Tensor], updates: Sequence[LowRank]
+    model: nn.Module, state: Mapping[str, Tensor], updates: Sequence[LowRank]
 ) -> tuple[dict[str, Tensor], list[MergedProjection]]:
-    """`state` with W + scale * B A in place of the weights that have an update; `state` itself does not change."""
+    """`state` with W + scale * B A in place of the weights that have an update; `state` itself does not change.
+
+    Raises:
+        MergeError: as :func:`require_mergeable`.
+    """
+    places = {item.name: item for branch in branches(model).values() for item in mergeable(model, branch)}
     weights, report = dict(state), []
     for update in updates:
-        key = f"{update.name}.weight"
-        weights[key], cast_error = merged_weight(state[key], update.update().to(state[key].device))
+        item = places[update.name]
+        weight = state[item.key]
+        added = laid_out(update.update().to(weight.device), weight, outputs_first=item.outputs_first)
+        weights[item.key], cast_error = merged_weight(weight, added)
         report.append(MergedProjection(update.name, update.roles, cast_error))
     return weights, report
 
@@ -92,9 +100,11 @@ def _header_after_merging(component: Component, weights: Mapping[str, Tensor]) -
     header = component.header
     if not component.updates:
         return header  # there was no LoRA, or it was merged before and the checksums are there
-    sums = tuple(
-        weight_sum(weights[f"{name}.weight"].cpu() for name in record.projections().values()) for record in header.sites
-    )
+    keys = [
+        [f"{name}.{weight_name(component.model.get_submodule(name))}" for name in record.projections().values()]
+        for record in header.sites
+    ]
+    sums = tuple(weight_sum(weights[key].cpu() for key in names) for names in keys)
     return dataclasses.replace(header, config=dataclasses.replace(header.config, lora_rank=0), merged_weights=sums)
 
 

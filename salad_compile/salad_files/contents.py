@@ -14,6 +14,7 @@ from torch import Tensor
 from salad_compile.calls.multihead import projection
 from salad_compile.common.foreign_hooks import is_on_disk, stored
 from salad_compile.common.logs import logger
+from salad_compile.common.projections import channels, weight_name
 from salad_compile.common.sharding import whole
 from salad_compile.common.version import __version__
 from salad_compile.common.wrappers import plain_key
@@ -83,8 +84,7 @@ def base_digest(model: nn.Module, records: tuple[SiteRecord, ...]) -> str:
     """
     parts: list[Any] = [base_class(model)]
     for record in records:
-        projections = {role: projection(model, name) for role, name in record.projections().items()}
-        widths = {role: [int(m.in_features), int(m.out_features)] for role, m in projections.items()}  # type: ignore[arg-type]
+        widths = {role: channels(projection(model, name)) for role, name in record.projections().items()}
         parts.append([plain_key(record.owner), record.heads, record.head_dim, record.value_dim, widths])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -92,8 +92,9 @@ def base_digest(model: nn.Module, records: tuple[SiteRecord, ...]) -> str:
 def weight_sums(model: nn.Module, records: tuple[SiteRecord, ...]) -> Iterator[float]:
     """:func:`weight_sum` of each site's projections; of sharded weights every rank must call it."""
     for record in records:
-        modules: list[Any] = [model.get_submodule(name) for name in record.projections().values()]
-        yield weight_sum(whole(stored(model, module, "weight", module.weight)) for module in modules)
+        modules = [model.get_submodule(name) for name in record.projections().values()]
+        named = [(module, weight_name(module) or "weight") for module in modules]
+        yield weight_sum(whole(stored(model, module, name, getattr(module, name))) for module, name in named)
 
 
 def weight_sum(weights: Iterable[Tensor]) -> float:

@@ -11,13 +11,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.common.foreign_hooks import forward_slot
+from salad_compile.common.projections import projection_call
 from salad_compile.config import SaladConfig
 from salad_compile.errors import require_conversion
 from salad_compile.grid.video_grid import backward_pass
 from salad_compile.sites import frozen_warning, graph_breaks
 from salad_compile.sites.eager_mode import SaladMode, running
-from salad_compile.sites.markers import NO_ORDER, leave_dense
-from salad_compile.sites.outside_owner import recomputed_error, replaced_error
+from salad_compile.sites.markers import NO_ORDER, tag_dense
+from salad_compile.sites.outside_owner import no_tensor_error, recomputed_error, replaced_error
 from salad_compile.sites.record import SiteRecord
 from salad_compile.sites.site import Site
 
@@ -75,7 +76,7 @@ class SaladBranch(Site):
             "text_out": self.on_text_out,
         }
         for role, module in modules.items():
-            module.register_forward_hook(hooks[role])
+            module.register_forward_hook(hooks[role], with_kwargs=True)
         names = list(inspect.signature(owner.forward).parameters)
         if self.record.text_argument is not None:
             self.text_position = names.index(self.record.text_argument)
@@ -98,23 +99,42 @@ class SaladBranch(Site):
 
         return undo
 
-    def on_query(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def _change(
+        self,
+        change: Callable[[str, Tensor, Tensor], Tensor],
+        first: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        returned: Any,
+    ) -> Any:
+        """What a projection returned, with its result changed. change: its first role, input and output -> output."""
+        call = projection_call(module, args, kwargs, returned)
+        if call is None:
+            raise no_tensor_error(self.record.owner, first, returned)
+        return call.rebuild(change(first, call.x, call.out))
+
+    def on_query(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Forward hook of the query (or fused) projection: its update, then the tag or, uncompiled, arming."""
+        return self._change(self._begin, "query", module, args, kwargs, out)
+
+    def _begin(self, first: str, x: Tensor, out: Tensor) -> Tensor:
+        """The query projection ran."""
         if not torch.compiler.is_compiling():
             mode = running(self)
             if mode is not None:
                 self._require_gradients(mode)
-                mode.arm(args[0])
+                mode.arm(x)
             elif not self.switch.dense and not self.detached:
                 self._require_owner()
-            return self._add_source("query", args[0], out)
-        out = self.add_updates("query", args[0], out)
+            return self._add_source(first, x, out)
+        out = self.add_updates(first, x, out)
         if self.switch.dense:
-            return leave_dense(module, args, out)
+            return tag_dense(x, out)
         tensors = [self.mark, *self.tensors().values()]
         order = self.order(out.device)
         spec = NO_ORDER if self.lacks_order(order) else self.spec
-        tagged: Tensor = torch.ops.salad.tag(out, args[0], tensors, order, spec)
+        tagged: Tensor = torch.ops.salad.tag(out, x, tensors, order, spec)
         return tagged
 
     def _require_gradients(self, mode: SaladMode) -> None:
@@ -152,33 +172,33 @@ class SaladBranch(Site):
             return self.add_updates(first, x, out)
         return mode.run_updates(x, out, lambda: self.add_updates(first, x, out))
 
-    def on_key(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def on_key(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Forward hook of the key projection, unless it is the query's."""
-        return self._add_source("key", args[0], out)
+        return self._change(self._add_source, "key", module, args, kwargs, out)
 
-    def on_value(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def on_value(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Forward hook of the value projection, unless it is the query's or the key's."""
-        return self._add_updates("value", args[0], out)
+        return self._change(self._add_updates, "value", module, args, kwargs, out)
 
-    def on_out(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def on_out(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Forward hook of the output projection."""
-        return self._add_updates("out", args[0], out)
+        return self._change(self._add_updates, "out", module, args, kwargs, out)
 
-    def on_text_query(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def on_text_query(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Forward hook of the text stream's query (or fused) projection."""
-        return self._add_source("text_query", args[0], out)
+        return self._change(self._add_source, "text_query", module, args, kwargs, out)
 
-    def on_text_key(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def on_text_key(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Forward hook of the text stream's key projection."""
-        return self._add_source("text_key", args[0], out)
+        return self._change(self._add_source, "text_key", module, args, kwargs, out)
 
-    def on_text_value(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def on_text_value(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Forward hook of the text stream's value projection."""
-        return self._add_updates("text_value", args[0], out)
+        return self._change(self._add_updates, "text_value", module, args, kwargs, out)
 
-    def on_text_out(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    def on_text_out(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Forward hook of the text stream's output projection."""
-        return self._add_updates("text_out", args[0], out)
+        return self._change(self._add_updates, "text_out", module, args, kwargs, out)
 
     def run_owner(self, *args: Any, **kwargs: Any) -> Any:
         """What stands in the place of the owner's forward.

@@ -11,11 +11,13 @@ Both raise when they are executed: then another backend compiled a converted mod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from salad_compile.common.projections import projection_call
 from salad_compile.errors import WrongBackendError
 
 _MESSAGE = (
@@ -83,9 +85,13 @@ DENSE = "dense"
 NO_ORDER = "no order"
 
 
-def leave_dense(module: Any, args: tuple[Any, ...], out: Tensor) -> Tensor:
+def leave_dense(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], returned: Any) -> Any:
     """Forward hook of the query projection of self-attention that stays dense: compiled, the passes must know."""
-    if torch.compiler.is_compiling():
-        tagged: Tensor = torch.ops.salad.tag(out, args[0], [], None, DENSE)
-        return tagged
-    return out
+    call = projection_call(module, args, kwargs, returned) if torch.compiler.is_compiling() else None
+    return returned if call is None else call.rebuild(tag_dense(call.x, call.out))
+
+
+def tag_dense(x: Tensor, out: Tensor) -> Tensor:
+    """`out`, tagged as the query of attention that stays dense."""
+    tagged: Tensor = torch.ops.salad.tag(out, x, [], None, DENSE)
+    return tagged

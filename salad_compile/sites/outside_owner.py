@@ -54,3 +54,11 @@ def twice_error(site: str) -> SiteLostError:
         f"the converted site {site!r}: its query projection ran twice in one forward of its module, so that it cannot "
         "be told to which attention call the gate belongs. Leave the site out: sites=['!...']."
     )
+
+
+def no_tensor_error(site: str, role: str, returned: Any) -> SiteLostError:
+    """A projection of a site returned something else than a tensor, or a tuple that begins with one."""
+    return SiteLostError(
+        f"the {role} projection of the converted site {site!r} returned a {type(returned).__name__} without a tensor, "
+        "or was given none: its input and its result must be tensors, the result alone or first of a tuple."
+    )

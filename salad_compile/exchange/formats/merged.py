@@ -30,7 +30,7 @@ class Merged(ExportFormat):
     def write(self, component: Component, path: Path, options: ExportOptions) -> Written:
         from salad_compile.exchange.merged_checkpoint import merge_updates, write_checkpoint
 
-        weights, merged = merge_updates(component.base_state, component.updates)
+        weights, merged = merge_updates(component.model, component.base_state, component.updates)
         write_checkpoint(component, weights, path, options.max_shard_size)
         return Written(len(weights), tuple(merged))
 

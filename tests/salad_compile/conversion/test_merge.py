@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 import salad_compile
 from salad_compile.errors import BaseModelMismatchError, MergeError, NotConvertedError
 from salad_compile.sites.branch import branches
+from tests import toys
 from tests.models.zoo import CASES
 from tests.salad_compile.conversion.test_convert import assert_unchanged, fingerprint
 from tests.salad_compile.salad_files.test_salad_file import converted
@@ -54,7 +55,7 @@ def test_what_cannot_be_merged_is_refused() -> None:
     with pytest.raises(NotConvertedError):
         salad_compile.merge_lora(CASES["Wan"].build())
     model = converted()
-    model.blocks[1].attn1.to_v = type("QuantisedLinear", (torch.nn.Linear,), {})(24, 24)
+    model.blocks[1].attn1.to_v = toys.QuantisedLinear(24, 24)
     before = fingerprint(model)
     with pytest.raises(MergeError, match=r"blocks\.1\.attn1\.to_v.*QuantisedLinear"):
         salad_compile.merge_lora(model)

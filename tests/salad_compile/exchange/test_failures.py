@@ -26,6 +26,7 @@ from salad_compile.errors import (
     SaladError,
     WriteError,
 )
+from tests import toys
 from tests.models.registry import ALL_CASES
 from tests.models.zoo import CASES
 from tests.salad_compile.conversion.test_convert import assert_unchanged, fingerprint
@@ -99,7 +100,7 @@ def test_lora_inside_an_nn_multihead_attention_would_not_be_applied_by_anybody(t
 
 def test_a_quantised_or_adapted_base_is_not_merged(tmp_path: Path) -> None:
     model: Any = converted(CASE)
-    model.blocks[1].attn1.to_v = type("QuantisedLinear", (nn.Linear,), {})(24, 24)
+    model.blocks[1].attn1.to_v = toys.QuantisedLinear(24, 24)
     before = fingerprint(model)
     with pytest.raises(MergeError, match=r"blocks\.1\.attn1\.to_v.*QuantisedLinear"):
         salad_compile.export(model, tmp_path / "out", ("salad", "merged"))
