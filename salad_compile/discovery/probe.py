@@ -165,6 +165,8 @@ class Probe(Recorded, TorchFunctionMode):
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation of the model, with autograd."""
+        if func is Tensor.__deepcopy__:
+            return self._deep_copy(*args)
         if is_attention(func):
             arguments = bind(func, args, kwargs, lambda tensor: tensor.dim())
         else:
@@ -181,6 +183,17 @@ class Probe(Recorded, TorchFunctionMode):
             operands = {"query": arguments.query, "key": arguments.key}
             call.position_fault = position_fault(self.recording, list(sources), operands)
         return self._answer(func, call, run_or_stand_in(func, arguments, args, kwargs))
+
+    def _deep_copy(self, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        """What `copy.deepcopy` makes of a tensor, as an operation that has a gradient.
+
+        Torch copies a fake tensor with its attributes, among them the mode that made it, and in that mode raw pointers
+        to storages: both copies would free them (seen in torch 2.13).
+        """
+        if id(tensor) not in memo:
+            memo[id(tensor)] = self._other(Tensor.clone, (tensor,), {})
+        copied: Tensor = memo[id(tensor)]
+        return copied
 
     def _other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:

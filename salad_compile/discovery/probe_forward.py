@@ -28,6 +28,7 @@ from salad_compile.common.placement import placement
 from salad_compile.common.projections import may_project, says_its_widths
 from salad_compile.discovery.inputs import normalise_inputs, synthesise_inputs
 from salad_compile.discovery.probe import Probe, history, named_inputs, ordinary
+from salad_compile.discovery.reachable_state import ReachableState
 from salad_compile.discovery.weights import gather_weights, keep_values
 from salad_compile.errors import AdapterError, InputsError, ProbeError
 from salad_compile.position.recording import OperationRecording
@@ -66,7 +67,7 @@ def run_probe(model: nn.Module, example_inputs: Any, *, replay_position: bool = 
 @contextlib.contextmanager
 def _without_hooks(model: nn.Module, device: torch.device, *, real: bool) -> Iterator[None]:
     """Without the hooks of others, which cache results or move weights; what moves real weights is needed."""
-    with _keep_attributes(model), without_foreign_hooks(model, keep_placement=real):
+    with _keep_state(model), without_foreign_hooks(model, keep_placement=real):
         if not real and any(execution_device(module) is not None for module in model.modules()):
             gather_weights(model, device)
         yield
@@ -157,15 +158,11 @@ def _install_hooks(model: nn.Module, probe: Probe) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _keep_attributes(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards every attribute as before: models cache position tables on themselves."""
-    before = [
-        (module, {name: dict(v) if type(v) is dict else v for name, v in module.__dict__.items()})
-        for module in model.modules()
-    ]
-    forwards = contextlib.ExitStack()
+def _keep_state(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards all as before: models cache position tables on themselves and elsewhere."""
+    state, forwards = ReachableState(model), contextlib.ExitStack()
     try:
-        for module, _ in before:
+        for module in model.modules():
             module.training = False  # gradient checkpointing and dropout are for training
             if isinstance(branch := module._modules.get(BRANCH_NAME), SaladBranch):
                 forwards.callback(branch.detach_forward(module))  # a converted model is probed as the model that it was
@@ -173,13 +170,4 @@ def _keep_attributes(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         forwards.close()
-        for module, attributes in before:
-            for name in [name for name in module.__dict__ if name not in attributes]:
-                del module.__dict__[name]
-            for name, value in attributes.items():
-                current = module.__dict__.get(name)
-                if type(value) is dict and type(current) is dict:
-                    current.clear()
-                    current.update(value)
-                else:
-                    module.__dict__[name] = value
+        state.put_back()
