@@ -14,13 +14,14 @@ from salad_compile.common.logs import logger
 from salad_compile.common.projections import channels
 from salad_compile.common.wrappers import base_layer, components, without_base_layer
 from salad_compile.config import SaladConfig
+from salad_compile.conversion.earlier_conversion import require_same_conversion, require_same_sites
 from salad_compile.conversion.placement import branch_placement, join_hooks, require_joinable
 from salad_compile.conversion.selection import apply_settings, filter_sites
-from salad_compile.discovery.discover import AttentionSite, Discovery, discover
+from salad_compile.discovery.attention_site import AttentionSite
+from salad_compile.discovery.discover import Discovery, discover
 from salad_compile.discovery.plan import Plan
 from salad_compile.discovery.probe import history
 from salad_compile.errors import (
-    AlreadyConvertedError,
     ConfigError,
     NoAttentionError,
     NoEligibleSiteError,
@@ -98,8 +99,8 @@ def convert(
     """Attach a SALAD branch (gate, projection, LoRA) to every eligible self-attention site, and return the model.
 
     Base parameters are frozen (unless `config.train_base`), branch parameters are trainable. State-dict keys of the
-    base model do not change. A second call with the same configuration changes nothing, except that it makes branch
-    parameters trainable again that another library froze.
+    base model do not change. A second call with the same configuration and `sites` changes nothing, except that it
+    makes branch parameters trainable again that another library froze; without `sites` it takes those that there are.
 
     Args:
         model: a module, or a diffusers pipeline, whose `transformer` (and `transformer_2`) is converted.
@@ -107,7 +108,8 @@ def convert(
         example_inputs, grid, sites: see :func:`plan`.
 
     Raises:
-        ConfigError: a wrong configuration. AlreadyConvertedError: converted before with another one.
+        ConfigError: a wrong configuration. AlreadyConvertedError: converted before with another one, with
+            other `sites`, or as a part of another model.
         WrappedModelError: compiled, distributed or sharded before conversion.
         NoAttentionError: the forward calls no attention. NoEligibleSiteError: none that can be converted.
         InputsError, ProbeError, GridMismatchError, SiteFilterError, PatternError: see :func:`plan`.
@@ -119,7 +121,10 @@ def convert(
     for name, module in components(model).items():
         known = branches(module)
         if known:
-            _require_same_config(known, config, name)
+            require_same_conversion(module, known, config, name)
+            if sites is not None:
+                again = _discover(module, example_inputs, config, grid, sites)
+                require_same_sites(known, again, name)
             for branch in known.values():
                 branch.requires_grad_(True)
             logger.info("%s is converted already: %d sites", name or type(module).__name__, len(known))
@@ -302,15 +307,6 @@ def _require_whole(model: nn.Module) -> None:
         raise WrappedModelError(
             f"the model is sharded already: {sharded} is a DTensor (fully_shard, tensor parallelism). Convert or load "
             "first, then shard."
-        )
-
-
-def _require_same_config(known: Mapping[str, SaladBranch], config: SaladConfig, name: str) -> None:
-    before = next(iter(known.values())).config
-    if before != config:
-        raise AlreadyConvertedError(
-            f"{name or 'the model'} was converted before with another configuration (now != before): "
-            f"{config.difference(before)}. Convert a fresh copy of the base model."
         )
 
 

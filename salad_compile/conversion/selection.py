@@ -13,7 +13,7 @@ from salad_compile.errors import PatternError, SiteFilterError, did_you_mean
 
 if TYPE_CHECKING:
     from salad_compile.config import SaladConfig
-    from salad_compile.discovery.discover import AttentionSite
+    from salad_compile.discovery.attention_site import AttentionSite
 
 
 def filter_sites(sites: list[AttentionSite], globs: str | Sequence[str] | None) -> list[AttentionSite]:

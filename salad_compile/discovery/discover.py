@@ -18,99 +18,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from salad_compile.calls.adapters import dense_reason, is_padding, mask_kind
-from salad_compile.calls.kinds import CallKind, kind_among
+from salad_compile.calls.kinds import kind_among
 from salad_compile.calls.packed_samples import different_lengths
+from salad_compile.discovery.attention_site import AttentionSite
 from salad_compile.discovery.probe import Call, Probe, Projection
 from salad_compile.discovery.probe_forward import run_probe
 from salad_compile.discovery.segments import Layout, layout_of, video_inputs
+from salad_compile.discovery.shared_modules import reject_shared, runs_fault
 from salad_compile.grid.rule import GridRule, GridSource, read_grid
 from salad_compile.grid.search import find_grid_rule
-from salad_compile.sites.record import SiteRecord
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention call of a model's forward.
-
-    Attributes:
-        name: the module whose forward contains both the projections and the call ("" is the model itself).
-        kind: "self", "cross", "joint" (video and text concatenated), "mixed" (key and value see more than the query) or
-            "unresolved" (some of query, key, value come from no Linear).
-        query, key, value: names of the projections, the video's first; several for two streams, equal for a fused one.
-        out: the output projection. text_out: that of the text stream.
-        batch, heads, key_heads, query_tokens, key_tokens, head_dim, value_dim: sizes in the example forward.
-        text: where the text lies, "none", "before", "after" or "prefix" (keys only). text_tokens: how many.
-        text_argument: the owner's argument that has as many tokens. on_grid: whether the video's tokens are the grid's.
-        mask: shape of the attention mask, or None. mask_kind: "", "keys", "padding" (a square one), "square",
-            "unread" (square, on fake tensors) or "other".
-        causal: whether the call is causal.
-        call_index: the call's number within one forward of `name`. call: its kind, if the eager twin may rely on it.
-        invocations: how often the example forward reached it.
-        eligible: whether `convert` converts it. reason: if not, why.
-        position_fault: for which operand its position encoding cannot be replayed, and why, if that was asked.
-    """
-
-    name: str
-    kind: str
-    query: tuple[str, ...]
-    key: tuple[str, ...]
-    value: tuple[str, ...]
-    out: str | None
-    text_out: str | None
-    batch: int
-    heads: int
-    key_heads: int
-    query_tokens: int
-    key_tokens: int
-    head_dim: int
-    value_dim: int
-    text: str
-    text_tokens: int
-    text_argument: str | None
-    on_grid: bool
-    mask: tuple[int, ...] | None
-    mask_kind: str
-    causal: bool
-    call_index: int
-    invocations: int
-    eligible: bool
-    reason: str
-    position_fault: tuple[str, str] | None = None
-    call: CallKind = ""
-
-    @property
-    def video_tokens(self) -> int:
-        """Tokens that are not text."""
-        return self.query_tokens if self.text == "prefix" else self.query_tokens - self.text_tokens
-
-    def record(self) -> SiteRecord:
-        """What conversion keeps of an eligible site."""
-        dual = self.text in ("before", "after") and len(self.query) == 2
-        return SiteRecord(
-            owner=self.name,
-            query=self.query[0],
-            key=self.key[0],
-            value=self.value[0],
-            out=self.out,
-            text_query=self.query[1] if dual else None,
-            text_key=self.key[1] if dual else None,
-            text_value=self.value[1] if dual else None,
-            text_out=self.text_out if dual else None,
-            heads=self.heads,
-            key_heads=self.key_heads,
-            head_dim=self.head_dim,
-            value_dim=self.value_dim,
-            batch=self.batch,
-            tokens=self.query_tokens,
-            text=self.text,
-            text_tokens=self.text_tokens,
-            text_argument=self.text_argument,
-            on_grid=self.on_grid,
-            square_mask=self.mask_kind == "padding",
-            call_index=self.call_index,
-            call=self.call,
-            rotated_first=self.position_fault is not None,
-        )
 
 
 @dataclass(frozen=True)
@@ -155,7 +71,7 @@ def discover(
         tokens = _tokens(rule, probe)
         sites = [dataclasses.replace(site, on_grid=site.video_tokens == tokens) for site in sites]
     sites = [_require_text_count(site) for site in sites]
-    return Discovery(_reject_shared_owners(sites), rule, reason)
+    return Discovery(reject_shared(sites), rule, reason)
 
 
 def _site_of(call: Call, probe: Probe, video: set[str], min_tokens: int) -> AttentionSite:
@@ -167,7 +83,7 @@ def _site_of(call: Call, probe: Probe, video: set[str], min_tokens: int) -> Atte
     names = _projection_names(call, layout)
     owner = _owner_of(call, [name for group in names for name in group])
     mask = _mask_kind(call.arguments.attn_mask)
-    reason = _ineligible(call, kind, layout, mask, min_tokens)
+    reason = _ineligible(call, kind, layout, mask, min_tokens) or runs_fault(call, owner, names[0], probe)
     attn_mask = call.arguments.attn_mask
     ranked = len(query) == 4 and len(key) == 4
     out, text_out = _outs(call, layout)
@@ -363,9 +279,9 @@ def _gate_rows(call: Call, layout: Layout, tokens: int) -> str:
 
 def _merge_invocations(sites: list[AttentionSite]) -> list[AttentionSite]:
     """One site per module and call, however often the forward reached it; the one with the most tokens counts."""
-    merged: dict[tuple[str, int], AttentionSite] = {}
+    merged: dict[tuple[str, int, str], AttentionSite] = {}
     for site in sites:
-        key = (site.name, site.call_index)
+        key = (site.name, site.call_index, site.kind)
         known = merged.get(key)
         if known is None:
             merged[key] = site
@@ -373,20 +289,3 @@ def _merge_invocations(sites: list[AttentionSite]) -> list[AttentionSite]:
             larger = max(known, site, key=lambda s: s.query_tokens)
             merged[key] = dataclasses.replace(larger, invocations=known.invocations + 1)
     return list(merged.values())
-
-
-def _reject_shared_owners(sites: list[AttentionSite]) -> list[AttentionSite]:
-    counts: dict[str, int] = {}
-    for site in sites:
-        counts[site.name] = counts.get(site.name, 0) + site.eligible
-    return [
-        dataclasses.replace(
-            site,
-            eligible=False,
-            reason=f"{counts[site.name]} self-attention calls share the forward of {site.name or 'the model'!r}: "
-            "put each into a module of its own",
-        )
-        if site.eligible and counts[site.name] > 1
-        else site
-        for site in sites
-    ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from salad_compile.config import SaladConfig
 
 if TYPE_CHECKING:
-    from salad_compile.discovery.discover import AttentionSite
+    from salad_compile.discovery.attention_site import AttentionSite
     from salad_compile.grid.rule import GridSource
 from salad_compile.common.reports import Report, Row, site_path
 

@@ -131,6 +131,7 @@ class Probe(Recorded, TorchFunctionMode):
         calls: in execution order. cats: by autograd node.
         inputs: arguments of the root's forward by name. features: autograd node -> name, for its feature tensors.
         convolved: output sizes (T, H, W) or (H, W) of convolutions.
+        runs: of projections, each with the modules that were running.
         recording: of all operations, to see whether position can be replayed; None if that is not needed.
     """
 
@@ -140,6 +141,7 @@ class Probe(Recorded, TorchFunctionMode):
     features: dict[Any, str] = field(default_factory=dict)
     convolved: list[tuple[int, ...]] = field(default_factory=list)
     recording: OperationRecording | None = None
+    runs: list[tuple[str, tuple[Frame, ...]]] = field(default_factory=list)
     _by_hand: ManualAttention = field(init=False)
     _projections: dict[Any, Projection] = field(default_factory=dict)
     _outputs: dict[Any, Call] = field(default_factory=dict)
@@ -301,6 +303,7 @@ class Probe(Recorded, TorchFunctionMode):
 
     def _mark_projection(self, name: str, gate_input: Tensor, out: Tensor) -> Tensor:
         self._note_out(name, gate_input)
+        self.runs.append((name, tuple(self._stack)))
         marked = _mark(out)
         self._projections[marked.grad_fn] = Projection(name, gate_input, marked.grad_fn)
         if self.recording is not None:

@@ -19,7 +19,7 @@ class SiteRecord:
 
     Module names are relative to the converted model. A fused projection is named once for each role that it serves.
     query, key, value and out are the video's projections, text_query and so on those of a text stream of its own. The
-    other fields are those of :class:`salad_compile.discovery.discover.AttentionSite`.
+    other fields are those of :class:`salad_compile.discovery.attention_site.AttentionSite`.
     """
 
     owner: str

@@ -11,7 +11,8 @@ import torch.nn as nn
 from torch import Tensor
 
 import salad_compile
-from salad_compile.discovery.discover import AttentionSite, discover
+from salad_compile.discovery.attention_site import AttentionSite
+from salad_compile.discovery.discover import discover
 from salad_compile.errors import InputsError, ProbeError
 from tests import toys
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import salad_compile
-from salad_compile.discovery.discover import AttentionSite, discover
+from salad_compile.discovery.attention_site import AttentionSite
+from salad_compile.discovery.discover import discover
 from salad_compile.discovery.probe import Probe
 from salad_compile.discovery.token_ranges import Cat, TokenRange, narrow
 from tests import toys

@@ -13,7 +13,8 @@ from torch import Tensor
 import salad_compile
 from salad_compile.calls.adapters import AttentionArguments, dense_reason
 from salad_compile.definition.spec import AttentionSpec
-from salad_compile.discovery.discover import AttentionSite, discover
+from salad_compile.discovery.attention_site import AttentionSite
+from salad_compile.discovery.discover import discover
 from salad_compile.errors import SiteLostError
 from salad_compile.sites.branch import branches
 from tests import toys

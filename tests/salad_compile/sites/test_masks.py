@@ -12,7 +12,8 @@ from torch import Tensor
 
 import salad_compile
 from salad_compile.calls.adapters import dense_reason, key_padding, mask_kind
-from salad_compile.discovery.discover import AttentionSite, discover
+from salad_compile.discovery.attention_site import AttentionSite
+from salad_compile.discovery.discover import discover
 from salad_compile.errors import SiteLostError
 from tests import toys
 from tests.support import assert_same, check_rewrite, randomise_branches, relative_error, run
