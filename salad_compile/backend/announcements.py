@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
-from salad_compile.calls.adapters import is_attention
+from salad_compile.backend.graph_break_reasons import Break, breaks_around
+from salad_compile.calls.adapters import is_attention, unmet_targets
 from salad_compile.common.logs import logger
 from salad_compile.config import BackendOptions
 from salad_compile.passes.attention_call import CONVERTED, TRAINING_FREE
@@ -16,18 +18,24 @@ from salad_compile.passes.context import graph_modules
 from salad_compile.passes.find_attention import CROSS_ATTENTION, LEFT_BY_CONVERSION
 from salad_compile.passes.provenance import PROJECTIONS
 from salad_compile.passes.report import GraphReport
-from salad_compile.sites.graph_breaks import any_converted
+from salad_compile.sites.converted_models import belongs_to_converted
 
-_announced: set[str] = set()
+_announced: set[str | Break] = set()
 _LIKE_ATTENTION = re.compile("attention|attn|transformer_encoder")
 _OF_TORCH = ("aten", "prims", "prim", "inductor", "higher_order", "salad")
+_MENDS = {
+    "fewer than min_tokens": "options={'min_tokens': ...} says from how many tokens on attention becomes sparse.",
+    "dropout": "model.eval() or a dropout of 0 mends that.",
+}
+"""A part of a reason -> what helps."""
+_APART = "in this graph"
 
 
-def announce(report: GraphReport, gm: fx.GraphModule, options: BackendOptions) -> None:
+def announce(report: GraphReport, gm: fx.GraphModule, inputs: Sequence[Any], options: BackendOptions) -> None:
     """Tell, once, what happens to a model that was never converted.
 
     Args:
-        report: of the passes. gm: the graph after them.
+        report: of the passes. gm: the graph after them. inputs: what Dynamo passed beside it, parameters included.
     """
     if count := report.count(TRAINING_FREE):
         _say_once(
@@ -38,12 +46,25 @@ def announce(report: GraphReport, gm: fx.GraphModule, options: BackendOptions) -
         )
     elif report.calls and not report.count(CONVERTED):
         reasons = dict.fromkeys(call.reason for call in report.calls)
-        if any_converted() and set(reasons) <= {CROSS_ATTENTION, LEFT_BY_CONVERSION}:
+        if set(reasons) <= {CROSS_ATTENTION, LEFT_BY_CONVERSION} and belongs_to_converted(inputs):
             return  # a graph of a converted model, of cross-attention alone say
-        broken = f" {_breaks()}" if any("in this graph" in reason for reason in reasons) else ""
-        _say_once(f"nothing was rewritten in this graph, all attention stays dense: {'; '.join(reasons)}.{broken}")
-    elif not report.calls and not any_converted() and _has_projections(gm):
-        _say_once(f"nothing was rewritten in this graph: no attention call was seen in it. {_why_none(gm)}")
+        _announce_dense(list(reasons), gm)
+    elif not report.calls and _has_projections(gm) and not belongs_to_converted(inputs):
+        _announce_none(gm)
+
+
+def _announce_dense(reasons: Sequence[str], gm: fx.GraphModule) -> None:
+    """Say why all calls of a graph stay dense, and what helps."""
+    apart = [reason for reason in reasons if _APART in reason]
+    breaks = breaks_around(gm) if apart else []
+    if breaks and len(apart) == len(reasons) and all(each in _announced for each in breaks):
+        return  # the graph before this one said it
+    _announced.update(breaks)
+    mends = [mend for part, mend in _MENDS.items() if any(part in reason for reason in reasons)]
+    if apart:
+        mends.append(_tell_breaks(breaks) or "salad_compile.convert(model) follows values further than a graph does.")
+    said = [f"nothing was rewritten in this graph, all attention stays dense: {'; '.join(reasons)}.", *mends]
+    _say_once(" ".join(said))
 
 
 def _has_projections(gm: fx.GraphModule) -> bool:
@@ -51,33 +72,35 @@ def _has_projections(gm: fx.GraphModule) -> bool:
     return any(node.target in PROJECTIONS for node in nodes) or bool(_unknown(gm))
 
 
-def _why_none(gm: fx.GraphModule) -> str:
+def _announce_none(gm: fx.GraphModule) -> None:
+    """Say why a graph may hold no attention call; of graph breaks those that were not said before."""
+    seen_none = "nothing was rewritten in this graph: no attention call was seen in it."
     if unknown := _unknown(gm):
-        return (
-            f"It calls {', '.join(unknown)}, which may be attention that salad_compile does not know: "
+        _say_once(
+            f"{seen_none} It calls {', '.join(unknown)}, which may be attention that salad_compile does not know: "
             "salad_compile.attention_adapter teaches it; attention inside of torch's own layers is reached by "
             "salad_compile.convert(model), and in training mode."
         )
-    if broken := _breaks():
-        return broken
-    return (
-        "If the model has attention there, its function is not known: give it to salad_compile.attention_adapter, and "
-        "see what salad_compile.plan(model) finds."
-    )
+    elif breaks := breaks_around(gm):
+        if new := [each for each in breaks if each not in _announced]:
+            _announced.update(new)
+            _say_once(f"{seen_none} {_tell_breaks(new)}")
+    else:
+        registered = "".join(f" attention_adapter was used for {names}, never met so far." for names in unmet_targets())
+        _say_once(
+            f"{seen_none} If the model has attention there, its function is not known: give it to "
+            f"salad_compile.attention_adapter, and see what salad_compile.plan(model) finds.{registered}"
+        )
 
 
-def _breaks() -> str:
+def _tell_breaks(breaks: Sequence[Break]) -> str:
     """Where graphs broke, and what helps; the empty string if none did."""
-    # Not documented: reasons by which Dynamo broke graphs, most recent last. Seen in torch 2.11 and 2.13;
-    # tests/salad_compile/backend/test_announcements.py fails when it moves.
-    reasons = [str(reason).strip().splitlines()[0] for reason in torch._dynamo.utils.counters["graph_break"]]
-    if not reasons:
+    if not breaks:
         return ""
     return (
-        f"The graph breaks ({'; '.join(dict.fromkeys(reasons[-3:]))}): attention that runs between graphs, in "
-        "functions under torch.compiler.disable for example, stays dense, and so does attention in another graph than "
-        'its projections. TORCH_LOGS="graph_breaks" says where. Remove the break, or salad_compile.convert(model): '
-        "its sites run as SALAD on either side of it."
+        f"The graph breaks ({'; '.join(map(str, breaks))}): attention that runs between graphs, in functions under "
+        "torch.compiler.disable for example, stays dense, and so does attention in another graph than its projections. "
+        "Remove the break, or salad_compile.convert(model): its sites run as SALAD on either side of it."
     )
 
 

@@ -60,7 +60,7 @@ def salad(
     report = run_passes(gm, parsed, example_inputs)
     for recorder in _recorders:
         recorder.append(report)
-    announce(report, gm, parsed)
+    announce(report, gm, example_inputs, parsed)
     return _lower(gm, example_inputs, parsed, mode)
 
 

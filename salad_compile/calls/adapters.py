@@ -165,6 +165,11 @@ def adapter_of(*targets: Any) -> Callable[[AnyAdapter], AnyAdapter]:
     return register
 
 
+def unmet_targets() -> list[str]:
+    """Targets of `attention_adapter` that no forward has called so far and no warning has named."""
+    return list(_unmet.values())
+
+
 def warn_of_unmet() -> None:
     """Say once which targets of `attention_adapter` no forward has called so far."""
     for names in _unmet.values():

@@ -32,6 +32,7 @@ from salad_compile.grid.rule import GridSource
 from salad_compile.grid.video_grid import RootForward, VideoGrid
 from salad_compile.position.slice import position_error
 from salad_compile.sites.branch import BRANCH_NAME, SaladBranch, branches
+from salad_compile.sites.converted_models import remember_model
 from salad_compile.sites.markers import leave_dense
 from salad_compile.sites.record import SiteRecord
 from salad_compile.sites.site import DenseSwitch
@@ -190,6 +191,7 @@ def attach(
         branch.grid, branch.switch = grid, switch
         branch.attach(owner, modules)
         join_hooks(model, branch, modules["query"])
+    remember_model(model)
     if grid is not None:
         root = RootForward(model, grid)
         forward_slot(model).set(root)

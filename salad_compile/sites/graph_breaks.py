@@ -26,11 +26,6 @@ def attached() -> list[Site]:
     return list(_sites)
 
 
-def any_converted() -> bool:
-    """Whether a converted model is in use in this process."""
-    return bool(_sites)
-
-
 def leave_uncompiled(mark: Tensor) -> list[str]:
     """Let the owner that this tensor marks, and every other owner of its class and model, run uncompiled from now on.
 
