@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import json
 import os
 import re
+import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from salad_compile.common.locks import hold, is_held
 from salad_compile.common.schema import LARGEST_FILE
 from salad_compile.errors import ConfigError, SaladError, WriteError
 
+ALIVE = ".alive"  # in a directory that is being written: held by its writer, so that others do not remove it
+
 
 @contextlib.contextmanager
-def write_at_once(target: Path) -> Iterator[Path]:
+def write_at_once(target: Path, *, held: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `target`, which is renamed to it at the end, or removed if anything fails.
+
+    Writers of one directory wait for each other, so that what lies there under a temporary name was left by a dead one,
+    and is removed. After a loss of power too the file is there whole or as it was.
+
+    Args:
+        held: the caller holds the directory, or one above that all its writers hold.
 
     Raises:
         WriteError: an OSError, or what safetensors makes of one; its `errno` is kept.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    with name_failures(target):
+    temporary = beside(target)
+    with name_failures(target), contextlib.nullcontext(False) if held else hold(target.parent) as alone:
+        if alone:
+            for left in leftovers(target):
+                left.unlink(missing_ok=True)
         try:
             temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary
             temporary.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
+            flush_to_disk(temporary)
             temporary.replace(target)
+            flush_to_disk(target.parent)
         finally:
             with contextlib.suppress(NotADirectoryError):  # a file stands where the directory should be
                 temporary.unlink(missing_ok=True)
@@ -37,36 +55,95 @@ def write_at_once(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_directory_at_once(target: Path) -> Iterator[Path]:
-    """Yield an empty temporary directory beside `target`; renamed to it at the end, or removed if anything fails.
+    """Yield a temporary directory beside `target`, renamed to it at the end, or removed if anything fails.
 
-    An existing directory at `target` is replaced as a whole. No portable call exchanges two directories: the old one is
-    set aside first, and put back if the new one cannot take its name.
+    It is empty but for :data:`ALIVE`. An existing directory at `target` is replaced as a whole: the two exchange their
+    names. Where the system cannot do that, the old one is set aside for a moment, and put back if the new one cannot take
+    its name, by the next writer if need be. What dead writers have left is removed.
 
     Raises:
         WriteError: as :func:`write_at_once`.
     """
-    temporary, aside = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("partial", "before"))
-    with name_failures(target):
-        temporary.mkdir(parents=True)
+    with name_failures(target), contextlib.ExitStack() as living:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with hold(target.parent) as alone:
+            if alone:
+                _clean_up(target)
+            temporary = beside(target)
+            temporary.mkdir()
+            (temporary / ALIVE).mkdir()
+            living.enter_context(hold(temporary / ALIVE))
         mode = temporary.stat().st_mode & 0o666
         try:
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    file.chmod(mode)
-                    flush_to_disk(file)
-            if not target.exists():
-                temporary.rename(target)
-                return
-            target.rename(aside)
-            try:
-                temporary.rename(target)
-            except BaseException:
-                aside.rename(target)
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    path.chmod(mode)
+                flush_to_disk(path)
+            with hold(target.parent):
+                (temporary / ALIVE).rmdir()
+                _take_place(temporary, target)
+                flush_to_disk(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, target: Path) -> None:
+    """Give the directory its name; what had it before has the temporary one then, or is gone."""
+    if not target.exists():
+        temporary.rename(target)
+        return
+    if exchange(temporary, target):
+        return
+    aside = beside(target, "before")
+    target.rename(aside)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clean_up(target: Path) -> None:
+    """Remove what dead writers of `target` have left; if one died between two renames, the old directory comes back."""
+    for left in leftovers(target, "before"):
+        if target.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.rename(target)
+    for left in leftovers(target):
+        if left.is_dir() and not ((left / ALIVE).is_dir() and is_held(left / ALIVE)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two existing paths exchange their names in one step; False where the system cannot.
+
+    Raises:
+        OSError: it can, and would not.
+    """
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if function is None:
+        return False
+    here, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if function(here, os.fsencode(one), here, os.fsencode(other), flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def beside(target: Path, kind: str = "partial") -> Path:
+    """A hidden name in the same directory that nobody else has: process numbers repeat, in containers and threads."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}.{kind}")
+
+
+def leftovers(target: Path, kind: str = "partial") -> list[Path]:
+    """What has a temporary name of `target`, whoever wrote it."""
+    start, end = f".{target.name}.", f".{kind}"
+    return [path for path in target.parent.iterdir() if path.name.startswith(start) and path.name.endswith(end)]
 
 
 def flush_to_disk(path: Path) -> None:
@@ -113,7 +190,7 @@ def name_failures(target: Path) -> Iterator[None]:
         raise _write_error(target, error, int(code[1])) from error
 
 
-def _write_error(target: Path, cause: Exception, errno: int | None) -> WriteError:
+def _write_error(target: Path, cause: Exception, number: int | None) -> WriteError:
     error = WriteError(f"{target} could not be written; what was there before is as it was: {cause}")
-    error.errno = errno
+    error.errno = number
     return error

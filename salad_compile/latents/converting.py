@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from salad_compile.common.files import name_failures
 from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import ConfigError, LatentItemError, did_you_mean
 from salad_compile.latents.dataset import StoredLatents, summary_of
@@ -21,7 +20,7 @@ from salad_compile.latents.native import NativeWriter
 from salad_compile.latents.opening import open_latents
 from salad_compile.latents.source import Problem
 from salad_compile.latents.statistics import LatentStatistics
-from salad_compile.latents.storing import save_text
+from salad_compile.latents.storing import save_text, writing_in
 
 PLAN = "salad_conversion.json"
 _ROWS_PER_FILE = 16  # of a Parquet file, which is held in memory: a Wan clip of 480p and 81 frames takes up to 16 MB
@@ -89,7 +88,15 @@ def convert_latents(
     latents = open_latents(origin, layout=layout, normalized=normalized, statistics=statistics, on_error=on_error)
     if to == "fastvideo" and latents.statistics is None:
         raise ConfigError("FastVideo's latents are not normalised: pass statistics= of their VAE to undo it.")
-    _claim(goal, origin, _plan(latents, to))
+    _require_apart(goal, origin)
+    with writing_in(goal):
+        _claim(goal, _plan(latents, to))
+        return _write_all(latents, origin, goal, to, on_error, progress)
+
+
+def _write_all(
+    latents: StoredLatents, origin: Path, goal: Path, to: str, on_error: str, progress: bool
+) -> ConversionReport:
     target = _target(to, goal, latents)
     written, kept, skipped = 0, 0, list(latents.problems)
     with ProgressBar(goal.name, len(latents), shown=progress) as bar:
@@ -160,29 +167,29 @@ def _plan(latents: StoredLatents, to: str) -> str:
     )
 
 
-def _claim(goal: Path, origin: Path, plan: str) -> None:
-    """Make the destination, or check that an interrupted run of this conversion left it.
-
-    Raises:
-        ConfigError: it is neither.
-    """
+def _require_apart(goal: Path, origin: Path) -> None:
+    """Raises ConfigError: one contains the other, or the destination is a file."""
     here, there = goal.resolve(), origin.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ConfigError(f"source {origin} and destination {goal} must not contain each other.")
     if goal.exists() and not goal.is_dir():
         raise ConfigError(f"the destination {goal} is a file.")
+
+
+def _claim(goal: Path, plan: str) -> None:
+    """Leave a note of this conversion in an empty destination, or find the one of an interrupted run.
+
+    Raises:
+        ConfigError: the destination holds something else.
+    """
     note = goal / PLAN
     if note.exists():
-        if note.read_text(encoding="utf-8") != plan:
+        if note.read_text(encoding="utf-8", errors="replace") != plan:
             raise ConfigError(
                 f"{goal} holds another conversion ({PLAN} differs): other items, format, normalisation or statistics. "
                 "Write to another directory, or delete it."
             )
-        for left in goal.rglob(".*.partial"):  # what a killed run was writing
-            left.unlink()
         return
-    if goal.exists() and any(not file.name.startswith(".") for file in goal.iterdir()):
+    if any(not file.name.startswith(".") for file in goal.iterdir()):
         raise ConfigError(f"{goal} is not empty, and not left by an interrupted conversion.")
-    with name_failures(goal):
-        goal.mkdir(parents=True, exist_ok=True)
     save_text(note, plan)

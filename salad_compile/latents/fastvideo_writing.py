@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from salad_compile.common.files import flush_to_disk, name_failures, write_at_once
+from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.latents.fastvideo import require_pyarrow
 from salad_compile.latents.item import LatentItem
 from salad_compile.latents.statistics import LatentStatistics
@@ -37,11 +37,10 @@ class FastVideoWriter:
         import pyarrow.parquet
 
         table = pyarrow.Table.from_pylist([self._row(item) for item in items], schema=_schema())
-        with write_at_once(self._file(chunk)) as temporary:
+        with write_at_once(self._file(chunk), held=True) as temporary:
             pyarrow.parquet.write_table(
                 table, temporary, compression="zstd", row_group_size=1, write_page_checksum=True
             )
-            flush_to_disk(temporary)
 
     def _file(self, chunk: int) -> Path:
         return self._folder / f"data_chunk_{chunk:06d}.parquet"

@@ -35,7 +35,7 @@ from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError
 from salad_compile.latents.item import LatentItem
 from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, check_item, item_error
 from salad_compile.latents.statistics import LatentStatistics
-from salad_compile.latents.storing import file_stem, save_tensors, save_text
+from salad_compile.latents.storing import file_stem, save_tensors, save_text, writing_in
 
 FORMAT = "salad-latents"
 FORMAT_VERSION = 1
@@ -65,14 +65,15 @@ def write_latents(
         LatentItemError: an item is not fit to be written, or its name is taken. What was written before stays; nothing
             of it is listed before all is there.
         LatentLayoutError: the directory holds a dataset with other statistics, or of another version.
-        WriteError: the disk is full, say, or the directory cannot be written to.
+        WriteError: the disk is full, say, or the directory cannot be written to, or another process writes there.
     """
-    writer = NativeWriter(Path(directory), statistics)
-    for item in items:
-        if item.name in writer.names:
-            raise item_error(item.name, f"an item of this name is in {writer.directory} already")
-        writer.write(item)
-    writer.finish()
+    with writing_in(Path(directory)):
+        writer = NativeWriter(Path(directory), statistics)
+        for item in items:
+            if item.name in writer.names:
+                raise item_error(item.name, f"an item of this name is in {writer.directory} already")
+            writer.write(item)
+        writer.finish()
     return writer.directory
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.common.files import flush_to_disk, name_failures, write_at_once
+from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.sharding import is_first_rank, shard_like, whole_state
 from salad_compile.common.tensor_files import with_digest
@@ -88,7 +88,6 @@ def write(state: Mapping[str, Tensor], header: Header, target: Path) -> None:
     metadata = with_digest(state, {"format": "pt", HEADER_KEY: text})
     with write_at_once(target) as temporary:
         save_file(dict(state), temporary, metadata=metadata)
-        flush_to_disk(temporary)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

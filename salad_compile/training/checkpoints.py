@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.common.files import flush_to_disk, name_failures
+from salad_compile.common.files import beside, flush_to_disk, name_failures
 from salad_compile.common.schema import fields_of, stamp
 from salad_compile.common.tensor_files import digest_of, first_not_finite, open_safetensors
 from salad_compile.definition.branch_tensors import current_name
@@ -144,10 +144,9 @@ class CheckpointWriter:
             TrainingError: it cannot be written (a full disk, say). Earlier checkpoints are as they were.
         """
         target = self.folder / checkpoint_name(step)
-        temporary = target.with_name(f".{target.name}.partial")
+        temporary = beside(target)
         try:
             if self.main:
-                shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
             save(self.model, temporary / FILE_NAME)
             tensors = self._tensors()
@@ -247,7 +246,7 @@ class CheckpointWriter:
 
 def _remove(path: Path) -> None:
     """Remove a directory if it exists: it is renamed first, so that a half-removed one is not taken for complete."""
-    leaving = path.with_name(f".{path.name}.removed")
+    leaving = beside(path, "removed")
     with contextlib.suppress(FileNotFoundError):
         path.replace(leaving)
     shutil.rmtree(leaving, ignore_errors=True)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from salad_compile.common.files import write_at_once
+from salad_compile.common.files import name_failures, write_at_once
+from salad_compile.common.locks import hold
 from salad_compile.common.logs import logger
 from salad_compile.common.schema import stamp
 from salad_compile.common.wrappers import single_model
@@ -41,6 +42,7 @@ from salad_compile.training.validation import validation_loss
 
 EMA_FILE_NAME = "salad_ema.safetensors"
 SUMMARY_FILE = "training.json"
+WAIT_SECONDS = 15.0  # for another run in the directory: processes that read ahead outlive a killed one for some seconds
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,31 @@ class _Run:
 
     def run(self, found: Checkpoint | None, stop: StopRequest) -> TrainResult:
         self.accelerator.wait_for_everyone()  # every process has looked for checkpoints before the first is written
+        with self._alone(found):
+            return self._run(found, stop)
+
+    @contextlib.contextmanager
+    def _alone(self, found: Checkpoint | None) -> Iterator[None]:
+        """Hold the directory against other runs.
+
+        Raises:
+            WriteError: it cannot be made, or another run writes there. ResumeError: another went on meanwhile.
+        """
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        folder = self.writer.folder
+        with name_failures(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with hold(folder, seconds=WAIT_SECONDS):
+                newest = complete_checkpoints(self.directory)[-1:]
+                if [c.step for c in newest] != ([] if found is None else [found.step]):
+                    raise ResumeError(
+                        f"another run in {self.directory} has just ended: start again to go on from there."
+                    )
+                yield
+
+    def _run(self, found: Checkpoint | None, stop: StopRequest) -> TrainResult:
         first = self._start(found)
         self.engine.bare.train()
         records = Records(self.accelerator, self.directory, first, self.settings.steps)
@@ -161,7 +188,6 @@ class _Run:
     def _start(self, found: Checkpoint | None) -> int:
         main = self.accelerator.is_main_process
         if main:
-            self.directory.mkdir(parents=True, exist_ok=True)
             self.writer.remove_leftovers()
         if self.settings.trackers:
             self.accelerator.init_trackers("trackers", config=_flat(self.settings))
@@ -265,6 +291,7 @@ class _Run:
         if self.validation is not None and (due or last):
             records.validation(step, validation_loss(self.engine, self.validation, self.forward))
         if last or stopped or step % settings.checkpoint_every == 0:
+            records.sync()
             self._checkpoint(step)
 
     def _checkpoint(self, step: int) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from salad_compile.common.files import write_at_once
+from salad_compile.common.checks import is_int
+from salad_compile.common.files import name_failures, write_at_once
+from salad_compile.common.logs import logger
 from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import MissingPackageError
 
@@ -19,18 +21,35 @@ LOG_FILE = "log.jsonl"
 
 
 def read_log(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a run's log, in order; a last line that a killed run left unfinished is left out."""
+    """The lines of a run's log, in order.
+
+    What is no line of a log is left out: a last one that a killed run left unfinished, and what a loss of power left of
+    lines after the last checkpoint.
+    """
     path = Path(directory) / LOG_FILE
     if not path.exists():
         return []
-    whole = path.read_text().rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    found = [_line(text) for text in whole.split(b"\n")]
+    damaged = sum(line is None and bool(text) for line, text in zip(found, whole.split(b"\n"), strict=True))
+    if damaged:
+        logger.warning("%s: %d damaged lines are left out", path, damaged)
+    return [line for line in found if line is not None]
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and is_int(values.get("step")) else None
 
 
 class RunLog:
     """`log.jsonl`: one JSON object a line, appended with one write each. A killed run can leave half of its last one.
 
     A resumed run drops what was logged after its checkpoint, so that the curve is that of an uninterrupted run.
+    Lines are on the disk before the next checkpoint is: a loss of power costs those after the last one.
 
     Args:
         directory: of the run. step: of the checkpoint from which it resumes; 0: from the beginning.
@@ -39,14 +58,20 @@ class RunLog:
     def __init__(self, directory: Path, step: int) -> None:
         self.path = directory / LOG_FILE
         kept = [line for line in read_log(directory) if line["step"] <= step]
-        if self.path.exists():
-            with write_at_once(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self.path.open("ab", buffering=0)
+        with write_at_once(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with name_failures(self.path):
+            self._file = self.path.open("ab", buffering=0)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line."""
-        self._file.write((json.dumps(values) + "\n").encode())
+        """Append one line. Raises WriteError: the disk is full, say."""
+        with name_failures(self.path):
+            self._file.write((json.dumps(values) + "\n").encode())
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk. Raises WriteError."""
+        with name_failures(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Whatever was written is in the file already."""
@@ -103,6 +128,11 @@ class Records:
         """After a validation."""
         if self.main:
             self._log({"step": step, "validation_loss": loss})
+
+    def sync(self) -> None:
+        """Before a checkpoint is written."""
+        if self.main:
+            self.log.sync()
 
     def _log(self, values: dict[str, Any]) -> None:
         self.log.write(values)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import stat
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from salad_compile.common.files import write_at_once, write_directory_at_once
+from salad_compile.common import files
+from salad_compile.common.files import exchange, write_at_once, write_directory_at_once
+from salad_compile.common.locks import hold, is_held
 from salad_compile.errors import HubError, WriteError
 
 
@@ -90,3 +96,107 @@ def test_a_directory_takes_its_place_as_a_whole(tmp_path: Path) -> None:
         fail()
     assert [entry.name for entry in target.iterdir()] == ["second"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+# --- writers that meet, and writers that died ------------------------------------------------------------------------
+
+
+def test_writers_of_one_directory_wait_for_each_other(tmp_path: Path) -> None:
+    """Threads of one process, which share its number."""
+    target, at_once, most = tmp_path / "a.txt", [], []
+
+    def write(number: int) -> None:
+        for _ in range(20):
+            with write_at_once(target) as temporary:
+                at_once.append(number)
+                most.append(len(at_once))
+                temporary.write_text(str(number) * 1000)
+                at_once.remove(number)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        text = target.read_text() if target.exists() else ""
+        assert text == text[:1] * len(text)
+    assert set(most) == {1}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_dead_writers_left_is_removed(tmp_path: Path) -> None:
+    for name in (".a.txt.1.partial", ".a.txt.0011223344556677.partial"):  # of this release and of earlier ones
+        (tmp_path / name).write_text("half")
+    for name in (".b.txt.1.partial", "a.txt.partial"):
+        (tmp_path / name).write_text("of others")
+    with write_at_once(tmp_path / "a.txt") as temporary:
+        temporary.write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", ".b.txt.1.partial", "a.txt.partial"}
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_directories_of_dead_writers_are_removed_and_those_of_living_ones_stay(
+    exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    target = tmp_path / "out"
+    (tmp_path / ".out.77.partial").mkdir()
+    with write_directory_at_once(target) as first:
+        (first / "a").write_text("first")
+        with write_directory_at_once(target) as second:
+            (second / "a").write_text("second")
+        assert (first / "a").read_text() == "first"
+        assert (target / "a").read_text() == "second"
+    assert (target / "a").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_directory_that_was_set_aside_comes_back(tmp_path: Path) -> None:
+    """Its writer died between two renames, where names cannot be exchanged."""
+    (tmp_path / ".out.77.before").mkdir()
+    (tmp_path / ".out.77.before" / "a").write_text("precious")
+
+    def fail() -> None:
+        with write_directory_at_once(tmp_path / "out"):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (tmp_path / "out" / "a").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+    assert exchange(tmp_path / "one", tmp_path / "other")
+    assert (tmp_path / "one" / "a").read_text() == "other"
+    with pytest.raises(FileNotFoundError):
+        exchange(tmp_path / "one", tmp_path / "missing")
+
+
+def test_a_directory_is_held_until_its_holder_dies(tmp_path: Path) -> None:
+    ready = multiprocessing.get_context("fork").Event()
+    process = multiprocessing.get_context("fork").Process(target=hold_for_ever, args=(tmp_path, ready))
+    process.start()
+    ready.wait()
+    assert is_held(tmp_path)
+    with pytest.raises(WriteError, match="another process is writing"), hold(tmp_path, seconds=0.05):
+        pass
+    process.kill()
+    process.join()
+    with hold(tmp_path, seconds=5) as held:
+        assert held
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        child.start()
+    with hold(tmp_path, seconds=5):  # the fork does not hold on
+        pass
+    child.kill()
+    child.join()
+
+
+def hold_for_ever(directory: Path, ready: Any) -> None:
+    with hold(directory):
+        ready.set()
+        time.sleep(600)

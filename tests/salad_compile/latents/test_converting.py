@@ -14,15 +14,14 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from salad_compile.common import files
 from salad_compile.errors import ConfigError, LatentItemError, WriteError
 from salad_compile.latents import (
     WAN_2_1,
     LatentItem,
     convert_latents,
     converting,
-    fastvideo_writing,
     open_latents,
-    storing,
     write_latents,
 )
 from tests.salad_compile.latents.data import (
@@ -99,15 +98,15 @@ def test_chunks_past_ten_keep_their_order(tmp_path: Path, monkeypatch: pytest.Mo
 def run_and_be_killed(source: Path, goal: Path, to: str, file: int) -> None:
     """Convert, and stop for good when the `file`-th file is on the disk and does not have its name yet."""
     flushed: list[Path] = []
-    flush = storing.flush_to_disk
+    flush = files.flush_to_disk
 
     def killing(path: Path) -> None:
-        flushed.append(path)
+        flushed.extend([path] * path.name.endswith(".partial"))
         if len(flushed) == file:
             os.kill(os.getpid(), signal.SIGKILL)
         flush(path)
 
-    storing.flush_to_disk = fastvideo_writing.flush_to_disk = killing
+    files.flush_to_disk = killing
     convert_latents(source, goal, to=to, progress=False)
 
 
@@ -123,8 +122,8 @@ def test_goes_on_after_a_kill(tmp_path: Path, to: str, file: int, monkeypatch: p
     killed.join(timeout=60)
     assert killed.exitcode == -signal.SIGKILL
     assert len(list((tmp_path / "goal").rglob("*.partial"))) == 1
-    files = [file for file in (tmp_path / "goal").rglob("[!.]*") if file.is_file() and "clip4" not in file.name]
-    finished = {file: file.stat().st_mtime_ns for file in files}
+    there = [file for file in (tmp_path / "goal").rglob("[!.]*") if file.is_file() and "clip4" not in file.name]
+    finished = {file: file.stat().st_mtime_ns for file in there}
     report = convert_latents(tmp_path / "source", tmp_path / "goal", to=to, progress=False)
     assert (report.written, report.kept) == (3, 4)
     assert not list((tmp_path / "goal").rglob("*.partial"))

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import salad_compile
-from salad_compile.errors import ConfigError, NotConvertedError, ResumeError, TrainingError
+from salad_compile.common.locks import hold
+from salad_compile.errors import ConfigError, NotConvertedError, ResumeError, TrainingError, WriteError
 from salad_compile.latents import LatentDataset, LatentItem, ShapeBatches, open_latents, write_latents
 from salad_compile.sites.branch import branches
 from salad_compile.training import TrainSettings, read_log, train
@@ -186,6 +187,57 @@ def test_a_state_that_is_not_of_its_directory_is_passed_over(
     edit_state(tmp_path / "run" / "checkpoints" / "step-00000006", **change)
     run(data, tmp_path / "run")
     assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\0" * 5000,
+        b"\xff\xfe garbage \x80\n",
+        b'{"step": "two"}\n[1]\n7\n',
+        b"[" * 100_000 + b"\n",
+        b'{"step": 7, "lo',
+    ],
+    ids=["nul", "bytes", "other", "deep", "torn"],
+)
+def test_a_damaged_log_never_makes_a_checkpoint_unusable(
+    data: Path, whole: Path, tmp_path: Path, damage: bytes
+) -> None:
+    """Of a loss of power: lines after the last checkpoint are gone, and there is something else."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    log = tmp_path / "run" / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(line for line in lines if json.loads(line)["step"] <= 4) + damage)
+    assert [line["step"] for line in read_log(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
+    run(data, tmp_path / "run")
+    assert_same(tmp_path / "run", whole)
+
+
+def test_lines_are_on_the_disk_before_the_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from salad_compile.training.records import Records
+
+    seen: list[tuple[list[int], int]] = []
+    real = Records.sync
+
+    def sync(self: Records) -> None:
+        real(self)
+        steps = [line["step"] for line in read_log(tmp_path) if "loss" in line]
+        seen.append((steps, len(list((tmp_path / "checkpoints").glob("step-*")))))
+
+    monkeypatch.setattr(Records, "sync", sync)
+    run(data, tmp_path, dataclasses.replace(RUN, steps=4))
+    assert seen == [([1, 2], 0), ([1, 2, 3, 4], 1)]
+
+
+def test_two_runs_do_not_share_a_directory(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "WAIT_SECONDS", 0.1)
+    (tmp_path / "checkpoints").mkdir()
+    with hold(tmp_path / "checkpoints"), pytest.raises(WriteError, match="another process is writing"):
+        run(data, tmp_path)
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_only_the_last_checkpoints_stay(data: Path, tmp_path: Path) -> None:
