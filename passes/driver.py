@@ -22,6 +22,7 @@ from salad_compile.passes.attention_call import CONVERTED, LEFT_DENSE, TRAINING_
 from salad_compile.passes.context import Context, Pass, graph_modules, has_converted_tags
 from salad_compile.passes.graph_dump import GraphDump, ReadableGraph
 from salad_compile.passes.report import CallReport, GraphReport, PassReport, require_no_loss
+from salad_compile.passes.whole_functions import blame_whole_functions
 
 PASSES: tuple[Pass, ...] = (
     find_attention.PASS,
@@ -65,7 +66,8 @@ def run_passes(gm: fx.GraphModule, options: BackendOptions, inputs: Sequence[Any
     dump = GraphDump(options.dump_graphs, gm)
     passes = []
     for entry in PASSES:
-        passes.append(_run_pass(entry, modules, context))
+        with blame_whole_functions([module.graph for module in modules]):
+            passes.append(_run_pass(entry, modules, context))
         dump.write(entry.name)
         for watcher in _watchers:
             watcher(gm, context)
@@ -75,7 +77,8 @@ def run_passes(gm: fx.GraphModule, options: BackendOptions, inputs: Sequence[Any
         module.recompile()
     report = _report(context, modules, passes, time.perf_counter() - start)
     logger.debug("after:\n%s", ReadableGraph(gm))
-    require_no_loss(report, options.strict)
+    with blame_whole_functions([module.graph for module in modules]):
+        require_no_loss(report, options.strict)
     return report
 
 

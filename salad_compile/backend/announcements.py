@@ -18,6 +18,7 @@ from salad_compile.passes.context import graph_modules
 from salad_compile.passes.find_attention import CROSS_ATTENTION, LEFT_BY_CONVERSION
 from salad_compile.passes.provenance import PROJECTIONS
 from salad_compile.passes.report import GraphReport
+from salad_compile.passes.whole_functions import hint_at_whole_functions
 from salad_compile.sites.converted_models import belongs_to_converted
 
 _announced: set[str | Break] = set()
@@ -90,6 +91,7 @@ def _announce_none(gm: fx.GraphModule) -> None:
         _say_once(
             f"{seen_none} If the model has attention there, its function is not known: give it to "
             f"salad_compile.attention_adapter, and see what salad_compile.plan(model) finds.{registered}"
+            + hint_at_whole_functions(module.graph for module in graph_modules(gm))
         )
 
 
