@@ -9,7 +9,7 @@ A command is a module of this package with
 Modules are imported when their command is asked for, and import torch when they run: `--help` is quick.
 
 Exit codes: 0 done; 1 a negative result (nothing to convert, a fault found); 2 wrong usage or input; 3 an unexpected
-error, with its traceback; 130 interrupted; 141 the reader of a pipe went away, as with other tools.
+error, with its traceback; 130 interrupted (143: by SIGTERM); 141 the reader of a pipe went away, as with other tools.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ example:
     salad-compile plan Wan-AI/Wan2.1-T2V-1.3B-Diffusers
     salad-compile plan --help
 
-exit codes: 0 done; 1 a negative result; 2 wrong usage or input; 3 an unexpected error; 130 interrupted
+exit codes: 0 done; 1 a negative result; 2 wrong usage or input; 3 an unexpected error; 130 interrupted;
+143 ended by SIGTERM
 """
 
 

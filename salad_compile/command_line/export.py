@@ -13,6 +13,8 @@ from salad_compile.common.files import read_json
 from salad_compile.common.schema import DIGEST, SummaryFields, decode_file, fields_of
 from salad_compile.errors import ConfigError
 from salad_compile.exchange.formats import FORMATS
+from salad_compile.salad_files.location import file_at
+from salad_compile.salad_files.runs import SUMMARY_FILE
 
 HELP = """\
 Loads a base model and a SALAD file and writes them in the formats that other programs read, with a model card. LoRA
@@ -24,8 +26,6 @@ example:
     salad-compile export --model wan --salad run/ --output exported --formats salad diffusers comfyui --json
     salad-compile export --model Wan2.2-T2V-A14B-Diffusers --salad high/ --salad-2 low/ --output exported
 """
-
-TRAINING = "training.json"  # `train` writes it beside the SALAD file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +84,8 @@ def _read_training(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.training is not None:
         return read_json(Path(arguments.training))
     beside = Path(arguments.salad)
-    file = (beside if beside.is_dir() else beside.parent) / TRAINING
+    folder = file_at(beside).parent if beside.is_dir() else beside.parent  # of a run: not what an earlier end left
+    file = folder / SUMMARY_FILE
     if not file.is_file():
         return None
     known = fields_of(decode_file(SummaryFields, file, ConfigError))

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 HELP = """\
 Fine-tunes a model on precomputed latents and texts: converts it, or takes the branches of --salad, and trains these
 alone. Writes log.jsonl, checkpoints/ and in the end salad.safetensors and training.json. Run again, the same command
-resumes from the newest checkpoint; SIGTERM and Ctrl-C finish the step and write one. Without --processes it is one
-process, or one of those that accelerate's launcher started (DDP, FSDP2).
+resumes from the newest checkpoint; SIGTERM and Ctrl-C finish the step and write one (exit code 143, 130). Without
+--processes it is one process, or one of those that accelerate's launcher started (DDP, FSDP2).
 
 example:
     salad-compile train --model Wan2.1-T2V-1.3B-Diffusers --latents data --output run
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train. Returns 0 when the run is finished, and when a signal ended it after a checkpoint."""
+    """Train. Returns 0 when the run is finished; after a checkpoint that a signal asked for, 128 and its number."""
     if arguments.processes < 1:
         raise ConfigError(f"--processes takes a number of at least 1, got {arguments.processes}.")
     settings, config = settings_of(arguments), config_of(arguments)  # errors in them show before anything is loaded
@@ -66,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         from salad_compile.training.launching import run_processes
 
         alone = argparse.Namespace(**{**vars(arguments), "processes": 1})
-        run_processes(_process, (alone,), arguments.processes, START_METHOD)
-        return 0
+        signal = run_processes(_process, (alone,), arguments.processes, START_METHOD)
+        return 128 + signal if signal and not _is_finished(arguments, settings) else 0
     from salad_compile.command_line.model_source import import_name
     from salad_compile.latents import open_latents
     from salad_compile.training import train
@@ -84,7 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if os.environ.get("RANK", "0") == "0":
         _tell(result, settings, arguments)
-    return 0
+    return 128 + result.signal if result.signal else 0
+
+
+def _is_finished(arguments: argparse.Namespace, settings: TrainSettings) -> bool:
+    from salad_compile.salad_files.runs import finished_steps
+
+    return finished_steps(Path(arguments.output)) == settings.steps
 
 
 def settings_of(arguments: argparse.Namespace) -> TrainSettings:
@@ -129,8 +135,12 @@ def _tell(result: TrainResult, settings: TrainSettings, arguments: argparse.Name
     file = None if result.file is None else str(result.file)
     sentence = f"wrote {file}: {result.step} steps, loss {result.loss}"
     if not result.finished:
-        sentence = f"stopped after step {result.step} of {settings.steps}: the same command resumes it"
-    tell(arguments, sentence, {**dataclasses.asdict(result), "file": file})
+        sentence = (
+            f"stopped after step {result.step} of {settings.steps}, which {result.checkpoint} holds: the same command "
+            "resumes it"
+        )
+    checkpoint = None if result.checkpoint is None else str(result.checkpoint)
+    tell(arguments, sentence, {**dataclasses.asdict(result), "file": file, "checkpoint": checkpoint})
 
 
 def _process(arguments: argparse.Namespace) -> None:

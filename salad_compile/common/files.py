@@ -58,8 +58,8 @@ def write_directory_at_once(target: Path) -> Iterator[Path]:
     """Yield a temporary directory beside `target`, renamed to it at the end, or removed if anything fails.
 
     It is empty but for :data:`ALIVE`. An existing directory at `target` is replaced as a whole: the two exchange their
-    names. Where the system cannot do that, the old one is set aside for a moment, and put back if the new one cannot take
-    its name, by the next writer if need be. What dead writers have left is removed.
+    names. Where the system cannot do that, the old one is set aside for a moment, and put back if the new one cannot
+    take its name, by the next writer if need be. What dead writers have left is removed.
 
     Raises:
         WriteError: as :func:`write_at_once`.

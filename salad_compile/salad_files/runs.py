@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salad_compile.common.logs import logger
-from salad_compile.common.schema import StateFields, StateVersion, decode_file
+from salad_compile.common.schema import StateFields, StateVersion, SummaryFields, decode_file
 from salad_compile.errors import CheckpointError, CorruptFileError, FormatVersionError
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 TENSORS_FILE = "training.safetensors"
+SUMMARY_FILE = "training.json"  # of a finished run
 STATE_VERSION = 1
 
 
@@ -65,3 +66,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if there != size:
             raise CorruptFileError(f"{name} has {there} bytes instead of {size}")
     return Checkpoint(path, state.step, state)
+
+
+def finished_steps(directory: Path) -> int | None:
+    """The steps of a run that is finished; None for another directory.
+
+    Raises:
+        CorruptFileError: `training.json` is damaged.
+    """
+    file = directory / SUMMARY_FILE
+    return decode_file(SummaryFields, file, CorruptFileError).steps if file.is_file() else None

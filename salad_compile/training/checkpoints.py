@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -26,7 +27,7 @@ from salad_compile.common.files import beside, flush_to_disk, name_failures
 from salad_compile.common.schema import fields_of, stamp
 from salad_compile.common.tensor_files import digest_of, first_not_finite, open_safetensors
 from salad_compile.definition.branch_tensors import current_name
-from salad_compile.errors import ResumeError, SaladError, TrainingError
+from salad_compile.errors import ResumeError, SaladError, TrainingError, WriteError
 from salad_compile.latents import LatentDataset
 from salad_compile.salad_files.contents import describe
 from salad_compile.salad_files.location import FILE_NAME
@@ -189,6 +190,19 @@ class CheckpointWriter:
             json.dump(stamp(state), file, indent=1)
         flush_to_disk(folder / STATE_FILE)
         flush_to_disk(folder)
+
+    def require_room(self) -> None:
+        """Raises WriteError: the disk has no room for one more checkpoint. Two moments, and an average, in fp32."""
+        copies = 4 + 8 + (4 if self.average is not None else 0)
+        needed = copies * sum(p.numel() for p in trained_parameters(self.model).values())
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            failure = WriteError(
+                f"{self.directory} has room for {free / 2**20:,.0f} MiB, and a checkpoint takes {needed / 2**20:,.0f} "
+                "MiB: make room, or name another directory."
+            )
+            failure.errno = errno.ENOSPC
+            raise failure
 
     def _remove_old(self) -> None:
         for path in sorted(self.folder.glob("step-*"))[: -self.settings.keep_last]:

@@ -24,10 +24,15 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.number = 0  # of the signal, 0: none came
         self._when = 0.0
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self.number != 0
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -42,8 +47,8 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a process that reads ahead: the training process ends it
-        if not self.asked:
-            self.asked, self._when = True, time.monotonic()
+        if not self.number:
+            self.number, self._when = number, time.monotonic()
             logger.warning("%s: after this step the run writes a checkpoint and ends", signal.Signals(number).name)
         elif time.monotonic() - self._when > SAME_REQUEST_SECONDS:
             signal.signal(number, self._before[number])

@@ -19,10 +19,13 @@ from salad_compile.training.interrupts import SIGNALS
 GRACE_SECONDS = 5.0  # for the others, when one has failed
 
 
-def run_processes(function: Callable[..., None], arguments: tuple[Any, ...], count: int, start_method: str) -> None:
+def run_processes(function: Callable[..., None], arguments: tuple[Any, ...], count: int, start_method: str) -> int:
     """`function(*arguments)` in `count` processes, under the environment of torch.distributed; returns when all ended.
 
     SIGTERM and SIGINT are forwarded. If this process dies, the others are stopped too.
+
+    Returns:
+        The number of the first signal that was forwarded, or 0.
 
     Raises:
         TrainingError: one ended with an error; the others were ended.
@@ -36,7 +39,7 @@ def run_processes(function: Callable[..., None], arguments: tuple[Any, ...], cou
         join=False,
         start_method=start_method,
     )
-    with _forward_signals(context.processes):
+    with _forward_signals(context.processes) as came:
         try:
             while not context.join(grace_period=GRACE_SECONDS):
                 pass
@@ -44,6 +47,7 @@ def run_processes(function: Callable[..., None], arguments: tuple[Any, ...], cou
             raise TrainingError(f"process {error.error_index}: {error}; its own message is above.") from error
         except ProcessRaisedException as error:
             raise TrainingError(f"process {error.error_index} failed: {error}") from error
+    return came[0] if came else 0
 
 
 def _process(rank: int, function: Callable[..., None], arguments: tuple[Any, ...], count: int, port: int) -> None:
@@ -60,15 +64,19 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _forward_signals(processes: list[Any]) -> Iterator[None]:
+def _forward_signals(processes: list[Any]) -> Iterator[list[int]]:
+    """Yields the numbers of the signals that came."""
+    came: list[int] = []
+
     def hand_on(number: int, frame: Any) -> None:
+        came.append(number)
         for process in processes:
             if process.is_alive():
                 os.kill(process.pid, number)
 
     before = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

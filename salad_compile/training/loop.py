@@ -24,7 +24,7 @@ from salad_compile.conversion.schedules import ramp_sparsity
 from salad_compile.errors import CheckpointError, ResumeError, TrainingError
 from salad_compile.latents import LatentDataset
 from salad_compile.salad_files.location import FILE_NAME
-from salad_compile.salad_files.runs import Checkpoint, complete_checkpoints
+from salad_compile.salad_files.runs import SUMMARY_FILE, Checkpoint, checkpoint_name, complete_checkpoints
 from salad_compile.salad_files.salad_file import save
 from salad_compile.sites.branch import branches
 from salad_compile.training.checkpoints import CheckpointWriter, Fingerprint, require_same
@@ -41,7 +41,6 @@ from salad_compile.training.settings import TrainSettings
 from salad_compile.training.validation import validation_loss
 
 EMA_FILE_NAME = "salad_ema.safetensors"
-SUMMARY_FILE = "training.json"
 WAIT_SECONDS = 15.0  # for another run in the directory: processes that read ahead outlive a killed one for some seconds
 
 
@@ -53,6 +52,7 @@ class TrainResult:
         finished: False after SIGTERM or SIGINT; the same call resumes.
         step: optimizer steps taken. loss: of the last one. validation_loss: of the last validation, or None.
         file: the SALAD file of the trained branches; None unless finished.
+        checkpoint: the directory of the newest checkpoint. signal: the number of the signal that ended the run, or 0.
     """
 
     finished: bool
@@ -60,6 +60,8 @@ class TrainResult:
     loss: float | None
     validation_loss: float | None
     file: Path | None
+    checkpoint: Path | None = None
+    signal: int = 0
 
 
 def train(
@@ -174,7 +176,7 @@ class _Run:
         self.engine.bare.train()
         records = Records(self.accelerator, self.directory, first, self.settings.steps)
         loader = self.feed.micro_batches(first)
-        step, stopped = first, False
+        step, stopped = first, 0
         try:
             while step < self.settings.steps and not stopped:
                 values, stopped = self._step(step, [next(loader) for _ in range(self.feed.accumulation)], stop)
@@ -183,23 +185,38 @@ class _Run:
                 self._after(step, records, stopped)
         finally:
             records.close()
-        return self._end(step)
+        return self._end(step, stopped)
 
     def _start(self, found: Checkpoint | None) -> int:
         main = self.accelerator.is_main_process
         if main:
             self.writer.remove_leftovers()
+            self.writer.require_room()
         if self.settings.trackers:
             self.accelerator.init_trackers("trackers", config=_flat(self.settings))
         if found is None:
             return 0
         self.writer.read(found)
         logger.info("resuming from %s", found.path)
+        if main and found.step < self.settings.steps:
+            self._set_aside(found.step)
         return found.step
+
+    def _set_aside(self, step: int) -> None:
+        """The results of a run that goes on are no longer those of its newest state: they get their step's name."""
+        if not (self.directory / SUMMARY_FILE).exists():
+            return
+        for name in (SUMMARY_FILE, FILE_NAME, EMA_FILE_NAME):
+            file = self.directory / name
+            if file.exists():
+                aside = file.with_stem(f"{file.stem}-{checkpoint_name(step)}")
+                with name_failures(aside):
+                    file.replace(aside)
+                logger.warning("%s is of step %d, and the run goes on: it is called %s now", file, step, aside.name)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def _step(self, step: int, micro_batches: list[list[Placed]], stop: StopRequest) -> tuple[dict[str, Any], bool]:
+    def _step(self, step: int, micro_batches: list[list[Placed]], stop: StopRequest) -> tuple[dict[str, Any], int]:
         settings = self.settings
         # for what a model draws itself (dropout)
         torch.manual_seed(derive_seed(settings.seed, "model", step, self.accelerator.process_index))
@@ -261,14 +278,14 @@ class _Run:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         return torch.cat(found)
 
-    def _gather(self, own: torch.Tensor, stop: StopRequest) -> tuple[torch.Tensor, bool]:
-        """The losses of the global batch by place, (batch,), on the CPU; and whether any process is to stop."""
-        sent = torch.cat([own, own.new_tensor([float(stop.asked)])])
+    def _gather(self, own: torch.Tensor, stop: StopRequest) -> tuple[torch.Tensor, int]:
+        """The losses of the global batch by place, (batch,), on the CPU; and the signal that any process got, or 0."""
+        sent = torch.cat([own, own.new_tensor([float(stop.number)])])
         rows = self.accelerator.gather(sent[None]).cpu()
         each = torch.empty(self.settings.batch)
         for rank, row in enumerate(rows):
             each[[place for places in self.feed.places(rank) for place in places]] = row[:-1]
-        return each, bool(rows[:, -1].any())
+        return each, int(rows[:, -1].max())
 
     def _not_finite(self, step: int, each: torch.Tensor, norm: float) -> None:
         names = self.feed.names(step)
@@ -284,7 +301,7 @@ class _Run:
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
-    def _after(self, step: int, records: Records, stopped: bool) -> None:
+    def _after(self, step: int, records: Records, stopped: int) -> None:
         settings = self.settings
         last = step == settings.steps
         due = settings.validation_every and step % settings.validation_every == 0
@@ -305,7 +322,7 @@ class _Run:
         if bool(self.accelerator.gather(failed).any()):
             raise failure or TrainingError(f"another process could not write the checkpoint of step {step}")
 
-    def _end(self, step: int) -> TrainResult:
+    def _end(self, step: int, stopped: int) -> TrainResult:
         finished = step == self.settings.steps
         file = None
         if finished:
@@ -318,7 +335,10 @@ class _Run:
         log = read_log(self.directory)
         loss = [line["loss"] for line in log if "loss" in line][-1:] or [None]
         validated = [line["validation_loss"] for line in log if "validation_loss" in line][-1:] or [None]
-        result = TrainResult(finished, step, loss[0], validated[0], file)
+        newest = self.writer.folder / checkpoint_name(step)
+        result = TrainResult(
+            finished, step, loss[0], validated[0], file, newest if newest.is_dir() else None, 0 if finished else stopped
+        )
         if finished and self.accelerator.is_main_process:
             self._summarise(result)
         self.accelerator.wait_for_everyone()  # afterwards all processes may read what is written

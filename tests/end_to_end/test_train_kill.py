@@ -175,7 +175,7 @@ def test_a_stopped_run_ends_with_a_checkpoint(given: Path, number: signal.Signal
         time.sleep(0.01)
     (os.killpg if to_all else os.kill)(process.pid, number)
     process.join()
-    assert process.exitcode == 0, said(given, output)
+    assert process.exitcode == 128 + number, said(given, output)
     step = last_step(output)
     assert 4 <= step < STEPS
     assert (output / "checkpoints" / f"step-{step:08d}").is_dir(), said(given, output)

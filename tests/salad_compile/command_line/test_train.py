@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import runpy
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import salad_compile
@@ -96,3 +98,35 @@ def test_the_example_does_the_same(
     assert losses[0] == losses[1]
     exported = tmp_path / "example" / "export" / "salad.safetensors"
     assert load_file(exported).keys() == load_file(tmp_path / "command" / "salad.safetensors").keys()
+
+
+STOPPING = """
+import os
+from salad_compile.training.flow_matching import wan_forward
+
+def forward(*arguments):
+    os.kill(os.getpid(), {number})
+    return wan_forward(*arguments)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_is_no_success_and_exports_its_newest_state(
+    command: Run, given: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """`train && export` after Ctrl-C."""
+    conversion = ("--conversion", given / "conversion.json")
+    assert command("train", *words(given, tmp_path / "run", *conversion, "--steps", 1)).code == 0
+    (tmp_path / "stop.py").write_text(STOPPING.format(number=int(number)))
+    more = ("--steps", 5, "--forward", f"{tmp_path}/stop.py:forward")
+    outcome = command("train", *words(given, tmp_path / "run", *conversion, *more))
+    assert outcome.code == 128 + number
+    assert "stopped after step 2 of 5" in outcome.out
+    newest = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert str(newest) in outcome.out
+    words_of_export = ("--model", given / "model", "--salad", tmp_path / "run", "--output", tmp_path / "out")
+    exported = command("export", *words_of_export, "--formats", "salad")
+    assert exported.code == 0
+    assert f"its newest checkpoint is taken, {newest}" in exported.err
+    expected, actual = (load_file(folder / "salad.safetensors") for folder in (newest, tmp_path / "out"))
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import salad_compile
 from salad_compile.common.locks import hold
 from salad_compile.errors import ConfigError, NotConvertedError, ResumeError, TrainingError, WriteError
 from salad_compile.latents import LatentDataset, LatentItem, ShapeBatches, open_latents, write_latents
+from salad_compile.salad_files.location import file_at
 from salad_compile.sites.branch import branches
 from salad_compile.training import TrainSettings, read_log, train
 from salad_compile.training import loop as loop_module
@@ -261,7 +263,8 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(
 
     settings = dataclasses.replace(RUN, checkpoint_every=100)
     result = run(data, tmp_path, settings, forward=forward, validation=None)
-    assert (result.finished, result.step, result.file) == (False, 3, None)
+    assert (result.finished, result.step, result.file, result.signal) == (False, 3, None, number)
+    assert result.checkpoint == tmp_path / "checkpoints" / "step-00000003"
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000003"]
     assert signal.getsignal(number) is before
     assert not (tmp_path / "salad.safetensors").exists()
@@ -269,6 +272,67 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(
     assert run(data, tmp_path, settings).finished
     losses = [line["loss"] for line in read_log(tmp_path) if "loss" in line]
     assert losses == [line["loss"] for line in read_log(whole) if "loss" in line]
+
+
+def test_results_of_a_run_that_went_on_do_not_look_current(
+    data: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "run"
+    run(data, directory, dataclasses.replace(RUN, steps=2))
+    assert file_at(directory) == directory / "salad.safetensors"
+    first = (directory / "salad.safetensors").read_bytes()
+
+    def forward(*args: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loop_module.default_forward(converted())(*args)
+
+    result = run(data, directory, forward=forward, validation=None)
+    assert (result.step, result.signal) == (3, signal.SIGTERM)
+    assert "salad-step-00000002.safetensors" in caplog.text
+    assert (directory / "salad-step-00000002.safetensors").read_bytes() == first
+    assert not (directory / "salad.safetensors").exists()
+    assert not (directory / "training.json").exists()
+    assert file_at(directory) == directory / "checkpoints" / "step-00000003" / "salad.safetensors"
+    assert "is not finished: its newest checkpoint is taken" in caplog.text
+
+
+def test_an_older_result_beside_newer_checkpoints_is_told(
+    data: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a run of an earlier release, or a file of `convert` that the run started from, leaves it."""
+    shutil.copytree(whole, tmp_path / "run")
+    summary = tmp_path / "run" / "training.json"
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "steps": 4, "digest": None}))
+    assert file_at(tmp_path / "run").parent.name == "step-00000006"
+    assert "went on after step 4" in caplog.text
+    file = tmp_path / "run" / "salad.safetensors"
+    assert file_at(file) == file
+    assert "left out" in caplog.text
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert file_at(tmp_path / "run") == file
+
+
+def test_room_for_one_checkpoint_is_asked_for_at_the_start(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 5000))  # type: ignore[attr-defined]
+    with pytest.raises(WriteError, match="has room for 0 MiB, and a checkpoint takes"):
+        run(data, tmp_path)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_target_that_cannot_be_written_is_one_sentence(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match=r"file/run/checkpoints could not be written") as caught:
+        run(data, tmp_path / "file" / "run")
+    assert "\n" not in str(caught.value)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # a full disk, as the kernel tells it
+    try:
+        with pytest.raises(WriteError, match=r"log\.jsonl could not be written"):
+            run(data, tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class Broken(LatentDataset):
