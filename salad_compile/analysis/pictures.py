@@ -23,6 +23,7 @@ from salad_compile.analysis.diagnosis import Diagnosis, SiteDiagnosis, diagnose_
 from salad_compile.analysis.forwards import converted_branches, forward_inputs, run_observed
 from salad_compile.analysis.site_call import SiteCall
 from salad_compile.common.files import write_at_once
+from salad_compile.common.progress import ProgressBar
 from salad_compile.common.reports import Report
 from salad_compile.errors import MissingPackageError
 from salad_compile.grid.sizes import Grid
@@ -96,7 +97,11 @@ def save_pictures(model: Any, inputs: Any, directory: str | os.PathLike[str]) ->
         figures["gate.png"] = _gate_figure(collected.views)
     for name, view in collected.views.items():
         figures[f"masks_{_file_name(name)}.png"] = _mask_figure(name, view, diagnosis.sites[name])
-    images = {name: _png(figure) for name, figure in figures.items()}
+    images = {}
+    with ProgressBar("drawing", len(figures)) as bar:
+        for name, figure in figures.items():
+            images[name] = _png(figure)
+            bar.advance()
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     page = _page(type(bare).__name__, diagnosis, images).encode()

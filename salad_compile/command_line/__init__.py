@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from salad_compile.command_line.logging_setup import logs_on_stderr
+from salad_compile.common.progress import quiet
 from salad_compile.common.version import __version__
 from salad_compile.errors import MissingPackageError, SaladError
 
@@ -31,7 +32,10 @@ PROGRAM = "salad-compile"
 COMMON = {
     "--json": "the result as JSON on stdout, and nothing else there",
     "--debug": "errors with their traceback",
+    "--verbose": "what is going on, on stderr; also -v",
+    "--quiet": "no progress, and nothing on stderr but warnings and errors; also -q",
 }
+SHORT = {"-v": "--verbose", "-q": "--quiet"}
 
 COMMANDS = {
     "plan": "which attention calls of a model can be converted, and why not the others",
@@ -65,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name. None: those of the process.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = [SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         code = _run(given)
         sys.stdout.flush()  # a closed pipe shows here, and not at the interpreter's end
@@ -91,7 +95,7 @@ def _run(given: list[str]) -> int:
         return WRONG
     for option in COMMON:  # wherever they stand, behind the commands of a command too
         setattr(arguments, option.removeprefix("--"), option in given)
-    with logs_on_stderr():
+    with logs_on_stderr(verbose=arguments.verbose, silent=arguments.quiet), quiet(arguments.quiet):
         return int(command_module(arguments.command).run(arguments))
 
 

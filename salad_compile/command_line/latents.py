@@ -72,7 +72,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     latents = open_latents(arguments.path, **_options(arguments), on_error="skip", sample=0)
     indices = None if arguments.sample is None else evenly_spaced(arguments.sample, len(latents))
-    checked = check(latents, indices, progress=not arguments.json)
+    checked = check(latents, indices, progress=True)
     measured, question = checked.measured, None
     if measured is not None:
         question = doubt(measured, latents.statistics, stored_normalized=latents.normalized)
@@ -127,7 +127,6 @@ def _convert(arguments: argparse.Namespace) -> int:
         **_options(arguments),
         to=arguments.to,
         on_error="skip" if arguments.skip else "raise",
-        progress=not arguments.json,
     )
     found: dict[str, Any] = {
         "path": str(report.path),

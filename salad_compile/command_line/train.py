@@ -146,8 +146,9 @@ def _tell(result: TrainResult, settings: TrainSettings, arguments: argparse.Name
 def _process(arguments: argparse.Namespace) -> None:
     """One of several processes. The first one that sees a mistake of the user prints one line about it."""
     from salad_compile.command_line.logging_setup import logs_on_stderr
+    from salad_compile.common.progress import quiet
 
-    with logs_on_stderr():
+    with logs_on_stderr(verbose=arguments.verbose, silent=arguments.quiet), quiet(arguments.quiet):
         try:
             run(arguments)
         except (SaladError, OSError) as error:

@@ -17,6 +17,7 @@ from salad_compile.analysis.inspection import summary
 from salad_compile.analysis.summary import Summary
 from salad_compile.common.files import write_directory_at_once
 from salad_compile.common.logs import logger
+from salad_compile.common.progress import ProgressBar
 from salad_compile.common.sharding import is_first_rank
 from salad_compile.common.wrappers import PIPELINE_COMPONENTS, bare_components
 from salad_compile.errors import ExportError, MergeError, WriteError
@@ -157,11 +158,14 @@ def _find_base_id(modules: Mapping[str, nn.Module]) -> str | None:
 def _write(export: _Export, target: Path, training: Mapping[str, Any] | None) -> ExportReport:
     parts = export.components
     entries: list[ExportedFormat] = []
-    with write_directory_at_once(target) as temporary:
+    bar = ProgressBar("export", len(parts) * len(export.formats))
+    with write_directory_at_once(target) as temporary, bar:
         for part in parts:
             folder = temporary / part.name if export.apart else temporary
             _write_json(json.loads(part.header.to_json()), folder / HEADER_COPY)
-            entries += [_write_format(export, part, known, folder, temporary) for known in export.formats]
+            for known in export.formats:
+                entries.append(_write_format(export, part, known, folder, temporary))
+                bar.advance(note=known.name)
         if export.apart:
             _write_json({"components": [part.name for part in parts]}, temporary / HEADER_COPY)
         text = model_card(

@@ -174,7 +174,7 @@ class _Run:
     def _run(self, found: Checkpoint | None, stop: StopRequest) -> TrainResult:
         first = self._start(found)
         self.engine.bare.train()
-        records = Records(self.accelerator, self.directory, first, self.settings.steps)
+        records = Records(self.accelerator, self.directory, first, self.settings.steps, self.settings.log_every)
         loader = self.feed.micro_batches(first)
         step, stopped = first, 0
         try:

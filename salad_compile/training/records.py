@@ -1,4 +1,4 @@
-"""Records of a run: the log that is always written, accelerate's trackers, a progress bar on a terminal."""
+"""Records of a run: the log that is always written, accelerate's trackers, progress on stderr."""
 
 from __future__ import annotations
 
@@ -104,15 +104,17 @@ class Records:
 
     Args:
         accelerator: accelerate's, prepared for `trackers`. directory: of the run. step, steps: taken, and in all.
+        every: steps between lines on stderr where that is no terminal, beside one a minute; 0: none.
     """
 
-    def __init__(self, accelerator: Any, directory: Path, step: int, steps: int) -> None:
+    def __init__(self, accelerator: Any, directory: Path, step: int, steps: int, every: int = 0) -> None:
         self.accelerator, self.main = accelerator, bool(accelerator.is_main_process)
         self.speed = Speed()
         if not self.main:
             return
         self.log = RunLog(directory, step)
-        self.bar = ProgressBar("train", steps, done=step)
+        self.bar = ProgressBar("train", steps, done=step, every=every)
+        self._validated = ""
 
     def step(self, values: dict[str, Any]) -> None:
         """After each step. values: of the log; `step` among them."""
@@ -121,12 +123,14 @@ class Records:
             return
         values = values | {"steps_per_second": round(rate, 4), "peak_memory": peak_memory(self.accelerator.device)}
         self._log(values)
-        skipped = values["loss"] is None
-        self.bar.advance(note=None if skipped else f"{rate:.2f} steps/s, loss {values['loss']:.4f}")
+        loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
+        memory = f"{values['peak_memory'] / 2**30:.1f} GiB"
+        self.bar.advance(note=f"loss {loss}{self._validated}, {rate:.2f} steps/s, {memory}")
 
     def validation(self, step: int, loss: float) -> None:
         """After a validation."""
         if self.main:
+            self._validated = f", validation {loss:.4f}"
             self._log({"step": step, "validation_loss": loss})
 
     def sync(self) -> None:

@@ -26,10 +26,11 @@ MAY_CHANGE = frozenset(
     {
         *("steps", "checkpoint_every", "keep_last", "validation_every", "micro_batch", "gradient_checkpointing"),
         *("compile", "compile_options", "on_non_finite", "workers", "trackers"),
+        "log_every",
     }
 )
 
-_COUNTS = ("sparsity_warmup", "distillation_steps", "validation_every", "warmup_steps", "workers", "seed")
+_COUNTS = ("sparsity_warmup", "distillation_steps", "validation_every", "warmup_steps", "workers", "seed", "log_every")
 _POSITIVE_COUNTS = ("steps", "batch", "checkpoint_every", "keep_last", "text_tokens", "validation_points")
 
 
@@ -66,6 +67,7 @@ class TrainSettings:
         validation_points: noise levels for each validation item, spread evenly over u.
         workers: processes that read ahead, for each training process; 0 reads between steps.
         trackers: of accelerate's, beside the log that is always written: "tensorboard", "trackio".
+        log_every: steps between lines on stderr where it is no terminal, beside one a minute; 0: none.
 
     Raises:
         ConfigError: a value is not valid.
@@ -100,6 +102,7 @@ class TrainSettings:
     validation_points: int = 4
     workers: int = 2
     trackers: tuple[str, ...] = ()
+    log_every: int = 0
 
     def __post_init__(self) -> None:
         for name in ("betas", "trackers"):  # JSON has lists

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import runpy
 import signal
 import sys
@@ -98,6 +99,20 @@ def test_the_example_does_the_same(
     assert losses[0] == losses[1]
     exported = tmp_path / "example" / "export" / "salad.safetensors"
     assert load_file(exported).keys() == load_file(tmp_path / "command" / "salad.safetensors").keys()
+
+
+def test_lines_without_a_terminal(command: Run, given: Path, tmp_path: Path) -> None:
+    conversion = ("--conversion", given / "conversion.json", "--validation", given / "held-out")
+    more = ("--steps", 3, "--set", "log_every=1", "--set", "validation_every=2")
+    outcome = command("train", *words(given, tmp_path / "a", *conversion, *more))
+    lines = [line for line in outcome.err.splitlines() if line.startswith("train: ")]
+    assert [line.split(",")[0] for line in lines] == ["train: 1/3", "train: 2/3", "train: 3/3"]
+    assert re.search(r"loss \d+\.\d+, validation \d+\.\d+, .* steps/s, \d+\.\d GiB, 0:00:00 left", lines[-1])
+    for option, said in (("-q", False), ("-v", True)):
+        outcome = command("train", *words(given, tmp_path / option, *conversion, *more), option)
+        assert outcome.code == 0
+        assert ("train: 1/3" in outcome.err) == said
+        assert ("INFO: saved" in outcome.err) == said
 
 
 STOPPING = """
