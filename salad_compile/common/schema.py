@@ -83,6 +83,7 @@ class SiteFields(Struct, forbid_unknown_fields=True, kw_only=True):
     dropped: bool
     rotated_first: bool
     call: Literal["", "sdpa", "flex", "products", "adapter"] = ""
+    channels: dict[Text, Annotated[list[Count], Meta(min_length=2, max_length=2)]] = msgspec.field(default_factory=dict)
 
 
 class GridFields(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):

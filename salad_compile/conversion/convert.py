@@ -14,6 +14,7 @@ from salad_compile.common.logs import logger
 from salad_compile.common.projections import channels
 from salad_compile.common.wrappers import base_layer, components, without_base_layer
 from salad_compile.config import SaladConfig
+from salad_compile.conversion.channel_slots import channel_slots
 from salad_compile.conversion.earlier_conversion import require_same_conversion, require_same_sites
 from salad_compile.conversion.placement import branch_placement, join_hooks, require_joinable
 from salad_compile.conversion.selection import apply_settings, filter_sites
@@ -83,7 +84,7 @@ def _fitting(model: nn.Module, site: AttentionSite) -> AttentionSite:
     record = site.record()
     try:
         for roles in record.shared_roles().values():
-            _shares(record, roles, _widths(model, record.projections()[roles[0]], record)[1])
+            channel_slots(record, roles, _widths(model, record.projections()[roles[0]], record)[1])
     except UnknownProjectionError as error:
         return dataclasses.replace(site, eligible=False, reason=str(error).removesuffix("."))
     return site
@@ -232,9 +233,8 @@ def build_branch(model: nn.Module, record: SiteRecord, config: SaladConfig) -> S
     owner = _submodule(model, record.owner, record)
     if hasattr(owner, BRANCH_NAME):
         raise ConfigError(f"{record.owner!r} has an attribute {BRANCH_NAME!r} already: rename it before converting.")
-    shares = {}
-    for roles in record.shared_roles().values():
-        shares.update(_shares(record, roles, found[roles[0]][1]))
+    slots = {first: channel_slots(record, roles, found[first][1]) for first, roles in record.shared_roles().items()}
+    shares = {role: width for group in slots.values() for role, width in group}
     targets = [role for role in found if role.removeprefix("text_") in config.lora_targets]
     widths = {role: (found[role][0], shares[role]) for role in targets}
     device, dtype = branch_placement(_submodule(model, record.query, record), owner)
@@ -243,32 +243,9 @@ def build_branch(model: nn.Module, record: SiteRecord, config: SaladConfig) -> S
         config,
         gate_width=found["query"][0],
         widths=widths,
-        shares=shares,
+        slots=slots,
         dtype=dtype,
         device=device,
-    )
-
-
-def _shares(record: SiteRecord, roles: Sequence[str], out_features: int) -> dict[str, int]:
-    """Role -> how many of a projection's channels are its.
-
-    Raises:
-        UnknownProjectionError: the projection does not answer the channels that the attention call reads.
-    """
-    if roles[0] in ("out", "text_out"):
-        return {roles[0]: out_features}
-    widths = {role: record.head_widths()[role] for role in roles}
-    if sum(widths.values()) == out_features:
-        return widths
-    # keys and values whose heads the model itself repeats, before the call
-    shared = [role for role in roles if not role.endswith("query")]
-    rest = out_features - sum(widths[role] for role in roles if role not in shared)
-    whole = sum(widths[role] for role in shared)
-    if shared and rest > 0 and whole % rest == 0 and all(widths[role] * rest % whole == 0 for role in shared):
-        return {role: widths[role] * rest // whole if role in shared else widths[role] for role in roles}
-    raise UnknownProjectionError(
-        f"{record.projections()[roles[0]]!r} answers {out_features} channels, but {', '.join(roles)} of "
-        f"{record.owner!r} are {' + '.join(str(width) for width in widths.values())}."
     )
 
 

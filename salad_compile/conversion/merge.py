@@ -52,9 +52,8 @@ def _merge(item: Mergeable) -> float:
     """Add the update of each role to its share of the weight's rows; returns the relative cast error."""
     with torch.no_grad():
         weight = item.weight
-        update = laid_out(
-            torch.cat([_update(item, role) for role in item.roles]), weight, outputs_first=item.outputs_first
-        )
+        parts = [_update(item, role, rows) for role, rows in item.branch.slots[item.roles[0]]]
+        update = laid_out(torch.cat(parts), weight, outputs_first=item.outputs_first)
         if is_subclass(weight):
             merged, cast_error = merged_weight(dequantised(weight), update)
             setattr(item.module, item.weight_name, nn.Parameter(merged, weight.requires_grad))
@@ -72,8 +71,8 @@ def merged_weight(weight: Tensor, update: Tensor) -> tuple[Tensor, float]:
     return merged, float((merged.float() - exact).norm() / norm) if norm else 0.0
 
 
-def _update(item: Mergeable, role: str) -> Tensor:
-    branch, rows = item.branch, item.branch.shares[role]
+def _update(item: Mergeable, role: str, rows: int) -> Tensor:
+    branch = item.branch
     if role not in branch.lora_roles:
         return torch.zeros(rows, item.columns, device=item.weight.device)
     down, up = (getattr(branch, f"low_rank_{role}_{part}").float() for part in ("down", "up"))

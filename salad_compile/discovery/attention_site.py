@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from salad_compile.calls.kinds import CallKind
 from salad_compile.sites.record import SiteRecord
@@ -27,6 +28,7 @@ class AttentionSite:
         call_index: the call's number within one forward of `name`. call: its kind, if the eager twin may rely on it.
         invocations: how often the example forward reached it.
         eligible: whether `convert` converts it. reason: if not, why.
+        channels: role -> first channel and end, of projections that serve more than attention.
         position_fault: for which operand its position encoding cannot be replayed, and why, if that was asked.
     """
 
@@ -57,6 +59,7 @@ class AttentionSite:
     reason: str
     position_fault: tuple[str, str] | None = None
     call: CallKind = ""
+    channels: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
 
     @property
     def video_tokens(self) -> int:
@@ -90,4 +93,5 @@ class AttentionSite:
             call_index=self.call_index,
             call=self.call,
             rotated_first=self.position_fault is not None,
+            channels=dict(self.channels),
         )

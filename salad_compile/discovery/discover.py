@@ -21,6 +21,7 @@ from salad_compile.calls.adapters import dense_reason, is_padding, mask_kind
 from salad_compile.calls.kinds import kind_among
 from salad_compile.calls.packed_samples import different_lengths
 from salad_compile.discovery.attention_site import AttentionSite
+from salad_compile.discovery.channels import spans_of_roles
 from salad_compile.discovery.probe import Call, Probe, Projection
 from salad_compile.discovery.probe_forward import run_probe
 from salad_compile.discovery.segments import Layout, layout_of, video_inputs
@@ -74,6 +75,9 @@ def discover(
     return Discovery(reject_shared(sites), rule, reason)
 
 
+_ROLES = ("query", "key", "value")
+
+
 def _site_of(call: Call, probe: Probe, video: set[str], min_tokens: int) -> AttentionSite:
     query, key, value = call.shapes
     kind = _kind(call)
@@ -115,6 +119,7 @@ def _site_of(call: Call, probe: Probe, video: set[str], min_tokens: int) -> Atte
         eligible=not reason,
         reason=reason,
         position_fault=call.position_fault,
+        channels=spans_of_roles([getattr(call.arguments, r) for r in _ROLES], layout.streams, probe.channels),
     )
 
 

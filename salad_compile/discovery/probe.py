@@ -29,6 +29,7 @@ from salad_compile.calls.flash_family import run_or_stand_in
 from salad_compile.calls.kinds import CallKind, kind_of
 from salad_compile.calls.softmax_products import ManualAttention, name_of, of_tensors
 from salad_compile.common.projections import fits, projection_call, says_its_widths
+from salad_compile.discovery.channels import ChannelTracker
 from salad_compile.discovery.token_ranges import Cat, Edge, TokenRange, narrow
 from salad_compile.position.operations import writes
 from salad_compile.position.recording import OperationRecording, Recorded, position_fault
@@ -85,6 +86,7 @@ class Projection:
     name: str
     gate_input: Tensor  # kept alive: the id of a freed tensor would be reused
     node: Any  # the mark on its output
+    width: int  # of its output
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Probe(Recorded, TorchFunctionMode):
         calls: in execution order. cats: by autograd node.
         inputs: arguments of the root's forward by name. features: autograd node -> name, for its feature tensors.
         convolved: output sizes (T, H, W) or (H, W) of convolutions.
-        runs: of projections, each with the modules that were running.
+        channels: of projections' outputs, followed. runs: of projections, each with the modules that were running.
         recording: of all operations, to see whether position can be replayed; None if that is not needed.
     """
 
@@ -142,6 +144,7 @@ class Probe(Recorded, TorchFunctionMode):
     convolved: list[tuple[int, ...]] = field(default_factory=list)
     recording: OperationRecording | None = None
     runs: list[tuple[str, tuple[Frame, ...]]] = field(default_factory=list)
+    channels: ChannelTracker = field(default_factory=ChannelTracker)
     _by_hand: ManualAttention = field(init=False)
     _projections: dict[Any, Projection] = field(default_factory=dict)
     _outputs: dict[Any, Call] = field(default_factory=dict)
@@ -177,13 +180,13 @@ class Probe(Recorded, TorchFunctionMode):
                 return self._other(func, args, kwargs)
             arguments = self._with_heads(by_hand)
         autograd_functions.leave_function()
-        query, key, value = (self.made_by(t.grad_fn) for t in (arguments.query, arguments.key, arguments.value))
+        query, key, value = (self._sources_of(t) for t in (arguments.query, arguments.key, arguments.value))
         call = Call(arguments, (query, key, value), tuple(self._stack), kind_of(func, arguments))
         self.calls.append(call)
         if self.recording is not None:
             sources = {self._sources[made.node]: None for made in (*query, *key)}
             operands = {"query": arguments.query, "key": arguments.key}
-            call.position_fault = position_fault(self.recording, list(sources), operands)
+            call.position_fault = self._joined_fault(call) or position_fault(self.recording, list(sources), operands)
         return self._answer(func, call, run_or_stand_in(func, arguments, args, kwargs))
 
     def _deep_copy(self, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
@@ -209,6 +212,7 @@ class Probe(Recorded, TorchFunctionMode):
         if func in _CATS:
             self._note_cat(out, *args, **kwargs)
         self._by_hand.note(func, args, kwargs, out)
+        self.channels.note(func, args, kwargs, out)
         self._products += name_of(func, args)[0] in _PRODUCTS
         return out
 
@@ -239,6 +243,22 @@ class Probe(Recorded, TorchFunctionMode):
         """The marked projections from which a value was computed, without passing through one."""
         ancestors = _ancestors(node, stop=self._is_marked)
         return [self._projections[ancestor] for ancestor in ancestors if ancestor in self._projections]
+
+    def _sources_of(self, operand: Tensor) -> list[Projection]:
+        """The projections of an operand: of several that were joined along the batch, its own."""
+        made = self.made_by(operand.grad_fn)
+        known = self.channels.sources(operand)
+        own = [projection for projection in made if known is None or projection.node in known]
+        return own or made
+
+    def _joined_fault(self, call: Call) -> tuple[str, str] | None:
+        """A replay would run what is done to other projections' results, too, while they are joined."""
+        for role, operand, own in zip(
+            ("query", "key"), (call.arguments.query, call.arguments.key), call.made_by[:2], strict=True
+        ):
+            if len(self.made_by(operand.grad_fn)) > len(own):
+                return role, "it is joined with the results of other projections along the batch, and taken apart again"
+        return None
 
     def _is_marked(self, node: Any) -> bool:
         return node in self._projections or node in self._outputs
@@ -305,7 +325,8 @@ class Probe(Recorded, TorchFunctionMode):
         self._note_out(name, gate_input)
         self.runs.append((name, tuple(self._stack)))
         marked = _mark(out)
-        self._projections[marked.grad_fn] = Projection(name, gate_input, marked.grad_fn)
+        self.channels.add_source(marked.grad_fn, marked)
+        self._projections[marked.grad_fn] = Projection(name, gate_input, marked.grad_fn, out.shape[-1])
         if self.recording is not None:
             self._sources[marked.grad_fn] = self.recording.add_source(marked)
         return marked

@@ -21,7 +21,7 @@ FUSED_BY_DIFFUSERS = {
 
 @dataclass(frozen=True)
 class Part:
-    """The update of one role: scale * up @ down, for `rows` rows of a projection's weight.
+    """The update of one role ("": of none): scale * up @ down, for `rows` rows of a projection's weight.
 
     down: (rank, in_features), up: (rows, rank), or None both where this role has no update.
     """
@@ -87,19 +87,23 @@ def low_rank_updates(model: nn.Module, state: Mapping[str, Tensor]) -> list[LowR
         state: its branch state, whole and on the CPU, by plain names.
     """
     return [
-        LowRank(branch.record.projections()[first], branch.record.owner, tuple(_part(branch, r, state) for r in roles))
+        LowRank(
+            branch.record.projections()[first],
+            branch.record.owner,
+            tuple(_part(branch, role, rows, state) for role, rows in branch.slots[first]),
+        )
         for branch in branches(model).values()
         for first, roles in branch.record.shared_roles().items()
         if any(role in branch.lora_roles for role in roles)
     ]
 
 
-def _part(branch: SaladBranch, role: str, state: Mapping[str, Tensor]) -> Part:
+def _part(branch: SaladBranch, role: str, rows: int, state: Mapping[str, Tensor]) -> Part:
     if role not in branch.lora_roles:
-        return Part(role, branch.shares[role], None, None, 0.0)
+        return Part(role, rows, None, None, 0.0)
     prefix = ".".join(part for part in (plain_key(branch.record.owner), BRANCH_NAME) if part)
     down, up = (state[f"{prefix}.low_rank_{role}_{part}"] for part in ("down", "up"))
-    return Part(role, branch.shares[role], down, up, float(state[f"{prefix}.low_rank_scale"]))
+    return Part(role, rows, down, up, float(state[f"{prefix}.low_rank_scale"]))
 
 
 def is_fused_by_diffusers(model: nn.Module, name: str) -> bool:

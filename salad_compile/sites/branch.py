@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,13 +39,11 @@ class SaladBranch(Site):
         *,
         gate_width: int,
         widths: Mapping[str, tuple[int, int]],
-        shares: Mapping[str, int],
+        slots: Mapping[str, Sequence[tuple[str, int]]],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__(
-            record, config, gate_width=gate_width, widths=widths, shares=shares, dtype=dtype, device=device
-        )
+        super().__init__(record, config, gate_width=gate_width, widths=widths, slots=slots, dtype=dtype, device=device)
         self.detached = False  # while the owner runs with the forward that it had
         self.text_position = 0  # of the owner's argument that tells how much is text
         # a tuple, because an attribute that is a module would be registered as a child

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class BranchParameters(nn.Module):
     Args:
         record: the site. config: the configuration; both are kept, shared between the sites of a model.
         widths: role -> (in_features, out_features of this role) of the projections that get a low-rank update.
-        shares: role -> out_features of this role, of all projections that serve several.
+        slots: first role of each projection -> role and channels of each part of its output; "" is no role's.
         gate_width: C, the width of the input of the query projection.
         dtype, device: of the parameters.
     """
@@ -47,7 +47,7 @@ class BranchParameters(nn.Module):
         *,
         gate_width: int,
         widths: Mapping[str, tuple[int, int]],
-        shares: Mapping[str, int],
+        slots: Mapping[str, Sequence[tuple[str, int]]],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -56,7 +56,7 @@ class BranchParameters(nn.Module):
         self.config = config
         self.group = ""  # of the processes that share the tokens
         self.roles = record.shared_roles()
-        self.shares = dict(shares)
+        self.slots = {first: tuple(parts) for first, parts in slots.items()}
         self.lora_merged = False  # then these parameters fit only the base that holds their update
         self.gate_width = gate_width
         self.lora_widths = dict(widths)
@@ -181,12 +181,13 @@ class BranchParameters(nn.Module):
         roles = self.roles[first]
         if not any(role in self.lora_roles for role in roles):
             return out
-        if len(roles) == 1:
+        slots = self.slots[first]
+        if len(slots) == 1:
             return out + _cast(self._low_rank(roles[0], x), out.dtype)
-        shares = torch.split(out, [self.shares[role] for role in roles], dim=-1)
+        parts = torch.split(out, [width for _, width in slots], dim=-1)
         updated = [
-            share + _cast(self._low_rank(role, x), out.dtype) if role in self.lora_roles else share
-            for role, share in zip(roles, shares, strict=True)
+            part + _cast(self._low_rank(role, x), out.dtype) if role in self.lora_roles else part
+            for (role, _), part in zip(slots, parts, strict=True)
         ]
         return torch.cat(updated, dim=-1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from salad_compile.calls.kinds import CallKind
@@ -45,6 +45,8 @@ class SiteRecord:
     square_mask: bool = False
     dropped: bool = False  # its linear branch, after fine-tuning: see dropping.py
     call: CallKind = ""  # of its attention call; files of earlier versions do not tell
+    # role -> first channel and end, of projections that serve more than this attention; files of before have none
+    channels: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     rotated_first: bool = False  # its position encoding cannot be replayed, and "auto" takes the other placement
 
     @property
@@ -83,4 +85,5 @@ class SiteRecord:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SiteRecord:
         """Inverse of :meth:`to_dict`."""
-        return cls(**values)
+        channels = {role: (int(first), int(end)) for role, (first, end) in values.get("channels", {}).items()}
+        return cls(**{**values, "channels": channels})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,13 +40,11 @@ class Site(BranchParameters):
         *,
         gate_width: int,
         widths: Mapping[str, tuple[int, int]],
-        shares: Mapping[str, int],
+        slots: Mapping[str, Sequence[tuple[str, int]]],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__(
-            record, config, gate_width=gate_width, widths=widths, shares=shares, dtype=dtype, device=device
-        )
+        super().__init__(record, config, gate_width=gate_width, widths=widths, slots=slots, dtype=dtype, device=device)
         self.grid: VideoGrid | None = None  # shared by the sites of a model
         self.switch = DenseSwitch()  # likewise
         self.uncompiled = False  # set when a graph break inside the owner's forward was seen

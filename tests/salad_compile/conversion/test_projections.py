@@ -89,6 +89,73 @@ class Attention(nn.Module):
         return out[0] if isinstance(out, tuple) else out
 
 
+class SingleBlock(nn.Module):
+    """One Linear for query, key, value and an MLP, and one for what both of them made."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order = order
+        self.linear1, self.o = nn.Linear(WIDTH, 3 * WIDTH + 24), nn.Linear(WIDTH + 24, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused = self.linear1(x)
+        if self.order == "first":
+            qkv, mlp = fused.split([3 * WIDTH, 24], dim=-1)
+            q, k, v = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        else:  # value, a part of the MLP, query, the other part, key
+            v, a, q, b, k = torch.split(fused, [WIDTH, 8, WIDTH, 16, WIDTH], dim=-1)
+            q, k, v = (part.reshape(*x.shape[:2], HEADS, -1).transpose(1, 2) for part in (q, k, v))
+            mlp = torch.cat([a, b], dim=-1)
+        out = F.scaled_dot_product_attention(F.normalize(q, dim=-1) * 3, F.normalize(k, dim=-1) * 3, v)
+        result: Tensor = self.o(torch.cat([out.transpose(1, 2).flatten(2), F.gelu(mlp)], dim=-1))
+        return result
+
+
+class GatedQuery(nn.Module):
+    """The query's Linear makes a gate of the output, too; keys and values have one head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
+        self.o = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, q = self.q(x).chunk(2, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, 8)).transpose(1, 2) for part in (q, self.k(x), self.v(x)))
+        out = F.scaled_dot_product_attention(q, *(part.expand(-1, HEADS, -1, -1) for part in (k, v)))
+        result: Tensor = self.o(out.transpose(1, 2).flatten(2) * gate.sigmoid())
+        return result
+
+
+class Stacked(nn.Module):
+    """Query, key and value on one axis for one exchange between processes, rotated in place there, and apart again."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [module(x).unflatten(-1, (HEADS, -1)) for module in (self.q, self.k, self.v)]
+        angle = torch.linspace(0, 2, x.shape[1])[:, None, None] * torch.ones(4)
+        if self.way == "cat":
+            joined = torch.cat(parts, dim=0)
+            joined[: 2 * len(x)] = rotate(joined[: 2 * len(x)], angle)
+            q, k, v = joined.chunk(3, dim=0)
+        else:
+            joined = torch.stack([rotate(part, angle) for part in parts[:2]])
+            (q, k), v = joined.unbind(0), parts[2]
+        out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
+        result: Tensor = self.o(out.transpose(1, 2).flatten(2))
+        return result
+
+
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()
+    return torch.stack(turned, dim=-1).flatten(-2).type_as(x)
+
+
 class Convolved(nn.Module):
     """Convolutions of size one on (B, C, T, H, W), in the place of projections."""
 
@@ -126,8 +193,13 @@ STYLES: dict[str, Callable[[], nn.Module]] = {
     "transposed-fused": lambda: Attention(Kernel, True, ""),
     "keyword": lambda: Attention(nn.Linear, False, "input"),
     "convolution": Convolved,
+    "with-mlp": lambda: SingleBlock("first"),
+    "with-mlp-between": lambda: SingleBlock("between"),
+    "with-gate": GatedQuery,
+    "joined": lambda: Stacked("cat"),
+    "stacked": lambda: Stacked("stack"),
 }
-QUICK = ("tuple-fused-keyword", "transposed", "convolution")
+QUICK = ("tuple-fused-keyword", "transposed", "convolution", "with-mlp-between", "joined")
 
 
 def inputs() -> dict[str, Tensor]:

@@ -155,9 +155,9 @@ def test_lora_equals_changed_weights(kind: type[Grouped], share: Share | None) -
     assert branch.low_rank_query_up.shape == (HEADS * HEAD_DIM, 2)
     assert branch.low_rank_key_up.shape == branch.low_rank_value_up.shape == (KEY_HEADS * HEAD_DIM, 2)
     with torch.no_grad():
-        for first, roles in branch.record.shared_roles().items():
+        for first, slots in branch.slots.items():
             weight = model.get_submodule(branch.record.projections()[first]).weight
-            for part, role in zip(weight.split([branch.shares[role] for role in roles]), roles, strict=True):
+            for part, (role, _) in zip(weight.split([rows for _, rows in slots]), slots, strict=True):
                 up, down = getattr(branch, f"low_rank_{role}_up"), getattr(branch, f"low_rank_{role}_down")
                 part += 3.0 * up @ down
                 up.zero_()

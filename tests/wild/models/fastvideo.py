@@ -186,13 +186,11 @@ def _entry(file: str, name: str, config: str, feed: Any, sites: tuple[str, ...],
 
 
 BLOCKS = numbered("blocks.{}")
-# query, key and value are put on one axis for one exchange between processes, and taken apart again
-STACKED = {"refused": "query, key or value are made by several projections"}
 COSMOS_SITES = numbered("transformer_blocks.{}.attn1")
 
 ENTRIES: dict[str, Wild] = dict(
     [
-        _entry("wanvideo", "WanTransformer3DModel", "wanvideo.WanVideoConfig", inputs(), BLOCKS, WAN, **STACKED),
+        _entry("wanvideo", "WanTransformer3DModel", "wanvideo.WanVideoConfig", inputs(), BLOCKS, WAN),
         _entry(
             "causal_wanvideo",
             "CausalWanTransformer3DModel",
@@ -212,7 +210,6 @@ ENTRIES: dict[str, Wild] = dict(
             inputs(channels=6),
             COSMOS_SITES,
             COSMOS,
-            **STACKED,
         ),
         _entry(
             "gen3c",
@@ -221,7 +218,6 @@ ENTRIES: dict[str, Wild] = dict(
             inputs(channels=4),
             COSMOS_SITES,
             GEN3C,
-            **STACKED,
         ),
         _entry(
             "dreamx_world",
@@ -230,7 +226,6 @@ ENTRIES: dict[str, Wild] = dict(
             inputs(),
             BLOCKS,
             {**WAN, "add_control_adapter": False, "cam_method": None},
-            **STACKED,
         ),
         _entry(
             "hunyuanvideo",
@@ -239,7 +234,6 @@ ENTRIES: dict[str, Wild] = dict(
             inputs(encoder_hidden_states=two_texts),
             (*numbered("double_blocks.{}"), *numbered("single_blocks.{}")),
             HUNYUAN,
-            **STACKED,
         ),
         _entry(
             "hunyuanvideo15",
@@ -262,7 +256,6 @@ ENTRIES: dict[str, Wild] = dict(
             },
             (*numbered("double_blocks.{}"), *numbered("single_blocks.{}")),
             GAMECRAFT,
-            **STACKED,
         ),
         _entry(
             "kandinsky5",
@@ -288,7 +281,6 @@ ENTRIES: dict[str, Wild] = dict(
             inputs(),
             BLOCKS,
             WAN,
-            **STACKED,
         ),
         _entry(
             "longcat",
@@ -297,7 +289,6 @@ ENTRIES: dict[str, Wild] = dict(
             inputs(),
             numbered("blocks.{}.self_attn"),
             LONGCAT,
-            **STACKED,
         ),
         _entry(
             "matrixgame2.model",
@@ -306,7 +297,6 @@ ENTRIES: dict[str, Wild] = dict(
             inputs(encoder_hidden_states_image=lambda: draw(1, TEXT, 20)),
             BLOCKS,
             {**WAN, "text_dim": 0, "image_dim": 20, "action_config": {}, "added_kv_proj_dim": None},
-            **STACKED,
         ),
         _entry(
             "matrixgame2.causal_model",
@@ -326,7 +316,6 @@ ENTRIES: dict[str, Wild] = dict(
             inputs(),
             BLOCKS,
             {**WAN, "action_config": {}, "use_memory": False},
-            **STACKED,
         ),
     ]
 )
