@@ -8,9 +8,10 @@ from functools import lru_cache
 
 import torch
 
+from .checks import BLOCK_SIZES
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 128
-BLOCK_SIZES = (16, 32, 64, 128, 256)
 # (major, minor) of the oldest GPU: asynchronous copies and bf16 matrix products came with Ampere.
 OLDEST_ARCH = (8, 0)
 # stands in where kernels are interpreted or recorded

@@ -1,10 +1,14 @@
 """Checks and dtype rules that several operators share. Each operator's own rules stand in its folder."""
 
+import weakref
+from typing import NamedTuple
+
 import torch
 
 from .errors import KernelArgumentError
 from .remembered import fact_of, remember
 
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # powers of two: one of two sizes divides the other
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _PERMUTATION = "a permutation of as many tokens as it has entries"
@@ -43,8 +47,9 @@ def check_same_device(**tensors: torch.Tensor | None) -> None:
 
 
 def check_block(name: str, block: int) -> None:
-    """A block size is a positive number of tokens."""
-    require(block > 0, f"{name} must be at least 1 token, got {block}")
+    """A block size is one of those that every engine computes."""
+    sizes = ", ".join(map(str, BLOCK_SIZES))
+    require(block in BLOCK_SIZES, f"{name} must be one of {sizes}, there are no blocks of {block}")
 
 
 def check_order_type(order: torch.Tensor) -> None:
@@ -57,12 +62,44 @@ def check_order(order: torch.Tensor, tokens: int) -> None:
     """The token order has one entry per token; on the CPU also that it is a permutation (elsewhere that would sync)."""
     check_order_type(order)
     require(order.shape[0] == tokens, f"order has {order.shape[0]} entries but there are {tokens} tokens")
-    if order.device.type == "cpu" and fact_of(order) != _PERMUTATION:
+    if order.device.type == "cpu" and not _is_permutation(fact_of(order)):
         low, high = (int(bound) for bound in order.aminmax())
         require(low >= 0 and high < tokens, f"order has entries in [{low}, {high}], outside [0, {tokens})")
         seen = torch.zeros(tokens, dtype=torch.bool).index_fill_(0, order.long(), 1)
         require(bool(seen.all()), "order is not a permutation: some tokens occur twice and others never")
         remember(order, _PERMUTATION)
+
+
+def _is_permutation(fact: object) -> bool:
+    return fact == _PERMUTATION or isinstance(fact, _InverseOf)
+
+
+class _InverseOf(NamedTuple):
+    """What is remembered of a permutation: of which other one, and of which state of it, it is the inverse."""
+
+    order: weakref.ref[torch.Tensor]
+    version: int
+
+
+def check_inverse(order: torch.Tensor, inverse: torch.Tensor) -> None:
+    """inverse[order[i]] = i of two permutations, read on the CPU only."""
+    if order.device.type != "cpu":
+        return
+    fact = fact_of(inverse)
+    if isinstance(fact, _InverseOf) and fact.order() is order and fact.version == order._version:
+        return
+    found = inverse.index_select(0, order)
+    require(
+        bool((found == torch.arange(len(order), dtype=found.dtype)).all()),
+        "inverse is not the inverse of order: the gradient would go to other tokens",
+    )
+    if not order.is_inference():
+        remember(inverse, _InverseOf(weakref.ref(order), order._version))
+
+
+def valid_or_zero(x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, H, S, D) with 0 in the masked rows, whatever is in them: the weight 0 times NaN or infinity is NaN."""
+    return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0)
 
 
 def check_key_mask(key_mask: torch.Tensor | None, batch: int, tokens: int) -> None:

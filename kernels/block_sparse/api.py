@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from ..autocast import without_autocast
-from ..checks import accumulation_dtype
+from ..checks import accumulation_dtype, valid_or_zero
 from ..direct import direct
 from ..engines import Call, choose
 from ..layout import empty_bshd
@@ -40,7 +40,8 @@ def block_sparse_attention(
             query block attends to every key block and its row of lut is ignored; text rows of a joint sequence do.
         query_block, key_block: tokens per block; blocks are consecutive runs of tokens, only the last one is short.
         scale: factor on the scores, usually D ** -0.5.
-        key_mask: bool (B, S), True where a key is valid; None where all are.
+        key_mask: bool (B, S), True where a key is valid; None where all are. Of the others nothing is used, whatever
+            stands there, NaN too.
 
     Returns:
         out: (B, H, S, Dv) in the query's dtype, laid out as a contiguous (B, S, H, Dv) seen transposed.
@@ -54,6 +55,7 @@ def block_sparse_attention(
     """
     selection = Selection(lut, count, query_block, key_block, scale, key_mask)
     check_arguments(query, key, value, selection)
+    key, value = valid_or_zero(key, key_mask), valid_or_zero(value, key_mask)
     call = _call("block_sparse_attention", query, key, value, selection)
     engine = choose(call)
     record_execution(selection, query.shape[2], engine.name)
@@ -128,6 +130,7 @@ def block_sparse_attention_backward(
     selection = Selection(lut, count, query_block, key_block, scale, key_mask)
     check_arguments(query, key, value, selection)
     check_gradient(grad_out, query, value, out, lse)
+    key, value = valid_or_zero(key, key_mask), valid_or_zero(value, key_mask)
     call = _call("block_sparse_attention_backward", query, key, value, selection)
     grad_query, grad_key, grad_value = choose(call).run(call, grad_out, query, key, value, out, lse, selection)
     return grad_query, grad_key, grad_value

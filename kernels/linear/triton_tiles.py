@@ -62,7 +62,7 @@ def load_tile(ptr, start, valid, stride, TILE_S: tl.constexpr, WIDTH: tl.constex
     """(TILE_S, TILE) rows from token `start` on; 0 in rows that are not valid and in channels beyond WIDTH."""
     channels = tl.arange(0, TILE)
     ptr += start.to(tl.int64) * stride
-    pointers = ptr + tl.arange(0, TILE_S)[:, None] * stride + channels[None, :]
+    pointers = ptr + tl.arange(0, TILE_S).to(tl.int64)[:, None] * stride + channels[None, :]
     if WIDTH == TILE:
         tile = tl.load(pointers, mask=valid[:, None], other=0.0)
     else:
@@ -78,7 +78,7 @@ def store_tile(ptr, tile, start, tokens, stride_s, TILE_S: tl.constexpr, WIDTH: 
     mask = (rows < tokens - start)[:, None]
     if WIDTH != TILE:
         mask = mask & (channels < WIDTH)[None, :]
-    tl.store(ptr + rows[:, None] * stride_s + channels[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + rows.to(tl.int64)[:, None] * stride_s + channels[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -62,21 +62,21 @@ def _selected() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_lists_of_blocks_are_checked_unless_they_belong_together() -> None:
-    q = torch.randn(1, 1, 8, 2)
+    q = torch.randn(1, 1, 64, 2)
     lut, count = _selected()
-    block_sparse_attention(q, q, q, lut, count, 2, 2, 1.0)
+    block_sparse_attention(q, q, q, lut, count, 16, 16, 1.0)
     other = torch.full_like(count, 3)
     with pytest.raises(KernelArgumentError, match="count"):
-        block_sparse_attention(q, q, q, lut, other, 2, 2, 1.0)
+        block_sparse_attention(q, q, q, lut, other, 16, 16, 1.0)
     lut[..., 0] = 4
     with pytest.raises(KernelArgumentError, match="lut"):
-        block_sparse_attention(q, q, q, lut, count, 2, 2, 1.0)
+        block_sparse_attention(q, q, q, lut, count, 16, 16, 1.0)
 
 
 def test_lists_for_more_blocks_are_checked() -> None:
     pooled = torch.randn(1, 1, 4, 2)
-    lut, count = select_blocks(pooled, pooled, 2, 2, 1000)
-    q = torch.randn(1, 1, 8, 2)
-    block_sparse_attention(q, q, q, lut, count, 2, 2, 1.0)
+    lut, count = select_blocks(pooled, pooled, 16, 16, 1000)
+    q = torch.randn(1, 1, 64, 2)
+    block_sparse_attention(q, q, q, lut, count, 16, 16, 1.0)
     with pytest.raises(KernelArgumentError):
-        block_sparse_attention(q[:, :, :6], q[:, :, :6], q[:, :, :6], lut[:, :, :3], count[:, :, :3], 2, 2, 1.0)
+        block_sparse_attention(q[:, :, :48], q[:, :, :48], q[:, :, :48], lut[:, :, :3], count[:, :, :3], 16, 16, 1.0)

@@ -123,11 +123,11 @@ def test_scores_far_from_zero() -> None:
 
 def test_chunking_does_not_show() -> None:
     # small blocks make many query blocks: several chunks per group, and a chunk that ends inside a head
-    qkv = make_qkv(1000, head_dim=8)
+    qkv = make_qkv(2000, head_dim=8)
     for permille in (100, 1000):
-        selection = make_selection(*qkv[:2], 8, 16, permille)
-        out, _ = block_sparse_attention(*qkv, *selection, 8, 16, SCALE)
-        expected, _ = reference.block_sparse_attention(*qkv, Selection(*selection, 8, 16, SCALE))
+        selection = make_selection(*qkv[:2], 16, 16, permille)
+        out, _ = block_sparse_attention(*qkv, *selection, 16, 16, SCALE)
+        expected, _ = reference.block_sparse_attention(*qkv, Selection(*selection, 16, 16, SCALE))
         torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
 
 

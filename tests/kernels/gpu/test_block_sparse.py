@@ -294,7 +294,6 @@ def test_a_transposed_head_dim(device: str) -> None:
     [
         ({"dtype": torch.float64}, "float64.*bfloat16, float16, float32.*use_engine"),
         ({"head_dim": 136}, "head_dim 136"),
-        ({"blocks": (96, 48)}, "blocks of 96"),
     ],
 )
 def test_unsupported_arguments_say_what_is_supported(change: dict[str, object], message: str, device: str) -> None:

@@ -41,10 +41,10 @@ def test_result_carries_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.randn(2, 8, 4), 4), "4 dimensions"),
-        ((torch.ones(1, 1, 8, 4, dtype=torch.int64), 4), "dtype"),
-        ((torch.randn(1, 1, 8, 4), 0), "at least 1"),
-        ((torch.randn(1, 1, 0, 4), 4), "no tokens"),
+        ((torch.randn(2, 8, 4), 16), "4 dimensions"),
+        ((torch.ones(1, 1, 8, 4, dtype=torch.int64), 16), "dtype"),
+        ((torch.randn(1, 1, 8, 4), 0), "must be one of 16"),
+        ((torch.randn(1, 1, 0, 4), 16), "no tokens"),
     ],
 )
 def test_rejects(arguments: tuple[torch.Tensor, int], message: str) -> None:

@@ -154,7 +154,7 @@ def test_selection_rejects(changes: dict[str, object], message: str) -> None:
 )
 def test_pool_rejects(mask: torch.Tensor, message: str) -> None:
     with pytest.raises(KernelArgumentError, match=message):
-        pool_blocks(torch.randn(2, 1, 8, 4), 4, mask)
+        pool_blocks(torch.randn(2, 1, 8, 4), 16, mask)
 
 
 @pytest.mark.parametrize("masked", [False, True])
