@@ -8,3 +8,7 @@ class KernelArgumentError(ValueError):
 class UnsupportedKernelError(KernelArgumentError):
     """The arguments are sound, but no kernel exists for this dtype, head_dim, block size or GPU; the message says which
     do, and which engine takes the rest."""
+
+
+class KernelDifferentiationError(NotImplementedError):
+    """Forward-mode or double differentiation reached a `salad::` operator, which has a backward pass alone."""

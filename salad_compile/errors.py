@@ -77,6 +77,10 @@ class GridMismatchError(SaladError, ValueError):
     """The grid does not match the tokens, or cannot be read from this call's arguments."""
 
 
+class DifferentiationError(SaladError, NotImplementedError):
+    """A converted site runs under forward-mode differentiation, which SALAD attention does not have."""
+
+
 class WrongBackendError(SaladError, RuntimeError):
     """A converted model was compiled with another backend than `salad`."""
 

@@ -5,6 +5,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..autocast import without_autocast
 from ..checks import accumulation_dtype, valid_or_zero
+from ..differentiation import refuse_second_derivative, reverse_mode_only
 from ..direct import direct
 from ..engines import Call, choose
 from ..layout import empty_bshd
@@ -15,6 +16,7 @@ from .checks import check_arguments, check_gradient, check_types
 
 @torch.library.custom_op("salad::block_sparse_attention", mutates_args=())
 @direct("salad::block_sparse_attention")
+@reverse_mode_only
 @without_autocast
 def block_sparse_attention(
     query: torch.Tensor,
@@ -170,3 +172,4 @@ def _backward(ctx: FunctionCtx, grad_out: torch.Tensor, _grad_lse: object) -> tu
 
 
 block_sparse_attention.register_autograd(_backward, setup_context=_setup)
+refuse_second_derivative(block_sparse_attention_backward)

@@ -9,6 +9,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..autocast import without_autocast
 from ..checks import accumulation_dtype
+from ..differentiation import refuse_second_derivative, reverse_mode_only
 from ..direct import direct
 from ..engines import Call, choose
 from ..layout import empty_bshd
@@ -27,6 +28,7 @@ from .checks import (
 
 @torch.library.custom_op("salad::linear_state", mutates_args=())
 @direct("salad::linear_state")
+@reverse_mode_only
 @without_autocast
 def linear_state(
     key: torch.Tensor,
@@ -174,6 +176,7 @@ linear_state.register_autograd(_state_backward, setup_context=_state_setup)
 
 @torch.library.custom_op("salad::linear_output", mutates_args=())
 @direct("salad::linear_output")
+@reverse_mode_only
 @without_autocast
 def linear_output(
     query: torch.Tensor,
@@ -294,3 +297,5 @@ def _output_backward(ctx: FunctionCtx, grad_out: torch.Tensor) -> tuple[torch.Te
 
 
 linear_output.register_autograd(_output_backward, setup_context=_output_setup)
+refuse_second_derivative(linear_state_backward)
+refuse_second_derivative(linear_output_backward)

@@ -15,12 +15,14 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from ..checks import check_inverse, check_order, check_order_type, require
+from ..differentiation import reverse_mode_only
 from ..direct import direct
 from .reference import take_rows as _take_rows
 
 
 @torch.library.custom_op("salad::take_rows", mutates_args=())
 @direct("salad::take_rows")
+@reverse_mode_only
 def take_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """Row order[i] of every head as row i.
 

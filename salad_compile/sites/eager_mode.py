@@ -42,7 +42,7 @@ from salad_compile.kernels.measure import Execution, measure_executions
 from salad_compile.position.recording import Recorded
 from salad_compile.position.sequences import PositionRecording
 from salad_compile.sites import observers
-from salad_compile.sites.outside_owner import require_same_saving, saving, twice_error
+from salad_compile.sites.outside_owner import require_reverse_mode, require_same_saving, saving, twice_error
 from salad_compile.sites.site import Site
 
 _NOT_MEASURED: contextlib.AbstractContextManager[list[Execution]] = contextlib.nullcontext([])
@@ -213,6 +213,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         if padding and site.measured_sparsity is None:  # once: reading values waits for the device
             padding = is_padding(call.attn_mask)
         require_same_saving(self.saving, site.record.owner)
+        require_reverse_mode(site.record.owner)
         order = site.order(query.device)
         if site.lacks_order(order):
             raise order_error(f"the converted site {site.record.owner!r}")

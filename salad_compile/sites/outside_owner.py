@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from salad_compile.errors import SiteLostError
+from salad_compile.errors import DifferentiationError, SiteLostError
+from salad_compile.kernels.differentiation import in_forward_mode
 
 _WHOLE = "Checkpoint the whole attention module or its block, not a part of its forward."
 
@@ -62,3 +63,12 @@ def no_tensor_error(site: str, role: str, returned: Any) -> SiteLostError:
         f"the {role} projection of the converted site {site!r} returned a {type(returned).__name__} without a tensor, "
         "or was given none: its input and its result must be tensors, the result alone or first of a tuple."
     )
+
+
+def require_reverse_mode(site: str) -> None:
+    """Raises DifferentiationError under torch.func.jvp and its like."""
+    if in_forward_mode():
+        raise DifferentiationError(
+            f"the converted site {site!r} runs under forward-mode differentiation (torch.func.jvp, jacfwd, dual "
+            "tensors), which SALAD attention does not have. Use reverse mode, or salad_compile.set_dense(model)."
+        )
