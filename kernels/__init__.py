@@ -10,7 +10,7 @@ operators; it imports nothing else of ours.
 if __name__ != "kernels":
     from .block_sparse import block_sparse_attention
     from .engines import use_engine
-    from .errors import KernelArgumentError, UnsupportedKernelError
+    from .errors import KernelArgumentError, KernelDifferentiationError, UnsupportedKernelError
     from .linear import linear_output, linear_state
     from .measure import Execution, measure_executions
     from .routing import kept_blocks, pool_blocks, select_blocks
@@ -20,6 +20,7 @@ if __name__ != "kernels":
 __all__ = [
     "Execution",
     "KernelArgumentError",
+    "KernelDifferentiationError",
     "UnsupportedKernelError",
     "block_sparse_attention",
     "kept_blocks",
