@@ -103,6 +103,10 @@ def find_family(*, in_graphs: bool = False) -> None:
         if entry.function not in _seen:
             _seen.add(entry.function)
             _register(entry)
+    operator = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_wrapped_flash_attn_3", None)
+    if isinstance(operator, torch._library.custom_ops.CustomOpDef) and operator not in _seen:
+        _seen.add(operator)
+        register_adapter(operator, _flash_attn_3_of_diffusers)
     if in_graphs:
         keep_whole_in_graphs()
 
@@ -189,6 +193,17 @@ def _adapter(entry: KnownFunction, *, always_several: bool) -> Adapter:
 
     read.of_family = True  # type: ignore[attr-defined]
     return read
+
+
+def _flash_attn_3_of_diffusers(
+    q: Any, k: Any, v: Any, softmax_scale: Any = None, causal: Any = False, *rest: Any, **more: Any
+) -> AttentionArguments:
+    """The operator that diffusers has for FlashAttention-3; its backend gives no more than this."""
+    given = any(value is not None for value in rest) or any(name not in _HARMLESS for name in more)
+    reason = "it is called with arguments of FlashAttention-3 that change its result" if given else ""
+    return AttentionArguments(
+        q, k, v, scale=softmax_scale, is_causal=causal, layout="BSHD", output=0, results=2, reason=reason
+    )
 
 
 def _asks_for_several(given: Mapping[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.sharding import is_first_rank, shard_like, whole_state
 from salad_compile.common.tensor_files import with_digest
-from salad_compile.common.wrappers import single_model
+from salad_compile.common.wrappers import plain_key, single_model
 from salad_compile.conversion.convert import attach, prepare, require_names
 from salad_compile.errors import (
     AlreadyConvertedError,
@@ -233,7 +233,7 @@ def _state_without(model: nn.Module, dropping: list[SaladBranch]) -> dict[str, T
 
 def _plan_state(prepared: list[SaladBranch]) -> dict[str, Tensor]:
     return {
-        ".".join(part for part in (branch.record.owner, BRANCH_NAME, key) if part): tensor
+        plain_key(".".join(part for part in (branch.record.owner, BRANCH_NAME, key) if part)): tensor
         for branch in prepared
         for key, tensor in branch.state_dict(keep_vars=True).items()
     }

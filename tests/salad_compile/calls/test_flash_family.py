@@ -211,3 +211,35 @@ def test_other_attention_is_refused_with_its_reason(given: dict[str, Any], reaso
     assert not plan.eligible
 
     assert re.search(reason, plan.sites[""][0].reason)
+
+
+class Own(nn.Module):
+    """Self-attention alone."""
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.own = Attention(attend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.own(x, x)
+        return result
+
+
+def test_the_operator_that_diffusers_has_for_flash_attention_3() -> None:
+    """It runs on GPUs alone; where its call is replaced, it never runs."""
+    operator = pytest.importorskip("diffusers.models.attention_dispatch")._wrapped_flash_attn_3
+    x = torch.randn(BATCH, TOKENS, DIM)
+
+    def converted(attend: Attend) -> nn.Module:
+        torch.manual_seed(0)
+        model: nn.Module = salad_compile.convert(Own(attend), CONFIG, example_inputs=(x,))
+        return model
+
+    expected = converted(sdpa)(x)
+    model = converted(lambda q, k, v: operator(q=q, k=k, v=v, softmax_scale=None, causal=False)[0])
+    assert torch.equal(model(x), expected)
+    torch._dynamo.reset()
+    assert torch.allclose(torch.compile(model, **AOT)(x), expected, atol=1e-6)
+    causal = Own(lambda q, k, v: operator(q=q, k=k, v=v, causal=True)[0])
+    (site,) = salad_compile.plan(causal, (x,), config=CONFIG).sites[""]
+    assert "causal" in site.reason

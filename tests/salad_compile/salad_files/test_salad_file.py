@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,27 @@ def test_wrappers_leave_no_trace_in_the_file(file: Path, tmp_path: Path) -> None
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     salad_compile.load(wrapped, file)
     salad_compile.load(CASE.build(), path)
+
+
+class OfOneModule(nn.Module):
+    """A model's own child may be called as DDP calls what it wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = toys.SelfAttention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.module(x)
+        return result
+
+
+def test_a_child_called_module(tmp_path: Path) -> None:
+    base, x = OfOneModule(), torch.randn(1, 160, toys.WIDTH)
+    model = salad_compile.convert(copy.deepcopy(base), TINY, example_inputs=(x,))
+    randomise_branches(model)
+    file = salad_compile.save(model, tmp_path / "salad.safetensors")
+    assert torch.equal(salad_compile.load(base, file)(x), model(x))
+    assert torch.equal(salad_compile.load(base, file)(x), model(x))  # into a converted one
 
 
 def test_saving_is_atomic(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
