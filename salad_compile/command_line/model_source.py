@@ -344,7 +344,7 @@ def _from_pretrained(cls: Any, found: ModelSource, dtype: torch.dtype | None) ->
     dtype = dtype or stored_dtype(found.directory) or torch.float32
     try:
         model: nn.Module = cls.from_pretrained(str(found.directory), torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelSourceError(f"the weights of {found.name} cannot be read: {error}") from error
     return model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,25 @@ def open_safetensors(file: Path) -> Iterator[Any]:
     """
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with file.open("rb") as raw:
+    with contextlib.ExitStack() as stack:
+        try:
+            raw = stack.enter_context(file.open("rb"))
             length = int.from_bytes(raw.read(8), "little")
-        if length > LARGEST_HEADER:
-            raise ValueError(f"its header would have {length:,} bytes")
-        content = safe_open(file, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file.name} cannot be read ({error}): truncated, or removed?") from error
-    with content:
+            if length > LARGEST_HEADER:
+                raise ValueError(f"its header would have {length:,} bytes")
+            content = stack.enter_context(safe_open(_same_file(raw.fileno(), file), framework="pt"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{file.name} cannot be read ({error}): truncated, or removed?") from error
         yield content
+
+
+def _same_file(descriptor: int, file: Path) -> str:
+    """A name of the opened file that stays: safe_open opens it twice, for the header and for the values.
+
+    When another file takes the name between the two, values of one file would go with the header of the other.
+    """
+    name = f"/proc/self/fd/{descriptor}"
+    return name if os.path.exists(name) else str(file)
 
 
 def digest_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -35,6 +35,8 @@ NEEDED = (
     *("vae_latent_bytes", "vae_latent_shape", "vae_latent_dtype"),
     *("text_embedding_bytes", "text_embedding_shape", "text_embedding_dtype"),
 )
+# what pyarrow raises of damaged files, its own classes derive from these; and what they make of our reading
+_DAMAGED = (OSError, ValueError, NotImplementedError, LookupError, TypeError, OverflowError)
 # of the footer, which a damaged length would make as large as memory; pages have a checksum in files of ours
 _BOUNDS: dict[str, Any] = {
     "thrift_string_size_limit": 1 << 24,
@@ -85,7 +87,7 @@ class FastVideoSource(LatentSource):
                 table = _small_columns(file)
             except LatentLayoutError:
                 raise
-            except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            except _DAMAGED as error:
                 names.append("")
                 places.append(place)
                 found.append((None, f"the file cannot be read: {error}"))
@@ -115,7 +117,7 @@ class FastVideoSource(LatentSource):
             values = self._cursor.row(row.row)
             latent = _tensor(values, "vae_latent")
             text = _text(values)
-        except (OSError, ValueError) as error:
+        except _DAMAGED as error:
             self._cursor = None
             raise item_error(name, str(error)) from error
         if latent.ndim == 3:  # an image

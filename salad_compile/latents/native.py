@@ -188,9 +188,9 @@ class NativeSource(LatentSource):
         name, shape = record["name"], as_latent_shape(record["shape"])
         try:
             file = inside(self._path, record["file"])
-        except ValueError as error:
-            return Entry(name, shape, str(error))
-        size = file.stat().st_size if file.exists() else None
+            size = file.stat().st_size if file.exists() else None
+        except (ValueError, OSError) as error:  # it leads elsewhere, or is no name that the system takes
+            return Entry(name, shape, str(error)[:300])
         if size is None:
             return Entry(name, shape, f"{record['file']} is missing")
         if size != record["bytes"]:
