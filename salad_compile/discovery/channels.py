@@ -287,6 +287,7 @@ def spans_of_roles(
                 widths[projection.node] = projection.width
         for node, spans in groups.items():
             known = [span for span in spans.values() if span is not None]
-            if len(known) == len(spans) and sum(end - start for start, end in known) < widths[node]:
+            covered = {channel for start, end in known for channel in range(start, end)}
+            if len(known) == len(spans) and len(covered) < widths[node]:
                 found.update(zip(spans, known, strict=True))
     return found

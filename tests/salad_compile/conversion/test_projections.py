@@ -313,6 +313,25 @@ def test_what_is_no_product_is_not_merged() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_channels_that_two_roles_share_are_refused() -> None:
+    class KeyIsQuery(GatedQuery):
+        """One Linear for the query, which is the key as well, the value and a gate."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fused = nn.Linear(WIDTH, 3 * WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, v, gate = self.fused(x).chunk(3, dim=-1)
+            q, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (q, v))
+            out = F.scaled_dot_product_attention(q, q, v).transpose(1, 2).flatten(2)
+            result: Tensor = self.o(out * gate.sigmoid())
+            return result
+
+    plan = salad_compile.plan(Model(KeyIsQuery), inputs(), config=TINY)
+    assert ["overlap in the 48 output channels" in site.reason for site in plan.sites[""]] == [True, True]
+
+
 def test_convolutions_have_no_place_in_lora_files(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"blocks\.0\.q' is a convolution"):
         salad_compile.export(converted("convolution"), tmp_path / "out", formats=["peft"])
