@@ -25,6 +25,7 @@ from torch import Tensor
 
 from salad_compile.kernels.block_sparse import gluon, triton
 from salad_compile.kernels.block_sparse.gluon_settings import settings_of
+from salad_compile.kernels.repairs import repairs
 from salad_compile.kernels.selection import Selection
 
 KEY_BLOCK = 64
@@ -160,7 +161,7 @@ def main() -> None:
     for shape in options.shapes:
         heads, tokens = map(int, shape.split("x"))
         results.add(rows_of(heads, tokens, options))
-    print("tiles redone, calls that redid any, tiles:", *gluon.repairs(device))
+    print("tiles redone, calls that redid any, tiles:", *repairs().values())
 
 
 if __name__ == "__main__":

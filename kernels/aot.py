@@ -13,12 +13,13 @@ from typing import Any
 
 from .errors import UnsupportedKernelError
 from .launch import Launch, interpreting
+from .sass import spills_in_product_loops
 
 # Bytes of shared memory that one CTA may have, by compute capability (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 _REGISTERS = 65536  # of one multiprocessor, on all of these
 _TENSOR_MEMORY = 512  # columns, on sm_100
-_THREAD_NUMBERS = 8  # bytes
+_PER_TILE = 64  # bytes
 _NARROWEST_WGMMA = 64  # rows of the accumulator
 _WIDE_DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(?:bf16|f16)> \*")
 
@@ -122,10 +123,14 @@ def disassemble(source: Specialised) -> str:
     Raises:
         whatever Triton raises if the kernel does not compile.
     """
+    return _in_words(_build(source))
+
+
+def _in_words(built: Any) -> str:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(_build(source).asm["cubin"])
+        file.write(built.asm["cubin"])
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -174,15 +179,15 @@ def _assembler_log() -> Any:
         yield
 
 
-def _spill_bytes(log: str, *, specialised_warps: bool) -> int:
-    """Bytes that are stored and loaded because registers ran out.
+def _spill_bytes(log: str, built: Any) -> int:
+    """Bytes that are stored and loaded because registers ran out, where that costs time.
 
-    Where warps are specialised, ptxas (of Triton 3.9) may keep a thread's and its warp's number in memory from the
-    kernel's first instructions to the end of a tile, whatever the loop leaves free. These 8 bytes do not count; that no
-    loop reads them is tested (tests/kernels/block_sparse/test_gluon.py).
+    Where warps are specialised, ptxas may keep numbers of a thread or of a tile in memory from one tile to the next.
+    A few of these do not count if no loop over the steps of a tile, which is where the products are, touches memory.
     """
     stored, loaded = (sum(map(int, re.findall(rf"(\d+) bytes spill {way}", log))) for way in ("stores", "loads"))
-    return 0 if specialised_warps and stored <= _THREAD_NUMBERS else stored + loaded
+    few = 0 < stored <= _PER_TILE and "ttg.warp_specialize" in built.asm["ttgir"]
+    return 0 if few and spills_in_product_loops(_in_words(built)) == 0 else stored + loaded
 
 
 def _read_report(arch: int, built: Any, log: str, seconds: float) -> Report:
@@ -196,7 +201,7 @@ def _read_report(arch: int, built: Any, log: str, seconds: float) -> Report:
         arch=arch,
         warps=metadata.num_warps,
         registers=int(registers[1]),
-        spill_bytes=_spill_bytes(log, specialised_warps="ttg.warp_specialize" in built.asm["ttgir"]),
+        spill_bytes=_spill_bytes(log, built),
         shared=metadata.shared,
         tensor_memory=metadata.tmem_size or 0,
         wgmma=ptx.count("wgmma.mma_async"),

@@ -4,9 +4,10 @@ from collections import namedtuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from .gluon_consumer import multiply_tiles
+from .gluon_language import barriers
 from .gluon_lists import Lists
 from .gluon_loader import load_tiles
 
@@ -14,18 +15,6 @@ from .gluon_loader import load_tiles
 Sources = namedtuple("Sources", ["query", "key", "value"])
 Results = namedtuple("Results", ["out", "lse"])
 Shared = namedtuple("Shared", ["query", "key", "value", "out", "query_full", "query_free", "full", "free"])
-
-
-@gluon.jit
-def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Two barriers for each slot: the copy engine arrives at the first, so many readers at the second."""
-    layout: gl.constexpr = mbarrier.MBarrierLayout()
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], layout)
-    free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], layout)
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(free.index(slot), count=ARRIVALS)
-    return full, free
 
 
 @gluon.jit(do_not_specialize=["tiles", "heads", "total", "slots", "tokens"])

@@ -21,6 +21,14 @@ def load_entries(source, batch, head, first, second, full, matrix, C: gl.constex
 
 
 @gluon.jit
+def load_rows(source, batch, head, row, full, matrix, C: gl.constexpr):
+    """64 rows of tokens into a matrix."""
+    COLUMNS: gl.constexpr = C.columns
+    for column in gl.static_range(COLUMNS):
+        load_box(source, [batch, head, row, column * 64], full, box(matrix, column, COLUMNS, source))
+
+
+@gluon.jit
 def load_query(source, batch, head, row, full, buffer, slot, C: gl.constexpr):
     """The query rows of a tile: a matrix of 64 rows for each group."""
     GROUPS: gl.constexpr = C.groups

@@ -1,4 +1,4 @@
-"""The engine "gluon": the forward of block-sparse attention for Hopper, in Gluon, Triton's lower language."""
+"""The engine "gluon": block-sparse attention for Hopper, in Gluon, Triton's lower language."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GluonEngine:
     """Kernels with specialised warps; what they do not take stays on the Triton kernels."""
 
     name = "gluon"
-    operators = frozenset({"block_sparse_attention"})
+    operators = frozenset({"block_sparse_attention", "block_sparse_attention_backward"})
 
     def supports(self, call: Call) -> str | None:
         """See `Engine`."""
@@ -39,7 +39,7 @@ class GluonEngine:
         if call.query_block not in _QUERY_BLOCKS or call.key_block != _KEY_BLOCK:
             blocks = f"{call.query_block} and {call.key_block}"
             return f"it takes query blocks of 64 and 128 tokens and key blocks of 64, and not {blocks}"
-        if call.masked and call.head_dim == 64:
+        if call.masked and call.head_dim == 64 and call.operator == "block_sparse_attention":
             return "with a key mask and head_dim 64 the Triton kernel is faster"
         return None
 
@@ -58,7 +58,12 @@ class GluonEngine:
             mask = torch.empty((batch, tokens), dtype=torch.bool, device=meta) if masked else None
             selection = Selection(lut, lut[..., 0], query_block, _KEY_BLOCK, 0.125, mask)
             sizes = (head_dim, head_dim, query_block, _KEY_BLOCK)
-            call = Call("block_sparse_attention", meta, torch.bfloat16, *sizes, masked=masked)
-            if not (masked and head_dim == 64):
-                name = f"block_sparse_attention bfloat16 d{head_dim} {query_block}x{_KEY_BLOCK}{' mask' * masked}"
-                yield GateCall(call, name, (x, x, x, selection))
+            words = f"bfloat16 d{head_dim} {query_block}x{_KEY_BLOCK}{' mask' * masked}"
+            lse = torch.empty((batch, heads, tokens), device=meta)
+            for operator, arguments in (
+                ("block_sparse_attention", (x, x, x, selection)),
+                ("block_sparse_attention_backward", (x, x, x, x, x, lse, selection)),
+            ):
+                call = Call(operator, meta, torch.bfloat16, *sizes, masked=masked)
+                if not (masked and head_dim == 64 and operator == "block_sparse_attention"):
+                    yield GateCall(call, f"{operator} {words}", arguments)

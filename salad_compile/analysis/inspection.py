@@ -12,6 +12,7 @@ import torch.nn as nn
 from salad_compile.analysis.cost import site_cost
 from salad_compile.analysis.summary import Explanation, SiteSummary, Summary
 from salad_compile.common.wrappers import bare_components, single_model
+from salad_compile.kernels.repairs import repairs
 from salad_compile.sites.branch import SaladBranch, branches, branches_in
 
 
@@ -28,7 +29,8 @@ def summary(model: Any) -> Summary:
     sites = [_summarise(component, branch) for component, branch in branches_in(modules)]
     everything = sum(p.numel() for module in modules.values() for p in module.parameters())
     added = sum(site.branch_parameters + site.lora_parameters for site in sites)
-    return Summary(sites=sites, base_parameters=everything - added)
+    redone = {str(device): found for device, found in repairs().items()}
+    return Summary(sites=sites, base_parameters=everything - added, repairs=redone)
 
 
 def _summarise(component: str, branch: SaladBranch) -> SiteSummary:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from salad_compile.analysis.cost import SiteCost
 from salad_compile.common.reports import Report, Row, site_path
+from salad_compile.kernels.repairs import Repairs
 
 if TYPE_CHECKING:
     from salad_compile.passes.report import GraphReport
@@ -42,6 +43,8 @@ class Summary(Report):
 
     sites: Sequence[SiteSummary]
     base_parameters: int
+    repairs: Mapping[str, Repairs] = field(default_factory=dict)
+    """What the Gluon forward computed again, by device: all calls of this process, whatever the model."""
 
     title = "converted sites"
     columns = (
@@ -94,6 +97,11 @@ class Summary(Report):
             f"({self.lora_parameters * share:+.2f} %); {trainable:,} of them trainable.",
             f"Attention FLOPs per forward at the tokens of the conversion, computed: {dense / 1e12:.3f} T dense, "
             f"{salad / 1e12:.3f} T SALAD.",
+            *(
+                f"{device}: the Gluon forward computed {found.redone:,} of {found.tiles:,} tiles again "
+                f"({100 * found.redone / max(found.tiles, 1):.3f} %), in {found.calls:,} calls of this process."
+                for device, found in self.repairs.items()
+            ),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,6 +109,7 @@ class Summary(Report):
             "base_parameters": self.base_parameters,
             "branch_parameters": self.branch_parameters,
             "lora_parameters": self.lora_parameters,
+            "repairs": {device: found._asdict() for device, found in self.repairs.items()},
             "sites": [dataclasses.asdict(site) for site in self.sites],
         }
 

@@ -18,6 +18,7 @@ from salad_compile.kernels.engines import Call, choose, find, use_engine
 from salad_compile.kernels.errors import UnsupportedKernelError
 from salad_compile.kernels.launch import Launch, interpreting, record_launches
 from salad_compile.kernels.layout import block_count
+from salad_compile.kernels.sass import product_loops
 from salad_compile.kernels.selection import Selection
 
 META, CUDA = torch.device("meta"), torch.device("cuda", 0)
@@ -63,11 +64,35 @@ def test_what_it_does_not_take_stays_on_triton(
         choose(call(**changes))
 
 
+def test_the_backward_takes_masks_at_head_dim_64_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capability, "_cuda_arch", lambda device: (9, 0))
+    narrow = {"operator": "block_sparse_attention_backward", "head_dim": 64, "value_dim": 64, "masked": True}
+    assert choose(call(**narrow)).name == "gluon"
+    assert choose(call(**narrow | {"query_block": 256})).name == "triton"
+
+
 @pytest.mark.parametrize("arch", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_other_gpus_keep_the_triton_kernel(arch: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capability, "_cuda_arch", lambda device: arch)
     assert choose(call()).name == "triton"
     assert find("gluon").supports(call()) == f"it is for compute capability 9.0, and cuda:0 has {arch[0]}.{arch[1]}"
+
+
+def backward_launches(
+    tokens: int = 1001, *, head_dim: int = 128, query_block: int = 128, **options: Any
+) -> list[Launch]:
+    """What the backward of one call launches."""
+    batch, heads = options.get("batch", 2), options.get("heads", 3)
+    x = torch.empty((batch, tokens, heads, head_dim), dtype=torch.bfloat16, device=META).transpose(1, 2)
+    lut = torch.empty((batch, heads, block_count(tokens, query_block), 5), dtype=torch.int32, device=META)
+    mask = torch.empty((batch, tokens), dtype=torch.bool, device=META) if options.get("masked") else None
+    selection = Selection(lut, lut[..., 0], query_block, 64, options.get("scale", 0.125), mask)
+    lse = torch.empty((batch, heads, tokens), device=META)
+    with record_launches() as recorded:
+        grads = gluon.block_sparse_attention_backward(x, x, x, x, x, lse, selection)
+    assert [grad.shape for grad in grads] == [x.shape] * 3
+    assert all(grad.transpose(1, 2).is_contiguous() for grad in grads)
+    return [launch for launch in recorded if "gluon" in launch.kernel.__name__]
 
 
 def launches(tokens: int = 1001, *, head_dim: int = 128, query_block: int = 128, **options: Any) -> list[Launch]:
@@ -120,6 +145,18 @@ def test_no_length_and_no_scale_is_part_of_a_build() -> None:
     assert len(builds) == 1
 
 
+def test_no_length_and_no_scale_is_part_of_a_build_of_the_backward() -> None:
+    calls: tuple[dict[str, Any], ...] = (
+        {},
+        {"tokens": 1},
+        {"tokens": 4096, "batch": 1, "heads": 1},
+        {"tokens": 75_520, "heads": 40, "scale": -16.0},
+    )
+    builds = [{specialise(launch, 90).identity for launch in backward_launches(**sizes)} for sizes in calls]
+    assert len(builds[0]) == 2
+    assert all(build == builds[0] for build in builds)
+
+
 def test_rows_at_odd_addresses_are_copied() -> None:
     aligned, odd = (launches(extra=extra)[1].arguments[0] for extra in (8, 1))
     assert aligned.strides[2] == 3 * 136
@@ -129,29 +166,11 @@ def test_rows_at_odd_addresses_are_copied() -> None:
 # --- machine code -----------------------------------------------------------------------------------------------------
 
 
-def step_loops(code: str) -> list[list[str]]:
-    """The instructions of each loop over the steps of a list: the shortest that waits for both of its products."""
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", code, re.MULTILINE)
-    places = {int(place, 16): number for number, (place, _) in enumerate(lines)}
-    text = [instruction for _, instruction in lines]
-    found: dict[int, list[str]] = {}  # number of the first wait -> the loop
-    for number, instruction in enumerate(text):
-        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
-        start = places.get(int(target[1], 16), number) if target else number
-        body = text[start : number + 1]
-        waits = [i for i, line in enumerate(body) if "WARPGROUP.DEPBAR" in line]
-        if len(waits) == 2 and "gsb0, 0x1" in body[waits[0]] and "gsb0, 0x0" in body[waits[1]]:
-            known = found.setdefault(start + waits[0], body)
-            if len(body) < len(known):
-                found[start + waits[0]] = body
-    return list(found.values())
-
-
 @pytest.mark.parametrize(("head_dim", "query_block"), [(128, 128), (128, 64), (64, 128)])
 def test_the_assembler_keeps_the_order_of_a_step(head_dim: int, query_block: int) -> None:
     """Exponentials between the two waits for products, the wait for the next step behind most of them, no spills."""
     code = disassemble(specialise(launches(head_dim=head_dim, query_block=query_block)[1], 90))
-    loops = step_loops(code)
+    loops = product_loops(code)
     assert len(loops) == 2, "one loop for each group"
     for body in loops:
         assert not [line for line in body if re.search(r"\b(LDL|STL)\b", line)], "registers spill in the loop"
@@ -163,6 +182,25 @@ def test_the_assembler_keeps_the_order_of_a_step(head_dim: int, query_block: int
         assert len(waits) == 2, "one wait that is over, one for the next step"
         assert sum(i < waits[1] for i in exponentials) > 0.9 * len(exponentials)
         assert sum("BAR.SYNC" in line for line in body) <= 3
+
+
+@pytest.mark.parametrize(("head_dim", "query_block"), [(128, 128), (128, 64), (64, 128)])
+def test_the_assembler_keeps_the_products_of_the_backward_in_flight(head_dim: int, query_block: int) -> None:
+    """No spills in the loops over steps, and exponentials and gradients of scores beside products that run."""
+    query, key = backward_launches(head_dim=head_dim, query_block=query_block)
+    ahead = query.constants["SETTINGS"].ahead
+    query_waits = ["0x2", "0x1", "0x0"] if ahead else ["0x1", "0x0", "0x0"]
+    for launch, expected in ((query, query_waits), (key, ["0x1", "0x1", "0x1"])):
+        loops = product_loops(disassemble(specialise(launch, 90)))
+        assert len(loops) == 2, "one loop for each group"
+        for body in loops:
+            assert not [line for line in body if re.search(r"\b(LDL|STL)\b", line)], "registers spill in the loop"
+            found = [i for i, line in enumerate(body) if "WARPGROUP.DEPBAR" in line]
+            assert [body[i].split()[-1] for i in found] == expected
+            exponentials = [i for i, line in enumerate(body) if "MUFU.EX2" in line]
+            assert len(exponentials) == 32
+            # the first wait is for the scores alone
+            assert all(i > found[0] for i in exponentials)
 
 
 def find_step(head_dim: int, query_block: int) -> int:

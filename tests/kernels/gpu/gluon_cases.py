@@ -18,6 +18,7 @@ from salad_compile.kernels import KernelArgumentError
 from salad_compile.kernels.block_sparse import gluon, reference
 from salad_compile.kernels.block_sparse.deferred import raise_pending
 from salad_compile.kernels.layout import ALL_BLOCKS, block_count
+from salad_compile.kernels.repairs import repairs
 from salad_compile.kernels.selection import Selection
 from tests.kernels.helpers import FORWARD_BAR, LAYOUTS, make_qkv, relative_l2
 
@@ -145,9 +146,9 @@ def ramp(tokens: int, head_dim: int, query_block: int, growth: float, *, rows: s
 
 def redone(call: Call) -> int:
     """How many tiles one run computes again."""
-    before = gluon.repairs(DEVICE)[0]
+    before = repairs()[DEVICE].redone
     call.run()
-    return gluon.repairs(DEVICE)[0] - before
+    return repairs()[DEVICE].redone - before
 
 
 def adversarial_calls(head_dim: int, query_block: int) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -281,12 +282,12 @@ def special_calls(head_dim: int, query_block: int) -> Iterator[tuple[str, Callab
     yield "more tiles than programs", many_tiles
 
 
-def main() -> int:
-    """Run every case of a head_dim and query block. Returns how many failed, 100 at most."""
+def run_cases(*makers: Callable[[int, int], Iterator[tuple[str, Callable[[], None]]]]) -> int:
+    """Run every case of the command line's head_dim and query block. Returns how many failed, 100 at most."""
     head_dim, query_block = int(sys.argv[1]), int(sys.argv[2])
     only = " ".join(sys.argv[3:])
     failed = 0
-    for make in (random_calls, adversarial_calls, special_calls):
+    for make in makers:
         for name, check in make(head_dim, query_block):
             if only not in name:
                 continue
@@ -307,4 +308,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cases(random_calls, adversarial_calls, special_calls))

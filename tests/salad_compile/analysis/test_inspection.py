@@ -11,6 +11,7 @@ import torch
 import salad_compile
 from salad_compile.common.reports import fold
 from salad_compile.errors import NotConvertedError
+from salad_compile.kernels import repairs
 from salad_compile.kernels.block_sparse import reference
 from salad_compile.kernels.engines import Call, GateCall, register, unregister
 from salad_compile.sites.branch import branches
@@ -146,3 +147,12 @@ def test_an_engine_that_is_added_is_reported() -> None:
         unregister("definition")
     assert {site.engine for site in salad_compile.summary(model).sites} == {"definition"}
     assert "definition" in str(salad_compile.summary(model))
+
+
+def test_summary_shows_how_often_tiles_were_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(repairs, "_redone", {device: torch.tensor([3, 2])})
+    monkeypatch.setattr(repairs, "_tiles", {device: 1200})
+    summary = salad_compile.summary(converted())
+    assert "cuda:0: the Gluon forward computed 3 of 1,200 tiles again (0.250 %), in 2 calls" in str(summary)
+    assert summary.to_dict()["repairs"] == {"cuda:0": {"redone": 3, "calls": 2, "tiles": 1200}}
