@@ -15,6 +15,7 @@ if __name__ != "kernels":
     from .measure import Execution, measure_executions
     from .routing import kept_blocks, pool_blocks, select_blocks
     from .rows import take_rows
+    from .tail import attend_with_tail, tail_tokens
     from .windows import window_blocks
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "KernelArgumentError",
     "KernelDifferentiationError",
     "UnsupportedKernelError",
+    "attend_with_tail",
     "block_sparse_attention",
     "kept_blocks",
     "linear_output",
@@ -29,6 +31,7 @@ __all__ = [
     "measure_executions",
     "pool_blocks",
     "select_blocks",
+    "tail_tokens",
     "take_rows",
     "use_engine",
     "window_blocks",

@@ -15,6 +15,8 @@ FOLDERS = {
     "select_blocks": "routing",
     "block_sparse_attention": "block_sparse",
     "block_sparse_attention_backward": "block_sparse",
+    "merge_tail": "tail",
+    "merge_tail_backward": "tail",
     "linear_state": "linear",
     "linear_state_backward": "linear",
     "linear_output": "linear",

@@ -1,0 +1,5 @@
+"""The tail: what block-sparse attention leaves out, as means of pools of tokens in the same softmax."""
+
+from .api import attend_with_tail, tail_tokens
+
+__all__ = ["attend_with_tail", "tail_tokens"]

@@ -1,0 +1,209 @@
+"""`salad::tail_tokens` and `salad::attend_with_tail`: block-sparse attention that remembers what it leaves out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..autocast import without_autocast
+from ..block_sparse.checks import check_types
+from ..checks import accumulation_dtype, require
+from ..engines import Call, choose
+from ..layout import block_count, empty_bshd
+from ..selection import Selection
+from .checks import check_pool_size, check_pools
+from .counting import count_tail
+
+
+@torch.library.custom_op("salad::tail_tokens", mutates_args=())
+def tail_tokens(
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    tokens: int,
+    key_block: int,
+    pool: int,
+    begin: int,
+    end: int,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How many tokens of each pool a query block leaves out (specification 4.6; our choice). Not differentiable.
+
+    Args:
+        lut, count: the lists of selected key blocks, see `block_sparse_attention`.
+        tokens: S. key_block: tokens per key block.
+        pool: tokens per pool: consecutive runs, of which the last may be short. It or `key_block` divides the other.
+        begin, end: only tokens [begin, end) count: those of the video.
+        key_mask: bool (B, S), True where a key is valid; None where all are. Others do not count.
+
+    Returns:
+        fp32 (B, H, Mq, P), P = ceil(S / pool).
+
+    Raises:
+        KernelArgumentError: a size is not positive, neither divides the other, or the range lies outside the tokens.
+    """
+    check_pool_size(pool, key_block)
+    require(0 <= begin <= end <= tokens, f"the video [{begin}, {end}) must lie within {tokens} tokens")
+    return count_tail(lut, count, tokens, key_block, pool, begin, end, key_mask)
+
+
+@tail_tokens.register_fake
+def _(
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    tokens: int,
+    key_block: int,
+    pool: int,
+    begin: int,
+    end: int,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    check_pool_size(pool, key_block)
+    return lut.new_empty((*lut.shape[:3], block_count(tokens, pool)), dtype=torch.float32)
+
+
+@torch.library.custom_op("salad::attend_with_tail", mutates_args=())
+@without_autocast
+def attend_with_tail(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    pool_tokens: torch.Tensor,
+    log_weight: torch.Tensor | None,
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One softmax over the tokens of the selected key blocks and over pools of the others (specification 4.6).
+
+    Args:
+        query, key, value, lut, count, query_block, key_block, scale, key_mask: see `block_sparse_attention`.
+        pooled_key: (B, H, P, D), pooled_value: (B, H, P, Dv): a key and a value for each pool, in the query's dtype.
+        pool_tokens: fp32 (B, H, Mq, P), for how many tokens a pool stands, of `tail_tokens`; without a gradient.
+        log_weight: fp32 or fp64 (H,), added to the scores of each head's pools; None for 0.
+
+    Returns:
+        out: (B, H, S, Dv), lse: (B, H, S), as `block_sparse_attention` returns them, of all columns together.
+
+    Raises:
+        KernelArgumentError: on wrong ranks, shapes, dtypes or devices.
+        UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, block size or GPU.
+    """
+    check_pools(query, value, lut, pooled_key, pooled_value, pool_tokens, log_weight)
+    given = (query, key, value, lut, count, query_block, key_block, scale, key_mask)
+    out, lse = torch.ops.salad.block_sparse_attention.default(*given)
+    call, bias = _call("merge_tail", query, value, query_block), _bias(pool_tokens, log_weight, query)
+    joint: torch.Tensor = choose(call).run(call, query, out, lse, pooled_key, pooled_value, bias, query_block, scale)
+    return out, joint
+
+
+@attend_with_tail.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    pool_tokens: torch.Tensor,
+    log_weight: torch.Tensor | None,
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_types(query, key, value, Selection(lut, count, query_block, key_block, scale, key_mask))
+    batch, heads, tokens, _ = query.shape
+    out = empty_bshd(query, batch, heads, tokens, value.shape[-1])
+    return out, query.new_empty((batch, heads, tokens), dtype=accumulation_dtype(query.dtype))
+
+
+def _call(operator: str, query: torch.Tensor, value: torch.Tensor, query_block: int) -> Call:
+    dims = query.shape[-1], value.shape[-1]
+    return Call(operator, query.device, query.dtype, head_dim=dims[0], value_dim=dims[1], query_block=query_block)
+
+
+def _bias(pool_tokens: torch.Tensor, log_weight: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """What is added to the scores of pools, (B, H, Mq, P); -inf where a pool stands for nothing."""
+    bias = pool_tokens.to(accumulation_dtype(like.dtype)).log()
+    return bias if log_weight is None else bias.add_(log_weight[:, None, None])
+
+
+@torch.library.custom_op("salad::attend_with_tail_backward", mutates_args=())
+@without_autocast
+def attend_with_tail_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    pool_tokens: torch.Tensor,
+    log_weight: torch.Tensor | None,
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+    key_mask: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """Gradients of query, key, value, pooled key and value, and, fp32 (H,), of the log weights.
+
+    With the result and the lse of all columns, the backward of block-sparse attention gives what its columns have in
+    the joint softmax.
+    """
+    settings = (lut, count, query_block, key_block, scale, key_mask)
+    grads = torch.ops.salad.block_sparse_attention_backward.default(grad_out, query, key, value, out, lse, *settings)
+    call, bias = _call("merge_tail_backward", query, value, query_block), _bias(pool_tokens, log_weight, query)
+    pools = (pooled_key, pooled_value, bias, query_block, scale)
+    *of_pools, of_rows = choose(call).run(call, grad_out, query, out, lse, *pools, grads[0])
+    return [*grads, *of_pools, of_rows.sum(dim=(0, 2))]
+
+
+@attend_with_tail_backward.register_fake
+def _(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    pool_tokens: torch.Tensor,
+    log_weight: torch.Tensor | None,
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+    key_mask: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    rows = [empty_bshd(x, *x.shape) for x in (query, key, value)]
+    return [*rows, *(x.new_empty(x.shape) for x in (pooled_key, pooled_value)), lse.new_empty((query.shape[1],))]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, lut, count, query_block, key_block, scale, key_mask = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*tensors[:3], out, lse, *tensors[3:], lut, count, key_mask)
+    ctx.settings = (query_block, key_block, scale)
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor, _grad_lse: object) -> tuple[torch.Tensor | None, ...]:
+    *saved, key_mask = ctx.saved_tensors
+    *grads, of_weight = attend_with_tail_backward(grad_out, *saved, *ctx.settings, key_mask)
+    weight = saved[8]
+    return (*grads, None, None if weight is None else of_weight.to(weight.dtype), *(None,) * 6)
+
+
+attend_with_tail.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,55 @@
+"""The definition of the tail (specification 4.6) in plain torch: slow, readable, usable in fp64."""
+
+import torch
+
+from ..block_sparse.reference import block_mask, token_mask
+from ..checks import accumulation_dtype
+from ..layout import block_count
+from ..selection import Selection
+
+
+def tail_tokens(
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    tokens: int,
+    key_block: int,
+    pool: int,
+    begin: int,
+    end: int,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """fp32 (B, H, Mq, P): how many tokens of each pool no list has, of [begin, end) and of those that are valid."""
+    position = torch.arange(tokens, device=lut.device)
+    seen = block_mask(lut, count, block_count(tokens, key_block))[..., position // key_block]
+    left = ~seen & (position >= begin) & (position < end)
+    if key_mask is not None:
+        left &= key_mask[:, None, None, :]
+    padded = torch.nn.functional.pad(left, (0, -tokens % pool))
+    return torch.unflatten(padded, -1, (-1, pool)).sum(dim=-1).to(torch.float32)
+
+
+def attend_with_tail(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    bias: torch.Tensor,
+    selection: Selection,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One softmax over the selected tokens and the pools; differentiable by autograd.
+
+    Args:
+        bias: (B, H, Mq, P), what is added to the score of a pool; -inf leaves it out.
+    """
+    dtype, tokens = accumulation_dtype(query.dtype), query.shape[2]
+    scores = (query.to(dtype) @ key.to(dtype).transpose(-1, -2)) * selection.scale
+    scores = scores.masked_fill(~token_mask(selection, tokens), float("-inf"))
+    of_row = torch.arange(tokens, device=query.device) // selection.query_block
+    pools = (query.to(dtype) @ pooled_key.to(dtype).transpose(-1, -2)) * selection.scale
+    joint = torch.cat((scores, pools + bias.to(dtype)[:, :, of_row]), dim=-1)
+    lse = joint.logsumexp(dim=-1)
+    empty = (joint == float("-inf")).all(dim=-1, keepdim=True)
+    weights = torch.softmax(joint.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
+    values = torch.cat((value, pooled_value.to(value.dtype)), dim=2).to(dtype)
+    return (weights @ values).to(query.dtype), lse.detach()
