@@ -26,6 +26,9 @@ OPERATORS = {
     "sink_begin=n sink_end=n video_begin=n video_end=n permille=i0? -> i4 i3",
     "block_sparse_attention": "query=f4 key=f4 value=f4 lut=i4 count=i3 query_block=n key_block=n scale=s "
     "key_mask=b2? -> f4 f3",
+    "tail_tokens": "lut=i4 count=i3 tokens=n key_block=n pool=n begin=n end=n key_mask=b2? -> f4",
+    "attend_with_tail": "query=f4 key=f4 value=f4 pooled_key=f4 pooled_value=f4 pool_tokens=f4 log_weight=f1? "
+    "lut=i4 count=i3 query_block=n key_block=n scale=s key_mask=b2? -> f4 f3",
     "linear_state": "key=f4 value=f4 feature_map=t key_mask=b2? rotated_key=f4? -> f4 f3",
     "linear_output": "query=f4 state=f4 key_sum=f3 feature_map=t eps=s rotated_query=f4? -> f4",
     "gather_tokens": "x=f4 group=t -> f4",
@@ -37,6 +40,8 @@ MARKERS = ("tag", "site", "projected")
 ATTENTION, ROUTED, WINDOWS, STATE, OUTPUT = (
     *("block_sparse_attention", "select_blocks", "window_blocks", "linear_state", "linear_output"),
 )
+TAILED, COUNTED = "attend_with_tail", "tail_tokens"
+POOLED, LISTS = ("pooled_key", "pooled_value"), ("lut", "count", "key_block", "key_mask")
 # Operator, a sentence that holds for each call of it, and how that is seen. Of what another rule rejects a rule says
 # nothing: `selection`, `state` and the like are then None.
 RULES: tuple[tuple[str, str, Callable[[Call], bool]], ...] = (
@@ -50,6 +55,14 @@ RULES: tuple[tuple[str, str, Callable[[Call], bool]], ...] = (
     (ATTENTION, "the selection is of its query and key", lambda c: c.selection is None or c.selection.is_of(c)),
     (ATTENTION, "query, key and value are in one order", lambda c: c.one_order("query", "key", "value")),
     (ATTENTION, "nothing reads its lse", lambda c: all(user.args[1] == 0 for user in c.node.users)),
+    (TAILED, "query, key, value and pools have one dtype", lambda c: c.one_dtype("query", "key", "value", *POOLED)),
+    (TAILED, "lut and count are the results of one selection", lambda c: c.has_selection()),
+    (TAILED, "it has the blocks of its selection", lambda c: c.agrees(c.selection, "query_block", "key_block")),
+    (TAILED, "it has the key mask of its selection", lambda c: c.agrees(c.selection, "key_mask")),
+    (TAILED, "the selection is of its query and key", lambda c: c.selection is None or c.selection.is_of(c)),
+    (TAILED, "query, key and value are in one order", lambda c: c.one_order("query", "key", "value")),
+    (TAILED, "nothing reads its lse", lambda c: all(user.args[1] == 0 for user in c.node.users)),
+    (TAILED, "its pools are counted from its lists", lambda c: c.agrees(c.maker("pool_tokens", COUNTED), *LISTS)),
     ("take_rows", "the rows are put back", lambda c: c.is_put_back()),
     (ROUTED, "its means are of its blocks", lambda c: c.pools("query") and c.pools("key")),
     ("pool_blocks", "no gradient flows into a selection", lambda c: c.is_detached("x")),

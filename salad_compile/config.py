@@ -13,6 +13,7 @@ from salad_compile.common.checks import check_choice, check_names, is_int, requi
 from salad_compile.definition import patterns
 from salad_compile.definition.spec import (
     BLOCK_SIZES,
+    COMPENSATIONS,
     FEATURE_MAPS,
     GATES,
     SCALINGS,
@@ -33,6 +34,7 @@ TRAINING_FREE_SPARSITY = 0.5
 # Our choice (specification 4.4). On an H100 the whole operator is ahead from 5,120 tokens on (docs/kernels.md), by the
 # device's time alone; the margin is for the host's.
 MIN_TOKENS = 8192
+COMPENSATION_POOL = 64
 
 
 def _check_sparsity(value: object) -> None:
@@ -49,6 +51,12 @@ def _check_attention_options(options: SaladConfig | BackendOptions) -> None:
     check_choice("pattern", options.pattern, patterns.names())
     check_choice("query_block", options.query_block, BLOCK_SIZES)
     check_choice("key_block", options.key_block, BLOCK_SIZES)  # powers of two: one of the sizes divides the other
+    check_choice("compensation", options.compensation, COMPENSATIONS)
+    pool, block = options.compensation_pool, options.key_block
+    require(
+        is_int(pool) and pool > 0 and (pool % block == 0 or block % pool == 0),
+        f"compensation_pool is a number of tokens, and it or key_block ({block}) divides the other, got {pool!r}.",
+    )
     require(
         is_int(options.min_tokens) and options.min_tokens >= 0,
         f"min_tokens is a number of tokens, 0 or more, got {options.min_tokens!r}.",
@@ -68,6 +76,10 @@ class SaladConfig:
         query_block: tokens per query block.
         key_block: tokens per key block. One of the two sizes divides the other; no length has to be divisible by them.
         window: with "stswa", the reach of the window on either side in tokens. None: what gives `sparsity`.
+        compensation: what stands for the key blocks that a query block leaves out. "none": nothing, as in the paper.
+            "tail": means of their keys and values, in the same softmax, and a learned log-weight for each head
+            (specification 4.6, ours); for a little more work it keeps most of what sparsity loses.
+        compensation_pool: tokens for which one mean stands; it or `key_block` divides the other.
         linear_branch: whether there is a linear branch; without it a site is sparse attention and LoRA.
         feature_map: feature map of the linear branch: "relu" (the paper), "elu" (elu + 1) or "softmax".
         rope_placement: "map-then-rotate": the model's own position encoding is applied again, to the features of the
@@ -99,6 +111,8 @@ class SaladConfig:
     query_block: int = 128
     key_block: int = 64
     window: int | None = None
+    compensation: str = COMPENSATIONS[0]
+    compensation_pool: int = COMPENSATION_POOL
     linear_branch: bool = True
     feature_map: str = "relu"
     rope_placement: str = ROPE_PLACEMENTS[0]
@@ -205,6 +219,8 @@ class SaladConfig:
             scaling=self.scaling,
             adjustable=adjustable,
             window=self.window or 0,
+            compensation=self.compensation,
+            pool=self.compensation_pool if self.compensation != COMPENSATIONS[0] else 0,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -227,12 +243,13 @@ class SaladConfig:
 class BackendOptions:
     """`options=` of `torch.compile(model, backend="salad", options={...})`.
 
-    The first five apply to models that were never converted (training-free block-sparse attention). A converted model
+    The first seven apply to models that were never converted (training-free block-sparse attention). A converted model
     carries its own sparsity, pattern and blocks, and giving other values for them is an error; its sites are chosen
     already, so min_tokens does nothing. All names are those of :class:`SaladConfig`.
 
     Attributes:
-        sparsity, pattern, query_block, key_block, min_tokens: see :class:`SaladConfig`; sparsity defaults to 0.5 here.
+        sparsity, pattern, query_block, key_block, compensation, compensation_pool, min_tokens: see
+            :class:`SaladConfig`; sparsity defaults to 0.5 here, and a head's log-weight is 0.
         strict: for a converted model: a site that does not run as SALAD is an error (True) or a warning (False).
         lowering: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         inductor: configuration patches for Inductor, as `torch._inductor.config` names them.
@@ -246,6 +263,8 @@ class BackendOptions:
     pattern: str = "topk"
     query_block: int = 128
     key_block: int = 64
+    compensation: str = COMPENSATIONS[0]
+    compensation_pool: int = COMPENSATION_POOL
     min_tokens: int = MIN_TOKENS
     strict: bool = True
     lowering: str = "inductor"
@@ -271,7 +290,13 @@ class BackendOptions:
     def spec(self) -> AttentionSpec:
         """The part of the options that a traced graph depends on; the linear branch is absent, so its map is unused."""
         return AttentionSpec(
-            self.pattern, density_permille(self.sparsity), self.query_block, self.key_block, FEATURE_MAPS[0]
+            self.pattern,
+            density_permille(self.sparsity),
+            self.query_block,
+            self.key_block,
+            FEATURE_MAPS[0],
+            compensation=self.compensation,
+            pool=self.compensation_pool if self.compensation != COMPENSATIONS[0] else 0,
         )
 
     @classmethod

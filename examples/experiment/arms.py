@@ -49,6 +49,13 @@ class Arm:
 
 
 _MAIN, _LONG, _BRANCH, _BLOCKS = "Main arms", "Four times as many steps", "The linear branch", "The blocks"
+_TAIL = "Compensation: means of what is left out, in the same softmax"
+_AFTER_MAP = {"rope_placement": "map-then-rotate"}
+
+
+def _tail(pool: int, **settings: Any) -> dict[str, Any]:
+    return {"compensation": "tail", "compensation_pool": pool, **settings}
+
 
 ARMS = (
     Arm("dense", "as pre-trained", _MAIN, kind="dense", trained=False),
@@ -123,6 +130,21 @@ ARMS = (
         _BLOCKS,
         settings={"linear_branch": False, "token_order": "flat"},
     ),
+    Arm("tail-only", "means of 64 tokens, not trained", _TAIL, settings=_tail(64), trained=False),
+    Arm("tail-256-only", "means of 256 tokens, not trained", _TAIL, settings=_tail(256), trained=False),
+    Arm("tail-lora", "means of 64, no linear branch", _TAIL, settings=_tail(64, linear_branch=False)),
+    Arm("tail", "SALAD with means of 64, map-then-rotate", _TAIL, settings=_tail(64, **_AFTER_MAP)),
+    Arm("tail-256", "the same with means of 256", _TAIL, settings=_tail(256, **_AFTER_MAP)),
+    Arm("tail-128", "the same, query blocks of 128", _TAIL, settings=_tail(64, **_AFTER_MAP), query_blocks=2),
+    Arm("tail-16", "the same, blocks of 16", _TAIL, settings=_tail(64, **_AFTER_MAP), smallest_blocks=True),
+    Arm("tail-lora-16", "no linear branch, blocks of 16", _TAIL, "salad", _tail(64, linear_branch=False), 1, True),
+    Arm("tail-80", "sparsity 0.8", _TAIL, settings=_tail(64, sparsity=0.8, **_AFTER_MAP)),
+    Arm("tail-95", "sparsity 0.95", _TAIL, settings=_tail(64, sparsity=0.95, **_AFTER_MAP)),
+    Arm("tail-gate-none", "no gate", _TAIL, settings=_tail(64, gate="none", **_AFTER_MAP)),
+    Arm("tail-before-map", "rotate-then-map", _TAIL, settings=_tail(64)),
+    Arm("tail-long", "four times as many steps", _TAIL, settings=_tail(64, **_AFTER_MAP), longer=4),
+    Arm("tail-lora-long", "likewise, no linear branch", _TAIL, settings=_tail(64, linear_branch=False), longer=4),
+    Arm("tail-16-long", "likewise", _TAIL, settings=_tail(64, **_AFTER_MAP), smallest_blocks=True, longer=4),
 )
 
 

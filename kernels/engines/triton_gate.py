@@ -15,6 +15,7 @@ from .engine import GateCall
 
 BATCH, HEADS, TOKENS = 2, 12, 32760  # Wan 1.3B at 480p; only its divisibility by 16 matters here
 KEY_BLOCK = 64
+POOL = 256
 DENSITY_PERMILLE, KEPT = 100, 51
 SCALE = 0.125
 EPS = 1e-6
@@ -26,6 +27,7 @@ def gate_calls(arch: int) -> Iterator[GateCall]:
     yield from _routing(arch)
     yield from _linear(arch)
     yield from _block_sparse(arch)
+    yield from _tail(arch)
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,29 @@ def _block_sparse(arch: int) -> Iterator[GateCall]:
                 masked=case.mask,
             )
             yield GateCall(call, _name(name, case), arguments)
+
+
+def _tail(arch: int) -> Iterator[GateCall]:
+    """Pools in the same softmax, forward and backward."""
+    for case in _attention_cases(arch):
+        x, query_blocks = case.tensor(), block_count(TOKENS, case.query_block)
+        pools = torch.empty((BATCH, HEADS, block_count(TOKENS, POOL), case.head_dim), dtype=case.dtype, device=META)
+        bias = torch.empty((BATCH, HEADS, query_blocks, pools.shape[2]), device=META)
+        lse = torch.empty((BATCH, HEADS, TOKENS), device=META)
+        settings = (pools, pools, bias, case.query_block, SCALE)
+        for operator, arguments in (
+            ("merge_tail", (x, x, lse, *settings)),
+            ("merge_tail_backward", (x, x, x, lse, *settings, x)),
+        ):
+            call = Call(
+                operator,
+                META,
+                case.dtype,
+                head_dim=case.head_dim,
+                value_dim=case.head_dim,
+                query_block=case.query_block,
+            )
+            yield GateCall(call, _name(operator, case), arguments)
 
 
 def _name(function: str, case: Case) -> str:

@@ -28,6 +28,11 @@ def members(name: str) -> int:
     return len(name.split("+"))
 
 
+def place_in(name: str) -> int:
+    """The number of this process in a group."""
+    return dist.get_group_rank(_groups[name], dist.get_rank())
+
+
 @torch.library.custom_op("salad::gather_tokens", mutates_args=())
 def gather_tokens(x: Tensor, group: str) -> Tensor:
     """(B, H, S / P, D), a part of the tokens, to (B, H / P, S, D), a part of the heads, in P processes at once."""

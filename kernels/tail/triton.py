@@ -15,7 +15,7 @@ from .triton_kernels import merge_kernel, pool_gradient_kernel, query_gradient_k
 _PROGRAMS = 528  # four for each multiprocessor of an H200
 
 
-def _constants(query: torch.Tensor, pooled_value: torch.Tensor, query_block: int) -> dict[str, Any]:
+def _constants(query: torch.Tensor, pooled_value: torch.Tensor, query_block: int, warps: int = 4) -> dict[str, Any]:
     head_dim, value_dim = query.shape[-1], pooled_value.shape[-1]
     # fp32 products run on the plain arithmetic units: small tiles, or the accumulators do not fit into registers
     tile = 16 if query.dtype == torch.float32 else 64
@@ -27,7 +27,7 @@ def _constants(query: torch.Tensor, pooled_value: torch.Tensor, query_block: int
         "QUERY_BLOCK": query_block,
         "TILE_Q": min(tile, query_block),
         "TILE_P": tile,
-        "num_warps": 4,
+        "num_warps": warps,
         "num_stages": 2,
     }
 
@@ -74,7 +74,7 @@ def merge_tail_backward(
     """See `torch.merge_tail_backward`. The sums over queries are split, and the parts are added in a fixed order."""
     batch, heads, tokens, head_dim = query.shape
     pools, value_dim = pooled_value.shape[2:]
-    constants = _constants(query, pooled_value, query_block)
+    constants = _constants(query, pooled_value, query_block, warps=8)  # with 4 the sums do not fit into registers
     query, pooled_key, pooled_value, out, grad_out = (
         with_dense_rows(x) for x in (query, pooled_key, pooled_value, out, grad_out)
     )
@@ -90,6 +90,8 @@ def merge_tail_backward(
         *(heads, tokens, pools, bias.shape[2], scale),
         **constants,
     )
+    constants["TILE_Q"] = min(32, constants["TILE_Q"])  # two sums are held at once
+    tiles = block_count(tokens, constants["TILE_Q"])
     of_pools = block_count(pools, constants["TILE_P"])
     each = block_count(tiles, max(1, min(tiles, _PROGRAMS // (of_pools * batch * heads))))
     splits = block_count(tiles, each)

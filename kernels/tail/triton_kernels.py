@@ -218,11 +218,13 @@ def pool_gradient_kernel(
         # a tile behind the end has no query block: its rows have no weight, whatever is read for it
         block = tl.minimum(tile * TILE_Q // QUERY_BLOCK, query_blocks - 1)
         bias = tl.load(bias_ptr + block * pools + pool, mask=exists, other=float("-inf"))
-        weights = tl.exp2(_scores(query, key, bias, scale * _LOG2E) - reference[:, None])
-        grad_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
-        grad_scores = weights * (grad_weights - delta[:, None])
-        grad_key = tl.dot(tl.trans(grad_scores.to(query.dtype)), query, grad_key, input_precision="ieee")
-        grad_value = tl.dot(tl.trans(weights.to(grad.dtype)), grad, grad_value, input_precision="ieee")
+        # pools are rows here: products whose left operand comes from registers must not transpose it
+        scores = tl.dot(key, tl.trans(query), input_precision="ieee") * (scale * _LOG2E) + (bias * _LOG2E)[:, None]
+        weights = tl.exp2(scores - reference[None, :])
+        grad_value = tl.dot(weights.to(grad.dtype), grad, grad_value, input_precision="ieee")
+        grad_weights = tl.dot(value, tl.trans(grad), input_precision="ieee")
+        grad_scores = weights * (grad_weights - delta[None, :])
+        grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision="ieee")
     at = ((split * tl.num_programs(1) + tl.program_id(1)) * pools + pool)[:, None]
     channels, widths = tl.arange(0, TILE_D)[None, :], tl.arange(0, TILE_V)[None, :]
     tl.store(grad_key_ptr + at * HEAD_DIM + channels, grad_key * scale, mask=exists[:, None] & (channels < HEAD_DIM))

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from salad_compile.definition.pattern import CallSize
-from salad_compile.definition.spec import density_permille
+from salad_compile.definition.spec import AttentionSpec, density_permille
+from salad_compile.kernels.layout import block_count
 from salad_compile.sites.branch import SaladBranch
 
 
 @dataclass(frozen=True)
 class SiteCost:
-    """FLOPs of one forward of one site: `dense` softmax attention, and everything that SALAD does instead."""
+    """FLOPs of one forward of one site: `dense` softmax attention, and everything that SALAD does instead;
+    `sparse` includes pools."""
 
     dense: int
     sparse: int
@@ -41,7 +43,12 @@ def site_cost(branch: SaladBranch) -> SiteCost:
         elements["linear"] += 2 * record.head_dim * record.width
     return SiteCost(
         dense=size.batch * size.tokens * size.tokens * per_pair,
-        sparse=size.batch * pairs * per_pair,
+        sparse=size.batch * (pairs + _pool_pairs(size, spec)) * per_pair,
         routing=pattern.selection_flops(size, spec),
         **{name: 2 * size.batch * size.tokens * count for name, count in elements.items()},
     )
+
+
+def _pool_pairs(size: CallSize, spec: AttentionSpec) -> int:
+    """Pairs of a query and a pool."""
+    return 0 if spec.compensation == "none" else size.tokens * block_count(size.tokens, spec.pool)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from salad_compile.definition import patterns
 from salad_compile.definition.attention import salad_of
+from salad_compile.definition.compensation import TAIL_WEIGHT
 from salad_compile.definition.linear_branch import update_of
 from salad_compile.definition.operands import Operands
 from salad_compile.definition.pattern import Pattern
@@ -148,9 +149,10 @@ class SiteCall:
         return None if self.given.gate is None else self.given.gate.detach()
 
     def _tensors(self, pattern: Pattern, spec: AttentionSpec) -> dict[str, Tensor]:
-        """What the pattern brings to a site: the site's own, or with their initial values."""
+        """What pattern and compensation bring to a site: the site's own, or with their initial values."""
         own, site, device = self.given.branch, self.branch.branch_site(), self.given.query.device
-        return {row.name: own.get(row.name, row.initial(site, spec, device)) for row in pattern.tensors}
+        needed = [row for row in (*pattern.tensors, TAIL_WEIGHT) if row.when(spec)]
+        return {row.name: own.get(row.name, row.initial(site, spec, device)) for row in needed}
 
     def _order(self, pattern: Pattern) -> Tensor | None:
         if pattern.name == self.spec.pattern:

@@ -33,7 +33,7 @@ Statistic = Annotated[list[float], Meta(min_length=1, max_length=100_000)]
 
 
 class ConfigFields(Struct, forbid_unknown_fields=True, kw_only=True):
-    """`SaladConfig`, in the header of a SALAD file."""
+    """`SaladConfig`, in the header of a SALAD file. Files of before compensation have none."""
 
     sparsity: Share
     pattern: Text
@@ -54,6 +54,8 @@ class ConfigFields(Struct, forbid_unknown_fields=True, kw_only=True):
     lowest_sparsity: Share | None
     token_order: Text
     train_base: bool
+    compensation: Text = "none"
+    compensation_pool: Size = 64
 
 
 class SiteFields(Struct, forbid_unknown_fields=True, kw_only=True):

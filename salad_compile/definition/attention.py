@@ -11,6 +11,7 @@ from torch import Tensor
 
 from salad_compile import kernels as _kernels  # registers torch.ops.salad.*
 from salad_compile.definition import patterns
+from salad_compile.definition.compensation import TAIL_WEIGHT, tail_of
 from salad_compile.definition.linear_branch import update_of
 from salad_compile.definition.operands import Mapped, Operands, move_operands, operands_of
 from salad_compile.definition.pattern import BlockCall
@@ -19,6 +20,7 @@ from salad_compile.definition.tensors import BranchTensors
 from salad_compile.definition.token_layout import Segments
 from salad_compile.errors import SiteLostError
 from salad_compile.kernels.direct import call_operator
+from salad_compile.kernels.exchange.api import place_in
 
 __all__ = ["salad_attention", "salad_of", "sparse_attention"]
 
@@ -98,7 +100,7 @@ def sparse_attention(
     key_mask: Tensor | None = None,
     branch: BranchTensors | None = None,
 ) -> Tensor:
-    """Softmax attention over the key blocks that the pattern selects (specification 4).
+    """Softmax attention over the key blocks that the pattern selects, and the pools of the others (specification 4).
 
     Args:
         query, key, value: (B, H, S, head_dim), any strides, one floating dtype; their tokens as the pattern's `arrange`
@@ -114,6 +116,12 @@ def sparse_attention(
     """
     call = BlockCall(query, key, value, where, key_mask, branch or {})
     selected = patterns.find(spec.pattern).select(call, spec)
+    if spec.compensation == "tail":
+        tail = tail_of(call, selected, spec)
+        out: Tensor = torch.ops.salad.attend_with_tail.default(
+            query, key, value, *tail, *selected, spec.query_block, spec.key_block, scale, key_mask
+        )[0]
+        return out
     attended = call_operator(
         torch.ops.salad.block_sparse_attention.default,
         query,
@@ -125,8 +133,8 @@ def sparse_attention(
         scale,
         key_mask,
     )
-    out: Tensor = attended[0]
-    return out
+    without: Tensor = attended[0]
+    return without
 
 
 def _across_processes(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
@@ -142,6 +150,16 @@ def _across_processes(given: Operands, spec: AttentionSpec, scale: float) -> Ten
     whole = given._replace(query=query, key=key, value=value, side="none", video=key.shape[2])
     arranged = patterns.find(spec.pattern).arrange(whole, spec)
     query, key, value = (arranged.move(t) for t in (query, key, value))
-    out: Tensor = sparse_attention(query, key, value, arranged.where, spec, scale, None, given.branch)
+    branch = _of_own_heads(given.branch, spec.process_group, query.shape[1])
+    out: Tensor = sparse_attention(query, key, value, arranged.where, spec, scale, None, branch)
     out = torch.ops.salad.gather_heads.default(arranged.move_back(out), spec.process_group)
     return out + update_of(given, spec).to(out.dtype) if spec.linear_branch else out
+
+
+def _of_own_heads(branch: BranchTensors, group: str, heads: int) -> BranchTensors:
+    """The tensors of a branch, those of heads cut to the `heads` that this process attends with."""
+    weight = branch.get(TAIL_WEIGHT.name)
+    if weight is None:
+        return branch
+    first = place_in(group) * heads
+    return {**branch, TAIL_WEIGHT.name: weight[first : first + heads]}

@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.definition import patterns
+from salad_compile.definition.compensation import TAIL_WEIGHT
 from salad_compile.definition.gate import GATE
 from salad_compile.definition.linear_branch import PROJECTION, SCALES
 from salad_compile.definition.spec import AttentionSpec
@@ -40,7 +41,7 @@ PERMILLE = TensorRow(
 
 def rows(spec: AttentionSpec) -> tuple[TensorRow, ...]:
     """The tensors of a site with these settings, in the order of :func:`flat`."""
-    table = (*GATE, *PROJECTION, *SCALES, PERMILLE, *patterns.find(spec.pattern).tensors)
+    table = (*GATE, *PROJECTION, *SCALES, TAIL_WEIGHT, PERMILLE, *patterns.find(spec.pattern).tensors)
     return tuple(row for row in table if row.when(spec))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = [
     "BLOCK_SIZES",
+    "COMPENSATIONS",
     "FEATURE_MAPS",
     "GATES",
     "SCALINGS",
@@ -21,6 +22,7 @@ __all__ = [
 GATES = ("token", "head", "none")
 SCALINGS = ("v1", "v2")
 TOKEN_ORDERS = ("tiles", "flat")
+COMPENSATIONS = ("none", "tail")
 # What the kernels have (tests/salad_compile/definition/test_spec.py compares): importing them would load torch.
 FEATURE_MAPS = ("relu", "elu", "softmax")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -37,12 +39,13 @@ class AttentionSpec:
 
     It travels through traced graphs as one short string, so that sites with equal settings share one compiled graph.
 
-    Those up to `window` are the user's; the others describe the site.
+    Those up to `pool` are the user's; the others describe the site.
 
     Attributes:
         pattern: name of the sparse pattern, see :mod:`salad_compile.definition.patterns`.
         permille: key blocks kept per thousand; where `adjustable`, a tensor says how many, and this is the most.
         window: see :class:`salad_compile.SaladConfig`; 0 derives it from permille.
+        compensation: what stands for the blocks that are left out. pool: tokens for which one mean stands.
         text: where the text of a joint sequence lies, "none", "before" or "after" the video, or "prefix": before the
             video, among keys and values only.
         single: whether video and text come through one projection.
@@ -63,6 +66,8 @@ class AttentionSpec:
     scaling: str = SCALINGS[0]
     adjustable: bool = False
     window: int = 0
+    compensation: str = COMPENSATIONS[0]
+    pool: int = 0
     text: str = "none"
     single: bool = False
     heads_per_key: int = 1
@@ -98,6 +103,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "linear_branch": _parse_bool,
     "adjustable": _parse_bool,
     "window": int,
+    "pool": int,
     "single": _parse_bool,
     "heads_per_key": int,
     "square_mask": _parse_bool,

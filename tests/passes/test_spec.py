@@ -33,8 +33,10 @@ def masked_and_rotated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @functools.cache
 def _graph(pattern: str) -> fx.Graph:
-    attend = masked_and_rotated if pattern == "topk" else toys.positional
-    config = {**CONFIG.to_dict(), "pattern": pattern}
+    attend = toys.positional if pattern == "stswa" else masked_and_rotated
+    config = {**CONFIG.to_dict(), "pattern": "topk" if pattern == "tail" else pattern}
+    if pattern == "tail":
+        config |= {"compensation": "tail", "compensation_pool": 64}
     model = salad_compile.convert(
         toys.SelfAttention(attend), config, example_inputs=(toys.tokens(105),), grid=(3, 5, 7)
     )
@@ -42,7 +44,10 @@ def _graph(pattern: str) -> fx.Graph:
 
 
 def graph_of(pattern: str = "topk") -> fx.Graph:
-    """An emitted graph to be spoilt. Of the pattern "topk": with key padding, position, and tokens moved into tiles."""
+    """An emitted graph to be spoilt. Of "topk": with key padding, position, and tokens moved into tiles.
+
+    Of "tail": the same with compensation.
+    """
     graph = fx.Graph()
     graph.output(graph.graph_copy(_graph(pattern), {}))
     assert not verify(graph)
@@ -51,6 +56,12 @@ def graph_of(pattern: str = "topk") -> fx.Graph:
 
 def call_of(graph: fx.Graph, name: str) -> Call:
     return next(call for call in map(Call.of, graph.nodes) if call is not None and call.name == name)
+
+
+def attention_in(graph: fx.Graph) -> str:
+    """The operator that attends in a graph."""
+    names = {call.name for call in map(Call.of, graph.nodes) if call is not None}
+    return "attend_with_tail" if "attend_with_tail" in names else "block_sparse_attention"
 
 
 def put(graph: fx.Graph, name: str, argument: str, value: Any) -> None:
@@ -84,7 +95,7 @@ def swap_lut(graph: fx.Graph) -> None:
     with graph.inserting_after(again):
         lut = graph.call_function(operator.getitem, (again, 0))
     lut.meta["example_value"] = again.meta["example_value"][0]
-    put(graph, "block_sparse_attention", "lut", lut)
+    put(graph, attention_in(graph), "lut", lut)
 
 
 def swap_sums(graph: fx.Graph) -> None:
@@ -99,17 +110,17 @@ def swap_sums(graph: fx.Graph) -> None:
 
 
 def other_query(graph: fx.Graph) -> None:
-    put(graph, "block_sparse_attention", "query", call_of(graph, "block_sparse_attention")["key"])
+    put(graph, attention_in(graph), "query", call_of(graph, attention_in(graph))["key"])
 
 
 def unmoved_value(graph: fx.Graph) -> None:
-    moved = Call.of(call_of(graph, "block_sparse_attention")["value"])
+    moved = Call.of(call_of(graph, attention_in(graph))["value"])
     assert moved is not None
-    put(graph, "block_sparse_attention", "value", moved["x"])
+    put(graph, attention_in(graph), "value", moved["x"])
 
 
 def read_lse(graph: fx.Graph) -> None:
-    node = call_of(graph, "block_sparse_attention").node
+    node = call_of(graph, attention_in(graph)).node
     with graph.inserting_after(node):
         graph.call_function(operator.getitem, (node, 1))
 
@@ -134,10 +145,10 @@ PLANTS: dict[tuple[str, str], Callable[[fx.Graph], None]] = {
     ("select_blocks", "pooled query and key have one dtype"): lambda g: as_half(g, "select_blocks", "pooled_key"),
     ("block_sparse_attention", "lut and count are the results of one selection"): swap_lut,
     ("block_sparse_attention", "it has the blocks of its selection"): lambda g: put(
-        g, "block_sparse_attention", "key_block", 16
+        g, attention_in(g), "key_block", 16
     ),
     ("block_sparse_attention", "it has the key mask of its selection"): lambda g: put(
-        g, "block_sparse_attention", "key_mask", None
+        g, attention_in(g), "key_mask", None
     ),
     ("block_sparse_attention", "the selection is of its query and key"): other_query,
     ("block_sparse_attention", "query, key and value are in one order"): unmoved_value,
@@ -150,16 +161,20 @@ PLANTS: dict[tuple[str, str], Callable[[fx.Graph], None]] = {
     ("linear_output", "position is in its query and its keys, or in neither"): lambda g: put(
         g, "linear_output", "rotated_query", None
     ),
+    ("attend_with_tail", "query, key, value and pools have one dtype"): lambda g: as_half(
+        g, "attend_with_tail", "pooled_key"
+    ),
+    ("attend_with_tail", "its pools are counted from its lists"): lambda g: put(g, "tail_tokens", "key_mask", None),
 }
 
 
 @pytest.mark.parametrize("rule", [rule[:2] for rule in RULES], ids=[f"{rule[0]}: {rule[1]}" for rule in RULES])
 def test_each_rule_names_its_violation(rule: tuple[str, str]) -> None:
     """A rule without a planted violation has no entry here, and fails."""
-    graph = graph_of()
-    PLANTS[rule](graph)
-    graph.lint()
     name, says = rule
+    graph = graph_of("tail" if name == "attend_with_tail" else "topk")
+    PLANTS[rule if rule in PLANTS else ("block_sparse_attention", says)](graph)
+    graph.lint()
     found = verify(graph)
     assert any(violation.startswith(name) and violation.endswith(f": {says}") for violation in found), found
     assert len(found) <= 3, "it spoilt more than it says"
