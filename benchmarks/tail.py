@@ -1,4 +1,4 @@
-"""What compensation costs: sparse attention with selection, compiled, without pools and with means of 64 and 256 tokens.
+"""What compensation costs: sparse attention with selection, compiled, without pools and with means of 64 and 256.
 
     python benchmarks/tail.py                 # benchmarks/results/tail_h200.json
 
@@ -16,6 +16,7 @@ from common import Facts, Results, default_output, describe, spread
 from gluon_forward import INPUTS, PERMILLE, SHAPES, Call, make_inputs, time_in_turns
 from torch import Tensor
 
+from salad_compile.definition import patterns
 from salad_compile.definition.attention import sparse_attention
 from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.token_layout import segments
@@ -28,6 +29,7 @@ def attention(pool: int, query_block: int, tokens: int, head_dim: int) -> object
     compensation = "tail" if pool else "none"
     spec = AttentionSpec("topk", PERMILLE, query_block, 64, "relu", compensation=compensation, pool=pool)
     where = segments("none", tokens, tokens)
+    patterns.find(spec.pattern)  # Dynamo does not trace imports
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return sparse_attention(query, key, value, where, spec, head_dim**-0.5)

@@ -29,7 +29,9 @@ def test_equals_the_definition(case: Case, dtype: torch.dtype) -> None:
         pytest.skip("scores of fp16 inputs at this scale are rounded by more than the bar in the inputs themselves")
     with use_engine("triton"):
         ours_twice = [run_both(case, dtype, device) for _ in range(1 if interpreting() else 2)]
-    for ours, expected in ours_twice[0]:
-        assert error(ours, expected) < BAR[dtype]
+    with use_engine("torch"):  # scores in the thousands lose digits whoever computes them
+        plain = run_both(case, dtype, device)
+    for (ours, expected), (theirs, _) in zip(ours_twice[0], plain, strict=True):
+        assert error(ours, expected) < max(BAR[dtype], 2 * error(theirs, expected))
     for first, second in zip(ours_twice[0], ours_twice[-1], strict=True):
         assert torch.equal(first[0], second[0]), "two runs differ"
