@@ -34,6 +34,7 @@ def attention(pool: int, query_block: int, tokens: int, head_dim: int) -> object
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return sparse_attention(query, key, value, where, spec, head_dim**-0.5)
 
+    torch._dynamo.config.recompile_limit = 64  # one frame, compiled for every row
     return torch.compile(attend, fullgraph=True, dynamic=False)
 
 

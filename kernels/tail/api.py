@@ -9,6 +9,7 @@ import torch
 from ..autocast import without_autocast
 from ..block_sparse.checks import check_types
 from ..checks import accumulation_dtype, require
+from ..differentiation import refuse_second_derivative, reverse_mode_only
 from ..engines import Call, choose
 from ..layout import block_count, empty_bshd
 from ..selection import Selection
@@ -63,6 +64,7 @@ def _(
 
 
 @torch.library.custom_op("salad::attend_with_tail", mutates_args=())
+@reverse_mode_only
 @without_autocast
 def attend_with_tail(
     query: torch.Tensor,
@@ -207,3 +209,4 @@ def _backward(ctx: Any, grad_out: torch.Tensor, _grad_lse: object) -> tuple[torc
 
 
 attend_with_tail.register_autograd(_backward, setup_context=_setup)
+refuse_second_derivative(attend_with_tail_backward)

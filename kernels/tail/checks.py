@@ -7,10 +7,9 @@ from ..checks import check_block, check_float_4d, check_same_device, require
 
 def check_pool_size(pool: int, key_block: int) -> None:
     """A pool is a positive number of tokens, and whole blocks make whole pools or the reverse."""
-    check_block("pool", pool)
     check_block("key_block", key_block)
     require(
-        pool % key_block == 0 or key_block % pool == 0,
+        pool > 0 and (pool % key_block == 0 or key_block % pool == 0),
         f"one of pool={pool} and key_block={key_block} must divide the other",
     )
 

@@ -22,6 +22,15 @@ def attend(query: Tensor) -> Tensor:
     return out
 
 
+def attend_with_tail(query: Tensor) -> Tensor:
+    lut = torch.zeros(1, 1, 2, 1, dtype=torch.int32)
+    count = torch.ones(1, 1, 2, dtype=torch.int32)
+    pools, counted = (query[:, :, :2], query[:, :, 2:4]), torch.ones(1, 1, 2, 2)
+    given = (query, query.flip(2), query + 1, *pools, counted, None, lut, count, 16, 16, 0.3)
+    out: Tensor = SALAD.attend_with_tail(*given)[0]
+    return out
+
+
 def rows(x: Tensor) -> Tensor:
     order = torch.arange(32, dtype=torch.int32).flip(0)
     out: Tensor = SALAD.take_rows(x, order, order)
@@ -38,7 +47,7 @@ def jvp(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("way", [dual, jvp])
-@pytest.mark.parametrize("function", [attend, rows])
+@pytest.mark.parametrize("function", [attend, attend_with_tail, rows])
 def test_forward_mode_is_refused(way: Callable[..., None], function: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(1, 1, 32, 8)
     assert not in_forward_mode()
@@ -49,8 +58,9 @@ def test_forward_mode_is_refused(way: Callable[..., None], function: Callable[[T
 
 def test_gradients_of_gradients_are_refused() -> None:
     x = torch.randn(1, 1, 32, 8, requires_grad=True)
-    (gradient,) = torch.autograd.grad(attend(x).sum(), x, create_graph=True)
-    with pytest.raises(KernelDifferentiationError, match="gradients of gradients"):
-        gradient.sum().backward()
+    for function in (attend, attend_with_tail):
+        (gradient,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        with pytest.raises(KernelDifferentiationError, match="gradients of gradients"):
+            gradient.sum().backward()
     (gradient,) = torch.autograd.grad(rows(x).pow(2).sum(), x, create_graph=True)
     assert torch.equal(torch.autograd.grad(gradient.sum(), x)[0], torch.full_like(x, 2))  # rows can
