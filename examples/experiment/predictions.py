@@ -51,7 +51,7 @@ PREDICTIONS = (
     # and two more, at 05:00, when all the others were known
     Prediction("rope-16-long", 1.13, 1.16, "rope-16 had 1.176; four times the steps gave rope-after-map 0.03"),
     Prediction("sparse-lora-16-long", 1.16, 1.19, "sparse-lora-16 had 1.198; four times the steps gave 0.02"),
-    # compensation (2026-11-30), before any of it was trained here with this trainer; a scratch version of it, untrained,
+    # compensation (2026-11-30), before this trainer had trained any of it; a scratch version of it, without training,
     # had closed 42 % of the gap, and 25 points more than LoRA after 160 samples
     Prediction("tail-only", 1.40, 1.48, "the scratch version had 1.43"),
     Prediction("tail-256-only", 1.42, 1.50, "coarser means, a little worse"),

@@ -77,8 +77,11 @@ class Engine(Protocol):
         ...
 
 
-@functools.cache
 def implementation(operator: str, engine: str) -> Any:
     """The function that computes an operator. Imported on first use: Triton takes a second."""
-    module = importlib.import_module(f"...{FOLDERS[operator]}.{engine}", __name__)
-    return getattr(module, operator)
+    return getattr(_module(operator, engine), operator)
+
+
+@functools.cache  # importing what is imported takes as long as a small operation
+def _module(operator: str, engine: str) -> Any:
+    return importlib.import_module(f"...{FOLDERS[operator]}.{engine}", __name__)
