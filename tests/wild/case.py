@@ -44,6 +44,7 @@ class Wild:
         why none can be converted.
     grid: of the video tokens; None where the forward cannot tell, with `flat` saying why in words of the plan's reason.
     around: entered around every forward: a package's own forward context.
+    breaks_inside: the graph breaks inside the sites, which run uncompiled as SALAD.
     untrue: the product's reason for refusing is known to be wrong, with what is true.
     known: check -> why the product fails it today. Such a check must fail: when it passes, the entry is taken out.
     """
@@ -59,6 +60,7 @@ class Wild:
     output: Callable[[Any], Tensor] = first_tensor
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     fullgraph: bool = True
+    breaks_inside: bool = False
     bound: float = 1e-5
     vanish: tuple[str, ...] = ()
     known: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.wild import tables
-from tests.wild.rule import PACKAGES
+from tests.wild.rule import DISTRIBUTIONS, PACKAGES
 from tests.wild.stand_ins import SITE
 from tools.wild_table import Foreign, cell_of, write
 
@@ -43,7 +43,9 @@ class _WildTable:
             terminal.write_line("\nthe table was not written: not all checks passed")
             return
         versions = {each.name.replace("-", "_"): each.version for each in distributions(path=[str(SITE)])}
-        projects = {f"{name} {versions[name]}": _classes(name, self.outcomes) for name in PACKAGES}
+        projects = {
+            f"{name} {versions[DISTRIBUTIONS.get(name, name)]}": _classes(name, self.outcomes) for name in PACKAGES
+        }
         write(
             {project: classes for project, classes in projects.items() if classes},
             f"Python {platform.python_version()} and torch {torch.__version__}",

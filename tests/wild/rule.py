@@ -27,12 +27,19 @@ PACKAGES = (
     "diffsynth",
     "fastvideo",
     "finetrainers",
+    "framepack",
+    "hyvideo",
     "ltx_core",
     "ltx_video",
+    "simpletuner",
     "vllm_omni",
+    "wan",
     "x_transformers",
     "xfuser",
 )
+
+DISTRIBUTIONS = {"hyvideo": "hyvideo_fork", "wan": "wan22"}
+"""Package -> what it is installed as, where that is another name."""
 
 _STACK = re.compile(r"\bModuleList\(|\bmake_layers\(")
 _TIME_ARGUMENT = re.compile(r"^(t|temb|sigmas?|.*time_?steps?.*)$")

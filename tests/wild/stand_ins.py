@@ -26,14 +26,18 @@ ABSENT = frozenset(
         "amdsmi",
         "attrs",
         "av",
+        "bs4",
         "cv2",
+        "decord",
         "dill",
+        "distvae",
         "fastvideo_kernel",
         "frozendict",
         "fvcore",
         "hf_transfer",
         "imageio",
         "iopath",
+        "librosa",
         "megatron",
         "modelscope",
         "omegaconf",
@@ -43,11 +47,26 @@ ABSENT = frozenset(
         "ray",
         "remote_pdb",
         "scipy",
+        "torchaudio",
         "torchvision",
         "transformer_engine",
         "wandb",
         "wcwidth",
     }
+)
+
+# Packages whose `__init__` imports much more than their models; those are imported past it.
+BARE = (
+    "simpletuner.helpers.models",
+    "simpletuner.helpers.models.hunyuanvideo",
+    "simpletuner.helpers.models.kandinsky5_video",
+    "simpletuner.helpers.models.ltxvideo",
+    "simpletuner.helpers.models.sanavideo",
+    "simpletuner.helpers.models.wan",
+    "wan",
+    "wan.modules",
+    "wan.modules.animate",
+    "wan.modules.s2v",
 )
 
 
@@ -131,4 +150,8 @@ def open_site() -> None:
     for name in ("diffusers", "transformers"):  # they look once, at import, for what is installed
         importlib.import_module(name)
     sys.path.append(str(SITE))
+    for name in BARE:
+        package = types.ModuleType(name)
+        package.__path__ = [str(SITE / name.replace(".", "/"))]
+        sys.modules[name] = package
     sys.meta_path.append(_Finder())
