@@ -82,13 +82,36 @@ FAULTS = (
         "the mean of a short block divides by a full one",
         "kernels/routing",
         ("pooled.div_(seen[:, None, :, None])", "pooled.div_(block)"),
+        ("pooled[:, :, full].div_(tokens - full * block)", "pooled[:, :, full].div_(block)"),
         tests=ROUTING,
     ),
     _fault(
         "a query block may miss its own keys",
         "kernels/routing",
         ('scores.masked_fill_(overlap, float("inf"))', "scores.masked_fill_(overlap, 0.0)"),
+        ('query_block, key_block, scores.device), float("inf"))', "query_block, key_block, scores.device), 0.0)"),
         tests=ROUTING,
+    ),
+    _fault(
+        "pools count the blocks that are selected",
+        "kernels/tail",
+        ("left = ~block_mask(lut, count,", "left = block_mask(lut, count,"),
+        tests="tests/kernels/tail/test_tail.py",
+    ),
+    _fault(
+        "the gradient of pools forgets delta",
+        "kernels/tail",
+        (".sub_(delta).mul_(weights)", ".mul_(weights)"),
+        tests="tests/kernels/tail/test_tail.py",
+    ),
+    _fault(
+        "text is in pools",
+        "definition",
+        (
+            "F.pad(rows, (where.video_begin, tokens - where.video_end))",
+            "F.pad(rows, (where.video_begin, tokens - where.video_end), value=True)",
+        ),
+        tests="tests/salad_compile/**/test_compensation.py",
     ),
     _fault(
         "the first block of text is no sink",
@@ -223,6 +246,11 @@ FAULTS = (
         (
             "order = cached_order(tile_order, grid, device)",
             "order = self.__dict__.setdefault('_kept', cached_order(tile_order, grid, device))",
+        ),
+        (
+            "return {name: cached_order(make, grid, device) for name, make in self.makers.items()}",
+            "return self.__dict__.setdefault('_kept', {n: cached_order(m, grid, device) for n, m in "
+            "self.makers.items()})",
         ),
         tests="tests/salad_compile/**/test_video_grid.py",
     ),

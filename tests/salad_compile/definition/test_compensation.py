@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import salad_compile
+from salad_compile.definition.compensation import tail_of
+from salad_compile.definition.pattern import BlockCall, SelectedBlocks
+from salad_compile.definition.spec import AttentionSpec
+from salad_compile.definition.token_layout import segments
 from salad_compile.errors import ConfigError
 from tests import toys
 from tests.passes import rotary_styles as styles
@@ -127,3 +131,20 @@ def test_wrong_settings_are_refused() -> None:
     for pool in (0, 48, 2.0):
         with pytest.raises(ConfigError, match="compensation_pool"):
             salad_compile.SaladConfig(compensation="tail", compensation_pool=pool)  # type: ignore[arg-type]
+
+
+def test_means_are_of_valid_keys_of_the_video() -> None:
+    """Pool 2 is short, and half of pool 1 is text: neither text nor masked keys are in a mean."""
+    key, value = torch.randn(2, 1, 1, 40, 8).unbind(0)
+    mask = torch.ones(1, 40, dtype=torch.bool)
+    mask[0, 3] = False
+    spec = AttentionSpec("topk", 300, 16, 16, "relu", compensation="tail", pool=16)
+    where = segments("after", 40, 24)
+    lut, count = torch.zeros(1, 1, 3, 1, dtype=torch.int32), torch.zeros(1, 1, 3, dtype=torch.int32)
+    tail = tail_of(BlockCall(key, key, value, where, mask, {}), SelectedBlocks(lut, count), spec)
+    video = [j for j in range(16) if j != 3], list(range(16, 24))
+    for pool, members in enumerate(video):
+        torch.testing.assert_close(tail.key[0, 0, pool], key[0, 0, members].mean(0))
+        torch.testing.assert_close(tail.value[0, 0, pool], value[0, 0, members].mean(0))
+    assert (tail.key[0, 0, 2] == 0).all()
+    assert tail.tokens[0, 0, 0].tolist() == [15, 8, 0]
