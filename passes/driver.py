@@ -17,7 +17,14 @@ from torch import fx
 from salad_compile.common.logs import logger
 from salad_compile.config import BackendOptions
 from salad_compile.kernels.listening import listen
-from salad_compile.passes import erase_markers, find_attention, replay_position, rewrite_attention, settle_calls
+from salad_compile.passes import (
+    check_rows,
+    erase_markers,
+    find_attention,
+    replay_position,
+    rewrite_attention,
+    settle_calls,
+)
 from salad_compile.passes.attention_call import CONVERTED, LEFT_DENSE, TRAINING_FREE
 from salad_compile.passes.context import Context, Pass, graph_modules, has_converted_tags
 from salad_compile.passes.graph_dump import GraphDump, ReadableGraph
@@ -27,6 +34,7 @@ from salad_compile.passes.whole_functions import blame_whole_functions
 PASSES: tuple[Pass, ...] = (
     find_attention.PASS,
     settle_calls.PASS,
+    check_rows.PASS,
     replay_position.PASS,
     rewrite_attention.PASS,
     erase_markers.PASS,

@@ -12,6 +12,7 @@ Operands of products that lie in an unusual order get permuted copies, which not
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections import Counter
 from collections.abc import Sequence
@@ -150,7 +151,7 @@ def _classify(
     reason = dense_reason(arguments, shapes, kind, square_is_padding=spec.square_mask)
     site = _site_of(tag)
     reason = reason or _other_results(node, arguments) or _without_text(spec, tag, site)
-    sample = _sample(shapes[0], tag, before)
+    sample = _sample(shapes[0], tag, spec, before)
     if sample is None and any(call.tag is tag for call in before):  # the site is the first call, uncompiled too
         return AttentionCall(node, arguments, None, LEFT_DENSE, "another attention call of a converted site's query")
     return AttentionCall(node, arguments, tag, LEFT_DENSE if reason else CONVERTED, reason, site, sample)
@@ -167,9 +168,14 @@ def _without_text(spec: AttentionSpec, tag: fx.Node, site: fx.Node | None) -> st
     return "" if known or not spec.single else "nothing in this graph tells how much of it is text"
 
 
-def _sample(query_shape: Sequence[Any], tag: fx.Node, before: Sequence[AttentionCall]) -> int | None:
+def _sample(
+    query_shape: Sequence[Any], tag: fx.Node, spec: AttentionSpec, before: Sequence[AttentionCall]
+) -> int | None:
     """Which sample a call is about that sees one, while its projection saw several."""
     gate_input = recorded_tensor(tag.args[1])
+    all_rows = spec.text in ("none", "prefix") or spec.single
+    if spec.gate_axes or (all_rows and statically_known_true(math.prod(gate_input.shape[:-1]) == query_shape[2])):
+        return None
     several = gate_input.dim() == 3 and isinstance(gate_input.shape[0], int) and gate_input.shape[0] > 1
     if not several or not isinstance(query_shape[0], int) or query_shape[0] != 1:
         return None

@@ -55,7 +55,7 @@ def converted(case: Case, *, randomise: bool = True, **changes: Any) -> nn.Modul
     """
     with mock.patch.object(convert, "discover", functools.partial(_discover_once, case)):
         model = salad_compile.convert(
-            case.build(), dataclasses.replace(TINY, **changes), example_inputs=dict(case.inputs(0))
+            case.build(), dataclasses.replace(TINY, **changes), example_inputs=dict(case.inputs(0)), grid=case.grid
         )
     if randomise:
         randomise_branches(model)
@@ -65,7 +65,7 @@ def converted(case: Case, *, randomise: bool = True, **changes: Any) -> nn.Modul
 def probed(case: Case, model: nn.Module) -> Plan:
     """The plan for a model of the case, by a probe of its own, which later conversions of the case use."""
     with mock.patch.object(convert, "discover", functools.partial(_discover_anew, case)):
-        return salad_compile.plan(model, dict(case.inputs(0)), config=TINY)
+        return salad_compile.plan(model, dict(case.inputs(0)), config=TINY, grid=case.grid)
 
 
 def _discover_anew(case: Case, model: nn.Module, inputs: Any, **settings: Any) -> Discovery:
@@ -75,7 +75,7 @@ def _discover_anew(case: Case, model: nn.Module, inputs: Any, **settings: Any) -
 
 
 def _name(case: Case, settings: dict[str, Any]) -> str:
-    return "-".join([case.name, *(f"{key}={value}" for key, value in sorted(settings.items()))])
+    return "-".join([case.name, *(f"{key}={value}" for key, value in sorted(settings.items()) if key != "grid")])
 
 
 def _discover_once(case: Case, model: nn.Module, inputs: Any, **settings: Any) -> Discovery:

@@ -76,6 +76,8 @@ def operands_of(
     mapped = mapped if spec.linear_branch else None
     key, value = with_all_heads(key, spec.heads_per_key), with_all_heads(value, spec.heads_per_key)
     tokens, prefix = key.shape[2], spec.text == "prefix"
+    if spec.gate_order:
+        gate_input = gate_input.permute(*spec.gate_order, len(spec.gate_order))
     gate_input = gate_input.reshape(query.shape[0], -1, gate_input.shape[-1])
     video = _video_tokens(order, text, tokens) if spec.single else gate_input.shape[1]
     if prefix:  # queries that nobody asked for, so that queries and keys are the same tokens

@@ -52,6 +52,8 @@ class AttentionSpec:
         heads_per_key: query heads that share one key and value head.
         square_mask: whether a (B, 1, S, S) mask was seen to be key padding.
         process_group: the processes that share the tokens (kernels/exchange), or the empty string.
+        gate_axes: the order in which the leading axes of the query projection's input are samples and tokens, such as
+            "1 0" where tokens come first; empty: as they are.
     """
 
     pattern: str
@@ -73,11 +75,17 @@ class AttentionSpec:
     heads_per_key: int = 1
     square_mask: bool = False
     process_group: str = ""
+    gate_axes: str = ""
 
     @property
     def maps_before_position(self) -> bool:
         """Whether query and key are needed as they are before the position encoding."""
         return self.linear_branch and self.rope_placement == "map-then-rotate"
+
+    @property
+    def gate_order(self) -> list[int]:
+        """`gate_axes` as numbers; none: as they are."""
+        return [int(axis) for axis in self.gate_axes.split()]
 
     def encode(self) -> str:
         """One line of text, which :meth:`decode` reads."""

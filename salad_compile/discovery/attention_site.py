@@ -29,6 +29,8 @@ class AttentionSite:
         invocations: how often the example forward reached it.
         eligible: whether `convert` converts it. reason: if not, why.
         channels: role -> first channel and end, of projections that serve more than attention.
+        gate_axes: in which order the leading axes of the query projection's input are samples and tokens, "" as they
+            are: see position/gate_rows.py.
         position_fault: for which operand its position encoding cannot be replayed, and why, if that was asked.
     """
 
@@ -60,6 +62,7 @@ class AttentionSite:
     position_fault: tuple[str, str] | None = None
     call: CallKind = ""
     channels: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
+    gate_axes: str = ""
 
     @property
     def video_tokens(self) -> int:
@@ -94,4 +97,5 @@ class AttentionSite:
             call=self.call,
             rotated_first=self.position_fault is not None,
             channels=dict(self.channels),
+            gate_axes=self.gate_axes,
         )

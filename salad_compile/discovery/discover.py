@@ -24,6 +24,7 @@ from salad_compile.discovery.attention_site import AttentionSite
 from salad_compile.discovery.channels import spans_of_roles
 from salad_compile.discovery.probe import Call, Probe, Projection
 from salad_compile.discovery.probe_forward import run_probe
+from salad_compile.discovery.row_order import gate_rows, nodes_of
 from salad_compile.discovery.segments import Layout, layout_of, video_inputs
 from salad_compile.discovery.shared_modules import reject_shared, runs_fault
 from salad_compile.grid.rule import GridRule, GridSource, read_grid
@@ -87,7 +88,9 @@ def _site_of(call: Call, probe: Probe, video: set[str], min_tokens: int) -> Atte
     names = _projection_names(call, layout)
     owner = _owner_of(call, [name for group in names for name in group])
     mask = _mask_kind(call.arguments.attn_mask)
-    reason = _ineligible(call, kind, layout, mask, min_tokens) or runs_fault(call, owner, names[0], probe)
+    gate_axes, row_reason = gate_rows(call, layout, probe)
+    reason = _ineligible(call, kind, layout, mask, row_reason, min_tokens)
+    reason = reason or runs_fault(call, owner, names[0], probe)
     attn_mask = call.arguments.attn_mask
     ranked = len(query) == 4 and len(key) == 4
     out, text_out = _outs(call, layout)
@@ -120,6 +123,7 @@ def _site_of(call: Call, probe: Probe, video: set[str], min_tokens: int) -> Atte
         reason=reason,
         position_fault=call.position_fault,
         channels=spans_of_roles([getattr(call.arguments, r) for r in _ROLES], layout.streams, probe.channels),
+        gate_axes=gate_axes,
     )
 
 
@@ -163,10 +167,23 @@ def _grid_rule(model: nn.Module, probe: Probe, sites: list[AttentionSite], grid:
         source = grid if callable(grid) else GridRule.fixed(grid)
         read_grid(source, probe.inputs, tokens)
         return source, ""
-    config = getattr(model, "config", None)
-    patches = {name: getattr(config, name, None) for name in ("patch_size", "patch_size_t")}
-    found = find_grid_rule(probe.inputs, tokens, **patches, conv_grids=probe.convolved)
+    found = find_grid_rule(
+        probe.inputs,
+        tokens,
+        patch_size=_configured(model, "patch_size", "patch_spatial", "spatial_patch_size"),
+        patch_size_t=_configured(model, "patch_size_t", "patch_temporal", "temporal_patch_size"),
+        conv_grids=probe.convolved,
+        channel_axes=probe.axes.channels,
+    )
     return found.rule, found.reason
+
+
+def _configured(model: nn.Module, *names: str) -> Any:
+    """The first of these that the model's configuration or, without one, the model itself has."""
+    config = getattr(model, "config", None)
+    config = model if config is None else config
+    values = (config.get(name) if isinstance(config, dict) else getattr(config, name, None) for name in names)
+    return next((value for value in values if value is not None), None)
 
 
 def _require_text_count(site: AttentionSite) -> AttentionSite:
@@ -200,8 +217,7 @@ def _call_index(call: Call, owner: str, calls: list[Call]) -> int:
     """
     frame = next((entry for entry in reversed(call.stack) if entry.name == owner), None)
     earlier = itertools.takewhile(lambda other: other is not call, calls)
-    nodes = [projection.node for projection in call.made_by[0]]
-    return sum(frame in other.stack and nodes != [p.node for p in other.made_by[0]] for other in earlier)
+    return sum(frame in other.stack and nodes_of(call) != nodes_of(other) for other in earlier)
 
 
 def _kind(call: Call) -> str:
@@ -245,7 +261,7 @@ def _origin(tensor: Tensor) -> Any:
     return node
 
 
-def _ineligible(call: Call, kind: str, layout: Layout, mask: str, min_tokens: int) -> str:
+def _ineligible(call: Call, kind: str, layout: Layout, mask: str, row_reason: str, min_tokens: int) -> str:
     """Why a call is not converted, or the empty string."""
     query, key, _ = call.shapes
     if kind == "cross":
@@ -259,27 +275,12 @@ def _ineligible(call: Call, kind: str, layout: Layout, mask: str, min_tokens: in
     packed = call.arguments
     if reason := different_lengths(packed.batch, packed.key_batch, len(packed.query), len(packed.key)):
         return reason
-    if layout.reason:
-        return layout.reason
+    if row_reason or layout.reason:
+        return row_reason or layout.reason
     tokens = query[2]
     if layout.text != "prefix" and key[2] != tokens:
         return f"{tokens} queries but {key[2]} keys"
-    if reason := _gate_rows(call, layout, tokens):
-        return reason
     return f"{tokens} tokens, fewer than min_tokens={min_tokens}" if tokens < min_tokens else ""
-
-
-def _gate_rows(call: Call, layout: Layout, tokens: int) -> str:
-    """Why the query projection's input does not fit the tokens of the attention, or the empty string."""
-    gate_input = layout.streams[0][0].gate_input
-    dual = layout.streams[0][1] is not None
-    rows, batch = gate_input.shape[:-1].numel(), call.shapes[0][0]
-    expected = tokens - layout.text_tokens if dual else tokens
-    samples = gate_input.shape[0] if gate_input.dim() > 2 else 1
-    one_by_one = batch == 1 and rows == samples * expected  # a call for each sample
-    if rows == batch * expected or one_by_one:
-        return ""
-    return f"the query projection sees {tuple(gate_input.shape[:-1])} tokens, the attention ({batch}, {tokens})"
 
 
 def _merge_invocations(sites: list[AttentionSite]) -> list[AttentionSite]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from salad_compile.common.signatures import signature_of
 from salad_compile.errors import InputsError, did_you_mean
 
 __all__ = ["normalise_inputs", "synthesise_inputs"]
@@ -344,13 +345,13 @@ def _misfits(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> list[st
 
 def _named_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
     """The parameters of forward that can be passed by keyword."""
-    parameters = inspect.signature(model.forward).parameters
+    parameters = signature_of(model.forward).parameters
     return {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def _show_signature(model: nn.Module) -> str:
     """`Class.forward(a, b, c=None)`: the signature without annotations, which in libraries fill a screen."""
-    signature = inspect.signature(model.forward)
+    signature = signature_of(model.forward)
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
     shown = signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
     return f"{type(model).__name__}.forward{shown}"

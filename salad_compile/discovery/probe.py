@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch import Tensor, fx
 # Private. Seen in torch 2.11 and 2.13; tests/salad_compile/discovery/test_discover.py fails when it moves.
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
 
 from salad_compile.calls import autograd_functions
 from salad_compile.calls.adapters import AttentionArguments, bind, is_attention, result_of
@@ -29,10 +29,14 @@ from salad_compile.calls.flash_family import run_or_stand_in
 from salad_compile.calls.kinds import CallKind, kind_of
 from salad_compile.calls.softmax_products import ManualAttention, name_of, of_tensors
 from salad_compile.common.projections import fits, projection_call, says_its_widths
+from salad_compile.common.signatures import argument_names
+from salad_compile.discovery.channel_axes import ChannelAxes
 from salad_compile.discovery.channels import ChannelTracker
-from salad_compile.discovery.token_ranges import Cat, Edge, TokenRange, narrow
+from salad_compile.discovery.token_labels import TokenLabels
 from salad_compile.position.operations import writes
 from salad_compile.position.recording import OperationRecording, Recorded, position_fault
+from salad_compile.position.rows import RowTracker
+from salad_compile.position.rows import of_tensors as rows_of_tensors
 
 _CONTRACTIONS = frozenset(
     {"linear", "matmul", "mm", "bmm", "addmm", "einsum", "tensordot", "conv1d", "conv2d", "conv3d"}
@@ -81,12 +85,27 @@ def _mark(x: Tensor) -> Tensor:
     return result
 
 
+# An autograd node and which of its outputs is meant, as in `next_functions`.
+Edge = tuple[Any, int]
+
+
+@dataclass(frozen=True)
+class Cat:
+    """A concatenation: its dimension, counted from the end, and for each part its length and autograd edge."""
+
+    dim: int
+    sizes: tuple[int, ...]
+    edges: tuple[Edge, ...]
+
+
 @dataclass(frozen=True)
 class Projection:
     name: str
     gate_input: Tensor  # kept alive: the id of a freed tensor would be reused
     node: Any  # the mark on its output
     width: int  # of its output
+    first_row: int  # the number of its first row, see position/rows.py
+    labels: Tensor  # of each of its rows: from which inputs of the model it comes, see token_labels.py
 
 
 @dataclass(frozen=True)
@@ -113,6 +132,9 @@ class Call:
     stack: tuple[Frame, ...]  # outermost first
     kind: CallKind
     outs: list[Out] = field(default_factory=list)  # projections that read the result, in order of execution
+    rows: Tensor | str = ""  # which row of a projection each query is, (B, S), or why that is not known
+    key_rows: Tensor | str = ""
+    value_rows: Tensor | str = ""
     # the operand for which map-then-rotate is not possible, and why, if that was asked for
     position_fault: tuple[str, str] | None = None
 
@@ -131,20 +153,24 @@ class Probe(Recorded, TorchFunctionMode):
 
     Attributes:
         calls: in execution order. cats: by autograd node.
-        inputs: arguments of the root's forward by name. features: autograd node -> name, for its feature tensors.
+        inputs: arguments of the root's forward by name.
         convolved: output sizes (T, H, W) or (H, W) of convolutions.
         channels: of projections' outputs, followed. runs: of projections, each with the modules that were running.
         recording: of all operations, to see whether position can be replayed; None if that is not needed.
+        rows: which row of a projection each value is. labels: from which inputs its tokens come.
+        axes: which axes of the inputs are channels.
     """
 
     calls: list[Call] = field(default_factory=list)
     cats: dict[Any, Cat] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
-    features: dict[Any, str] = field(default_factory=dict)
     convolved: list[tuple[int, ...]] = field(default_factory=list)
     recording: OperationRecording | None = None
     runs: list[tuple[str, tuple[Frame, ...]]] = field(default_factory=list)
     channels: ChannelTracker = field(default_factory=ChannelTracker)
+    rows: RowTracker = field(default_factory=lambda: rows_of_tensors(WeakIdKeyDictionary()))
+    labels: TokenLabels = field(default_factory=TokenLabels)
+    axes: ChannelAxes = field(default_factory=ChannelAxes)
     _by_hand: ManualAttention = field(init=False)
     _projections: dict[Any, Projection] = field(default_factory=dict)
     _outputs: dict[Any, Call] = field(default_factory=dict)
@@ -153,6 +179,7 @@ class Probe(Recorded, TorchFunctionMode):
     _linear_depth: int = 0
     _products: int = 0  # so far: a module that does not say its widths projects only if there is one inside
     _began: list[int] = field(default_factory=list)
+    _looks_away: bool = False  # while nothing of what runs is the model's
     _sources: dict[Any, fx.Node] = field(default_factory=dict)  # by autograd node
 
     def __post_init__(self) -> None:
@@ -163,7 +190,7 @@ class Probe(Recorded, TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch._C._set_grad_enabled:
+        if self._looks_away or func is torch._C._set_grad_enabled:
             return func(*args, **kwargs)
         with history():
             return self._run(func, *ordinary((args, kwargs)))
@@ -182,6 +209,10 @@ class Probe(Recorded, TorchFunctionMode):
         autograd_functions.leave_function()
         query, key, value = (self._sources_of(t) for t in (arguments.query, arguments.key, arguments.value))
         call = Call(arguments, (query, key, value), tuple(self._stack), kind_of(func, arguments))
+        call.rows, call.key_rows, call.value_rows = (
+            self.rows.rows(operand, arguments.heads_first)
+            for operand in (arguments.query, arguments.key, arguments.value)
+        )
         self.calls.append(call)
         if self.recording is not None:
             sources = {self._sources[made.node]: None for made in (*query, *key)}
@@ -199,6 +230,15 @@ class Probe(Recorded, TorchFunctionMode):
             memo[id(tensor)] = self._other(Tensor.clone, (tensor,), {})
         copied: Tensor = memo[id(tensor)]
         return copied
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation of the model."""
+        out = super().run(func, args, kwargs)
+        self.labels.note(func, args, kwargs, out)
+        self.rows.note(func, args, kwargs, out)
+        if not self.calls:
+            self.axes.note(func, args, kwargs, out)
+        return out
 
     def _other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -227,6 +267,7 @@ class Probe(Recorded, TorchFunctionMode):
         """The call's result, marked, so that its readers can be found."""
         position = call.arguments.output
         out = _mark(result_of(func, call.arguments, result))
+        self.labels.keep(out, call.arguments.query)
         self._outputs[out.grad_fn] = call
         return out if position is None else (*result[:position], out, *result[position + 1 :])
 
@@ -238,6 +279,22 @@ class Probe(Recorded, TorchFunctionMode):
         self.cats[out.grad_fn] = Cat(
             from_end, tuple(t.shape[dim] for t in parts), tuple((t.grad_fn, t.output_nr) for t in parts)
         )
+
+    def leave_convolution(self, x: Any, out: Any) -> None:
+        """A convolution over two or three axes has read `x`."""
+        self.convolved.append((*out.shape[2:],))
+        if isinstance(x, Tensor):
+            with self.look_away():
+                self.axes.read_by_convolution(x)
+
+    @contextlib.contextmanager
+    def look_away(self) -> Iterator[None]:
+        """What runs here is not the model's."""
+        before, self._looks_away = self._looks_away, True
+        try:
+            yield
+        finally:
+            self._looks_away = before
 
     def made_by(self, node: Any) -> list[Projection]:
         """The marked projections from which a value was computed, without passing through one."""
@@ -268,32 +325,6 @@ class Probe(Recorded, TorchFunctionMode):
         stop = self._outputs.__contains__ if through_projections else self._is_marked
         return (self.cats[ancestor] for ancestor in _ancestors(node, stop=stop) if ancestor in self.cats)
 
-    def read_from(self, edge: Edge) -> set[str]:
-        """Names of the root's inputs from which a value was computed, without passing through attention.
-
-        Slices are followed into concatenations: models concatenate text and video early, and later slice them apart.
-        """
-        found: set[str] = set()
-        todo: list[tuple[Edge, TokenRange | None]] = [(edge, None)]
-        seen = set(todo)
-        for (node, output), span in todo:
-            if node is None or node in self._outputs:
-                continue
-            if node in self.features:
-                found.add(self.features[node])
-            for step in self._parents(node, narrow(node, output, span)):
-                if step not in seen:
-                    seen.add(step)
-                    todo.append(step)
-        return found
-
-    def _parents(self, node: Any, span: TokenRange | None) -> list[tuple[Edge, TokenRange | None]]:
-        """The values before this one, and which of their tokens matter where that is known."""
-        cat = self.cats.get(node)
-        if cat is not None and cat.dim == -2 and span is not None and sum(cat.sizes) == span.length:
-            return span.parts(cat)
-        return [(edge, span) for edge in node.next_functions]
-
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         shapes = {n: v.shape for n, v in named_inputs(module, args, kwargs).items() if isinstance(v, Tensor)}
         self._stack.append(Frame(name, next(self._invocations), shapes))
@@ -319,14 +350,19 @@ class Probe(Recorded, TorchFunctionMode):
                 return None
             if not says_its_widths(module) and not (self._products > began and fits(module, call.x, call.out)):
                 return None
-            return call.rebuild(self._mark_projection(name, call.x, call.out))
+            with self.look_away():
+                marked = self._mark_projection(name, call.x, call.out)
+            return call.rebuild(marked)
 
     def _mark_projection(self, name: str, gate_input: Tensor, out: Tensor) -> Tensor:
         self._note_out(name, gate_input)
         self.runs.append((name, tuple(self._stack)))
         marked = _mark(out)
         self.channels.add_source(marked.grad_fn, marked)
-        self._projections[marked.grad_fn] = Projection(name, gate_input, marked.grad_fn, out.shape[-1])
+        self.labels.keep(marked, gate_input)
+        labels, first_row = self.labels.of_tokens(gate_input), self.rows.add_source(marked)
+        made = Projection(name, gate_input, marked.grad_fn, out.shape[-1], first_row, labels)
+        self._projections[marked.grad_fn] = made
         if self.recording is not None:
             self._sources[marked.grad_fn] = self.recording.add_source(marked)
         return marked
@@ -352,7 +388,6 @@ def _ancestors(start: Any, stop: Callable[[Any], bool]) -> Iterator[Any]:
 
 def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of one forward by name; by position where the signature does not name them."""
-    try:
-        return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-    except (TypeError, ValueError):
-        return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+    names = argument_names(module.forward)
+    given = {**dict(zip((*names, *map(str, range(len(names), len(args)))), args, strict=False)), **kwargs}
+    return {name: given[name] for name in dict.fromkeys((*names, *given)) if name in given}

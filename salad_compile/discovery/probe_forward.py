@@ -108,15 +108,18 @@ def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     ):
         args, kwargs = tuple(_with_history(v) for v in args), {k: _with_history(v) for k, v in kwargs.items()}
         probe.inputs = named_inputs(model, args, kwargs)
-        probe.features = {
-            value.grad_fn: name
-            for name, given in probe.inputs.items()
-            for value in (given if isinstance(given, (list, tuple)) else [given])
-            if isinstance(value, Tensor) and value.grad_fn is not None
-        }
+        with probe.look_away():
+            probe.axes.start(probe.inputs)
+            probe.labels.start({name: _features(given) for name, given in probe.inputs.items()})
         model(*args, **kwargs)
     warn_of_unmet()
     return probe
+
+
+def _features(given: Any) -> list[Tensor]:
+    """The tensors of an argument to which :func:`_with_history` gave a history."""
+    values = given if isinstance(given, (list, tuple)) else [given]
+    return [value for value in values if isinstance(value, Tensor) and value.grad_fn is not None]
 
 
 def _with_history(value: Any) -> Any:
@@ -149,7 +152,11 @@ def _install_hooks(model: nn.Module, probe: Probe) -> Iterator[None]:
                 module.register_forward_hook(lambda *_: probe.leave(), always_call=True),
             ]
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-            handles.append(module.register_forward_hook(lambda _, args, out: probe.convolved.append((*out.shape[2:],))))
+            handles.append(
+                module.register_forward_hook(
+                    lambda _, args, out: probe.leave_convolution(args[0] if args else None, out)
+                )
+            )
     try:
         yield
     finally:

@@ -7,14 +7,15 @@ attention: along its residual path. Identity, not names.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from salad_compile.discovery.probe import Call, Frame, Probe, Projection
-from salad_compile.discovery.token_ranges import Cat
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def layout_of(call: Call, probe: Probe, video: set[str]) -> Layout:
     tokens = call.shapes[0][2]
     counts = {len({projection.name for projection in made}) for made in call.made_by}
     if counts == {1}:
-        return _single_stream(call, probe, video, tokens)
+        return _single_stream(call, probe, video)
     if len(call.made_by[0]) == 1 and all(len(made) == 2 for made in call.made_by[1:]):
         return _prefix(call, probe)
     if counts == {2}:
@@ -63,30 +64,40 @@ def layout_of(call: Call, probe: Probe, video: set[str]) -> Layout:
     return Layout(reason="query, key or value are made by several projections")
 
 
-def _single_stream(call: Call, probe: Probe, video: set[str], tokens: int) -> Layout:
+def _single_stream(call: Call, probe: Probe, video: set[str]) -> Layout:
     made = tuple((group[0], None) for group in call.made_by)
-    gate_input = made[0][0].gate_input
-    read = probe.read_from((gate_input.grad_fn, gate_input.output_nr))
+    projection = made[0][0]
+    read = probe.labels.names_of(projection.labels)
     if read and not read & video:
         return Layout(reason=f"no video: it reads {', '.join(map(repr, sorted(read)))}", streams=made)
-    for cat in probe.cats_before(gate_input.grad_fn, through_projections=True):
-        if cat.dim == -2 and sum(cat.sizes) == tokens and len(cat.sizes) > 1:
-            kinds = _runs(cat, probe, video)
-            return _name_inputs(kinds, call, made)
-    return Layout(streams=made)
+    if not read and video:
+        return Layout(reason="none of the model's inputs is seen to reach its tokens", streams=made)
+    if not video or isinstance(call.rows, str):
+        return Layout(streams=made)
+    rows = call.rows - projection.first_row
+    own = (rows >= 0) & (rows < projection.labels.numel())
+    labels = torch.where(own, projection.labels[rows.clamp(0, projection.labels.numel() - 1)], torch.tensor(0))
+    if (labels[:1] != labels).any():
+        return Layout(reason="its samples divide into video and text in different ways", streams=made)
+    tokens = labels[0].tolist()
+    kinds = {}
+    for label in set(tokens):
+        possible, certain = (bool(names & video) for names in _names(probe, torch.tensor(label)))
+        if possible != certain:
+            return Layout(reason=_not_known(probe), streams=made)
+        kinds[label] = certain
+    runs = [(is_video, len(list(run))) for is_video, run in itertools.groupby(kinds[label] for label in tokens)]
+    return _name_inputs(runs, call, made)
 
 
-def _runs(cat: Cat, probe: Probe, video: set[str]) -> list[tuple[bool, int]]:
-    """(is it video, tokens) of each run of parts of one kind."""
-    runs: list[tuple[bool, int]] = []
-    for size, edge in zip(cat.sizes, cat.edges, strict=True):
-        read = probe.read_from(edge)
-        kind = bool(read & video) or not read
-        if runs and runs[-1][0] == kind:
-            runs[-1] = (kind, runs[-1][1] + size)
-        else:
-            runs.append((kind, size))
-    return runs
+def _names(probe: Probe, labels: Tensor) -> tuple[set[str], set[str]]:
+    """The inputs from which tokens may come, and those from which they come for certain."""
+    return probe.labels.names_of(labels), probe.labels.names_of(labels, certain=True)
+
+
+def _not_known(probe: Probe) -> str:
+    reason = probe.labels.reason or "an operation that torch does not show"
+    return f"which of its tokens are text is not known: {reason}"
 
 
 def _name_inputs(
@@ -116,16 +127,21 @@ def _dual_stream(call: Call, probe: Probe, video: set[str], tokens: int) -> Layo
     streams: list[tuple[Projection, Projection | None]] = []
     sides = set()
     sizes = set()
-    for operand, made in zip(
-        (call.arguments.query, call.arguments.key, call.arguments.value), call.made_by, strict=True
+    for operand, rows, made in zip(
+        (call.arguments.query, call.arguments.key, call.arguments.value),
+        (call.rows, call.key_rows, call.value_rows),
+        call.made_by,
+        strict=True,
     ):
-        split = _split(operand, made, probe)
+        split = _split(operand, rows, made, probe)
         if split is None:
             return Layout(
                 reason="two projections make its query, key or value, but not one for each part of the tokens"
             )
         (first, second), lengths = split
-        kinds = [bool(probe.read_from((p.gate_input.grad_fn, p.gate_input.output_nr)) & video) for p in (first, second)]
+        kinds = [bool(probe.labels.names_of(p.labels) & video) for p in (first, second)]
+        if kinds != [bool(_names(probe, p.labels)[1] & video) for p in (first, second)]:
+            return Layout(reason=_not_known(probe))
         if kinds[0] == kinds[1]:
             return Layout(reason="joint attention over two streams, of which not just one is video")
         sides.add(kinds[0])
@@ -143,8 +159,9 @@ def _prefix(call: Call, probe: Probe) -> Layout:
     query = call.made_by[0][0]
     tokens, keys = call.shapes[0][2], call.shapes[1][2]
     streams: list[tuple[Projection, Projection | None]] = [(query, None)]
-    for operand, made in zip((call.arguments.key, call.arguments.value), call.made_by[1:], strict=True):
-        split = _split(operand, made, probe)
+    operands = zip((call.arguments.key, call.arguments.value), (call.key_rows, call.value_rows), strict=True)
+    for (operand, rows), made in zip(operands, call.made_by[1:], strict=True):
+        split = _split(operand, rows, made, probe)
         if split is None or split[1] != (keys - tokens, tokens):
             return Layout(reason="key and value come from other tokens than the query")
         streams.append((split[0][1], None))
@@ -152,9 +169,11 @@ def _prefix(call: Call, probe: Probe) -> Layout:
 
 
 def _split(
-    operand: Tensor, made: Sequence[Projection], probe: Probe
+    operand: Tensor, rows: Tensor | str, made: Sequence[Projection], probe: Probe
 ) -> tuple[tuple[Projection, Projection], tuple[int, int]] | None:
     """The two projections of a concatenated operand in the order of the tokens, and their lengths."""
+    if isinstance(rows, Tensor):
+        return _split_rows(rows, made)
     for cat in probe.cats_before(operand.grad_fn, through_projections=False):
         if len(cat.sizes) == 2 and cat.dim in (-2, -3):
             parts = [probe.made_by(node) for node, _ in cat.edges]
@@ -163,3 +182,19 @@ def _split(
             }:
                 return (parts[0][0], parts[1][0]), (cat.sizes[0], cat.sizes[1])
     return None
+
+
+def _split_rows(
+    rows: Tensor, made: Sequence[Projection]
+) -> tuple[tuple[Projection, Projection], tuple[int, int]] | None:
+    """The same, from which row of which projection each token is, (B, S)."""
+    found = torch.full_like(rows, -1)
+    for at, projection in enumerate(made):
+        own = (rows >= projection.first_row) & (rows < projection.first_row + projection.labels.numel())
+        found = torch.where(own, at, found)
+    if (found[:1] != found).any():
+        return None
+    runs = [(at, len(list(run))) for at, run in itertools.groupby(found[0].tolist())]
+    if len(runs) != 2 or -1 in (runs[0][0], runs[1][0]):
+        return None
+    return (made[runs[0][0]], made[runs[1][0]]), (runs[0][1], runs[1][1])

@@ -17,7 +17,7 @@ from salad_compile.grid.sizes import HINT, Grid, check_grid, three_sizes
 GridSource: TypeAlias = "GridRule | Sequence[int] | Callable[[Mapping[str, Any]], Sequence[int]]"
 """What gives the grid: a rule, the user's (T, H, W), or the user's function of forward's arguments by name."""
 
-KINDS = ("arguments", "latent", "fixed")
+KINDS = ("arguments", "latent", "sizes", "fixed")
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class GridRule:
 
     Attributes:
         kind: "arguments": three integers; "latent": the shape of a 5-D tensor, or of the first of a list of 4-D ones
-            without a batch axis; "fixed": always the same.
+            without a batch axis; "sizes": the last three integers of one argument, such as (T, H, W);
+            "fixed": always the same.
         names: the arguments that are read: three, one or none.
         axes: of a latent, the axes of the 5-D tensor that are T, H and W.
-        patch: of a latent, the patch size (t, h, w). A patch at the border may be incomplete.
+        patch: of a latent or of sizes, the patch size (t, h, w). A patch at the border may be incomplete.
         size: of a fixed grid, (T, H, W).
 
     Raises:
@@ -43,7 +44,12 @@ class GridRule:
     size: Grid | None = None
 
     def __post_init__(self) -> None:
-        needed = {"arguments": (3, ()), "latent": (1, ("axes", "patch")), "fixed": (0, ("size",))}
+        needed = {
+            "arguments": (3, ()),
+            "latent": (1, ("axes", "patch")),
+            "sizes": (1, ("patch",)),
+            "fixed": (0, ("size",)),
+        }
         if self.kind not in needed:
             raise ConfigError(f"kind of a grid rule must be one of {', '.join(KINDS)}, got {self.kind!r}.")
         count, fields = needed[self.kind]
@@ -79,16 +85,18 @@ class GridRule:
         if self.size is not None:
             return self.size
         values = [named_inputs.get(name) for name in self.names]
+        if self.axes is None and self.patch is not None:
+            sizes = sizes_of(values[0])
+            if sizes is None:
+                raise GridMismatchError(self._unreadable(self.names[0], "three sizes", values[0]))
+            return _patches(sizes, self.patch)
         if self.axes is None or self.patch is None:
             frames, rows, width = (self._integer(name, value) for name, value in zip(self.names, values, strict=True))
             return (frames, rows, width)
         shape = latent_shape(values[0])
         if shape is None:
             raise GridMismatchError(self._unreadable(self.names[0], "a 5-D tensor", values[0]))
-        frames, rows, width = (
-            (shape[axis] + patch - 1) // patch for axis, patch in zip(self.axes, self.patch, strict=True)
-        )
-        return (frames, rows, width)
+        return _patches([shape[axis] for axis in self.axes], self.patch)
 
     def _integer(self, name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
@@ -104,6 +112,8 @@ class GridRule:
             return f"fixed at {self.size}"
         if self.kind == "arguments":
             return f"arguments {', '.join(self.names)}"
+        if self.kind == "sizes":
+            return f"the sizes in {self.names[0]} in patches of {self.patch}"
         return f"axes {self.axes} of {self.names[0]} in patches of {self.patch}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +136,20 @@ def latent_shape(value: Any) -> Sequence[int] | None:
         return value.shape if value.dim() == 5 else None
     first = value[0] if isinstance(value, tuple | list) and len(value) > 0 else None
     return (1, *first.shape) if isinstance(first, Tensor) and first.dim() == 4 else None
+
+
+def sizes_of(value: Any) -> Sequence[int] | None:
+    """The last three of three to five integers, or None if this is something else."""
+    if not isinstance(value, tuple | list) or not 3 <= len(value) <= 5:
+        return None
+    integers = all(isinstance(size, int | torch.SymInt) and not isinstance(size, bool) for size in value)
+    return value[-3:] if integers else None
+
+
+def _patches(sizes: Sequence[int], patch: Grid) -> Grid:
+    """How many patches there are along each axis, incomplete ones at the border among them."""
+    frames, rows, width = ((size + edge - 1) // edge for size, edge in zip(sizes, patch, strict=True))
+    return (frames, rows, width)
 
 
 def read_grid(

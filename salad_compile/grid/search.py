@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from salad_compile.grid.rule import GridRule, latent_shape
+from salad_compile.grid.rule import GridRule, latent_shape, sizes_of
 from salad_compile.grid.sizes import HINT, Grid, show
 
 # Patches to try where the model's configuration names none, or one that does not fit; the usual ones first.
@@ -54,6 +55,7 @@ def find_grid_rule(
     patch_size: int | Sequence[int] | None = None,
     patch_size_t: int | None = None,
     conv_grids: Iterable[Sequence[int]] = (),
+    channel_axes: Mapping[str, int] = MappingProxyType({}),
 ) -> GridFinding:
     """Find out from one call how a model's arguments show the token grid.
 
@@ -69,11 +71,16 @@ def find_grid_rule(
         patch_size: what the model's configuration says: p for (1, p, p), (h, w) or (t, h, w). Anything else is
             ignored.
         patch_size_t: the temporal patch, where the configuration has it apart (CogVideoX 1.5).
+        channel_axes: of 5-D arguments, the axis that was seen to be the channels: never one of the grid's.
         conv_grids: output sizes (T, H, W) or (H, W) of patch convolutions in that call. Other lengths are ignored.
     """
     patch = _configured_patch(patch_size, patch_size_t)
     seen = [tuple(int(edge) for edge in grid) for grid in conv_grids if len(grid) in (2, 3)]
-    candidates = [*_argument_candidates(named_inputs), *_latent_candidates(named_inputs, patch)]
+    candidates = [
+        *_argument_candidates(named_inputs),
+        *_size_candidates(named_inputs, patch),
+        *_latent_candidates(named_inputs, patch, channel_axes),
+    ]
     right = [candidate for candidate in candidates if math.prod(candidate.grid) == video_tokens]
     # a patch size that nothing but the product speaks for would give another product at the next resolution
     fitting = [candidate for candidate in right if candidate.configured or candidate.agrees_with(seen)]
@@ -116,7 +123,21 @@ def _argument_candidates(named_inputs: Mapping[str, Any]) -> Iterator[_Candidate
                     yield _Candidate(GridRule("arguments", (t, h, w)), grid, configured=True, whole=True)
 
 
-def _latent_candidates(named_inputs: Mapping[str, Any], configured: Grid | None) -> Iterator[_Candidate]:
+def _size_candidates(named_inputs: Mapping[str, Any], configured: Grid | None) -> Iterator[_Candidate]:
+    """Arguments that hold three sizes: of the grid, or of what becomes patches."""
+    for name, value in named_inputs.items():
+        sizes = sizes_of(value)
+        if sizes is None or min(sizes) < 1:
+            continue
+        for patch in dict.fromkeys(((1, 1, 1), configured or (1, 1, 1))):
+            rule = GridRule("sizes", (name,), patch=patch)
+            whole = all(size % edge == 0 for size, edge in zip(sizes, patch, strict=True))
+            yield _Candidate(rule, rule.grid(named_inputs), configured=True, whole=whole)
+
+
+def _latent_candidates(
+    named_inputs: Mapping[str, Any], configured: Grid | None, channel_axes: Mapping[str, int]
+) -> Iterator[_Candidate]:
     patches = [(t, p, p) for t in _TEMPORAL_PATCHES for p in _SPATIAL_PATCHES]
     if configured is not None:
         patches = [configured, *(patch for patch in patches if patch != configured)]
@@ -125,6 +146,8 @@ def _latent_candidates(named_inputs: Mapping[str, Any], configured: Grid | None)
         if shape is None or 0 in shape:
             continue
         for axes in _LATENT_AXES:
+            if channel_axes.get(name) in axes:
+                continue
             for patch in patches:
                 rule = GridRule("latent", (name,), axes, patch)
                 whole = all(shape[axis] % edge == 0 for axis, edge in zip(axes, patch, strict=True))
@@ -146,7 +169,8 @@ def _why_nothing_fits(
 ) -> str:
     if not candidates:
         return (
-            "no argument of forward shows the grid: none is a 5-D tensor, and no three are integers with names like "
+            "no argument of forward shows the grid: none is a 5-D tensor or holds three sizes, and no "
+            "three are integers with names like "
             f"num_frames, height and width. {HINT}"
         )
     convolved = f" Patch convolutions put out {', '.join(map(show, seen))}." if seen else ""

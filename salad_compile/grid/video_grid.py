@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from salad_compile.common.foreign_hooks import forward_slot
+from salad_compile.common.signatures import argument_names
 from salad_compile.errors import GridMismatchError
 from salad_compile.grid.orders import OrderOf, cached_order
 from salad_compile.grid.rule import GridSource, read_grid
@@ -148,7 +149,7 @@ class RootForward:
         self.bound: tuple[nn.Module, ...] = (root,) if chained is None else ()
         self.is_allowed_in_graph = is_allowed_in_graph(type(root))
         self.grid = grid
-        self.names = tuple(inspect.signature(root.forward).parameters)
+        self.names = argument_names(root.forward)
 
     @property
     def __signature__(self) -> inspect.Signature:

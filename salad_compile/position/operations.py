@@ -20,7 +20,7 @@ BLANKS = frozenset(
 )
 
 # What is asked of a tensor that is no data.
-_SIZES = frozenset({"size", "shape", "dim", "ndim", "numel", "stride", "device", "dtype", "sym_size", "is_complex"})
+SIZES = frozenset({"size", "shape", "dim", "ndim", "numel", "stride", "device", "dtype", "sym_size", "is_complex"})
 
 _VIEWS_AND_CASTS = (
     "view reshape flatten unflatten transpose permute movedim moveaxis swapaxes swapdims squeeze unsqueeze expand "
@@ -104,7 +104,7 @@ def _written_by_schema(function: Any, args: Sequence[Any], kwargs: Mapping[str, 
 
 def data_arguments(node: fx.Node, name: str) -> list[fx.Node]:
     """The nodes whose values, and not only shapes, go into a node's."""
-    if name in BLANKS or name in _SIZES:
+    if name in BLANKS or name in SIZES:
         return []
     named = [node.kwargs[key] for key in _FIRST if key in node.kwargs]
     if name not in _DATA or (named and node.args):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from salad_compile.common.foreign_hooks import forward_slot
 from salad_compile.common.projections import projection_call
+from salad_compile.common.signatures import argument_names
 from salad_compile.config import SaladConfig
 from salad_compile.errors import require_conversion
 from salad_compile.grid.video_grid import backward_pass
@@ -75,8 +75,8 @@ class SaladBranch(Site):
         }
         for role, module in modules.items():
             module.register_forward_hook(hooks[role], with_kwargs=True)
-        names = list(inspect.signature(owner.forward).parameters)
-        if self.record.text_argument is not None:
+        names = argument_names(owner.forward)
+        if self.record.text_argument in names:
             self.text_position = names.index(self.record.text_argument)
         self.owner_class = type(owner)
         slot.set(self.run_owner)
@@ -125,7 +125,10 @@ class SaladBranch(Site):
                 mode.arm(x)
             elif not self.switch.dense and not self.detached:
                 self._require_owner()
-            return self._add_source(first, x, out)
+            updated = self._add_source(first, x, out)
+            if mode is not None:
+                mode.follow_rows(x, updated)
+            return updated
         out = self.add_updates(first, x, out)
         if self.switch.dense:
             return tag_dense(x, out)

@@ -43,6 +43,7 @@ from salad_compile.position.recording import Recorded
 from salad_compile.position.sequences import PositionRecording
 from salad_compile.sites import observers
 from salad_compile.sites.outside_owner import require_reverse_mode, require_same_saving, saving, twice_error
+from salad_compile.sites.row_check import RowCheck
 from salad_compile.sites.site import Site
 
 _NOT_MEASURED: contextlib.AbstractContextManager[list[Execution]] = contextlib.nullcontext([])
@@ -90,6 +91,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         self.saving, self.began_with_gradients = saving(), torch.is_grad_enabled()
         self.armed: Tensor | None = None  # the gate's input, once the query projection has run
         self.keeps_gradients = False  # whether they were on when the query projection ran
+        self.rows = RowCheck(site)
         self._outer: list[Token[SaladMode | None]] = []
         spec = site.decoded_spec()
         self.recording: PositionRecording | None
@@ -123,6 +125,16 @@ class SaladMode(Recorded, TorchFunctionMode):
         if self.armed is not None and not gate_input.is_set_to(self.armed):  # of one input there is one gate
             raise twice_error(self.site.record.owner)
         self.armed, self.keeps_gradients = gate_input, torch.is_grad_enabled()
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation of the model."""
+        out = super().run(func, args, kwargs)
+        self.rows.note(func, args, kwargs, out)
+        return out
+
+    def follow_rows(self, x: Tensor, out: Tensor) -> None:
+        """The query projection has returned `out` for `x`."""
+        self._run_unseen(x, lambda: self.rows.start(x, out))
 
     def run_projection(self, x: Tensor, updated: Callable[[], Tensor]) -> Tensor:
         """The output of a projection of `x` with its updates, which are no part of what position is found in."""
@@ -173,6 +185,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         # one call, or the last of one for each sample
         self.is_passive = gate_input is self.armed or self.replaced == self.armed.shape[0]
         if self.is_passive:
+            self.rows.remember(self.armed)
             self.recording = None
         return in_place_of(func, call, result)
 
@@ -194,15 +207,16 @@ class SaladMode(Recorded, TorchFunctionMode):
         """The rows of the query projection's input that belong to this call, or None if it is not this site's."""
         samples = 1 if call.batch is None else call.batch.shape[0] - 1
         batch, _, queries, _ = call.shape(call.query.shape, samples)
-        if batch == 1 and armed.dim() == 3 and armed.shape[0] > 1:
+        spec = self.site.decoded_spec()
+        all_rows = spec.text in ("none", "prefix") or spec.single
+        one_call = bool(spec.gate_axes) or (all_rows and armed.shape[:-1].numel() == batch * queries)
+        if batch == 1 and armed.dim() == 3 and armed.shape[0] > 1 and not one_call:
             if self.replaced >= armed.shape[0]:
                 return None
             armed = armed[self.replaced : self.replaced + 1]
         elif self.replaced:
             return None
         rows = armed.shape[:-1].numel()
-        spec = self.site.decoded_spec()
-        all_rows = spec.text in ("none", "prefix") or spec.single
         return armed if (rows == batch * queries if all_rows else rows <= batch * queries) else None
 
     def _replace(self, call: AttentionArguments, gate_input: Tensor) -> Tensor:
@@ -218,6 +232,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         if site.lacks_order(order):
             raise order_error(f"the converted site {site.record.owner!r}")
         reason = dense_reason(call, [t.shape for t in (query, key, value)], kind, square_is_padding=padding)
+        reason = reason or self.rows.fault(call, None if gate_input is self.armed else self.replaced)
         reason = reason or _misfit(spec, query, key, order, gate_input, self.text)
         reason = reason or different_lengths(call.batch, call.key_batch, len(call.query), len(call.key))
         if reason:

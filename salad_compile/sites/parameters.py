@@ -120,6 +120,7 @@ class BranchParameters(nn.Module):
             heads_per_key=record.groups,
             square_mask=record.square_mask,
             process_group=self.group,
+            gate_axes=record.gate_axes,
         )
 
     def decoded_spec(self) -> AttentionSpec:

@@ -48,6 +48,7 @@ class SiteRecord:
     # role -> first channel and end, of projections that serve more than this attention; files of before have none
     channels: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     rotated_first: bool = False  # its position encoding cannot be replayed, and "auto" takes the other placement
+    gate_axes: str = ""  # of the query projection's input: see position/gate_rows.py
 
     @property
     def width(self) -> int:

@@ -74,8 +74,6 @@ VARIANTS = frozenset(
 
 def seen_as(case: Case) -> tuple[str, str]:
     """Kind of the first site, and where its text lies."""
-    if case.name == "MiniMaxH3":  # scatters its streams by index: nothing tells text, audio and video apart
-        return "self", "none"
     return case.kind, case.text
 
 

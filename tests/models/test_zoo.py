@@ -270,6 +270,6 @@ def test_saved_and_loaded(case: Case, tmp_path: Path) -> None:
     model, inputs = converted(case), case.inputs(0)
     expected = run(model, inputs, case.output, gradients=False)
     file = salad_compile.save(model, tmp_path / "salad.safetensors")
-    loaded = salad_compile.load(case.build(), file)
+    loaded = salad_compile.load(case.build(), file, grid=case.grid)
     actual = run(loaded, inputs, case.output, gradients=False)
     assert torch.equal(actual.output, expected.output)

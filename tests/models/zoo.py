@@ -58,6 +58,8 @@ class Case:
     """Whether `torch.compile(fullgraph=True)` takes the whole model."""
     fake: bool = True
     """Whether forward runs under `FakeTensorMode(allow_non_fake_inputs=True)`."""
+    grid: Callable[[Any], tuple[int, int, int]] | None = None
+    """What a user has to pass as `grid=`, where no argument of forward shows it."""
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
@@ -344,6 +344,12 @@ def _minimax_inputs(draw: Draw, grid: Grid) -> dict[str, Any]:
     }
 
 
+def _minimax_grid(arguments: Mapping[str, Any]) -> Grid:
+    """No argument of forward shows it but the number of tokens, which the two grids of the zoo have apart."""
+    tokens = arguments["hidden_states"].shape[1]
+    return next(grid for grid in GRIDS if math.prod(grid) == tokens)
+
+
 def _minimax() -> Case:
     config = {
         "num_attention_heads": 2,
@@ -367,9 +373,10 @@ def _minimax() -> Case:
         sites=numbered("transformer_blocks.{}.attn"),
         blocks=numbered("transformer_blocks.{}"),
         output=_audio_and_video,
-        note="text, audio and video rows put into one sequence by index tensors: nothing is concatenated",
+        note="text, audio and video rows put into one sequence by index tensors; needs grid=",
         kind="joint",
         text="before",
+        grid=_minimax_grid,
     )
 
 

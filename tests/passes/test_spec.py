@@ -267,4 +267,4 @@ def test_the_suite_checks_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(Exception, match=r"after rewrite_attention: take_rows\w*: never"),
     ):
         emitted_graph(model, toys.tokens(105))
-    assert seen == ["find_attention", "settle_calls", "replay_position"]
+    assert seen == ["find_attention", "settle_calls", "check_rows", "replay_position"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +17,6 @@ import salad_compile
 from salad_compile.discovery.attention_site import AttentionSite
 from salad_compile.discovery.discover import discover
 from salad_compile.discovery.probe import Probe
-from salad_compile.discovery.token_ranges import Cat, TokenRange, narrow
 from tests import toys
 
 VIDEO, TEXT = 84, 20
@@ -188,10 +188,124 @@ def test_equal_halves(divide: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None
     assert site.query == ("video.q", "text.q")
 
 
-def test_a_slice_across_the_border_is_video() -> None:
-    """What mixes both counts as video: sparse attention over some text tokens, and never dense video."""
-    (site,) = sites_of(Single(lambda video, text: joined(video, text)[:, TEXT - 5 :]))
-    assert (site.eligible, site.query_tokens) == (True, VIDEO + 5)
+def test_a_slice_across_the_border_is_what_it_is_made_of() -> None:
+    model = Single(lambda video, text: joined(video, text)[:, TEXT - 5 :])
+    (site,) = sites_of(model)
+    assert (site.eligible, site.text, site.text_tokens) == (False, "before", 5)
+    assert "pass grid=" in site.reason
+    (site,) = sites_of(model, grid=CLIP)
+    assert (site.eligible, site.text_tokens, site.video_tokens) == (True, 5, VIDEO)
+
+
+def pad_twice(video: Tensor, text: Tensor) -> Tensor:
+    return F.pad(torch.cat([F.pad(text, (0, 0, 0, 3)), video], 1), (0, 0, 2, 0))
+
+
+def in_a_buffer(video: Tensor, text: Tensor) -> Tensor:
+    both = video.new_zeros(video.shape[0], TEXT + VIDEO, video.shape[2])
+    both[:, :TEXT] = text
+    both[:, TEXT:] = video
+    return both
+
+
+def in_views_of_a_buffer(video: Tensor, text: Tensor) -> Tensor:
+    both = torch.empty(video.shape[0], TEXT + VIDEO, video.shape[2])
+    for part, tokens in zip(both.split([TEXT, VIDEO], 1), (text, video), strict=True):
+        part.copy_(tokens)
+    return both
+
+
+def by_index(video: Tensor, text: Tensor) -> Tensor:
+    both = video.new_zeros(video.shape[0], TEXT + VIDEO, video.shape[2])
+    return both.index_copy(1, torch.arange(TEXT), text).slice_scatter(video, 1, TEXT)
+
+
+def by_pages(video: Tensor, text: Tensor) -> Tensor:
+    """As many pages of as many tokens as there is text."""
+    assert VIDEO % 12 == 0
+    return torch.stack([*text[:, :12].split(12, 1), *video.split(12, 1)], 1).flatten(1, 2)
+
+
+def with_registers(video: Tensor, text: Tensor) -> Tensor:
+    registers = torch.nn.Parameter(torch.randn(1, 4, video.shape[2])).expand(video.shape[0], -1, -1)
+    return torch.cat([torch.cat([registers, text], 1), video], 1)
+
+
+def without_gradients(video: Tensor, text: Tensor) -> Tensor:
+    with torch.no_grad():
+        text = text[:, :-3].clone()
+    return torch.concatenate([text, video], axis=1)
+
+
+JOINS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
+    "hstack": (lambda video, text: torch.hstack((text, video)), TEXT),
+    "vstack": (lambda video, text: torch.vstack((text.transpose(0, 1), video.transpose(0, 1))).transpose(0, 1), TEXT),
+    "padded": (pad_twice, TEXT + 5),
+    "buffer": (in_a_buffer, TEXT),
+    "views of a buffer": (in_views_of_a_buffer, TEXT),
+    "index": (by_index, TEXT),
+    "pages": (by_pages, 12),
+    "registers": (with_registers, TEXT + 4),
+    "without gradients": (without_gradients, TEXT - 3),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_text_stays_text_however_it_is_joined(name: str) -> None:
+    join, text = JOINS[name]
+    (site,) = sites_of(Single(join), grid=CLIP)
+    assert seen(site) == ("joint", "before", text, VIDEO)
+
+
+def kernel(x: Tensor) -> Tensor:
+    """What no mode sees, as the kernels of other projects."""
+    # private: hides what runs from modes. Seen in torch 2.13; were it to show it, the next test would fail
+    with torch._C.DisableTorchFunction():
+        return x.flip(1)
+
+
+def kernel_with_memory(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    with torch._C.DisableTorchFunction():
+        out.copy_(x)
+    return out
+
+
+UNSEEN = "an operation that torch does not show"
+
+
+@pytest.mark.parametrize(
+    ("mix", "reason"),
+    [
+        (lambda x: x.sort(1).values, "sort is not known to keep tokens where they are"),
+        (lambda x: x[:, torch.randperm(x.shape[1])], "an index is known at run time only"),
+        (kernel, UNSEEN),
+        (kernel_with_memory, UNSEEN),
+    ],
+)
+def test_tokens_of_which_nobody_knows_are_not_taken_for_video(mix: Callable[[Tensor], Tensor], reason: str) -> None:
+    (site,) = sites_of(Single(lambda video, text: mix(torch.cat([text, video], 1))), grid=CLIP)
+    assert (site.eligible, site.reason) == (False, f"which of its tokens are text is not known: {reason}")
+
+
+def test_an_operation_over_the_video_alone_may_be_unknown() -> None:
+    (site,) = sites_of(Single(lambda video, text: video.sort(1).values))
+    assert seen(site) == ("self", "none", 0, VIDEO)
+
+
+@pytest.mark.parametrize("join", [torch.hstack, lambda parts: in_a_buffer(parts[1], parts[0])])
+def test_two_streams_however_they_are_joined(join: Callable[[list[Tensor]], Tensor]) -> None:
+    class Joined(Streams):
+        def forward(self, video: Tensor, text: Tensor) -> Tensor:
+            query, key, value = (
+                toys.heads(join([getattr(self.text, name)(text), getattr(self.video, name)(flat(video))]))
+                for name in "qkv"
+            )
+            return toys.positional(query, key, value).transpose(1, 2).flatten(2)
+
+    (site,) = sites_of(Joined())
+    assert seen(site) == ("joint", "before", TEXT, VIDEO)
+    assert site.query == ("video.q", "text.q")
 
 
 # --- two streams -----------------------------------------------------------------------------------------------------
@@ -289,47 +403,7 @@ def test_the_report_says_how_much_is_text() -> None:
     assert plan.rows()[0][1:3] == ("joint", f"{TEXT} text + {VIDEO}")
 
 
-# --- ranges of tokens ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("operation", "expected"),
-    [
-        (lambda x: (x[:, 2:7],), [(2, 7)]),
-        (lambda x: (x[:, -4:],), [(7, 11)]),
-        (lambda x: (x[:, -6:-2],), [(5, 9)]),
-        (lambda x: (x[:, 3:99],), [(3, 11)]),
-        (lambda x: x.split(4, dim=1), [(0, 4), (4, 8), (8, 11)]),
-        (lambda x: x.chunk(2, dim=-2), [(0, 6), (6, 11)]),
-        (lambda x: x.split([5, 6], dim=1), [(0, 5), (5, 11)]),
-        (lambda x: x.split([5, 0, 6], dim=-2), [(0, 5), (5, 5), (5, 11)]),
-    ],
-)
-def test_what_autograd_saves_of_slices(
-    operation: Callable[[Tensor], tuple[Tensor, ...]], expected: list[tuple[int, int]]
-) -> None:
-    """Private attributes of torch: when they are renamed, or mean something else, this fails."""
-    parts = operation(torch.randn(2, 11, 3, requires_grad=True))
-    found = [narrow(part.grad_fn, part.output_nr, None) for part in parts]
-    assert found == [TokenRange(11, *bounds) for bounds in expected]
-
-
-def test_slices_of_other_axes_leave_the_tokens_alone() -> None:
-    x = torch.randn(2, 11, 3, requires_grad=True)
-    span = TokenRange(11, 2, 5)
-    for part in (x[:1], x[..., :2], x.split(1, dim=2)[0], x.chunk(2, dim=0)[1], x * 2):
-        assert narrow(part.grad_fn, part.output_nr, span) == span
-
-
-def test_parts_of_a_concatenation() -> None:
-    cat = Cat(-2, (4, 3, 5), (("a", 0), ("b", 0), ("c", 0)))
-    assert TokenRange(12, 2, 9).parts(cat) == [
-        (("a", 0), TokenRange(4, 2, 4)),
-        (("b", 0), TokenRange(3, 0, 3)),
-        (("c", 0), TokenRange(5, 0, 2)),
-    ]
-    assert TokenRange(12, 4, 7).parts(cat) == [(("b", 0), TokenRange(3, 0, 3))]
-
+# --- where tokens come from -------------------------------------------------------------------------------------------
 
 LENGTHS = (5, 8, 13)
 
@@ -342,7 +416,7 @@ def test_what_a_value_reads_is_what_its_gradient_reaches(data: st.DataObject) ->
     with probe:
         leaves = [torch.ones(1, length, 2, requires_grad=True) for length in LENGTHS]
         values = [leaf.clone() for leaf in leaves]
-        probe.features = {value.grad_fn: f"input {i}" for i, value in enumerate(values)}
+        probe.labels.start({f"input {i}": [value] for i, value in enumerate(values)})
         for _ in range(data.draw(st.integers(1, 8))):
             first = data.draw(st.sampled_from(values))
             what = data.draw(st.sampled_from(["cat", "slice", "split", "scale"]))
@@ -359,4 +433,4 @@ def test_what_a_value_reads_is_what_its_gradient_reaches(data: st.DataObject) ->
         last = values[-1]
     gradients = torch.autograd.grad(last.sum(), leaves, allow_unused=True)
     reached = {f"input {i}" for i, g in enumerate(gradients) if g is not None and bool(g.any())}
-    assert probe.read_from((last.grad_fn, last.output_nr)) == reached
+    assert probe.labels.names_of(probe.labels.of_tokens(last)) == reached

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake, unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakIdKeyDictionary
 
 from salad_compile.position.flow import TensorInfo
 
@@ -26,3 +28,23 @@ def test_a_weak_reference_to_a_memory_keeps_its_number_from_being_used_again() -
     assert reference.expired()  # type: ignore[no-untyped-call]
     made = [torch.zeros(8) for _ in range(64)]
     assert number not in {y.untyped_storage()._cdata for y in made}
+
+
+def test_fake_tensors_are_told_apart_and_the_mode_can_be_left() -> None:
+    with FakeTensorMode():
+        assert is_fake(torch.zeros(3))
+        with unset_fake_temporarily():
+            inside = torch.arange(3)
+        assert is_fake(torch.zeros(3))
+    assert not is_fake(inside)
+    assert inside.tolist() == [0, 1, 2]
+
+
+def test_the_table_of_tensors_goes_by_identity_and_keeps_nothing_alive() -> None:
+    x, y = torch.zeros(2), torch.zeros(2)
+    table = WeakIdKeyDictionary()
+    table[x] = 1
+    assert x in table
+    assert y not in table
+    del x
+    assert len(table) == 0

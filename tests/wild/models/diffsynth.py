@@ -218,7 +218,7 @@ ENTRIES = {
         wan_s2v_inputs,
         numbered("blocks.{}.self_attn"),
         blocks=numbered("blocks.{}"),
-        grid=None,
+        grid=(3, 7, 11),
         fullgraph=False,
     ),
     f"{MODELS}.longcat_video_dit.LongCatVideoTransformer3DModel": Wild(
@@ -229,15 +229,12 @@ ENTRIES = {
         denoiser_inputs,
         numbered("blocks.{}.attn"),
         blocks=numbered("blocks.{}"),
-        refused="17 of its tokens are text, but neither an argument of",
     ),
     f"{MODELS}.anima_dit.MiniTrainDIT": Wild(
         mini_train_dit,
         mini_train_inputs,
         numbered("blocks.{}.self_attn"),
         blocks=numbered("blocks.{}"),
-        grid=None,
-        flat="neither a configured patch_size nor a patch convolution confirms that",
     ),
     f"{MODELS}.ltx2_dit.LTXModel": Wild(
         ltx,
