@@ -22,7 +22,7 @@ from salad_compile.calls.softmax_products import name_of
 from salad_compile.position.kept_rows import Entries, Operation
 from salad_compile.position.row_reader import Rows, leaves
 from salad_compile.position.rows import RowTracker, values_of_tensors
-from salad_compile.position.shadows import blank, compact
+from salad_compile.position.shadows import blank, compact, shrink
 
 _INPUTS = 30
 """So many inputs have bits of their own; further ones share the last."""
@@ -109,7 +109,7 @@ class TokenLabels(RowTracker):
         with unset_fake_temporarily():
             if out.shape[:-1] == source.shape[:-1]:
                 labels = self.of_tokens(source).view(*out.shape[:-1], 1)
-                self.table[out] = Rows(labels.expand(out.shape))
+                self.table[out] = Rows(shrink(labels).expand(out.shape))
                 return
         self.note(_computed, (source,), {}, out)
 

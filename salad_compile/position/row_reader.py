@@ -195,7 +195,7 @@ class RowReader:
             raise UnknownError(f"it is padded in mode {mode!r}")
         shadow, pad = self._shadow(args[0] if args else kwargs["input"]), [int(size) for size in given]
         if any(pad[:2]) or shadow.stride(-1) != 0:
-            return sh.expand_channels(F.pad(shadow, pad, value=self.entries.blank))
+            return sh.shrink(F.pad(shadow, pad, value=self.entries.blank))
         padded = F.pad(shadow[..., :1], pad, value=self.entries.blank)
         return padded.expand(*padded.shape[:-1], shadow.shape[-1])
 
@@ -224,8 +224,8 @@ class RowReader:
 
 def _expand_all(moved: Any) -> Any:
     if isinstance(moved, Tensor):
-        return sh.expand_channels(moved)
-    return [sh.expand_channels(part) for part in moved]
+        return sh.shrink(moved)
+    return [sh.shrink(part) for part in moved]
 
 
 def _only_slices(index: Any) -> bool:

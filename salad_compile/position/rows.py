@@ -154,7 +154,7 @@ class RowTracker(RowReader):
             return blank if new is None else new.expand(shape)
         if name in _PLACED:
             try:
-                return sh.expand_channels(getattr(before, name)(*self._mapped(args[1:]), **self._mapped(dict(kwargs))))
+                return sh.shrink(getattr(before, name)(*self._mapped(args[1:]), **self._mapped(dict(kwargs))))
             except (RuntimeError, TypeError, IndexError, AttributeError) as error:
                 raise UnknownError(f"{name} writes into it") from error
         if name in FOLLOWED:
@@ -171,7 +171,7 @@ class RowTracker(RowReader):
         some = any(isinstance(item, Tensor) and item.dtype == torch.bool for item in given)
         written = sh.blank((), self.entries.blank) if new is None else new
         reaches = Ellipsis in [item for item in given if not isinstance(item, Tensor)] or axes == before.dim()
-        base = sh.one_channel(before).clone()
+        base = sh.one_channel(before)
         last = given[-1]
         if not reaches or last is Ellipsis:
             written = sh.one_channel(written)
@@ -182,8 +182,11 @@ class RowTracker(RowReader):
             given = (*given[:-1], slice(None) if isinstance(last, slice) else 0)
         else:
             raise UnknownError("it is written at computed channels")
+        if all(item is Ellipsis or (isinstance(item, slice) and item == slice(None)) for item in given):
+            return written.expand(before.shape)  # all tokens: nothing is left of what was there
+        base = base.clone()
         base[given] = written
-        return base.expand(before.shape)
+        return sh.shrink(base).expand(before.shape)
 
     def _note_view(
         self, value: Any, name: str, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
@@ -228,7 +231,7 @@ class RowTracker(RowReader):
         if not share_memory(view, base):
             return self._lost("a view of it is written into", root, [root])
         view.copy_(new)
-        return Rows(sh.expand_channels(base))
+        return Rows(sh.shrink(base))
 
     def _derived(self, value: Any, root: Any) -> Rows | None:
         """The rows of a view of `root`; None if it is a view of something else."""

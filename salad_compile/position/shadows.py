@@ -35,12 +35,15 @@ def compact(shadow: Tensor) -> Tensor:
     return shadow
 
 
-def expand_channels(shadow: Tensor) -> Tensor:
-    """The same with its last axis expanded, if nothing changes along it."""
-    if shadow.dim() == 0 or shadow.shape[-1] < 2 or shadow.stride(-1) == 0:
-        return shadow
-    first = shadow[..., :1]
-    return first.clone().expand(shadow.shape) if bool((shadow == first).all()) else shadow
+def shrink(shadow: Tensor) -> Tensor:
+    """The same, expanded along each axis where nothing changes."""
+    small = compact(shadow)
+    for axis, size in enumerate(small.shape):
+        if size > 1:
+            first = small.narrow(axis, 0, 1)
+            if bool((small == first).all()):
+                small = first
+    return small.clone().expand(shadow.shape) if small.numel() < shadow.numel() else shadow
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
@@ -58,7 +61,7 @@ def reshape(shadow: Tensor, shape: Sequence[int]) -> Tensor:
         own = tuple(shadow.shape)
     if own[-1] == shape[-1] and shadow.stride(-1) == 0:
         return shadow[..., :1].reshape(*shape[:-1], 1).expand(shape)
-    return expand_channels(shadow.reshape(shape))
+    return shrink(shadow.reshape(shape))
 
 
 def cat(shadows: Sequence[Tensor], dim: int) -> Tensor:
