@@ -59,7 +59,7 @@ class ConfigFields(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class SiteFields(Struct, forbid_unknown_fields=True, kw_only=True):
-    """`SiteRecord`. Files of format version 4 do not have `call`."""
+    """`SiteRecord`. Older files do not have what has a default here."""
 
     owner: Text
     query: Text
@@ -85,6 +85,7 @@ class SiteFields(Struct, forbid_unknown_fields=True, kw_only=True):
     dropped: bool
     rotated_first: bool
     call: Literal["", "sdpa", "flex", "products", "adapter"] = ""
+    gate_axes: Annotated[str, Meta(pattern="^[0-9 ]*$", max_length=20)] = ""
     channels: dict[Text, Annotated[list[Count], Meta(min_length=2, max_length=2)]] = msgspec.field(default_factory=dict)
 
 

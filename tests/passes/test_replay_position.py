@@ -18,7 +18,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import salad_compile
 from salad_compile.backend.exported_programs import rewrite_exported
 from salad_compile.definition.linear_branch import LINEAR_EPS
-from salad_compile.errors import PositionReplayError
+from salad_compile.errors import NoEligibleSiteError, PositionReplayError, SiteLostError
 from salad_compile.kernels.linear.feature_maps import find_feature_map
 from salad_compile.kernels.linear.reference import quadratic_attention
 from salad_compile.sites.branch import SaladBranch, branches
@@ -54,9 +54,12 @@ UNDETERMINED = {
     styles.Added: "add adds something else to it",
     styles.NormedAfter: "not known to be linear",
     styles.NormedParts: "not known to be linear",
-    styles.Fused: "turn, on its way to attention, is not known to be linear",
     styles.FusedInPlace: "turn_in_place, on its way to attention, is not known to be linear",
-    styles.Registers: "puts values of another origin among its rows",
+}
+# refused before position is looked at, with either placement
+UNKNOWN_ROWS = {
+    styles.Fused: "turn is not known to keep tokens where they are",
+    styles.Registers: "come from no one row of its query projection",
 }
 
 
@@ -249,11 +252,22 @@ def test_exported(style: type[styles.Rotary], strict: bool) -> None:
     assert relative_error(rewritten.module()(x), model(x)) < 1e-6
 
 
+@pytest.mark.parametrize("style", UNKNOWN_ROWS)
+@pytest.mark.parametrize("placement", ["map-then-rotate", "rotate-then-map"])
+def test_rows_that_nobody_can_follow_are_refused(style: type[styles.Rotary], placement: str) -> None:
+    model = toys.Stack(style().double())
+    names = list(model.state_dict())
+    config = dataclasses.replace(CONFIG, rope_placement=placement)
+    with pytest.raises(NoEligibleSiteError, match=r"(?s)" + UNKNOWN_ROWS[style].replace(" ", r"\s+")):
+        salad_compile.convert(model, config, example_inputs=inputs_of(style))
+    assert list(model.state_dict()) == names
+
+
 def test_an_exported_region_of_another_precision_is_an_error() -> None:
     """torch.export makes a nested graph of it; the position encoding lies within."""
     model = toys.Stack(styles.Precise()).eval()
     salad_compile.convert(model, CONFIG, example_inputs=(toys.tokens(),))
-    with pytest.raises(PositionReplayError, match=r"wrap_with_autocast, .*, is not known to be linear"):
+    with pytest.raises(SiteLostError, match="wrap_with_autocast is not known to keep tokens where they are"):
         rewrite_exported(torch.export.export(model, (toys.tokens(),)))
 
 

@@ -31,7 +31,17 @@ STATE = {"version": 1, "step": 3, "settings": {}, "fingerprint": FINGERPRINT, "f
 SUMMARY = {"steps": 3, "loss": 0.1, "validation_loss": None, "items": 9, "processes": 1, "settings": {}}
 INFO = {"format": "salad-latents", "format_version": 1, "normalized": True, "statistics": {"mean": [0.0], "std": [1.0]}}
 # older files are without them
-OPTIONAL = {"checked", "call", "channels", "digest", "digests", "normalized"}
+OPTIONAL = {
+    "checked",
+    "call",
+    "channels",
+    "compensation",
+    "compensation_pool",
+    "gate_axes",
+    "digest",
+    "digests",
+    "normalized",
+}
 HUGE = [float("nan"), float("inf"), -1, 10**400, 1e308, "", [], {}, None, True, "x" * 20_000]
 
 
