@@ -37,13 +37,19 @@ class Layout:
 
 
 def video_inputs(inputs: Mapping[str, Any]) -> set[str]:
-    """The inputs that hold the video: those with more than three dimensions; of packed ones that with most tokens."""
+    """The inputs that hold the video: those with more than three dimensions; of packed ones that with most tokens.
+
+    Where names tell videos from other streams (`video_latents`, `audio_latents`), they decide.
+    """
     tensors = {
         name: value
         for name, given in inputs.items()
         for value in (given if isinstance(given, (list, tuple)) else [given])
         if isinstance(value, Tensor) and value.ndim >= 3 and value.is_floating_point()
     }
+    named = {name for name in tensors if "video" in name.lower()}
+    if named and any("audio" in name.lower() for name in tensors):
+        return named
     grids = {name for name, tensor in tensors.items() if tensor.ndim > 3}
     if grids or not tensors:
         return grids

@@ -113,6 +113,8 @@ ENTRIES = {
         grid=None,
         fullgraph=False,
         breaks_inside=True,
+        refused="its text does not lie on one side of the video",
+        untrue="what it calls text are tokens of the reference image and of earlier frames",
     ),
     "wan.modules.animate.model_animate.WanAnimateModel": Wild(
         model("animate.model_animate", "WanAnimateModel", num_layers=5),
