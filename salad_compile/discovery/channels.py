@@ -85,7 +85,8 @@ class ChannelTracker:
         """The next operation."""
         name, writes = name_of(function, args)
         data = args[:1] if name in _LIKE_ANOTHER else (args, kwargs)
-        given = [leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor) and leaf in self._known]
+        known = (leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor) and leaf in self._known)
+        given = [leaf for leaf in known if leaf.numel()]  # without elements it has no channels
         if not given or name in _NO_DATA:
             return
         with unset_fake_temporarily():
@@ -250,7 +251,8 @@ def _views(
 
 def _narrowed(known: Channels, shadow: Tensor) -> Channels:
     """What is left of a value in a view of it."""
-    places = tuple(0 if step == 0 else slice(None) for step in shadow.stride())  # the same along these axes
+    # the same along these axes; a view without elements has none to take
+    places = tuple(0 if step == 0 and shadow.numel() else slice(None) for step in shadow.stride())
     kept = torch.unique(shadow[places]).long()
     if known.which is not None:
         if len(kept) == 1:

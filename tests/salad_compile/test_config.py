@@ -52,6 +52,7 @@ def test_specs_travel_as_text() -> None:
     made = AttentionSpec("topk", 100, 64, 128, "softmax", "tiles", rope_placement="map-then-rotate")
     assert AttentionSpec.decode(spec.encode()) == spec == made
     given = {"linear_branch": False, "rope_placement": "rotate-then-map", "gate": "head", "scaling": "v2"}
+    given |= {"compensation": "tail", "pool": 64, "gate_axes": "1 0"}
     found = {"text": "before", "single": True, "heads_per_key": 4, "square_mask": True, "process_group": "0+1"}
     site = dataclasses.replace(spec, token_order="flat", adjustable=True, window=300, **given, **found)
     assert AttentionSpec.decode(site.encode()) == site
