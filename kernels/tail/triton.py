@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..capability import padded_head_dim
+from ..capability import arch_of, padded_head_dim
 from ..launch import launch
 from ..layout import block_count, row_strides, with_dense_rows
 from .triton_kernels import merge_kernel, pool_gradient_kernel, query_gradient_kernel
@@ -44,7 +44,9 @@ def merge_tail(
 ) -> torch.Tensor:
     """See `torch.merge_tail`."""
     batch, heads, tokens, _ = query.shape
-    constants = _constants(query, pooled_value, query_block)
+    # on Ampere and Ada the tile of wide heads does not fit into the registers of four warps
+    wide = arch_of(query.device)[0] < 9 and padded_head_dim(query.shape[-1]) > 64
+    constants = _constants(query, pooled_value, query_block, warps=8 if wide else 4)
     joint = torch.empty_like(lse)
     query, pooled_key, pooled_value = (with_dense_rows(x) for x in (query, pooled_key, pooled_value))
     launch(
