@@ -166,8 +166,9 @@ def _constant(value: Any, parameters: Mapping[fx.Node, Any]) -> torch.Tensor | N
 def _fault(call: AttentionCall, tracker: RowTracker, first: Mapping[fx.Node, int]) -> str:
     assert call.tag is not None
     arguments = call.arguments
-    if isinstance(arguments.batch, fx.Node):  # of packed samples: how many there are is in its size
-        arguments = dataclasses.replace(arguments, batch=torch.empty(_shape(arguments.batch) or (2,)))
+    packed = _shape(arguments.batch)
+    if packed is not None:  # how many samples there are is in its size
+        arguments = dataclasses.replace(arguments, batch=torch.empty(packed))
     rows = tracker.rows(arguments.query, arguments.heads_first)
     if isinstance(rows, str):
         return f"which of its tokens is which row of its query projection is not known: {rows}"

@@ -42,26 +42,24 @@ ATTENTION, ROUTED, WINDOWS, STATE, OUTPUT = (
 )
 TAILED, COUNTED = "attend_with_tail", "tail_tokens"
 POOLED, LISTS = ("pooled_key", "pooled_value"), ("lut", "count", "key_block", "key_mask")
+# What holds for attention without pools and with them: a sentence for each call, and how that is seen.
+OF_ATTENTION: tuple[tuple[str, Callable[[Call], bool]], ...] = (
+    ("lut and count are the results of one selection", lambda c: c.has_selection()),
+    ("it has the blocks of its selection", lambda c: c.agrees(c.selection, "query_block", "key_block")),
+    ("it has the key mask of its selection", lambda c: c.agrees(c.selection, "key_mask")),
+    ("the selection is of its query and key", lambda c: c.selection is None or c.selection.is_of(c)),
+    ("query, key and value are in one order", lambda c: c.one_order("query", "key", "value")),
+    ("nothing reads its lse", lambda c: all(user.args[1] == 0 for user in c.node.users)),
+)
 # Operator, a sentence that holds for each call of it, and how that is seen. Of what another rule rejects a rule says
 # nothing: `selection`, `state` and the like are then None.
 RULES: tuple[tuple[str, str, Callable[[Call], bool]], ...] = (
+    *((name, *rule) for name in (ATTENTION, TAILED) for rule in OF_ATTENTION),
     (ATTENTION, "query, key and value have one dtype", lambda c: c.one_dtype("query", "key", "value")),
     (STATE, "key and value have one dtype", lambda c: c.one_dtype("key", "value", "rotated_key")),
     (OUTPUT, "the query has one dtype", lambda c: c.one_dtype("query", "rotated_query")),
     (ROUTED, "pooled query and key have one dtype", lambda c: c.one_dtype("pooled_query", "pooled_key")),
-    (ATTENTION, "lut and count are the results of one selection", lambda c: c.has_selection()),
-    (ATTENTION, "it has the blocks of its selection", lambda c: c.agrees(c.selection, "query_block", "key_block")),
-    (ATTENTION, "it has the key mask of its selection", lambda c: c.agrees(c.selection, "key_mask")),
-    (ATTENTION, "the selection is of its query and key", lambda c: c.selection is None or c.selection.is_of(c)),
-    (ATTENTION, "query, key and value are in one order", lambda c: c.one_order("query", "key", "value")),
-    (ATTENTION, "nothing reads its lse", lambda c: all(user.args[1] == 0 for user in c.node.users)),
     (TAILED, "query, key, value and pools have one dtype", lambda c: c.one_dtype("query", "key", "value", *POOLED)),
-    (TAILED, "lut and count are the results of one selection", lambda c: c.has_selection()),
-    (TAILED, "it has the blocks of its selection", lambda c: c.agrees(c.selection, "query_block", "key_block")),
-    (TAILED, "it has the key mask of its selection", lambda c: c.agrees(c.selection, "key_mask")),
-    (TAILED, "the selection is of its query and key", lambda c: c.selection is None or c.selection.is_of(c)),
-    (TAILED, "query, key and value are in one order", lambda c: c.one_order("query", "key", "value")),
-    (TAILED, "nothing reads its lse", lambda c: all(user.args[1] == 0 for user in c.node.users)),
     (TAILED, "its pools are counted from its lists", lambda c: c.agrees(c.maker("pool_tokens", COUNTED), *LISTS)),
     ("take_rows", "the rows are put back", lambda c: c.is_put_back()),
     (ROUTED, "its means are of its blocks", lambda c: c.pools("query") and c.pools("key")),

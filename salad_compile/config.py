@@ -63,6 +63,11 @@ def _check_attention_options(options: SaladConfig | BackendOptions) -> None:
     )
 
 
+def _pool(options: SaladConfig | BackendOptions) -> int:
+    """Tokens for which one mean stands; 0 without compensation, whose size then is in no graph."""
+    return options.compensation_pool if options.compensation != COMPENSATIONS[0] else 0
+
+
 @dataclass(frozen=True)
 class SaladConfig:
     """How :func:`salad_compile.convert` converts a model.
@@ -220,7 +225,7 @@ class SaladConfig:
             adjustable=adjustable,
             window=self.window or 0,
             compensation=self.compensation,
-            pool=self.compensation_pool if self.compensation != COMPENSATIONS[0] else 0,
+            pool=_pool(self),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -296,7 +301,7 @@ class BackendOptions:
             self.key_block,
             FEATURE_MAPS[0],
             compensation=self.compensation,
-            pool=self.compensation_pool if self.compensation != COMPENSATIONS[0] else 0,
+            pool=_pool(self),
         )
 
     @classmethod

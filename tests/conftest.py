@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from salad_compile.sites import converted_models
 from tests import shared
 from tools.cost_of_tests import CostOfTests
 from tools.support_table import DenseModel, Model, UnusableError, cell_of, write
@@ -134,6 +135,14 @@ def _versions() -> str:
 def _seed() -> None:
     """Toy models draw their weights from the global generator: the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What earlier tests left alive are converted models that nobody knows, and then nothing is said."""
+    left = {id(site) for site in converted_models.attached()}
+    attached = converted_models.attached
+    monkeypatch.setattr(converted_models, "attached", lambda: [site for site in attached() if id(site) not in left])
 
 
 @pytest.fixture(autouse=True, scope="session")

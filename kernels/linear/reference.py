@@ -2,7 +2,7 @@
 
 import torch
 
-from ..checks import accumulation_dtype
+from ..checks import accumulation_dtype, valid_or_zero
 from .feature_maps import find_feature_map
 
 
@@ -19,9 +19,9 @@ def linear_state(
     """
     phi, _ = find_feature_map(feature_map)
     dtype = accumulation_dtype(key.dtype)
-    features = keep_valid(phi(key.to(dtype)), key_mask)
-    left = features if rotated_key is None else keep_valid(rotated_key.to(dtype), key_mask)
-    return left.transpose(-1, -2) @ keep_valid(value.to(dtype), key_mask), features.sum(dim=2)
+    features = valid_or_zero(phi(key.to(dtype)), key_mask)
+    left = features if rotated_key is None else valid_or_zero(rotated_key.to(dtype), key_mask)
+    return left.transpose(-1, -2) @ valid_or_zero(value.to(dtype), key_mask), features.sum(dim=2)
 
 
 def linear_output(
@@ -56,14 +56,9 @@ def quadratic_attention(
     """The same sum written with all S x S weights, which is what the two functions above must add up to."""
     phi, _ = find_feature_map(feature_map)
     dtype = accumulation_dtype(query.dtype)
-    features = phi(query.to(dtype)), keep_valid(phi(key.to(dtype)), key_mask)
+    features = phi(query.to(dtype)), valid_or_zero(phi(key.to(dtype)), key_mask)
     weights = features[0] @ features[1].transpose(-1, -2)
     numerators = weights
     if rotated_query is not None and rotated_key is not None:
-        numerators = rotated_query.to(dtype) @ keep_valid(rotated_key.to(dtype), key_mask).transpose(-1, -2)
+        numerators = rotated_query.to(dtype) @ valid_or_zero(rotated_key.to(dtype), key_mask).transpose(-1, -2)
     return ((numerators @ value.to(dtype)) / (weights.sum(dim=-1, keepdim=True) + eps)).to(query.dtype)
-
-
-def keep_valid(x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-    """x (B, H, S, D) with 0 in the rows that the mask (B, S) leaves out."""
-    return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0)

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from ..checks import accumulation_dtype
+from ..checks import accumulation_dtype, valid_or_zero
 from ..layout import ALL_BLOCKS, block_count
 from .density import kept_now, list_width, touched_blocks
 
@@ -13,8 +13,7 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
     """See `reference.pool_blocks`. Full blocks are one strided reduction, the short last block a second one."""
     batch, heads, tokens, head_dim = x.shape
     dtype = accumulation_dtype(x.dtype)
-    if key_mask is not None:
-        x = x.masked_fill(~key_mask[:, None, :, None], 0)
+    x = valid_or_zero(x, key_mask)
     full = tokens // block
     pooled = x.new_empty((batch, heads, block_count(tokens, block), head_dim), dtype=dtype)
     if full:

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 
 from ..autocast import without_autocast
-from ..block_sparse.checks import check_types
 from ..checks import accumulation_dtype, require
 from ..differentiation import refuse_second_derivative, reverse_mode_only
 from ..engines import Call, choose
-from ..layout import block_count, empty_bshd
-from ..selection import Selection
+from ..layout import block_count
 from .checks import check_pool_size, check_pools
 from .counting import count_tail
 
@@ -120,10 +118,9 @@ def _(
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_types(query, key, value, Selection(lut, count, query_block, key_block, scale, key_mask))
-    batch, heads, tokens, _ = query.shape
-    out = empty_bshd(query, batch, heads, tokens, value.shape[-1])
-    return out, query.new_empty((batch, heads, tokens), dtype=accumulation_dtype(query.dtype))
+    given = (query, key, value, lut, count, query_block, key_block, scale, key_mask)
+    out, lse = torch.ops.salad.block_sparse_attention.default(*given)  # its fake: pools change no shape
+    return out, lse
 
 
 def _call(operator: str, query: torch.Tensor, value: torch.Tensor, query_block: int) -> Call:
@@ -189,8 +186,9 @@ def _(
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    rows = [empty_bshd(x, *x.shape) for x in (query, key, value)]
-    return [*rows, *(x.new_empty(x.shape) for x in (pooled_key, pooled_value)), lse.new_empty((query.shape[1],))]
+    settings = (lut, count, query_block, key_block, scale, key_mask)
+    grads = torch.ops.salad.block_sparse_attention_backward.default(grad_out, query, key, value, out, lse, *settings)
+    return [*grads, *(x.new_empty(x.shape) for x in (pooled_key, pooled_value)), lse.new_empty((query.shape[1],))]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from salad_compile.calls.softmax_products import name_of
-from salad_compile.position.operations import MOVES
+from salad_compile.position.operations import LIKE_ANOTHER, MOVES
 
 _VIEW_NAMES = (
     "view reshape flatten unflatten transpose swapaxes swapdims permute movedim moveaxis squeeze unsqueeze getitem "
@@ -28,7 +28,6 @@ _VIEW_NAMES = (
 _VIEWS = frozenset(_VIEW_NAMES.split())
 _SAME_NAMES = "contiguous clone to float half bfloat16 double type type_as detach"
 _SAME = frozenset(_SAME_NAMES.split())
-_LIKE_ANOTHER = frozenset({"to", "type_as", "view_as", "expand_as", "reshape_as"})  # whose shape or dtype is lent
 _JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
 _NO_DATA_NAMES = "size shape stride dim numel empty_like zeros_like ones_like full_like new_empty new_zeros"
 _NO_DATA = frozenset(_NO_DATA_NAMES.split())
@@ -84,7 +83,7 @@ class ChannelTracker:
     def note(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """The next operation."""
         name, writes = name_of(function, args)
-        data = args[:1] if name in _LIKE_ANOTHER else (args, kwargs)
+        data = args[:1] if name in LIKE_ANOTHER else (args, kwargs)
         known = (leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor) and leaf in self._known)
         given = [leaf for leaf in known if leaf.numel()]  # without elements it has no channels
         if not given or name in _NO_DATA:
@@ -119,7 +118,7 @@ class ChannelTracker:
             self._known[out] = known
             return True
         tensors = sum(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
-        if name not in _VIEWS or (tensors != 1 and name not in _LIKE_ANOTHER):
+        if name not in _VIEWS or (tensors != 1 and name not in LIKE_ANOTHER):
             return False
         results = list(_tensors(out))
         moved = _views(name, function, args, kwargs, shadow, [tuple(result.shape) for result in results])

@@ -38,9 +38,6 @@ from salad_compile.position.recording import OperationRecording, Recorded, posit
 from salad_compile.position.rows import RowTracker
 from salad_compile.position.rows import of_tensors as rows_of_tensors
 
-_CONTRACTIONS = frozenset(
-    {"linear", "matmul", "mm", "bmm", "addmm", "einsum", "tensordot", "conv1d", "conv2d", "conv3d"}
-)
 _PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "einsum", "tensordot", "conv1d", "conv2d", "conv3d"}
 _CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
 

@@ -51,9 +51,9 @@ _OWN_NAMESPACES = frozenset({"aten", "prims", "salad"})
 
 # Arguments that carry values; the tensors among the others are indices, masks, or lend a shape or a dtype.
 _FROM_FIRST = "getitem index_select index gather take_along_dim repeat_interleave masked_fill"
-_LIKE_ANOTHER = "to type_as view_as expand_as reshape_as"
+LIKE_ANOTHER = frozenset({"to", "type_as", "view_as", "expand_as", "reshape_as"})  # the others lend a shape or dtype
 _DATA = {
-    **dict.fromkeys((*_FROM_FIRST.split(), *_LIKE_ANOTHER.split()), (0,)),
+    **dict.fromkeys((*_FROM_FIRST.split(), *LIKE_ANOTHER), (0,)),
     **dict.fromkeys(("setitem", "index_put"), (0, 2)),
     **dict.fromkeys(("index_copy", "scatter"), (0, 3)),
     "where": (1, 2),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from salad_compile.position import shadows as sh
 from salad_compile.position.kept_rows import Entries, Operation, carry
-from salad_compile.position.operations import MOVES
+from salad_compile.position.operations import LIKE_ANOTHER, MOVES
 from salad_compile.position.shadows import UnknownError
 
 _ELEMENTS = (
@@ -27,7 +27,6 @@ _COMPUTED = frozenset(_ELEMENTS.split())
 _ALSO_MOVES = "unfold rot90 fliplr flipud take broadcast_to pixel_shuffle pixel_unshuffle channel_shuffle narrow_copy"
 FOLLOWED = (MOVES | set(_ALSO_MOVES.split())) - _COMPUTED - {"as_strided"}
 _JOINS = {"cat": 0, "concat": 0, "concatenate": 0, "stack": 0, "hstack": 1, "vstack": 0, "dstack": 2}
-LIKE_ANOTHER = frozenset({"to", "type_as", "view_as", "expand_as", "reshape_as"})  # the others lend a shape or dtype
 _RESHAPES = frozenset({"view", "unsafe_view", "reshape", "view_as", "reshape_as", "flatten", "unflatten"})
 
 

@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 from salad_compile.calls.softmax_products import name_of
 from salad_compile.position import shadows as sh
 from salad_compile.position.kept_rows import Entries, Operation, carry
-from salad_compile.position.operations import BLANKS, SIZES
-from salad_compile.position.row_reader import FOLLOWED, LIKE_ANOTHER, RowReader, Rows, Values, leaves
+from salad_compile.position.operations import BLANKS, LIKE_ANOTHER, SIZES
+from salad_compile.position.row_reader import FOLLOWED, RowReader, Rows, Values, leaves
 from salad_compile.position.shadows import UnknownError, share_memory
 
 _PLACED = frozenset({"index_put", "index_copy", "scatter", "index_fill", "slice_scatter", "select_scatter"})

@@ -18,11 +18,3 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def gathering(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain-torch engine gathers blocks, as it does for long sequences."""
-    from salad_compile.kernels.block_sparse import whole
-
-    monkeypatch.setattr(whole, "_MOST_PAIRS", 0)

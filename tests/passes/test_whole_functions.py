@@ -12,19 +12,13 @@ import salad_compile
 from salad_compile.backend import announcements
 from salad_compile.errors import SiteLostError
 from salad_compile.passes import whole_functions
-from salad_compile.sites import converted_models
 from tests.support import TINY
 from tests.toys import WIDTH, heads
 
 OPTIONS = {"min_tokens": 64, "lowering": "eager"}
 
 
-@pytest.fixture(autouse=True)
-def _as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What earlier tests left alive are converted models that nobody knows, and then nothing is said."""
-    left = {id(site) for site in converted_models.attached()}
-    attached = converted_models.attached
-    monkeypatch.setattr(converted_models, "attached", lambda: [site for site in attached() if id(site) not in left])
+pytestmark = pytest.mark.usefixtures("as_if_alone")
 
 
 def swap(x: Tensor) -> Tensor:

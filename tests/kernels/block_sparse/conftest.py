@@ -2,7 +2,10 @@
 
 import pytest
 
+from salad_compile.kernels.block_sparse import whole
+
 
 @pytest.fixture(autouse=True)
-def _gathering(gathering: None, request: pytest.FixtureRequest) -> None:
-    """In this folder blocks are gathered, whatever the length; test_whole.py says otherwise."""
+def _gathering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine gathers blocks, whatever the length; test_whole.py says otherwise."""
+    monkeypatch.setattr(whole, "_MOST_PAIRS", 0)

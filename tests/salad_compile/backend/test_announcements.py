@@ -14,7 +14,6 @@ from torch import Tensor
 import salad_compile
 from salad_compile.backend import announcements
 from salad_compile.calls import adapters
-from salad_compile.sites import converted_models
 from salad_compile.sites.branch import branches
 from tests.support import TINY
 from tests.toys import SelfAttention
@@ -22,12 +21,7 @@ from tests.toys import SelfAttention
 OPTIONS = {"min_tokens": 64, "sparsity": 0.5, "query_block": 16, "key_block": 16, "lowering": "aot_eager"}
 
 
-@pytest.fixture(autouse=True)
-def _as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What earlier tests left alive are converted models that nobody knows, and then nothing is said."""
-    left = {id(site) for site in converted_models.attached()}
-    attached = converted_models.attached
-    monkeypatch.setattr(converted_models, "attached", lambda: [site for site in attached() if id(site) not in left])
+pytestmark = pytest.mark.usefixtures("as_if_alone")
 
 
 @torch.library.custom_op("toy::unheard_of", mutates_args=())
