@@ -258,6 +258,7 @@ FAULTS = (
         "incomplete patches at the border forgotten",
         "grid",
         ("(shape[axis] + patch - 1) // patch", "shape[axis] // patch"),
+        ("((size + edge - 1) // edge for size, edge", "(size // edge for size, edge"),
         tests="tests/salad_compile/grid/*.py tests/salad_compile/test_geometry.py",
     ),
     # --------------------------------------------------------------------------------------------- sites and position
