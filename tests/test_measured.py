@@ -114,3 +114,16 @@ def test_the_table_of_whole_steps(measured: ModuleType, results: Path) -> None:
     )
     assert "510.0" not in block, "its only partner failed"
     assert "Without a timing there: 1 left out, 1 failed." in block
+
+
+def test_rows_of_several_runs_name_each_run(measured: ModuleType, results: Path) -> None:
+    about = {"layers": 30, "measured_sparsity": 0.9, "working_bytes": 2**30, "speedup": 2.0}
+    one, other = (
+        {**kernel_row("SALAD", "salad", step, 1.0, **about), "command": command}
+        for step, command in (("denoising step", "python a.py"), ("training step", "python b.py"))
+    )
+    dense = kernel_row("dense", "dense", "denoising step", 2.0, **about)
+    (results / "transformer_imaginary.json").write_text(json.dumps([dense, one, other]))
+    block = measured.render(results)
+    assert "denoising step: `python a.py`, " in block
+    assert "training step: `python b.py`, " in block

@@ -151,9 +151,8 @@ def _transformers(path: Path) -> list[str]:
             dense = row if _timed([row]) else None
         elif row["kind"] == "salad" and dense is not None and _timed([row]):
             pairs.append((dense, row))
-    first = rows[0]
     lines = [
-        f"Whole steps, `{_command(first)}`: {_machine(first)}.",
+        *_runs([row for _, row in pairs] or rows),
         "diffusers' WanTransformer3DModel in the widths of Wan2.1, with random weights: speed, not quality. Both sides",
         "compiled block by block and timed in turn; medians, in brackets the middle 80 %. Memory is what a step takes",
         "beyond the weights. Denoising steps have LoRA merged. Training steps use gradient checkpointing; SALAD trains",
@@ -168,6 +167,19 @@ def _transformers(path: Path) -> list[str]:
         times = f"{_milliseconds(plain)} | {_milliseconds(row)} | **{_ratio(row)}**"
         lines.append(f"| {about} | {row['measured_sparsity']:.3f} | {times} | {_memory(plain)}, {_memory(row)} |")
     return [*lines, "", _missing(rows, path)]
+
+
+def _runs(rows: list[Row]) -> list[str]:
+    """What made the rows; of several runs each with its rows."""
+    runs: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        runs.setdefault((_command(row), _machine(row)), []).append(f"{row['case']} {row['pass']}")
+    if len(runs) == 1:
+        return [f"Whole steps, `{command}`: {machine}." for command, machine in runs]
+    return [
+        "Whole steps, of several runs.",
+        *(f"{', '.join(made)}: `{command}`, {machine}." for (command, machine), made in runs.items()),
+    ]
 
 
 def _memory(row: Row) -> str:
