@@ -24,10 +24,11 @@ ALIVE = ".alive"  # in a directory that is being written: held by its writer, so
 
 @contextlib.contextmanager
 def write_at_once(target: Path, *, held: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `target`, which is renamed to it at the end, or removed if anything fails.
+    """Yield a path in a temporary directory beside `target`, which is renamed to it at the end, or removed.
 
-    Writers of one directory wait for each other, so that what lies there under a temporary name was left by a dead one,
-    and is removed. After a loss of power too the file is there whole or as it was.
+    The directory holds what a library puts beside the file it writes, as safetensors 0.8 does: it goes with it. Writers
+    of one directory wait for each other, so that what lies there under a temporary name was left by a dead one, and is
+    removed. After a loss of power too the file is there whole or as it was.
 
     Args:
         held: the caller holds the directory, or one above that all its writers hold.
@@ -39,18 +40,19 @@ def write_at_once(target: Path, *, held: bool = False) -> Iterator[Path]:
     with name_failures(target), contextlib.nullcontext(False) if held else hold(target.parent) as alone:
         if alone:
             for left in leftovers(target):
-                left.unlink(missing_ok=True)
+                remove(left)
+        file = temporary / target.name
         try:
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            yield temporary
-            temporary.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
-            flush_to_disk(temporary)
-            temporary.replace(target)
+            temporary.mkdir()
+            file.touch()
+            mode = file.stat().st_mode
+            yield file
+            file.chmod(mode)  # safetensors 0.8 makes files that only their owner can read
+            flush_to_disk(file)
+            file.replace(target)
             flush_to_disk(target.parent)
         finally:
-            with contextlib.suppress(NotADirectoryError):  # a file stands where the directory should be
-                temporary.unlink(missing_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -109,12 +111,12 @@ def _clean_up(target: Path) -> None:
     """Remove what dead writers of `target` have left; if one died between two renames, the old directory comes back."""
     for left in leftovers(target, "before"):
         if target.exists():
-            shutil.rmtree(left, ignore_errors=True)
+            remove(left)
         else:
             left.rename(target)
     for left in leftovers(target):
         if left.is_dir() and not ((left / ALIVE).is_dir() and is_held(left / ALIVE)):
-            shutil.rmtree(left, ignore_errors=True)
+            remove(left)
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -144,6 +146,14 @@ def leftovers(target: Path, kind: str = "partial") -> list[Path]:
     """What has a temporary name of `target`, whoever wrote it."""
     start, end = f".{target.name}.", f".{kind}"
     return [path for path in target.parent.iterdir() if path.name.startswith(start) and path.name.endswith(end)]
+
+
+def remove(left: Path) -> None:
+    """Remove a file, a link or a directory with all it holds, if it is still there."""
+    if left.is_dir() and not left.is_symlink():
+        shutil.rmtree(left, ignore_errors=True)
+    else:
+        left.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -175,7 +175,8 @@ def parquet_files(path: Path) -> list[Path]:
     """The file itself, or all below the directory."""
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
-    return sorted(file for file in path.rglob("*.parquet") if not file.name.startswith("."))
+    files = path.rglob("*.parquet")
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts))
 
 
 def _small_columns(file: Path) -> Iterator[tuple[_Row, dict[str, Any]]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from salad_compile.common.files import name_failures, write_at_once
+from salad_compile.common.files import name_failures, remove, write_at_once
 from salad_compile.common.locks import hold
 from salad_compile.common.tensor_files import with_digest
 
@@ -39,8 +39,8 @@ def writing_in(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
     with hold(directory, seconds=WAIT_SECONDS) as alone:
         with name_failures(directory):
-            for left in directory.rglob(".*.partial") if alone else ():
-                left.unlink(missing_ok=True)
+            for left in list(directory.rglob(".*.partial")) if alone else ():
+                remove(left)
         yield
 
 

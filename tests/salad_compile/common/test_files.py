@@ -128,9 +128,20 @@ def test_what_dead_writers_left_is_removed(tmp_path: Path) -> None:
         (tmp_path / name).write_text("half")
     for name in (".b.txt.1.partial", "a.txt.partial"):
         (tmp_path / name).write_text("of others")
+    (tmp_path / ".a.txt.8899aabbccddeeff.partial").mkdir()
+    (tmp_path / ".a.txt.8899aabbccddeeff.partial" / "a.txt").write_text("half")
     with write_at_once(tmp_path / "a.txt") as temporary:
         temporary.write_text("whole")
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", ".b.txt.1.partial", "a.txt.partial"}
+
+
+def test_what_a_library_puts_beside_the_file_it_writes_goes_too(tmp_path: Path) -> None:
+    """As safetensors 0.8 does, whose temporary file a kill leaves."""
+    for text in ("first", "second"):
+        with write_at_once(tmp_path / "a.txt") as temporary:
+            (temporary.parent / ".tmpAbCdEf").write_text("half")
+            temporary.write_text(text)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
