@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,14 +134,26 @@ def _model(arguments: argparse.Namespace, settings: TrainSettings) -> nn.Module:
 
 def _tell(result: TrainResult, settings: TrainSettings, arguments: argparse.Namespace) -> None:
     file = None if result.file is None else str(result.file)
-    sentence = f"wrote {file}: {result.step} steps, loss {result.loss}"
+    sentence = (
+        f"wrote {file}: {result.step} steps, loss {result.loss}\n{result.outcome.sentence()}; next: {_next(arguments)}"
+    )
     if not result.finished:
         sentence = (
             f"stopped after step {result.step} of {settings.steps}, which {result.checkpoint} holds: the same command "
             "resumes it"
         )
     checkpoint = None if result.checkpoint is None else str(result.checkpoint)
-    tell(arguments, sentence, {**dataclasses.asdict(result), "file": file, "checkpoint": checkpoint})
+    values = {**dataclasses.asdict(result), "outcome": result.outcome.to_dict()}
+    tell(arguments, sentence, {**values, "file": file, "checkpoint": checkpoint})
+
+
+def _next(arguments: argparse.Namespace) -> str:
+    """The command that makes files for other programs of the run."""
+    output = f"{Path(arguments.output)}-exported"
+    words = ["salad-compile", "export", "--model", arguments.model, "--salad", arguments.output, "--output", output]
+    if arguments.component != "transformer":
+        words[4:4] = ["--component", arguments.component]
+    return shlex.join(words)
 
 
 def _process(arguments: argparse.Namespace) -> None:

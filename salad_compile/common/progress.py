@@ -45,7 +45,7 @@ class ProgressBar:
             TextColumn("{task.fields[note]}"),
         )
         shown = shown and not _quiet
-        self._lines, self._every = shown and not console.is_terminal, every
+        self._shown, self._lines, self._every = shown, shown and not console.is_terminal, every
         self._what, self._total, self._first, self._done, self._note = what, total, done, done, ""
         self._began = self._said = time.monotonic()
         shown = shown and console.is_terminal
@@ -78,6 +78,11 @@ class ProgressBar:
         note = f", {self._note}" if self._note else ""
         text = f"{self._what}: {self._done}/{self._total}{note}, {hours}:{minutes:02}:{seconds:02} left"
         print(text, file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own on stderr, above the bar."""
+        if self._shown:
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Take the bar away."""

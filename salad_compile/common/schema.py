@@ -158,6 +158,7 @@ class SummaryFields(Struct, forbid_unknown_fields=True, kw_only=True):
     items: Count
     processes: Size
     settings: dict[Text, Any]
+    outcome: dict[Text, Any] | None = None
     digest: Digest | None = None
 
 

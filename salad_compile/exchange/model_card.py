@@ -38,7 +38,7 @@ def model_card(
         _method(configs, classes),
         "## Load\n\n" + _loading(formats, classes),
         "## Files\n\n" + _files(formats),
-        "## Training\n\n" + (_bullets(training) if training else "Nothing was recorded."),
+        "## Training\n\n" + _training(training),
         "## Sites\n\n" + summary.to_markdown(),
     ]
     return "\n\n".join(parts) + "\n"
@@ -84,6 +84,18 @@ def _files(formats: Sequence[ExportedFormat]) -> str:
         f"- `{entry.path}`: {entry.format}" if entry.path else f"- {entry.format}: not exported, {entry.reason}"
         for entry in formats
     )
+
+
+def _training(values: Mapping[str, Any] | None) -> str:
+    """The sentence of what was gained, of a `training.json`, and everything that is known."""
+    if not values:
+        return "Nothing was recorded."
+    outcome = values.get("outcome")
+    if not isinstance(outcome, Mapping) or "sentence" not in outcome:
+        return _bullets(values)
+    rest = {name: value for name, value in outcome.items() if name != "sentence"}
+    said = str(outcome["sentence"])
+    return f"{said[:1].upper()}{said[1:]}.\n\n{_bullets({**values, 'outcome': rest})}"
 
 
 def _bullets(values: Mapping[str, Any], indent: str = "") -> str:

@@ -65,10 +65,14 @@ class Fingerprint:
     def of(cls, model: nn.Module, latents: LatentDataset) -> Fingerprint:
         """Of a converted model before it is sharded."""
         header = describe(model)
-        listing = json.dumps([list(latents.names), [list(shape) for shape in latents.shapes]])
         config = json.loads(json.dumps(header.config.to_dict()))
-        digest = hashlib.sha256(listing.encode()).hexdigest()
-        return cls(header.base_class, header.base_digest, config, _weight_sum(model), digest)
+        return cls(header.base_class, header.base_digest, config, _weight_sum(model), digest_of_items(latents))
+
+
+def digest_of_items(latents: LatentDataset) -> str:
+    """Of the names and shapes of all items, in their order."""
+    listing = json.dumps([list(latents.names), [list(shape) for shape in latents.shapes]])
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def _weight_sum(model: nn.Module) -> float:

@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.sites.branch import SaladBranch, branches
-from salad_compile.sites.site import hold_dense
+from salad_compile.training.reference_states import as_base
 
 
 class SiteDistillation:
@@ -57,7 +57,7 @@ class SiteDistillation:
 
     def _hook(self, branch: SaladBranch) -> Any:
         def compare(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            with torch.no_grad(), _as_base(branch):
+            with torch.no_grad(), as_base([branch]):
                 dense = owner.forward(*args, **kwargs)
             pairs = list(zip(_tensors(output), _tensors(dense), strict=True))
             error = sum(((_relative_error(ours, theirs)) for ours, theirs in pairs), torch.zeros(())) / len(pairs)
@@ -66,18 +66,6 @@ class SiteDistillation:
             return dense
 
         return compare
-
-
-@contextlib.contextmanager
-def _as_base(branch: SaladBranch) -> Iterator[None]:
-    """The site as it is in the base model: dense, without its low-rank update."""
-    scale = branch.low_rank_scale.clone()
-    try:
-        branch.low_rank_scale.zero_()
-        with hold_dense([branch], True):
-            yield
-    finally:
-        branch.low_rank_scale.copy_(scale)
 
 
 def _tensors(output: Any) -> list[Tensor]:

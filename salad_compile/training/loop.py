@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,41 +26,22 @@ from salad_compile.salad_files.location import FILE_NAME
 from salad_compile.salad_files.runs import SUMMARY_FILE, Checkpoint, checkpoint_name, complete_checkpoints
 from salad_compile.salad_files.salad_file import save
 from salad_compile.sites.branch import branches
-from salad_compile.training.checkpoints import CheckpointWriter, Fingerprint, require_same
+from salad_compile.training.checkpoints import CheckpointWriter, Fingerprint, digest_of_items, require_same
 from salad_compile.training.distillation import SiteDistillation
 from salad_compile.training.ema import MovingAverage
 from salad_compile.training.engine import Engine, make_accelerator
 from salad_compile.training.feeding import Feed, Placed
 from salad_compile.training.flow_matching import Forward, Noised, default_forward, losses, stack, training_sample
 from salad_compile.training.interrupts import StopRequest
+from salad_compile.training.outcome import TrainResult, outcome_of
 from salad_compile.training.preparation import DTYPES, make_trainable, mean_sparsity, require_converted
 from salad_compile.training.records import Records, read_log, require_trackers
 from salad_compile.training.seeds import derive_seed
 from salad_compile.training.settings import TrainSettings
-from salad_compile.training.validation import validation_loss
+from salad_compile.training.validation import first_losses, validation_loss
 
 EMA_FILE_NAME = "salad_ema.safetensors"
 WAIT_SECONDS = 15.0  # for another run in the directory: processes that read ahead outlive a killed one for some seconds
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended.
-
-    Attributes:
-        finished: False after SIGTERM or SIGINT; the same call resumes.
-        step: optimizer steps taken. loss: of the last one. validation_loss: of the last validation, or None.
-        file: the SALAD file of the trained branches; None unless finished.
-        checkpoint: the directory of the newest checkpoint. signal: the number of the signal that ended the run, or 0.
-    """
-
-    finished: bool
-    step: int
-    loss: float | None
-    validation_loss: float | None
-    file: Path | None
-    checkpoint: Path | None = None
-    signal: int = 0
 
 
 def train(
@@ -174,15 +154,18 @@ class _Run:
     def _run(self, found: Checkpoint | None, stop: StopRequest) -> TrainResult:
         first = self._start(found)
         self.engine.bare.train()
-        records = Records(self.accelerator, self.directory, first, self.settings.steps, self.settings.log_every)
-        loader = self.feed.micro_batches(first)
+        records = Records(self.accelerator, self.directory, first, self.settings)
         step, stopped = first, 0
         try:
+            self._measure_first(first, records)
+            loader = self.feed.micro_batches(first)
             while step < self.settings.steps and not stopped:
                 values, stopped = self._step(step, [next(loader) for _ in range(self.feed.accumulation)], stop)
                 step += 1
                 records.step(values)
                 self._after(step, records, stopped)
+            if step == self.settings.steps:
+                records.result(step)
         finally:
             records.close()
         return self._end(step, stopped)
@@ -301,6 +284,21 @@ class _Run:
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
+    def _measure_first(self, step: int, records: Records) -> None:
+        """The losses that later ones are compared with, unless the run that goes on has measured them on this data."""
+        if self.validation is None:
+            return
+        data = digest_of_items(self.validation)
+        known = [line for line in read_log(self.directory) if line["step"] <= step and line.get("validation_data")]
+        if known and known[-1]["validation_data"] == data:
+            records.compare(known[-1])
+            return
+        if known:
+            logger.warning("the validation data is not what it was: first losses are measured again, at step %d", step)
+        now = step in (0, self.settings.steps) or bool(known)
+        measured = first_losses(self.engine, self.validation, self.forward, now=now)
+        records.first(step, {"validation_data": data, **measured})
+
     def _after(self, step: int, records: Records, stopped: int) -> None:
         settings = self.settings
         last = step == settings.steps
@@ -333,12 +331,11 @@ class _Run:
                 self.average.swap()
         self.accelerator.wait_for_everyone()
         log = read_log(self.directory)
-        loss = [line["loss"] for line in log if "loss" in line][-1:] or [None]
-        validated = [line["validation_loss"] for line in log if "validation_loss" in line][-1:] or [None]
-        newest = self.writer.folder / checkpoint_name(step)
-        result = TrainResult(
-            finished, step, loss[0], validated[0], file, newest if newest.is_dir() else None, 0 if finished else stopped
-        )
+        loss = next((line["loss"] for line in reversed(log) if "loss" in line), None)
+        newest, outcome = self.writer.folder / checkpoint_name(step), outcome_of(log)
+        checkpoint = newest if newest.is_dir() else None
+        signal = 0 if finished else stopped
+        result = TrainResult(finished, step, loss, outcome.now, file, outcome, checkpoint, signal)
         if finished and self.accelerator.is_main_process:
             self._summarise(result)
         self.accelerator.wait_for_everyone()  # afterwards all processes may read what is written
@@ -353,6 +350,7 @@ class _Run:
             "validation_loss": result.validation_loss,
             "items": len(self.feed.latents),
             "processes": self.accelerator.num_processes,
+            "outcome": result.outcome.to_dict(),
             "settings": self.settings.to_dict(),
         }
         with write_at_once(self.directory / SUMMARY_FILE) as temporary:

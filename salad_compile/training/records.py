@@ -16,8 +16,11 @@ from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import MissingPackageError
+from salad_compile.training.outcome import Outcome, outcome_of
+from salad_compile.training.settings import TrainSettings
 
 LOG_FILE = "log.jsonl"
+RESULT = "result"  # of a finished run, in the last line of its log
 
 
 def read_log(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -48,16 +51,21 @@ def _line(text: bytes) -> dict[str, Any] | None:
 class RunLog:
     """`log.jsonl`: one JSON object a line, appended with one write each. A killed run can leave half of its last one.
 
-    A resumed run drops what was logged after its checkpoint, so that the curve is that of an uninterrupted run.
-    Lines are on the disk before the next checkpoint is: a loss of power costs those after the last one.
+    A resumed run drops what was logged after its checkpoint, and the result of an earlier end, so that the curve is
+    that of an uninterrupted run. Lines are on the disk before the next checkpoint is: a loss of power costs those after
+    the last one.
 
     Args:
         directory: of the run. step: of the checkpoint from which it resumes; 0: from the beginning.
+
+    Attributes:
+        seconds: that the steps took which are in the log already.
     """
 
     def __init__(self, directory: Path, step: int) -> None:
         self.path = directory / LOG_FILE
-        kept = [line for line in read_log(directory) if line["step"] <= step]
+        kept = [line for line in read_log(directory) if line["step"] <= step and RESULT not in line]
+        self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         with write_at_once(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         with name_failures(self.path):
@@ -103,18 +111,18 @@ class Records:
     """Log, trackers and bar of one run; only the first process has any of them.
 
     Args:
-        accelerator: accelerate's, prepared for `trackers`. directory: of the run. step, steps: taken, and in all.
-        every: steps between lines on stderr where that is no terminal, beside one a minute; 0: none.
+        accelerator: accelerate's, prepared for `trackers`. directory: of the run. step: taken so far.
     """
 
-    def __init__(self, accelerator: Any, directory: Path, step: int, steps: int, every: int = 0) -> None:
+    def __init__(self, accelerator: Any, directory: Path, step: int, settings: TrainSettings) -> None:
         self.accelerator, self.main = accelerator, bool(accelerator.is_main_process)
-        self.speed = Speed()
-        if not self.main:
-            return
-        self.log = RunLog(directory, step)
-        self.bar = ProgressBar("train", steps, done=step, every=every)
+        self.speed, self.settings = Speed(), settings
+        self._began = time.perf_counter()
+        self._first: dict[str, Any] = {}
         self._validated = ""
+        if self.main:
+            self.log = RunLog(directory, step)
+            self.bar = ProgressBar("train", settings.steps, done=step, every=settings.log_every)
 
     def step(self, values: dict[str, Any]) -> None:
         """After each step. values: of the log; `step` among them."""
@@ -122,16 +130,47 @@ class Records:
         if not self.main:
             return
         values = values | {"steps_per_second": round(rate, 4), "peak_memory": peak_memory(self.accelerator.device)}
-        self._log(values)
+        self._log(values | {"seconds": round(self._seconds(), 3)})
         loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
         memory = f"{values['peak_memory'] / 2**30:.1f} GiB"
         self.bar.advance(note=f"loss {loss}{self._validated}, {rate:.2f} steps/s, {memory}")
 
-    def validation(self, step: int, loss: float) -> None:
-        """After a validation."""
+    def first(self, step: int, losses: dict[str, Any]) -> None:
+        """What later losses are compared with, when it has been measured."""
+        self.compare(losses)
         if self.main:
-            self._validated = f", validation {loss:.4f}"
-            self._log({"step": step, "validation_loss": loss})
+            self._log({"step": step, **losses})
+            self.bar.say(f"step {step}: {self._outcome(losses.get('validation_loss')).verdict()}")
+
+    def compare(self, losses: dict[str, Any]) -> None:
+        """Later losses are compared with these, of :func:`salad_compile.training.validation.first_losses`."""
+        self._first = losses
+
+    def validation(self, step: int, loss: float) -> None:
+        """After a validation. While the sparsity still grows its loss is not comparable with those of the start."""
+        if not self.main:
+            return
+        self._validated = f", validation {loss:.4f}"
+        outcome = self._outcome(loss)
+        if step < self.settings.sparsity_warmup:
+            outcome = Outcome(None, loss, None, outcome.seconds)
+        self._log({"step": step, "validation_loss": loss, "gap_closed": outcome.gap_closed})
+        self.bar.say(f"step {step}: {outcome.verdict()}")
+
+    def result(self, step: int) -> None:
+        """At the end of a run with validation, once: the last line of the log."""
+        if self.main:
+            outcome = outcome_of(read_log(self.log.path.parent))
+            if outcome.now is None:
+                return
+            self.log.write({"step": step, "gap_closed": outcome.gap_closed, RESULT: outcome.sentence()})
+
+    def _seconds(self) -> float:
+        return self.log.seconds + time.perf_counter() - self._began
+
+    def _outcome(self, now: float | None) -> Outcome:
+        untrained, dense = (self._first.get(f"{name}_validation_loss") for name in ("untrained", "dense"))
+        return Outcome(untrained, now, dense, self._seconds())
 
     def sync(self) -> None:
         """Before a checkpoint is written."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from salad_compile.latents import LatentDataset
+from salad_compile.sites.branch import branches
 from salad_compile.training.engine import Engine
 from salad_compile.training.flow_matching import Forward, losses, validation_sample
 from salad_compile.training.preparation import DTYPES
+from salad_compile.training.reference_states import as_base, as_untrained
 
 
 @torch.no_grad()
@@ -31,3 +33,19 @@ def validation_loss(engine: Engine, latents: LatentDataset, forward: Forward) ->
     engine.bare.train()
     everywhere = accelerator.gather(torch.cat(own)).cpu()[: len(work)]
     return float(everywhere.double().mean())
+
+
+def first_losses(engine: Engine, latents: LatentDataset, forward: Forward, *, now: bool) -> dict[str, float]:
+    """What later losses are compared with, as a line of the log has it: the floor, the ceiling and the start.
+
+    Args:
+        now: the loss of the branches as they are is measured too.
+    """
+    found = {}
+    with as_base(branches(engine.bare).values()):
+        found["dense_validation_loss"] = validation_loss(engine, latents, forward)
+    with as_untrained(engine.bare):
+        found["untrained_validation_loss"] = validation_loss(engine, latents, forward)
+    if now:
+        found["validation_loss"] = validation_loss(engine, latents, forward)
+    return found

@@ -38,10 +38,17 @@ def test_a_run_and_its_continuation(command: Run, given: Path, tmp_path: Path) -
     outcome = command("train", *words(given, tmp_path, *conversion, "--steps", 2))
     assert outcome.code == 0
     assert f"wrote {tmp_path}/salad.safetensors: 2 steps, loss " in outcome.out
+    number = r"\d\.\d+"
+    losses = rf"validation {number} untrained, {number} now, dense {number}: .*; \d+ s"
+    next_ = f"next: salad-compile export --model {given}/model --salad {tmp_path} --output {tmp_path}-exported"
+    assert re.search(rf"^{losses}; {re.escape(next_)}$", outcome.out, re.MULTILINE)
+    assert re.search(rf"^step 0: validation {number} untrained", outcome.err, re.MULTILINE)
+    assert re.search(rf"^step 2: validation {number}", outcome.err, re.MULTILINE)
     found = command("train", *words(given, tmp_path, *conversion, "--set", "steps=3", "--json")).json()
     assert (found["finished"], found["step"], found["file"]) == (True, 3, f"{tmp_path}/salad.safetensors")
-    assert found["validation_loss"] == read_log(tmp_path)[-1]["validation_loss"]
-    assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 2, 3, 3]
+    assert found["validation_loss"] == read_log(tmp_path)[-2]["validation_loss"]
+    assert found["outcome"]["sentence"] == read_log(tmp_path)[-1]["result"]
+    assert [line["step"] for line in read_log(tmp_path)] == [0, 1, 2, 2, 3, 3, 3]
     model = salad_compile.load(base(num_layers=1), tmp_path)
     assert salad_compile.summary(model).sites[0].target_sparsity == pytest.approx(0.7)
 
