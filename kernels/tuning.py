@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -11,7 +10,7 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,27 +28,7 @@ _LEFT_SECONDS = 3600  # writing takes milliseconds
 _known: dict[tuple[object, ...], Any] = {}
 # What this process measured, as in the file: entry name -> the fields of the fastest candidate.
 _measured: dict[str, dict[str, object]] = {}
-_depth = 1 if os.environ.get("SALAD_AUTOTUNE", "0").lower() in ("1", "true", "on", "yes") else 0
-
-
-def bucket(tokens: int) -> int:
-    """The smallest power of two that is not below `tokens`: for keys, so that a new length is seldom a new key."""
-    return 1 << max(0, tokens - 1).bit_length()
-
-
-@contextlib.contextmanager
-def autotune() -> Iterator[None]:
-    """While active, kernels that meet a new kind of input on CUDA time all their launch settings and keep the fastest.
-
-    The environment variable SALAD_AUTOTUNE=1 does the same for a whole process. Winners are written to `cache_file()`
-    and used from then on, also without this context and in other processes.
-    """
-    global _depth
-    _depth += 1
-    try:
-        yield
-    finally:
-        _depth -= 1
+_wanted = os.environ.get("SALAD_AUTOTUNE", "0").lower() in ("1", "true", "on", "yes")
 
 
 def choose(
@@ -63,8 +42,8 @@ def choose(
 
     Args:
         operator: the name of the kernel.
-        key: what the fastest candidate depends on: dtype, head_dim, block sizes, `bucket` of the length. Values need a
-            `repr` that is the same in every process. The same operator and key must always have the same candidates.
+        key: what the fastest candidate depends on: dtype, head_dim, block sizes. Values need a `repr` that is the same
+            in every process. The same operator and key must always have the same candidates.
         candidates: frozen dataclasses whose fields are JSON values, at least one; the first is the shipped default.
         run: launches the kernel with a candidate, on the tensors at hand. Called often while tuning.
         device: of the tensors.
@@ -82,7 +61,7 @@ def choose(
         winner: T | None = _known[name]
     except KeyError:
         winner = _known[name] = _stored(operator, key, candidates, device)
-    if winner is None and _depth and _may_measure(device):
+    if winner is None and _wanted and _may_measure(device):
         winner = _known[name] = _measure(operator, key, candidates, run, device)
     return candidates[0] if winner is None else winner
 

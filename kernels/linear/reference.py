@@ -41,24 +41,3 @@ def linear_output(
     denominator = (features * key_sum[:, :, None]).sum(dim=-1, keepdim=True) + eps
     left = features if rotated_query is None else rotated_query.to(state.dtype)
     return ((left @ state) / denominator).to(query.dtype)
-
-
-def quadratic_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    feature_map: str,
-    eps: float,
-    key_mask: torch.Tensor | None = None,
-    rotated_query: torch.Tensor | None = None,
-    rotated_key: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The same sum written with all S x S weights, which is what the two functions above must add up to."""
-    phi, _ = find_feature_map(feature_map)
-    dtype = accumulation_dtype(query.dtype)
-    features = phi(query.to(dtype)), valid_or_zero(phi(key.to(dtype)), key_mask)
-    weights = features[0] @ features[1].transpose(-1, -2)
-    numerators = weights
-    if rotated_query is not None and rotated_key is not None:
-        numerators = rotated_query.to(dtype) @ valid_or_zero(rotated_key.to(dtype), key_mask).transpose(-1, -2)
-    return ((numerators @ value.to(dtype)) / (weights.sum(dim=-1, keepdim=True) + eps)).to(query.dtype)

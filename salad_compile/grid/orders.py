@@ -1,8 +1,7 @@
 """Orders of the tokens of a video's grid (specification 4.1).
 
 A token order is an int32 permutation of the native positions (t * H + y) * W + x. Blocks of attention are runs of
-consecutive tokens in it, so a good order keeps runs of 64 and 128 tokens compact. :func:`locality` measures that:
-the mean squared distance to the run's centre. A cube of 4 x 4 x 4 has 3.75, two such cubes in a row have 7.75.
+consecutive tokens in it, so a good order keeps runs of 64 and 128 tokens compact: near to the run's centre.
 
 :func:`tile_order` walks along columns of 4 frames x 4 rows x all of the width, slice after slice, there and back. A run
 may begin anywhere in a column and is compact. Cubes one after another are not: behind the first border cube that is not
@@ -120,22 +119,3 @@ def joint_order(order: Tensor, text_tokens: int, text_first: bool) -> Tensor:
     begin = 0 if text_first else order.shape[0]
     text = torch.arange(begin, begin + text_tokens, dtype=torch.int32, device=order.device)
     return torch.cat((order + text_tokens if text_first else order, text))
-
-
-def locality(order: Tensor | None, grid: Grid, block: int) -> float:
-    """How far runs of `block` tokens spread: the mean over runs of the mean squared distance to the run's centre.
-
-    The distance is in tokens, along time as along height and width. Smaller is more compact. The last run may be short.
-
-    Args:
-        order: (T * H * W,) of any integer dtype; None is the native order.
-    """
-    frames, rows, width = grid
-    tokens = frames * rows * width
-    native = torch.arange(tokens) if order is None else order.to("cpu", torch.int64)
-    at = torch.stack((native // (rows * width), native // width % rows, native % width), dim=1).double()
-    run = torch.arange(tokens) // block
-    count = torch.bincount(run).double()
-    centre = torch.zeros(len(count), 3, dtype=torch.double).index_add_(0, run, at) / count[:, None]
-    distance = (at - centre[run]).square().sum(dim=1)
-    return float((torch.bincount(run, weights=distance) / count).mean())

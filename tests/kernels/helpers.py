@@ -2,6 +2,8 @@
 
 import torch
 
+from salad_compile.kernels.checks import accumulation_dtype, valid_or_zero
+from salad_compile.kernels.linear.feature_maps import find_feature_map
 from salad_compile.kernels.routing import reference as routing
 
 LENGTHS = (1, 63, 64, 65, 113, 203, 1023)
@@ -65,3 +67,24 @@ def cosine(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Cosine of the angle between two tensors in fp64."""
     actual, expected = actual.detach().double().flatten(), expected.detach().double().flatten()
     return float(actual @ expected / (actual.norm() * expected.norm()))
+
+
+def quadratic_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: str,
+    eps: float,
+    key_mask: torch.Tensor | None = None,
+    rotated_query: torch.Tensor | None = None,
+    rotated_key: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Linear attention written with all S x S weights: what `linear_state` and `linear_output` must add up to."""
+    phi, _ = find_feature_map(feature_map)
+    dtype = accumulation_dtype(query.dtype)
+    features = phi(query.to(dtype)), valid_or_zero(phi(key.to(dtype)), key_mask)
+    weights = features[0] @ features[1].transpose(-1, -2)
+    numerators = weights
+    if rotated_query is not None and rotated_key is not None:
+        numerators = rotated_query.to(dtype) @ valid_or_zero(rotated_key.to(dtype), key_mask).transpose(-1, -2)
+    return ((numerators @ value.to(dtype)) / (weights.sum(dim=-1, keepdim=True) + eps)).to(query.dtype)

@@ -18,7 +18,7 @@ import torch
 
 from salad_compile.kernels import tuning
 from salad_compile.kernels.launch import launch, record_launches
-from salad_compile.kernels.tuning import autotune, bucket, cache_file, choose, forget
+from salad_compile.kernels.tuning import cache_file, choose, forget
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -32,7 +32,7 @@ class Settings:
 
 
 DEFAULT, SLOW, FAST, BROKEN = CANDIDATES = [Settings(64), Settings(32), Settings(128, 8), Settings(256, maxnreg=128)]
-KEY = (torch.bfloat16, 128, bucket(32760))
+KEY = (torch.bfloat16, 128, 32768)
 MILLISECONDS = {DEFAULT: 2.0, SLOW: 3.0, FAST: 1.0}
 
 
@@ -58,7 +58,7 @@ def runs() -> Runs:
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("SALAD_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(tuning, "_depth", 0)
+    monkeypatch.setattr(tuning, "_wanted", False)
     forget()
     yield
     forget()
@@ -84,17 +84,18 @@ def pick(run: Callable[[Settings], object], device: torch.device = CUDA, **chang
     return choose(**arguments)
 
 
+@contextlib.contextmanager
+def autotune() -> Iterator[None]:
+    """As in a process with SALAD_AUTOTUNE=1."""
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(tuning, "_wanted", True)
+        yield
+
+
 def tuned(run: Callable[[Settings], object], **changes: Any) -> Settings:
     """One call of `choose` that may measure."""
     with autotune():
         return pick(run, **changes)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (1024, 1024), (1025, 2048), (32760, 32768)]
-)
-def test_bucket(tokens: int, power: int) -> None:
-    assert bucket(tokens) == power
 
 
 @pytest.mark.usefixtures("gpu")
@@ -142,13 +143,13 @@ def test_where_nothing_runs_the_default_is_kept_in_memory_only(
 
 
 def test_the_environment_variable_tunes_a_whole_process(tmp_path: Path) -> None:
-    code = "from salad_compile.kernels import tuning; print(tuning._depth)"
-    for value, depth in (("1", "1"), ("0", "0")):
+    code = "from salad_compile.kernels import tuning; print(tuning._wanted)"
+    for value, wanted in (("1", "True"), ("0", "False")):
         environment = os.environ | {"SALAD_AUTOTUNE": value}
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
         )
-        assert done.stdout.strip() == depth
+        assert done.stdout.strip() == wanted
 
 
 # --- where nothing is measured ----------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from torch import fx
 from salad_compile.config import BackendOptions
 from salad_compile.passes.context import Context, graph_modules
 from salad_compile.passes.driver import run_passes
-from salad_compile.passes.spec import verify
+from tests.passes.spec import verify
 
 
 def require_spec(gm: fx.GraphModule, context: Context) -> None:
-    """Raises AssertionError if a graph breaks a rule of `passes/spec.py`; see `salad_compile.passes.driver.Watcher`."""
+    """Raises AssertionError if a graph breaks a rule of spec.py; see `salad_compile.passes.driver.Watcher`."""
     for module in graph_modules(gm):
         violations = verify(module.graph, erased="erase_markers" in context.done)
         assert not violations, f"after {context.done[-1]}: {'; '.join(violations)}"

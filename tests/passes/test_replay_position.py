@@ -20,10 +20,10 @@ from salad_compile.backend.exported_programs import rewrite_exported
 from salad_compile.definition.linear_branch import LINEAR_EPS
 from salad_compile.errors import NoEligibleSiteError, PositionReplayError, SiteLostError
 from salad_compile.kernels.linear.feature_maps import find_feature_map
-from salad_compile.kernels.linear.reference import quadratic_attention
 from salad_compile.sites.branch import SaladBranch, branches
 from salad_compile.sites.eager_mode import running
 from tests import toys
+from tests.kernels.helpers import quadratic_attention
 from tests.passes import rotary_styles as styles
 from tests.support import Recorder, assert_same, check_rewrite, randomise_branches, relative_error, run
 

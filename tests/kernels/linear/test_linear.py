@@ -6,7 +6,7 @@ import torch
 from salad_compile.kernels import KernelArgumentError, linear_output, linear_state
 from salad_compile.kernels.linear import reference
 from salad_compile.kernels.linear import torch as engine
-from tests.kernels.helpers import FORWARD_BAR, LAYOUTS, LENGTHS, cosine, make_qkv, relative_l2
+from tests.kernels.helpers import FORWARD_BAR, LAYOUTS, LENGTHS, cosine, make_qkv, quadratic_attention, relative_l2
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -47,7 +47,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 def test_equals_the_quadratic_sum(tokens: int, layout: str, feature_map: str) -> None:
     qkv = make_qkv(tokens, layout, grad=True)
     out = linear_attention(*qkv, feature_map)
-    expected = reference.quadratic_attention(*qkv, feature_map, EPS)
+    expected = quadratic_attention(*qkv, feature_map, EPS)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(out)
     for ours, theirs in zip(torch.autograd.grad(out, qkv, grad), torch.autograd.grad(expected, qkv, grad), strict=True):
@@ -74,7 +74,7 @@ def test_narrow_dtypes_within_the_bars(dtype: torch.dtype, feature_map: str, mon
     monkeypatch.setattr(engine, "_CHUNK_ELEMENTS", 1 << 14)  # several chunks, and a short one at the end
     qkv = make_qkv(600, dtype=dtype, head_dim=64, grad=True)
     wide = [x.detach().double().requires_grad_() for x in qkv]
-    out, expected = linear_attention(*qkv, feature_map), reference.quadratic_attention(*wide, feature_map, EPS)
+    out, expected = linear_attention(*qkv, feature_map), quadratic_attention(*wide, feature_map, EPS)
     assert relative_l2(out, expected) <= FORWARD_BAR[dtype]
     grad = torch.randn_like(out)
     ours = torch.autograd.grad(out, qkv, grad)
@@ -98,7 +98,7 @@ def test_masked_and_rotated_equal_the_quadratic_sum(
     if rotated:
         leaves += [rotate(x.detach().relu()).requires_grad_() for x in leaves[:2]]
     out = linear_attention(*leaves[:3], feature_map, mask, *leaves[3:])
-    expected = reference.quadratic_attention(*leaves[:3], feature_map, EPS, mask, *leaves[3:])
+    expected = quadratic_attention(*leaves[:3], feature_map, EPS, mask, *leaves[3:])
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(out)
     for ours, theirs in zip(

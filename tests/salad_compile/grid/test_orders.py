@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from salad_compile.grid import orders
-from salad_compile.grid.orders import cached_order, joint_order, locality, temporal_order, tile_order
+from salad_compile.grid.orders import cached_order, joint_order, temporal_order, tile_order
 from salad_compile.grid.sizes import Grid
 
 CPU = torch.device("cpu")
@@ -37,6 +37,25 @@ def _tokens(grid: Grid) -> int:
 
 def _native(grid: Grid) -> Tensor:
     return torch.arange(_tokens(grid), dtype=torch.int32)
+
+
+def locality(order: Tensor | None, grid: Grid, block: int) -> float:
+    """How far runs of `block` tokens spread: the mean over runs of the mean squared distance to the run's centre.
+
+    The distance is in tokens, along time as along height and width. Smaller is more compact. The last run may be short.
+
+    Args:
+        order: (T * H * W,) of any integer dtype; None is the native order.
+    """
+    frames, rows, width = grid
+    tokens = frames * rows * width
+    native = torch.arange(tokens) if order is None else order.to("cpu", torch.int64)
+    at = torch.stack((native // (rows * width), native // width % rows, native % width), dim=1).double()
+    run = torch.arange(tokens) // block
+    count = torch.bincount(run).double()
+    centre = torch.zeros(len(count), 3, dtype=torch.double).index_add_(0, run, at) / count[:, None]
+    distance = (at - centre[run]).square().sum(dim=1)
+    return float((torch.bincount(run, weights=distance) / count).mean())
 
 
 def _assert_permutation(order: Tensor, grid: Grid) -> None:
