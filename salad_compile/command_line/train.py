@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from salad_compile.command_line.model_arguments import assignments
 from salad_compile.command_line.output import tell
@@ -25,9 +25,11 @@ HELP = """\
 Fine-tunes a model on precomputed latents and texts: converts it, or takes the branches of --salad, and trains these
 alone. Writes log.jsonl, checkpoints/ and in the end salad.safetensors and training.json. Run again, the same command
 resumes from the newest checkpoint; SIGTERM and Ctrl-C finish the step and write one (exit code 143, 130). Without
---processes it is one process, or one of those that accelerate's launcher started (DDP, FSDP2).
+--processes it is one process, or one of those that accelerate's launcher started (DDP, FSDP2). --dry-run takes three
+steps, writes nothing, and tells how many hours, and how much memory and disk the run takes on this machine.
 
 example:
+    salad-compile train --model Wan2.1-T2V-1.3B-Diffusers --latents data --output run --dry-run
     salad-compile train --model Wan2.1-T2V-1.3B-Diffusers --latents data --output run
     salad-compile train --model wan --latents data --output run --processes 8 --set micro_batch=1 --convert sparsity=0.8
     accelerate launch -m salad_compile.command_line train --model wan --latents data --output run
@@ -45,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="directory of the run")
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="number of processes on this machine (DDP)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="take three steps, and tell what hours, memory and disk the run takes"
     )
     parser.add_argument("--no-resume", action="store_true", help="an error, rather than going on, if there is a run")
     group = parser.add_argument_group("the training", "fields of TrainSettings; later ones win: file, --set, --steps")
@@ -71,19 +76,20 @@ def run(arguments: argparse.Namespace) -> int:
         return 128 + signal if signal and not _is_finished(arguments, settings) else 0
     from salad_compile.command_line.model_source import import_name
     from salad_compile.latents import open_latents
-    from salad_compile.training import train
+    from salad_compile.training import estimate, train
 
-    result = train(
-        _model(arguments, settings),
-        open_latents(arguments.latents),
-        settings,
-        arguments.output,
-        validation=open_latents(arguments.validation) if arguments.validation else None,
-        resume=not arguments.no_resume,
-        config=config,
-        forward=import_name(arguments.forward) if arguments.forward else None,
-    )
-    if os.environ.get("RANK", "0") == "0":
+    validation = open_latents(arguments.validation) if arguments.validation else None
+    forward = import_name(arguments.forward) if arguments.forward else None
+    model, latents = _model(arguments, settings), open_latents(arguments.latents)
+    more: dict[str, Any] = {"validation": validation, "config": config, "forward": forward}
+    first = os.environ.get("RANK", "0") == "0"
+    if arguments.dry_run:
+        expected = estimate(model, latents, settings, arguments.output, **more)
+        if first:
+            tell(arguments, expected.sentence(), expected.to_dict())
+        return 0 if expected.disk <= expected.free else 1
+    result = train(model, latents, settings, arguments.output, resume=not arguments.no_resume, **more)
+    if first:
         _tell(result, settings, arguments)
     return 128 + result.signal if result.signal else 0
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from salad_compile.common.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from salad_compile.training.dry_run import Estimate as Estimate
+    from salad_compile.training.dry_run import estimate as estimate
     from salad_compile.training.loop import train as train
     from salad_compile.training.outcome import Outcome as Outcome
     from salad_compile.training.outcome import TrainResult as TrainResult
@@ -18,13 +20,15 @@ if TYPE_CHECKING:
     from salad_compile.training.settings import TrainSettings as TrainSettings
 
 _HOMES = {
+    "Estimate": "dry_run",
     "Outcome": "outcome",
     "TrainResult": "outcome",
     "TrainSettings": "settings",
+    "estimate": "dry_run",
     "read_log": "records",
     "train": "loop",
 }
 
-__all__ = ["Outcome", "TrainResult", "TrainSettings", "read_log", "train"]
+__all__ = ["Estimate", "Outcome", "TrainResult", "TrainSettings", "estimate", "read_log", "train"]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

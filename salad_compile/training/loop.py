@@ -77,17 +77,35 @@ def train(
     forward = forward or default_forward(bare)
     require_trackers(settings.trackers)
     found = _newest(target, settings, resume)
-    accelerator = make_accelerator(settings, target)
+    run = prepare(bare, latents, settings, target, validation=validation, found=found, config=config, forward=forward)
+    with StopRequest() as stop:
+        return run.run(found, stop)
+
+
+def prepare(
+    bare: nn.Module,
+    latents: LatentDataset,
+    settings: TrainSettings,
+    directory: Path,
+    *,
+    validation: LatentDataset | None,
+    found: Checkpoint | None,
+    config: SaladConfig | Mapping[str, Any] | None,
+    forward: Forward,
+) -> Run:
+    """Model, data and engine of a run, which writes nothing yet; arguments and errors as of :func:`train`.
+
+    Args:
+        found: the checkpoint that the run is to go on from.
+    """
+    accelerator = make_accelerator(settings, directory)
     feed = Feed(latents, settings, accelerator.process_index, accelerator.num_processes)
     require_converted(bare, latents, settings, config, forward)
     make_trainable(bare, settings.precision)
     fingerprint = Fingerprint.of(bare, latents)
     if found is not None:
         require_same(found, settings, fingerprint)
-    engine = Engine.prepare(accelerator, bare, settings)
-    run = _Run(engine, feed, forward, target, fingerprint, validation)
-    with StopRequest() as stop:
-        return run.run(found, stop)
+    return Run(Engine.prepare(accelerator, bare, settings), feed, forward, directory, fingerprint, validation)
 
 
 def _newest(directory: Path, settings: TrainSettings, resume: bool) -> Checkpoint | None:
@@ -100,7 +118,7 @@ def _newest(directory: Path, settings: TrainSettings, resume: bool) -> Checkpoin
     return found[-1] if found else None
 
 
-class _Run:
+class Run:
     """One run from its first or from a later step to its end."""
 
     def __init__(
@@ -160,7 +178,7 @@ class _Run:
             self._measure_first(first, records)
             loader = self.feed.micro_batches(first)
             while step < self.settings.steps and not stopped:
-                values, stopped = self._step(step, [next(loader) for _ in range(self.feed.accumulation)], stop)
+                values, stopped = self.take_step(step, [next(loader) for _ in range(self.feed.accumulation)], stop)
                 step += 1
                 records.step(values)
                 self._after(step, records, stopped)
@@ -199,7 +217,8 @@ class _Run:
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def _step(self, step: int, micro_batches: list[list[Placed]], stop: StopRequest) -> tuple[dict[str, Any], int]:
+    def take_step(self, step: int, micro_batches: list[list[Placed]], stop: StopRequest) -> tuple[dict[str, Any], int]:
+        """Step number `step`, counted from 0: its line of the log, and the number of a signal that came, or 0."""
         settings = self.settings
         # for what a model draws itself (dropout)
         torch.manual_seed(derive_seed(settings.seed, "model", step, self.accelerator.process_index))

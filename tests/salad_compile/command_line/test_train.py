@@ -53,6 +53,18 @@ def test_a_run_and_its_continuation(command: Run, given: Path, tmp_path: Path) -
     assert salad_compile.summary(model).sites[0].target_sparsity == pytest.approx(0.7)
 
 
+def test_a_dry_run_tells_and_writes_nothing(command: Run, given: Path, tmp_path: Path) -> None:
+    conversion = ("--conversion", given / "conversion.json", "--validation", given / "held-out", "--dry-run")
+    outcome = command("train", *words(given, tmp_path / "run", *conversion))
+    assert outcome.code == 0
+    assert re.match(
+        r"6 steps of 4 samples take \d+ s: \S+ s a step, .*\npeak memory .*GiB\n.* on the disk", outcome.out
+    )
+    found = command("train", *words(given, tmp_path / "run", *conversion, "--json")).json()
+    assert found["hours"] * 3600 == pytest.approx(found["seconds"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_from_a_file_of_branches(command: Run, given: Path, tmp_path: Path) -> None:
     salad = ("--salad", given / "salad.safetensors", "--steps", 1)
     assert command("train", *words(given, tmp_path, *salad)).code == 0

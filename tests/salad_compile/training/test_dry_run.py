@@ -1,0 +1,97 @@
+"""estimate(): what a run would take, from three steps that leave nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from salad_compile.errors import ConfigError
+from salad_compile.latents import LatentItem, open_latents, write_latents
+from salad_compile.training import Estimate, TrainSettings, estimate, train
+from salad_compile.training import dry_run as dry_run_module
+from salad_compile.training.flow_matching import wan_forward
+from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, items, latents
+
+RUN = dataclasses.replace(
+    SETTINGS, steps=40, checkpoint_every=10, validation_every=10, validation_points=2, keep_last=2
+)
+
+
+def test_it_predicts_a_run_and_leaves_nothing(tmp_path: Path) -> None:
+    data, held_out = latents(tmp_path / "latents"), latents(tmp_path / "held-out", 2, prefix="held", seed=9)
+    model = converted()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters() if ".salad." in name}
+    present = sorted(tmp_path.rglob("*"))
+    found = estimate(model, data, RUN, tmp_path / "run", validation=held_out)
+    assert sorted(tmp_path.rglob("*")) == present
+    assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in before.items())
+    result = train(converted(), data, RUN, tmp_path / "run", validation=held_out)
+    assert found.seconds == pytest.approx(result.outcome.seconds, rel=0.6)  # other programs share the processors
+    written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
+    one = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints" / "step-00000040").rglob("*.safetens*"))
+    assert found.disk == written + one  # one more while it is written
+    assert 2**20 < found.peak_memory < found.memory
+
+
+def seconds_by_size(monkeypatch: pytest.MonkeyPatch, asked: list[torch.Size]) -> None:
+    """A clock that only the forward moves, by a second for each element of a sample."""
+    time = [0.0]
+
+    def forward(model: torch.nn.Module, noisy: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        time[0] += noisy[0].numel() * len(noisy)
+        asked.append(noisy.shape[1:])
+        return wan_forward(model, noisy, *rest)
+
+    monkeypatch.setattr(dry_run_module, "_clock", lambda run: time[0])
+    monkeypatch.setattr(dry_run_module, "default_forward", lambda model: forward)
+
+
+def test_sizes_count_as_often_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the items has half of the elements, as many have one and a half times as many, and twice as many."""
+    shapes = [(4, 3, 8, 8), (4, 3, 8, 16), (4, 3, 8, 12), (4, 3, 4, 8)]
+    text = next(iter(items(1))).text
+    for number, shape in enumerate(shapes):
+        named = (LatentItem(f"{number}-{place}", torch.randn(shape), text) for place in range(4))
+        write_latents(named, tmp_path / str(number))
+    write_latents((item for n in range(4) for item in open_latents(tmp_path / str(n))), tmp_path / "all")
+    asked: list[torch.Size] = []
+    seconds_by_size(monkeypatch, asked)
+    found = estimate(converted(), open_latents(tmp_path / "all"), RUN, tmp_path / "run")
+    assert found.step_seconds == pytest.approx(4 * 4 * 3 * 8 * (4 + 8 + 12 + 16) / 4, rel=0.02)
+    assert asked[0] == torch.Size((4, 3, 8, 16))
+    assert len(set(asked)) == 3
+
+
+def test_both_stages_of_a_distilled_run_are_measured(tmp_path: Path) -> None:
+    data = latents(tmp_path / "latents")
+    seen: list[torch.Size] = []
+
+    def forward(model: torch.nn.Module, *arguments: torch.Tensor) -> torch.Tensor:
+        seen.append(arguments[0].shape)
+        return wan_forward(model, *arguments)
+
+    found = estimate(
+        converted(), data, dataclasses.replace(RUN, distillation_steps=5), tmp_path / "run", forward=forward
+    )
+    assert len(seen) == 2 * 3 * 2  # stages, steps, micro-batches
+    assert found.validation_seconds == 0
+
+
+def test_mistakes_are_those_of_train(tmp_path: Path) -> None:
+    data = latents(tmp_path / "latents")
+    with pytest.raises(ConfigError, match="must be a multiple"):
+        estimate(base(num_layers=1), data, TrainSettings(batch=9, micro_batch=2), tmp_path / "run", config=CONFIG)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_sentence_says_when_the_disk_is_too_small() -> None:
+    found = Estimate(1600, 8, 7.2, 60.0, 240.0, 0.0, 61 * 2**30, 80 * 2**30, 5 * 2**30, 100 * 2**30)
+    assert found.sentence().splitlines() == [
+        "1,600 steps of 8 samples take 3 h 17 min: 7.2 s a step, 1 min to compile, 4 min of validation",
+        "peak memory 61.0 GiB of 80.0 GiB",
+        "5.0 GiB on the disk, where 100.0 GiB are free",
+    ]
+    assert dataclasses.replace(found, free=2**30).sentence().endswith("where 1.0 GiB are free: too little")
