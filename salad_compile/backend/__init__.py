@@ -6,4 +6,4 @@ salad_compile.
 
 from salad_compile.common.lazy import lazy_names
 
-__getattr__, __dir__ = lazy_names(__name__, {"record_graphs": "dynamo", "salad": "dynamo"})
+__getattr__, __dir__, __all__ = lazy_names(__name__, {"dynamo": ("record_graphs", "salad")})

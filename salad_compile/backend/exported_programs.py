@@ -28,8 +28,6 @@ from salad_compile.kernels.rows import decompositions
 from salad_compile.passes.context import graph_modules, has_converted_tags, has_sites
 from salad_compile.passes.driver import run_passes
 
-__all__ = ["package_exported", "rewrite_exported"]
-
 
 def rewrite_exported(program: ExportedProgram) -> ExportedProgram:
     """What `backend="salad"` would make of an exported program of a converted model.

@@ -13,8 +13,6 @@ from salad_compile.common.wrappers import bare_components
 from salad_compile.errors import require_conversion
 from salad_compile.sites.branch import branches
 
-__all__ = ["compile_pipeline"]
-
 Pipeline = TypeVar("Pipeline")
 
 # Compiled here -> how. Compiling again in the same way would throw away what Dynamo has compiled.

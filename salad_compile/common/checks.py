@@ -8,8 +8,6 @@ from typing import Any
 
 from salad_compile.errors import ConfigError, did_you_mean
 
-__all__ = ["check_choice", "check_names", "is_int", "require"]
-
 
 def require(condition: bool, message: str) -> None:
     """Raises ConfigError with this message unless the condition holds."""

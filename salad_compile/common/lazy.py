@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
-def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package.
+def lazy_names(
+    package: str, homes: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package.
 
     Args:
-        package: its `__name__`. homes: name -> the module of the package that has it.
+        package: its `__name__`. homes: module of the package -> the names that it has.
     """
+    home_of = {name: home for home, names in homes.items() for name in names}
 
     def get(name: str) -> Any:
-        if name in homes:
-            return getattr(importlib.import_module(f".{homes[name]}", package), name)
+        if name in home_of:
+            return getattr(importlib.import_module(f".{home_of[name]}", package), name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def names() -> list[str]:
-        return sorted([*vars(sys.modules[package]), *homes])
+        return sorted([*vars(sys.modules[package]), *home_of])
 
-    return get, names
+    return get, names, sorted(home_of)

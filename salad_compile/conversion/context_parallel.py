@@ -23,8 +23,6 @@ from salad_compile.sites.branch import SaladBranch, branches
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["parallelise"]
-
 Model = TypeVar("Model", bound=nn.Module)
 
 # Private names of diffusers 0.42.1 (tests/salad_compile/conversion/test_context_parallel.py): the attribute of models

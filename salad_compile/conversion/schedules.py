@@ -19,8 +19,6 @@ from salad_compile.errors import ConfigError, did_you_mean
 from salad_compile.sites.branch import SaladBranch, branches_in
 from salad_compile.sites.site import hold_dense, require_switchable
 
-__all__ = ["DenseSteps", "dense", "ramp_sparsity", "set_dense", "set_sparsity"]
-
 
 def set_sparsity(model: Any, sparsity: float | Mapping[str, float]) -> None:
     """Set the sparsity of converted sites, uncompiled or compiled, without compiling again.

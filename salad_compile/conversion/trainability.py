@@ -8,8 +8,6 @@ from salad_compile.common.wrappers import bare_components
 from salad_compile.sites import frozen_warning
 from salad_compile.sites.branch import branches_in
 
-__all__ = ["set_trainable"]
-
 
 def set_trainable(model: Any, on: bool = True) -> int:
     """Let gates, projections and low-rank updates of every site be trained, or freeze them; nothing else is touched.

@@ -22,8 +22,6 @@ from salad_compile.errors import SiteLostError
 from salad_compile.kernels.direct import call_operator
 from salad_compile.kernels.exchange.api import place_in
 
-__all__ = ["salad_attention", "salad_of", "sparse_attention"]
-
 assert _kernels
 
 

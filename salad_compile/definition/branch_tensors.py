@@ -22,8 +22,6 @@ from salad_compile.definition.linear_branch import PROJECTION, SCALES
 from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.tensors import BranchSite, BranchTensors, TensorRow
 
-__all__ = ["PERMILLE", "current_name", "flat", "from_flat", "low_rank_rows", "names", "rows"]
-
 
 def _start_permille(tensor: Tensor, site: BranchSite) -> None:
     tensor.fill_(site.permille)

@@ -12,8 +12,6 @@ from salad_compile.definition.pattern import BlockCall, SelectedBlocks
 from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.tensors import BranchSite, TensorRow
 
-__all__ = ["TAIL_WEIGHT", "Tail", "tail_of"]
-
 
 def _start_weight(tensor: Tensor, site: BranchSite) -> None:
     tensor.fill_(-0.5)

@@ -8,8 +8,6 @@ from torch import Tensor
 from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.tensors import BranchSite, BranchTensors, TensorRow
 
-__all__ = ["GATE", "gate_of"]
-
 
 def _has_gate(spec: AttentionSpec) -> bool:
     return spec.linear_branch and spec.gate != "none"

@@ -13,8 +13,6 @@ from salad_compile.definition.token_layout import segments
 from salad_compile.kernels.direct import call_operator
 from salad_compile.kernels.exchange import api as _head_exchange  # registers torch.ops.salad.*
 
-__all__ = ["LINEAR_EPS", "PROJECTION", "SCALES", "linear_attention", "project", "update_of"]
-
 # Added to the normaliser of the linear branch, in fp32 (specification 5, our choice).
 LINEAR_EPS = 1e-6
 

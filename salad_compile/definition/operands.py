@@ -13,8 +13,6 @@ from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.tensors import BranchTensors
 from salad_compile.definition.token_layout import Arrangement, segments
 
-__all__ = ["Mapped", "Operands", "move_operands", "operands_of", "with_all_heads"]
-
 
 class Mapped(NamedTuple):
     """What the map-then-rotate placement takes (specification 5), shaped like the operands of the call.

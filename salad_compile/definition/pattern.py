@@ -17,8 +17,6 @@ from salad_compile.definition.tensors import BranchTensors, TensorRow
 from salad_compile.definition.token_layout import Arrangement, Segments, arrange_all
 from salad_compile.grid.orders import OrderOf, tile_order
 
-__all__ = ["BlockCall", "CallSize", "Pattern", "SelectedBlocks", "SiteFacts"]
-
 
 class SelectedBlocks(NamedTuple):
     """The key blocks that every query block attends to.

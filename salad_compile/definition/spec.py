@@ -8,17 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-__all__ = [
-    "BLOCK_SIZES",
-    "COMPENSATIONS",
-    "FEATURE_MAPS",
-    "GATES",
-    "SCALINGS",
-    "TOKEN_ORDERS",
-    "AttentionSpec",
-    "density_permille",
-]
-
 GATES = ("token", "head", "none")
 SCALINGS = ("v1", "v2")
 TOKEN_ORDERS = ("tiles", "flat")

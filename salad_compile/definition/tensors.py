@@ -14,8 +14,6 @@ from torch import Tensor
 
 from salad_compile.definition.spec import AttentionSpec
 
-__all__ = ["BranchSite", "BranchTensors", "TensorRow", "always", "ones", "zeros"]
-
 BranchTensors: TypeAlias = "Mapping[str, Tensor]"
 """Name -> tensor of what one site's settings call for, see :func:`salad_compile.definition.branch_tensors.rows`.
 

@@ -15,17 +15,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from salad_compile.grid.orders import joint_order
 from salad_compile.kernels.direct import call_operator, is_direct
 
-__all__ = [
-    "Arrangement",
-    "Reordering",
-    "Segments",
-    "arrange_all",
-    "arrange_heads",
-    "reordering",
-    "reordering_in_place",
-    "segments",
-]
-
 
 class Segments(NamedTuple):
     """Where video and text lie among the tokens that the operators see, for one call.

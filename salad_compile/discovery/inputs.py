@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from salad_compile.common.signatures import signature_of
 from salad_compile.errors import InputsError, did_you_mean
 
-__all__ = ["normalise_inputs", "synthesise_inputs"]
-
 AUDIO_FRAMES = 126  # about five seconds, and no likely number of video or text tokens
 IMAGE_TOKENS = 257  # of one image in a CLIP ViT-H/14 encoder
 

@@ -17,25 +17,12 @@ if TYPE_CHECKING:
     from salad_compile.exchange.naming import to_original_names as to_original_names
 
 _HOMES = {
-    "ExportFormat": "export_format",
-    "ExportReport": "export_report",
-    "FORMATS": "formats",
-    "export": "export_directory",
-    "push_to_hub": "hub",
-    "register_format": "formats",
-    "to_diffusers_names": "naming",
-    "to_original_names": "naming",
+    "export_directory": ("export",),
+    "export_format": ("ExportFormat",),
+    "export_report": ("ExportReport",),
+    "formats": ("FORMATS", "register_format"),
+    "hub": ("push_to_hub",),
+    "naming": ("to_diffusers_names", "to_original_names"),
 }
 
-__all__ = [
-    "FORMATS",
-    "ExportFormat",
-    "ExportReport",
-    "export",
-    "push_to_hub",
-    "register_format",
-    "to_diffusers_names",
-    "to_original_names",
-]
-
-__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)

@@ -23,29 +23,12 @@ if TYPE_CHECKING:
     from salad_compile.latents.statistics import LatentStatistics as LatentStatistics
 
 _HOMES = {
-    "LatentBatch": "batching",
-    "LatentDataset": "item",
-    "LatentItem": "item",
-    "LatentStatistics": "statistics",
-    "ShapeBatches": "batching",
-    "WAN_2_1": "statistics",
-    "collate": "batching",
-    "convert_latents": "converting",
-    "open_latents": "opening",
-    "write_latents": "native",
+    "batching": ("LatentBatch", "ShapeBatches", "collate"),
+    "converting": ("convert_latents",),
+    "item": ("LatentDataset", "LatentItem"),
+    "native": ("write_latents",),
+    "opening": ("open_latents",),
+    "statistics": ("LatentStatistics", "WAN_2_1"),
 }
 
-__all__ = [
-    "WAN_2_1",
-    "LatentBatch",
-    "LatentDataset",
-    "LatentItem",
-    "LatentStatistics",
-    "ShapeBatches",
-    "collate",
-    "convert_latents",
-    "open_latents",
-    "write_latents",
-]
-
-__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)

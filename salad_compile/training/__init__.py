@@ -20,15 +20,11 @@ if TYPE_CHECKING:
     from salad_compile.training.settings import TrainSettings as TrainSettings
 
 _HOMES = {
-    "Estimate": "dry_run",
-    "Outcome": "outcome",
-    "TrainResult": "outcome",
-    "TrainSettings": "settings",
-    "estimate": "dry_run",
-    "read_log": "records",
-    "train": "loop",
+    "dry_run": ("Estimate", "estimate"),
+    "loop": ("train",),
+    "outcome": ("Outcome", "TrainResult"),
+    "records": ("read_log",),
+    "settings": ("TrainSettings",),
 }
 
-__all__ = ["Estimate", "Outcome", "TrainResult", "TrainSettings", "estimate", "read_log", "train"]
-
-__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)

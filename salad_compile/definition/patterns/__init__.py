@@ -18,8 +18,6 @@ from salad_compile.common.checks import check_choice, require
 if TYPE_CHECKING:
     from salad_compile.definition.pattern import Pattern
 
-__all__ = ["find", "names", "register"]
-
 _loaded: dict[str, Pattern] = {}
 
 
