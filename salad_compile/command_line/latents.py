@@ -1,4 +1,4 @@
-"""`salad-compile latents`: look at precomputed latents, and convert them between formats."""
+"""`salad-compile latents`: encode clips, look at precomputed latents, and convert them between formats."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from salad_compile.command_line.latents_encode import add_encode, encode, list_problems
 from salad_compile.command_line.output import tell
 from salad_compile.latents.layouts import LAYOUTS, WRITABLE
 
@@ -16,16 +17,19 @@ if TYPE_CHECKING:
     from salad_compile.latents.statistics import LatentStatistics
 
 HELP = """\
-Looks at a dataset of precomputed latents and texts, or converts it between the formats of trainers.
+Makes a dataset of latents and texts of a folder of videos with captions, looks at one, or converts it between the
+formats of trainers.
 
 example:
+    salad-compile latents encode clips --model Wan2.1-T2V-1.3B-Diffusers --output data --fps 16 --validation-share 0.05
     salad-compile latents inspect data --sample 100 --json
     salad-compile latents convert musubi_cache data --to salad --skip
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="action", required=True, metavar="{inspect,convert}")
+    commands = parser.add_subparsers(dest="action", required=True, metavar="{encode,inspect,convert}")
+    add_encode(commands)
     inspect = commands.add_parser(
         "inspect",
         help="layout, shapes, statistics and damaged items of a dataset",
@@ -63,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """The exit code. Raises SaladError or OSError."""
-    return _inspect(arguments) if arguments.action == "inspect" else _convert(arguments)
+    return {"encode": encode, "inspect": _inspect, "convert": _convert}[arguments.action](arguments)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -111,11 +115,7 @@ def _readable(found: dict[str, Any]) -> str:
         lines += [f"  {what}: {' '.join(f'{value:.2f}' for value in found[what])}" for what in ("mean", "std")]
         lines.append(f"normalisation: {found['doubt'] or 'as expected'}")
     lines.append(f"damaged items: {len(found['problems']) or 'none'}")
-    return "\n".join([*lines, *_list_problems(found["problems"])])
-
-
-def _list_problems(problems: dict[str, str]) -> list[str]:
-    return [f"  {name}: {reason}" for name, reason in problems.items()]
+    return "\n".join([*lines, *list_problems(found["problems"])])
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -136,7 +136,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     }
     earlier = f", {report.kept} were there from an earlier run" if report.kept else ""
     lines = [f"{report.path}: {report.written} items written{earlier}, {len(report.skipped)} left out"]
-    tell(arguments, "\n".join([*lines, *_list_problems(found["skipped"])]), found)
+    tell(arguments, "\n".join([*lines, *list_problems(found["skipped"])]), found)
     return 0
 
 

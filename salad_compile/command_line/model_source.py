@@ -338,7 +338,7 @@ def _from_pretrained(cls: Any, found: ModelSource, dtype: torch.dtype | None) ->
     import torch
     from safetensors import SafetensorError
 
-    _silence_progress()
+    silence_progress()
     assert found.directory is not None
     _require_shards_inside(found.directory)
     dtype = dtype or stored_dtype(found.directory) or torch.float32
@@ -363,12 +363,12 @@ def _require_shards_inside(directory: Path) -> None:
                 )
 
 
-def _silence_progress() -> None:
+def silence_progress() -> None:
     """Bars of loading belong on terminals only."""
     if not sys.stderr.isatty():
-        from diffusers.utils import logging
-
-        logging.disable_progress_bar()
+        for library in ("diffusers", "transformers"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
 def _fill(model: nn.Module, file: Path) -> nn.Module:

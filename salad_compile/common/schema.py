@@ -176,11 +176,12 @@ class InfoFields(Struct, forbid_unknown_fields=True, kw_only=True):
     format_version: int
     normalized: Literal[True] = True
     statistics: StatisticsFields | None
+    encoded: dict[Text, Any] | None = None
     digest: Digest | None = None
 
 
-class RecordFields(Struct, forbid_unknown_fields=True, kw_only=True):
-    """A line of `items.jsonl`. A text may be long: captions have no bound."""
+class RecordFields(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A line of `items.jsonl`. A text may be long: captions have no bound. `extras`: shapes of what else there is."""
 
     name: str
     file: Text
@@ -189,9 +190,10 @@ class RecordFields(Struct, forbid_unknown_fields=True, kw_only=True):
     bytes: Count
     caption: str
     fps: float | None
+    extras: dict[Text, Annotated[list[Count], Meta(max_length=8)]] = msgspec.field(default_factory=dict)
 
 
-class ItemFields(Struct, forbid_unknown_fields=True, kw_only=True):
+class ItemFields(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """What the file of an item says of itself. `digest`: of its tensors and the rest; older ones have none."""
 
     name: str
@@ -199,6 +201,7 @@ class ItemFields(Struct, forbid_unknown_fields=True, kw_only=True):
     text_shape: Annotated[list[Size], Meta(min_length=2, max_length=2)]
     caption: str
     fps: float | None
+    extras: dict[Text, Annotated[list[Count], Meta(max_length=8)]] = msgspec.field(default_factory=dict)
 
 
 def decode(kind: type[T], text: str | bytes, what: str, error: type[SaladError]) -> T:

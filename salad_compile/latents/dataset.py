@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from salad_compile.common.logs import logger
 from salad_compile.errors import ConfigError, LatentItemError
-from salad_compile.latents.item import LatentDataset, LatentItem
+from salad_compile.latents.item import LATENT_EXTRAS, LatentDataset, LatentItem
 from salad_compile.latents.source import LatentSource, Problem, check_item
 from salad_compile.latents.statistics import LatentStatistics
 
@@ -93,7 +94,9 @@ class StoredLatents(LatentDataset):
         if self.normalized:
             return item
         assert self.statistics is not None
-        return LatentItem(item.name, self.statistics.normalize(item.latent), item.text, item.caption, item.fps)
+        normalize = self.statistics.normalize
+        extras = {name: normalize(t) if name in LATENT_EXTRAS else t for name, t in item.extras.items()}
+        return replace(item, latent=normalize(item.latent), extras=extras)
 
     def _next_good(self, index: int, error: LatentItemError) -> LatentItem:
         for step in range(1, len(self)):

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 Shape = tuple[int, int, int, int]  # channels, frames, height, width of a latent
+
+# What an item may carry beside latent and text, under the names that trainers of others use. Those that are latents of
+# the same VAE are normalised as the latent is.
+FIRST_FRAME = "first_frame_latent"  # (C, T or 1, H, W): the first frame through the VAE, T: with empty frames behind it
+CLIP_FEATURE = "clip_feature"  # (tokens, width): the first frame through the image encoder
+LATENTS_IMAGE = "latents_image"  # (C', T, H, W): whatever a model takes beside the noisy latent, channel by channel
+CONTROL = "latents_control"  # (C, T, H, W): a control video through the VAE
+FRAME_INDICES = "f_indices"  # (n,): places in time of the frames of a latent
+POOLED_TEXT = "pooled_text"  # (width,): one vector of the whole text
+EXTRAS = (FIRST_FRAME, CLIP_FEATURE, LATENTS_IMAGE, CONTROL, FRAME_INDICES, POOLED_TEXT)
+LATENT_EXTRAS = (FIRST_FRAME, CONTROL)
 
 
 @dataclass(frozen=True)
@@ -21,6 +33,7 @@ class LatentItem:
         text: (length, width) float32 or bfloat16, without padding.
         caption: the text that was encoded, or "" where the format does not hold it.
         fps: frames per second of the video, or None where the format does not hold it.
+        extras: by name, what else a model is conditioned on; see the names above.
     """
 
     name: str
@@ -28,6 +41,7 @@ class LatentItem:
     text: Tensor
     caption: str = ""
     fps: float | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class LatentDataset(torch.utils.data.Dataset[LatentItem]):

@@ -1,8 +1,9 @@
 """Our own format: `info.json`, `items.jsonl` and one safetensors file for each item.
 
     data/info.json              {"format": "salad-latents", "format_version": 1, "normalized": true, "statistics": ...}
-    data/items.jsonl            one line per item: name, file, shape, text_shape, bytes, caption, fps
-    data/items/<name>.safetensors   "latent" (C, T, H, W) float32, normalised; "text" (L, D) float32 or bfloat16
+    data/items.jsonl            one line per item: name, file, shape, text_shape, bytes, caption, fps, extras
+    data/items/<name>.safetensors   "latent" (C, T, H, W) float32, normalised; "text" (L, D) float32 or bfloat16;
+                                    "extra.<name>": conditions, see item.py
 
 Every item file says in its header what its line says. `info.json` is written first and never changes; item files come
 one by one; `items.jsonl` comes last and in one piece, so that a dataset is either complete or says that it is not.
@@ -43,6 +44,8 @@ INFO = "info.json"
 INDEX = "items.jsonl"
 FOLDER = "items"
 _RECORD = "salad_latent"  # key of an item's line in the metadata of its file
+_ORIGIN = "salad_origin"  # key of what an item was made from, by which a later run knows whether it still is
+_EXTRA = "extra."
 
 
 def write_latents(
@@ -80,8 +83,13 @@ def write_latents(
 class NativeWriter:
     """Writes item by item; :meth:`finish` makes a dataset of them."""
 
-    def __init__(self, directory: Path, statistics: LatentStatistics | None = None) -> None:
-        """Raises LatentLayoutError: the directory holds a dataset that these items cannot join."""
+    def __init__(
+        self, directory: Path, statistics: LatentStatistics | None = None, *, encoded: dict[str, Any] | None = None
+    ) -> None:
+        """encoded: how the items were made, for `info.json`; the index then lists what this writer writes or keeps.
+
+        Raises LatentLayoutError: the directory holds a dataset that these items cannot join.
+        """
         self.directory = directory
         with name_failures(directory):
             (directory / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -93,27 +101,30 @@ class NativeWriter:
                     "Write to another directory."
                 )
         else:
-            save_text(directory / INFO, json.dumps(_info(statistics), indent=1))
-        self._records = {r["name"]: r for r in read_index(directory)} if (directory / INDEX).exists() else {}
+            save_text(directory / INFO, json.dumps(_info(statistics, encoded), indent=1))
+        appends = encoded is None and (directory / INDEX).exists()
+        self._records = {record["name"]: record for record in read_index(directory)} if appends else {}
 
     @property
     def names(self) -> set[str]:
         """Items of the dataset so far."""
         return set(self._records)
 
-    def keep(self, name: str) -> bool:
-        """Take the file that an interrupted run wrote for this item; whether there is one."""
+    def keep(self, name: str, origin: str | None = None) -> bool:
+        """Take the file that an interrupted run wrote for this item; whether there is one, of this origin."""
         file = self._file(name)
         if not file.exists():
             return False
         try:
             with open_safetensors(file) as content:
+                if origin is not None and (content.metadata() or {}).get(_ORIGIN) != origin:
+                    return False
                 self._records[name] = _with_place(_stated(content, file), file)
         except ValueError as error:
             raise item_error(name, f"{error}. Delete {file} and run again") from error
         return True
 
-    def write(self, item: LatentItem) -> None:
+    def write(self, item: LatentItem, origin: str | None = None) -> None:
         """Write one item's file.
 
         Raises:
@@ -129,10 +140,13 @@ class NativeWriter:
             "text_shape": list(item.text.shape),
             "caption": item.caption,
             "fps": item.fps,
+            **({"extras": {name: list(t.shape) for name, t in sorted(item.extras.items())}} if item.extras else {}),
         }
         tensors = {"latent": item.latent.detach().cpu(), "text": item.text.detach().cpu()}
+        tensors |= {_EXTRA + name: tensor.detach().cpu() for name, tensor in item.extras.items()}
         file = self._file(item.name)
-        save_tensors(file, tensors, {"format": "pt", _RECORD: json.dumps(record)})
+        made_from = {} if origin is None else {_ORIGIN: origin}
+        save_tensors(file, tensors, {"format": "pt", _RECORD: json.dumps(record), **made_from})
         self._records[item.name] = _with_place(record, file)
 
     def finish(self) -> None:
@@ -141,7 +155,12 @@ class NativeWriter:
         save_text(self.directory / INDEX, "".join(lines))
 
     def _file(self, name: str) -> Path:
-        return self.directory / FOLDER / f"{file_stem(name)}.safetensors"
+        return self.file_of(self.directory, name)
+
+    @staticmethod
+    def file_of(directory: Path, name: str) -> Path:
+        """The file of an item in a dataset."""
+        return directory / FOLDER / f"{file_stem(name)}.safetensors"
 
 
 class NativeSource(LatentSource):
@@ -155,7 +174,7 @@ class NativeSource(LatentSource):
         self.statistics = read_info(path)
         if not (path / INDEX).exists():
             raise LatentLayoutError(
-                f"{path} was never finished: {INDEX} is missing. Run the conversion again; it resumes where it stopped."
+                f"{path} was never finished: {INDEX} is missing. Run what wrote it again; it resumes where it stopped."
             )
         self._path = path
         self._records = read_index(path)
@@ -170,19 +189,21 @@ class NativeSource(LatentSource):
         name = record["name"]
         try:
             with open_safetensors(inside(self._path, record["file"])) as content:
-                latent, text = content.get_tensor("latent"), content.get_tensor("text")
+                tensors = {key: content.get_tensor(key) for key in _keys(record)}
                 stated = _stated(content, Path(record["file"]))
-                if any(record[key] != value for key, value in stated.items()):
+                if any(record.get(key) != value for key, value in stated.items()):
                     raise ValueError(f"its file is of {stated}, and {INDEX} says otherwise")
-                bad = first_not_finite({"latent": latent, "text": text})
+                bad = first_not_finite(tensors)
                 if bad is not None:
                     raise ValueError(f"the {bad} holds NaN or infinity")
-                require_digest(content.metadata(), {"latent": latent, "text": text})
+                require_digest(content.metadata(), tensors)
         except Exception as error:  # whatever a damaged file makes safetensors raise
             raise item_error(name, str(error)) from error
+        latent = tensors["latent"]
         if latent.dtype != torch.float32:
             raise item_error(name, f"the latent is {latent.dtype}, this format has float32")
-        return LatentItem(name, latent, text, record["caption"], record["fps"])
+        extras = {key.removeprefix(_EXTRA): value for key, value in tensors.items() if key.startswith(_EXTRA)}
+        return LatentItem(name, latent, tensors["text"], record["caption"], record["fps"], extras)
 
     def _entry(self, record: dict[str, Any]) -> Entry:
         name, shape = record["name"], as_latent_shape(record["shape"])
@@ -244,13 +265,18 @@ def _stated(content: Any, file: Path) -> dict[str, Any]:
     return fields_of(decode(ItemFields, text, file.name, LatentItemError))
 
 
-def _info(statistics: LatentStatistics | None) -> dict[str, Any]:
+def _keys(record: dict[str, Any]) -> list[str]:
+    return ["latent", "text", *(_EXTRA + name for name in record.get("extras", {}))]
+
+
+def _info(statistics: LatentStatistics | None, encoded: dict[str, Any] | None) -> dict[str, Any]:
     return stamp(
         {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "normalized": True,
             "statistics": None if statistics is None else statistics.to_dict(),
+            **({} if encoded is None else {"encoded": encoded}),
         }
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -87,8 +87,11 @@ def check_item(item: LatentItem, shape: Shape) -> LatentItem:
             raise item_error(item.name, f"the {what} is {tensor.dtype}, it must be floating point")
         if not torch.isfinite(tensor).all():
             raise item_error(item.name, f"the {what} holds NaN or infinity")
+    for name, tensor in item.extras.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise item_error(item.name, f"its {name} holds NaN or infinity")
     text = text if text.dtype == torch.bfloat16 else text.float()
-    return LatentItem(item.name, latent.float(), text, item.caption, item.fps)
+    return replace(item, latent=latent.float(), text=text)
 
 
 def as_latent_shape(sizes: Sequence[int] | None) -> Shape | None:

@@ -1,0 +1,124 @@
+"""Captions of clips: a `.txt` beside each, or a table, CSV or JSON lines, with a column of files and one of texts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from salad_compile.errors import ConfigError, did_you_mean
+
+# Tables that are found by themselves: the names of datasets on the Hub, of DiffSynth-Studio and of musubi-tuner.
+TABLES = tuple(f"{stem}.{suffix}" for stem in ("metadata", "captions", "dataset") for suffix in ("jsonl", "csv"))
+FILE_COLUMNS = ("file_name", "file", "video", "video_path", "media_path", "path", "filename")
+CAPTION_COLUMNS = ("caption", "text", "prompt")
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Texts by the path of their clip within the folder, with and without its suffix. table: where they stand."""
+
+    texts: Mapping[str, str]
+    table: Path | None = None
+
+    def of(self, clip: Path, folder: Path) -> tuple[str, str | None]:
+        """The caption of a clip and None, or "" and why there is none."""
+        place = clip.relative_to(folder)
+        for key in (place.as_posix(), place.with_suffix("").as_posix()):
+            if key in self.texts:
+                return (self.texts[key], None) if self.texts[key] else ("", f"its caption in {self.table} is empty")
+        beside = clip.with_name(f"{clip.name if clip.is_dir() else clip.stem}.txt")
+        try:
+            text = beside.read_text(encoding="utf-8-sig").strip()
+        except FileNotFoundError:
+            listed = f", and it is not listed in {self.table}" if self.table else ""
+            return "", f"it has no caption: there is no {beside.name} beside it{listed}"
+        except (OSError, UnicodeDecodeError) as error:
+            return "", f"its caption {beside.name} cannot be read: {error}"
+        return (text, None) if text else ("", f"its caption {beside.name} is empty")
+
+
+def read_captions(
+    folder: Path, table: Path | None = None, *, file_column: str | None = None, caption_column: str | None = None
+) -> Captions:
+    """The table, or one of :data:`TABLES` in the folder; without any, captions are `.txt` files alone.
+
+    Paths of the table are relative to the folder, or absolute and below it.
+
+    Raises:
+        ConfigError: no such table or column, a row that cannot be read, or a file that is listed twice.
+    """
+    found = table or next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    if found is None:
+        if file_column or caption_column:
+            raise ConfigError(f"no table has the columns asked for: {folder} holds none of {', '.join(TABLES)}.")
+        return Captions({})
+    rows = _rows(found)
+    if not rows:
+        raise ConfigError(f"{found} lists nothing.")
+    files = _column(found, rows, file_column, FILE_COLUMNS, "files")
+    texts = _column(found, rows, caption_column, CAPTION_COLUMNS, "captions")
+    listed: dict[str, str] = {}
+    for number, row in enumerate(rows, start=1):
+        file, text = row.get(files), row.get(texts)
+        if not isinstance(file, str) or not file or not isinstance(text, str):
+            raise ConfigError(f"{found}, row {number}: it needs a file in {files!r} and a text in {texts!r}.")
+        place = _place(folder, file)
+        if place in listed:
+            raise ConfigError(f"{found}, row {number}: {file} is listed twice.")
+        listed[place] = text.strip()
+    return Captions(listed, found)
+
+
+def _place(folder: Path, file: str) -> str:
+    """The path within the folder, as :meth:`Captions.of` looks for it."""
+    path = Path(file)
+    if path.is_absolute() and path.is_relative_to(folder.resolve()):
+        return path.relative_to(folder.resolve()).as_posix()
+    return PurePosixPath(path.as_posix()).as_posix()
+
+
+def _rows(table: Path) -> list[dict[str, object]]:
+    """Raises ConfigError."""
+    if table.suffix not in (".csv", ".jsonl"):
+        raise ConfigError(f"{table} is no table of captions: it is a .csv or .jsonl file.")
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{table} cannot be read: {error}") from error
+    if table.suffix == ".csv":
+        try:
+            return [dict(row) for row in csv.DictReader(text.splitlines(keepends=True), strict=True)]
+        except csv.Error as error:
+            raise ConfigError(f"{table} is no CSV file: {error}.") from error
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{table}, line {number}: no JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"{table}, line {number}: it is no JSON object.")
+        rows.append(row)
+    return rows
+
+
+def _column(
+    table: Path, rows: Sequence[Mapping[str, object]], asked: str | None, usual: Sequence[str], what: str
+) -> str:
+    there = list(rows[0])
+    if asked is not None:
+        if asked not in there:
+            hint = did_you_mean(asked, map(str, there))
+            raise ConfigError(f"{table} has no column {asked!r}; it has {', '.join(map(str, there))}.{hint}")
+        return asked
+    found = next((name for name in usual if name in there), None)
+    if found is None:
+        raise ConfigError(
+            f"{table} has no column of {what} ({', '.join(usual)}); it has {', '.join(map(str, there))}: say which."
+        )
+    return found

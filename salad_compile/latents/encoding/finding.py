@@ -1,0 +1,138 @@
+"""find_clips: the videos of a folder, files and folders of images, with their captions."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from salad_compile.errors import ConfigError, LatentLayoutError
+from salad_compile.latents.encoding.captions import Captions, read_captions
+from salad_compile.latents.source import Problem, unique_names
+
+VIDEOS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi", ".m4v")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video. path: a file, or a folder of images. name: its path within the folder, without suffix."""
+
+    name: str
+    path: Path
+    caption: str
+
+    @property
+    def images(self) -> list[Path]:
+        """Of a folder of images, in the order of the numbers in their names."""
+        return images_in(self.path) if self.path.is_dir() else []
+
+    @property
+    def origin(self) -> str:
+        """What changes when the clip or its caption does."""
+        files = self.images or [self.path]
+        stats = [(file.name, file.stat()) for file in files]
+        return repr((self.caption, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]))
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The clips of a folder. left_out: those without a caption, and what a table lists and is not there."""
+
+    folder: Path
+    clips: tuple[Clip, ...]
+    left_out: tuple[Problem, ...]
+
+
+def find_clips(
+    folder: str | os.PathLike[str],
+    *,
+    captions: str | os.PathLike[str] | None = None,
+    file_column: str | None = None,
+    caption_column: str | None = None,
+) -> Clips:
+    """Every video below a folder, with its caption, in the order of names. Nothing is decoded.
+
+    Args:
+        folder: holds videos (:data:`VIDEOS`), or folders of images, one for each clip.
+        captions: a table, `.csv` or `.jsonl`; None: one of the usual names in the folder, if there is one. What no
+            table lists has its caption in a `.txt` of its name beside it.
+        file_column, caption_column: of the table; None: the usual names.
+
+    Raises:
+        LatentLayoutError: no such folder, or no clip in it, or none with a caption.
+        ConfigError: the table cannot be used.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise LatentLayoutError(f"{root} is {'a file' if root.exists() else 'not there'}: name a folder of videos.")
+    paths = sorted(_clip_paths(root), key=lambda path: _natural(path.relative_to(root).as_posix()))
+    if not paths:
+        raise LatentLayoutError(f"{root} holds no video ({', '.join(VIDEOS)}){_instead(root)}.")
+    table = read_captions(
+        root, None if captions is None else Path(captions), file_column=file_column, caption_column=caption_column
+    )
+    places = [path.relative_to(root) for path in paths]
+    plain = [(place if (root / place).is_dir() else place.with_suffix("")).as_posix() for place in places]
+    found, left_out = [], []
+    for path, name in zip(paths, unique_names(plain, [place.as_posix() for place in places]), strict=True):
+        text, problem = table.of(path, root)
+        if problem:
+            left_out.append(Problem(name, problem))
+        else:
+            found.append(Clip(name, path, text))
+    left_out += _absent(root, table)
+    if not found:
+        raise LatentLayoutError(
+            f"none of the {len(paths)} clips in {root} has a caption ({left_out[0]}): put a .txt beside each, or "
+            "name a table of captions."
+        )
+    return Clips(root, tuple(found), tuple(left_out))
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder, in the order of the numbers in their names."""
+    files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGES and not file.name.startswith(".")]
+    return sorted(files, key=lambda file: _natural(file.name))
+
+
+def _clip_paths(root: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        here = Path(place)
+        videos = [here / name for name in names if Path(name).suffix.lower() in VIDEOS and not name.startswith(".")]
+        yield from videos
+        if here != root and not videos and images_in(here):
+            yield here
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """An order in which frame9 comes before frame10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _absent(root: Path, table: Captions) -> list[Problem]:
+    return [
+        Problem(place, f"{table.table} lists it, and it is not there")
+        for place in table.texts
+        if not (root / place).exists() and not any((root / f"{place}{suffix}").exists() for suffix in VIDEOS)
+    ]
+
+
+def _instead(root: Path) -> str:
+    images = len(images_in(root))
+    if images:
+        return f", but {images} images: put those of each clip into a folder of its own"
+    others = sum(1 for file in root.rglob("*") if file.is_file())
+    return f" and no folder of images; it has {others} other files" if others else ": it is empty"
+
+
+def require_apart(output: Path, folder: Path) -> None:
+    """Raises ConfigError: the output is the folder of clips, or below it, or around it."""
+    here, there = output.resolve(), folder.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ConfigError(f"clips {folder} and output {output} must not contain each other.")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"the output {output} is a file.")
