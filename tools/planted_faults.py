@@ -375,10 +375,10 @@ FAULTS = (
     ),
     _fault(
         "cost counts half of the products",
-        "analysis",
+        "conversion",
         ("per_pair = 2 * (qk_width", "per_pair = 1 * (qk_width"),
         ("2 * (qk_width + record.width)", "(qk_width + record.width)"),
         ("2 * (size.query_width + record.width)", "(size.query_width + record.width)"),
-        tests="tests/salad_compile/**/test_inspection.py tests/salad_compile/analysis/*.py",
+        tests="tests/salad_compile/**/test_inspection.py tests/salad_compile/conversion/*.py",
     ),
 )

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from salad_compile.analysis.cost import site_cost
 from salad_compile.analysis.summary import Explanation, SiteSummary, Summary
 from salad_compile.common.wrappers import bare_components, single_model
+from salad_compile.conversion.cost import site_cost
 from salad_compile.kernels.repairs import repairs
 from salad_compile.sites.branch import SaladBranch, branches, branches_in
 

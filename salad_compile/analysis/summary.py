@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from salad_compile.analysis.cost import SiteCost
 from salad_compile.common.reports import Report, Row, site_path
+from salad_compile.conversion.cost import SiteCost
 from salad_compile.kernels.repairs import Repairs
 
 if TYPE_CHECKING:

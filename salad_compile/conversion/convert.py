@@ -11,12 +11,13 @@ import torch.nn as nn
 from salad_compile.calls.multihead import in_projection_owner, projection, take_apart
 from salad_compile.common.foreign_hooks import forward_slot
 from salad_compile.common.logs import logger
-from salad_compile.common.projections import channels
 from salad_compile.common.wrappers import base_layer, components, without_base_layer
 from salad_compile.config import SaladConfig
+from salad_compile.conversion.branch_building import build_branch, submodule, widths_of
 from salad_compile.conversion.channel_slots import channel_slots
 from salad_compile.conversion.earlier_conversion import require_same_conversion, require_same_sites
-from salad_compile.conversion.placement import branch_placement, join_hooks, require_joinable
+from salad_compile.conversion.forecast import forecast
+from salad_compile.conversion.placement import join_hooks, require_joinable
 from salad_compile.conversion.selection import apply_settings, filter_sites
 from salad_compile.discovery.attention_site import AttentionSite
 from salad_compile.discovery.discover import Discovery, discover
@@ -32,7 +33,7 @@ from salad_compile.errors import (
 from salad_compile.grid.rule import GridSource
 from salad_compile.grid.video_grid import RootForward, VideoGrid
 from salad_compile.position.slice import position_error
-from salad_compile.sites.branch import BRANCH_NAME, SaladBranch, branches
+from salad_compile.sites.branch import SaladBranch, branches
 from salad_compile.sites.converted_models import remember_model
 from salad_compile.sites.markers import leave_dense
 from salad_compile.sites.record import SiteRecord
@@ -63,10 +64,15 @@ def plan(
     """
     config = _checked_config(config)
     found = {name: _discover(module, example_inputs, config, grid, sites) for name, module in components(model).items()}
+    modules = components(model)
     return Plan(
         sites={name: discovery.sites for name, discovery in found.items()},
         config=config,
         grids={name: discovery.grid or discovery.grid_reason for name, discovery in found.items()},
+        forecasts=[
+            entry for name, module in modules.items() for entry in forecast(module, name, found[name].sites, config)
+        ],
+        base_parameters=sum(p.numel() for module in modules.values() for p in module.parameters()),
     )
 
 
@@ -84,7 +90,7 @@ def _fitting(model: nn.Module, site: AttentionSite) -> AttentionSite:
     record = site.record()
     try:
         for roles in record.shared_roles().values():
-            channel_slots(record, roles, _widths(model, record.projections()[roles[0]], record)[1])
+            channel_slots(record, roles, widths_of(model, record.projections()[roles[0]], record)[1])
     except UnknownProjectionError as error:
         return dataclasses.replace(site, eligible=False, reason=str(error).removesuffix("."))
     return site
@@ -211,7 +217,7 @@ def require_names(model: nn.Module, records: Sequence[SiteRecord], dense: Iterab
     """
     for record in records:
         for name in (record.owner, *record.projections().values()):
-            _submodule(model, name, record)
+            submodule(model, name, record)
     for name in dense:
         try:
             projection(model, name)
@@ -225,48 +231,6 @@ def dense_projections(model: nn.Module) -> list[str]:
     """The query projections of self-attention that the conversion left dense."""
     found = [name for name, module in model.named_modules() if leave_dense in module._forward_hooks.values()]
     return [without_base_layer(name) for name in found]
-
-
-def build_branch(model: nn.Module, record: SiteRecord, config: SaladConfig) -> SaladBranch:
-    """The branch of one site, on the device and in the dtype of its projections; the model is not touched."""
-    found = {role: _widths(model, name, record) for role, name in record.projections().items()}
-    owner = _submodule(model, record.owner, record)
-    if hasattr(owner, BRANCH_NAME):
-        raise ConfigError(f"{record.owner!r} has an attribute {BRANCH_NAME!r} already: rename it before converting.")
-    slots = {first: channel_slots(record, roles, found[first][1]) for first, roles in record.shared_roles().items()}
-    shares = {role: width for group in slots.values() for role, width in group}
-    targets = [role for role in found if role.removeprefix("text_") in config.lora_targets]
-    widths = {role: (found[role][0], shares[role]) for role in targets}
-    device, dtype = branch_placement(_submodule(model, record.query, record), owner)
-    return SaladBranch(
-        record,
-        config,
-        gate_width=found["query"][0],
-        widths=widths,
-        slots=slots,
-        dtype=dtype,
-        device=device,
-    )
-
-
-def _widths(model: nn.Module, name: str, record: SiteRecord) -> tuple[int, int]:
-    """Input and output channels of a projection."""
-    module = _submodule(model, name, record)
-    found = channels(module)
-    if found is None:
-        raise UnknownProjectionError(
-            f"{name!r} of the site {record.owner!r} is a {type(module).__name__}, not a projection."
-        )
-    return found
-
-
-def _submodule(model: nn.Module, name: str, record: SiteRecord) -> nn.Module:
-    try:
-        return base_layer(projection(model, name))
-    except AttributeError as error:
-        raise UnknownProjectionError(
-            f"{type(model).__name__} has no module {name!r}, which the site {record.owner!r} needs."
-        ) from error
 
 
 def _checked_config(config: SaladConfig | Mapping[str, Any] | None) -> SaladConfig:

@@ -63,7 +63,7 @@ class TensorRow:
         when: whether settings call for it.
         initialise: writes the initial value, in place.
         dtype: of a buffer, which is saved and not trained. None: a parameter, in the dtype that the branch has.
-        cost: the column of :class:`salad_compile.analysis.cost.SiteCost` that counts a multiply-add for each element
+        cost: the column of :class:`salad_compile.conversion.cost.SiteCost` that counts a multiply-add for each element
             and token; None where nothing like a product reads it.
     """
 

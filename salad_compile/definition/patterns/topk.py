@@ -9,6 +9,7 @@ from salad_compile.definition.spec import AttentionSpec
 from salad_compile.kernels import kept_blocks
 from salad_compile.kernels.direct import call_operator
 from salad_compile.kernels.layout import block_count
+from salad_compile.kernels.routing.density import sink_blocks
 
 
 class TopK(Pattern):
@@ -41,8 +42,13 @@ class TopK(Pattern):
         return size.batch * 2 * (size.tokens + scores) * size.query_width
 
     def computed_pairs(self, size: CallSize, spec: AttentionSpec, permille: int) -> int:
-        kept = int(kept_blocks(block_count(size.tokens, spec.key_block), spec.query_block, spec.key_block, permille))
-        return size.tokens * min(size.tokens, kept * spec.key_block)
+        """Whole blocks. Every query sees the blocks that hold text, and blocks that do see all keys."""
+        key_blocks = block_count(size.tokens, spec.key_block)
+        kept = int(kept_blocks(key_blocks, spec.query_block, spec.key_block, permille))
+        kept += int(sink_blocks(size.video_tokens, size.tokens, spec.key_block))
+        text = size.tokens > size.video_tokens
+        sparse = size.video_tokens // spec.query_block * spec.query_block if text else size.tokens
+        return sparse * min(size.tokens, kept * spec.key_block) + (size.tokens - sparse) * size.tokens
 
 
 PATTERN = TopK()

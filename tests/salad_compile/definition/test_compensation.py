@@ -119,7 +119,7 @@ def test_a_model_that_was_never_converted() -> None:
 
 
 def test_what_it_costs_is_counted() -> None:
-    from salad_compile.analysis.cost import site_cost
+    from salad_compile.conversion.cost import site_cost
 
     without, with_pools = (site_cost(converted(**more).salad) for more in ({}, TAIL))
     assert with_pools.sparse - without.sparse == 2 * 2 * 105 * 4 * without.dense // (105 * 105 * 2 * 2)

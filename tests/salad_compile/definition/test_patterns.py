@@ -13,8 +13,8 @@ import torch.nn as nn
 from torch import Tensor
 
 import salad_compile
-from salad_compile.analysis.cost import site_cost
 from salad_compile.config import BackendOptions, SaladConfig
+from salad_compile.conversion.cost import site_cost
 from salad_compile.definition import patterns
 from salad_compile.errors import ConfigError
 from salad_compile.sites.branch import branches

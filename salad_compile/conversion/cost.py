@@ -21,6 +21,8 @@ class SiteCost:
     linear: int
     projection: int
     lora: int
+    attended: float = 1.0
+    """Share of the pairs of a query and a key that sparse attention computes."""
 
     @property
     def salad(self) -> int:
@@ -45,6 +47,7 @@ def site_cost(branch: SaladBranch) -> SiteCost:
         dense=size.batch * size.tokens * size.tokens * per_pair,
         sparse=size.batch * (pairs + _pool_pairs(size, spec)) * per_pair,
         routing=pattern.selection_flops(size, spec),
+        attended=pairs / size.tokens**2,
         **{name: 2 * size.batch * size.tokens * count for name, count in elements.items()},
     )
 
