@@ -21,8 +21,8 @@ from salad_compile.conversion.placement import join_hooks, require_joinable
 from salad_compile.conversion.selection import apply_settings, filter_sites
 from salad_compile.discovery.attention_site import AttentionSite
 from salad_compile.discovery.discover import Discovery, discover
+from salad_compile.discovery.history import history
 from salad_compile.discovery.plan import Plan
-from salad_compile.discovery.probe import history
 from salad_compile.errors import (
     ConfigError,
     NoAttentionError,

@@ -89,7 +89,7 @@ def _site_of(call: Call, probe: Probe, video: set[str], min_tokens: int) -> Atte
     owner = _owner_of(call, [name for group in names for name in group])
     mask = _mask_kind(call.arguments.attn_mask)
     gate_axes, row_reason = gate_rows(call, layout, probe)
-    reason = _ineligible(call, kind, layout, mask, row_reason, min_tokens)
+    reason = _ineligible(call, probe, kind, layout, mask, row_reason, min_tokens)
     reason = reason or runs_fault(call, owner, names[0], probe)
     attn_mask = call.arguments.attn_mask
     ranked = len(query) == 4 and len(key) == 4
@@ -261,11 +261,13 @@ def _origin(tensor: Tensor) -> Any:
     return node
 
 
-def _ineligible(call: Call, kind: str, layout: Layout, mask: str, row_reason: str, min_tokens: int) -> str:
+def _ineligible(
+    call: Call, probe: Probe, kind: str, layout: Layout, mask: str, row_reason: str, min_tokens: int
+) -> str:
     """Why a call is not converted, or the empty string."""
     query, key, _ = call.shapes
     if kind == "cross":
-        return "cross-attention stays dense"
+        return _cross_reason(call, probe)
     if kind == "unresolved":
         return "query, key or value come from no Linear module"
     square = "square" if mask in ("padding", "unread") else mask
@@ -281,6 +283,19 @@ def _ineligible(call: Call, kind: str, layout: Layout, mask: str, row_reason: st
     if layout.text != "prefix" and key[2] != tokens:
         return f"{tokens} queries but {key[2]} keys"
     return f"{tokens} tokens, fewer than min_tokens={min_tokens}" if tokens < min_tokens else ""
+
+
+def _cross_reason(call: Call, probe: Probe) -> str:
+    """Attention to other tokens is cross-attention; to the same ones it is self-attention in an unknown form."""
+    of_query, of_key = (
+        {name for made in group for name in probe.labels.names_of(made.labels)} for group in call.made_by[:2]
+    )
+    if of_query != of_key or call.shapes[0][2] != call.shapes[1][2]:
+        return "cross-attention stays dense"
+    return (
+        "its query, key and value are not projections of one value (of other parts of the tokens, or of something "
+        "computed between): taken for cross-attention, which stays dense"
+    )
 
 
 def _merge_invocations(sites: list[AttentionSite]) -> list[AttentionSite]:

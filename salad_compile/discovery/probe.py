@@ -20,7 +20,6 @@ from torch import Tensor, fx
 
 # Private. Seen in torch 2.11 and 2.13; tests/salad_compile/discovery/test_discover.py fails when it moves.
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from salad_compile.calls import autograd_functions
@@ -32,6 +31,7 @@ from salad_compile.common.projections import fits, projection_call, says_its_wid
 from salad_compile.common.signatures import argument_names
 from salad_compile.discovery.channel_axes import ChannelAxes
 from salad_compile.discovery.channels import ChannelTracker
+from salad_compile.discovery.history import history, ordinary, write_into_memory
 from salad_compile.discovery.token_labels import TokenLabels
 from salad_compile.position.operations import writes
 from salad_compile.position.recording import OperationRecording, Recorded, position_fault
@@ -55,25 +55,6 @@ class _Mark(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
-
-
-@contextlib.contextmanager
-def history() -> Iterator[None]:
-    """Autograd records what runs here, wherever the model itself switched it off."""
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-def ordinary(tree: Any) -> Any:
-    """Copies of tensors that were made in inference mode, which autograd refuses."""
-    leaves, spec = tree_flatten(tree)
-    if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves):
-        return tree
-    copies = (leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in leaves)
-    return tree_unflatten(copies, spec)
 
 
 def _mark(x: Tensor) -> Tensor:
@@ -230,7 +211,10 @@ class Probe(Recorded, TorchFunctionMode):
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation of the model."""
-        out = super().run(func, args, kwargs)
+        return self._follow(func, args, kwargs, super().run(func, args, kwargs))
+
+    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """What an operation of the model returned, noted by all that follow values."""
         self.labels.note(func, args, kwargs, out)
         self.rows.note(func, args, kwargs, out)
         if not self.calls:
@@ -243,15 +227,25 @@ class Probe(Recorded, TorchFunctionMode):
         except RuntimeError:
             if not writes(func, args, kwargs):
                 raise
-            # a write that autograd refuses, and inference does not; the value written into stays what it was made from
-            with torch.no_grad():
-                out = self.run(func, args, kwargs)
+            out = self._write_past_autograd(func, args, kwargs)
         if func in _CATS:
             self._note_cat(out, *args, **kwargs)
         self._by_hand.note(func, args, kwargs, out)
         self.channels.note(func, args, kwargs, out)
         self._products += name_of(func, args)[0] in _PRODUCTS
         return out
+
+    def _write_past_autograd(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A write that autograd refuses, and inference does not; the value written into stays what it was made from.
+
+        One of several views that autograd saw written into cannot even be asked for its node.
+        """
+
+        def call() -> Any:
+            return write_into_memory(func, args, kwargs)
+
+        out = call() if self.recording is None else self.recording.record(func, args, kwargs, call)
+        return self._follow(func, args, kwargs, out)
 
     def _with_heads(self, arguments: AttentionArguments) -> AttentionArguments:
         """The first axis of a batched product may be batch and heads in one, which cannot be separated later."""

@@ -26,8 +26,9 @@ from salad_compile.common.foreign_hooks import execution_device, without_foreign
 from salad_compile.common.logs import logger
 from salad_compile.common.placement import placement
 from salad_compile.common.projections import may_project, says_its_widths
+from salad_compile.discovery.history import history, ordinary
 from salad_compile.discovery.inputs import normalise_inputs, synthesise_inputs
-from salad_compile.discovery.probe import Probe, history, named_inputs, ordinary
+from salad_compile.discovery.probe import Probe, named_inputs
 from salad_compile.discovery.reachable_state import ReachableState
 from salad_compile.discovery.weights import gather_weights, keep_values
 from salad_compile.errors import AdapterError, InputsError, ProbeError

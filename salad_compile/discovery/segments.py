@@ -92,8 +92,10 @@ def _single_stream(call: Call, probe: Probe, video: set[str]) -> Layout:
         if possible != certain:
             return Layout(reason=_not_known(probe), streams=made)
         kinds[label] = certain
-    runs = [(is_video, len(list(run))) for is_video, run in itertools.groupby(kinds[label] for label in tokens)]
-    return _name_inputs(runs, call, made)
+    runs = [(is_video, list(run)) for is_video, run in itertools.groupby(tokens, key=kinds.__getitem__)]
+    if [is_video for is_video, _ in runs] not in ([True], [True, False], [False, True]):
+        return Layout(reason=_scattered(runs, probe), streams=made)
+    return _name_inputs([(is_video, len(run)) for is_video, run in runs], call, made)
 
 
 def _names(probe: Probe, labels: Tensor) -> tuple[set[str], set[str]]:
@@ -106,14 +108,26 @@ def _not_known(probe: Probe) -> str:
     return f"which of its tokens are text is not known: {reason}"
 
 
+def _scattered(runs: Sequence[tuple[bool, Sequence[int]]], probe: Probe) -> str:
+    """That what is no video lies on several sides of it, and what there is in the order of the tokens."""
+    parts = []
+    for is_video, labels in runs[:_MOST_RUNS]:
+        names = probe.labels.names_of(torch.tensor(list(set(labels))))
+        origin = f"from {' and '.join(map(repr, sorted(names)))}" if names else "from none of the inputs"
+        parts.append(f"{len(labels)} {'of the video' if is_video else 'others'} {origin}")
+    parts += ["..."] if len(runs) > _MOST_RUNS else []
+    return f"its other tokens (text, registers, padding) do not lie on one side of the video: {', '.join(parts)}"
+
+
+_MOST_RUNS = 4
+
+
 def _name_inputs(
     runs: Sequence[tuple[bool, int]], call: Call, streams: tuple[tuple[Projection, Projection | None], ...]
 ) -> Layout:
     kinds = tuple(kind for kind, _ in runs)
     if kinds == (True,):
         return Layout(streams=streams)
-    if kinds not in ((True, False), (False, True)):
-        return Layout(reason="its text does not lie on one side of the video", streams=streams)
     text = "after" if kinds[0] else "before"
     count = runs[1][1] if kinds[0] else runs[0][1]
     return Layout(text, count, "", streams, _arguments(call.stack, count))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from salad_compile.discovery.probe import Call, Frame, Probe
 
@@ -31,17 +30,29 @@ def runs_fault(call: Call, owner: str, queries: Sequence[str], probe: Probe) -> 
             )
         if any(all(frame.name != owner for frame in stack) for stack in stacks):
             return f"its query projection {name!r} also runs outside of {owner!r}, where its attention would be dense"
-    return "another attention call reads its query before it does" if _reads_second(call, frame, probe) else ""
+    return _read_again(call, frame, probe)
 
 
-def _reads_second(call: Call, frame: Frame | None, probe: Probe) -> bool:
-    """Whether a query has been attended with before, but for calls for one sample after another."""
-    nodes = [projection.node for projection in call.made_by[0]]
-    earlier = itertools.takewhile(lambda other: other is not call, probe.calls)
-    same = any(frame in other.stack and nodes == [p.node for p in other.made_by[0]] for other in earlier)
+def _read_again(call: Call, frame: Frame | None, probe: Probe) -> str:
+    """Why the call is not the one that attends with its query, but for calls for one sample after another."""
+    if not call.made_by[0]:
+        return ""
     gate_input = call.made_by[0][0].gate_input
-    one_by_one = call.shapes[0][0] == 1 and gate_input.dim() > 2 and gate_input.shape[0] > 1
-    return same and not one_by_one
+    if call.shapes[0][0] == 1 and gate_input.dim() > 2 and gate_input.shape[0] > 1:
+        return ""
+    readers = [other for other in probe.calls if frame in other.stack and _nodes(other, 0) == _nodes(call, 0)]
+    alike = [other for other in readers if _nodes(other, 1) == _nodes(call, 1)]
+    if len(alike) > 1:
+        return (
+            f"{len(alike)} attention calls of one forward read its query and key, heads or tokens in parts for "
+            "example: only one call for all of them can be converted"
+        )
+    return "another attention call reads its query before it does" if readers[:1] != [call] else ""
+
+
+def _nodes(call: Call, operand: int) -> list[Any]:
+    """What identifies the runs of the projections of the query (0), key (1) or value (2)."""
+    return [projection.node for projection in call.made_by[operand]]
 
 
 def reject_shared(sites: list[AttentionSite]) -> list[AttentionSite]:

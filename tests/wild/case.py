@@ -45,7 +45,6 @@ class Wild:
     grid: of the video tokens; None where the forward cannot tell, with `flat` saying why in words of the plan's reason.
     around: entered around every forward: a package's own forward context.
     breaks_inside: the graph breaks inside the sites, which run uncompiled as SALAD.
-    untrue: the product's reason for refusing is known to be wrong, with what is true.
     known: check -> why the product fails it today. Such a check must fail: when it passes, the entry is taken out.
     """
 
@@ -53,7 +52,6 @@ class Wild:
     inputs: Callable[[], dict[str, Any]]
     sites: tuple[str, ...] = ()
     refused: str = ""
-    untrue: str = ""
     grid: tuple[int, int, int] | None = GRID
     flat: str = ""
     blocks: tuple[str, ...] = ()

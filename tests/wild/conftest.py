@@ -60,8 +60,7 @@ def _classes(package: str, outcomes: dict[tuple[str, str], str]) -> list[Foreign
         if name.partition(".")[0] == package:
             case = tables.case(name)
             checks = {check: said for (of, check), said in outcomes.items() if of == name}
-            reason = f"{case.refused} (not true: {case.untrue})" if case.untrue else case.refused
-            found.append(Foreign(name, case.sites, reason, "", checks))
+            found.append(Foreign(name, case.sites, case.refused, "", checks))
     for name, reason in tables.not_tried().items():
         if name.partition(".")[0] == package:
             found.append(Foreign(name, (), "", reason, {}))

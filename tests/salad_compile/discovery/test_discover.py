@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from salad_compile.discovery.attention_site import AttentionSite
 from salad_compile.discovery.discover import discover
 from salad_compile.errors import InputsError, ProbeError
 from tests import toys
+from tests.support import TINY, relative_error
 
 
 def sites_of(model: nn.Module, *inputs: Tensor, min_tokens: int = 64) -> list[AttentionSite]:
@@ -37,6 +40,37 @@ def test_self_attention_and_what_keeps_it_dense(attend: toys.Attend, reason: str
     assert (site.kind, site.reason, site.eligible) == ("self", reason, not reason)
     assert (site.query, site.key, site.value, site.out) == (("q",), ("k",), ("v",), "o")
     assert (site.batch, site.heads, site.query_tokens, site.head_dim) == (2, 2, 70, 8)
+
+
+class OneOfSeveralViews(nn.Module):
+    """Writes into parts of one projection's output, which autograd refuses: these models are for inference."""
+
+    def __init__(self, parts: Callable[[Tensor], tuple[Tensor, ...]], write: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(toys.WIDTH, 3 * toys.WIDTH), nn.Linear(toys.WIDTH, toys.WIDTH)
+        self.parts, self.write = parts, write
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.parts(self.qkv(x))
+        self.write(query)
+        self.write(key)
+        result: Tensor = self.o(toys.positional(*map(toys.heads, (query, key, value))).transpose(1, 2).flatten(2))
+        return result
+
+
+@pytest.mark.parametrize("placement", ["rotate-then-map", "auto"])
+@pytest.mark.parametrize("write", [lambda t: t.mul_(2), lambda t: t[..., :4].add_(1)], ids=["all", "channels"])
+@pytest.mark.parametrize(
+    "parts", [lambda t: t.chunk(3, -1), lambda t: t.unflatten(-1, (3, -1)).unbind(-2)], ids=["chunk", "unbind"]
+)
+def test_writes_that_autograd_refuses(parts: Any, write: Any, placement: str) -> None:
+    model, x = OneOfSeveralViews(parts, write), toys.tokens(100)
+    with torch.no_grad():
+        dense = model(x)
+    config = dataclasses.replace(TINY, sparsity=0.0, rope_placement=placement)
+    salad_compile.convert(model, config, example_inputs=(x,))
+    with torch.no_grad():
+        assert relative_error(model(x), dense) < 1e-5
 
 
 def test_cross_attention_of_equal_length() -> None:

@@ -99,7 +99,17 @@ def test_text_on_either_side_of_the_video(join: Callable[[Tensor, Tensor], Tenso
 
 def test_text_on_both_sides_is_refused() -> None:
     (site,) = sites_of(Single(lambda video, text: torch.cat([text[:, :5], video, text[:, 5:]], 1)))
-    assert (site.eligible, site.reason) == (False, "its text does not lie on one side of the video")
+    assert not site.eligible
+    assert site.reason == (
+        "its other tokens (text, registers, padding) do not lie on one side of the video: 5 others from 'text', "
+        f"{VIDEO} of the video from 'video', {TEXT - 5} others from 'text'"
+    )
+
+
+def test_padding_on_the_other_side_is_told_from_text() -> None:
+    (site,) = sites_of(Single(lambda video, text: F.pad(torch.cat([text, video], 1), (0, 0, 0, 6))))
+    assert not site.eligible
+    assert site.reason.endswith(f"{VIDEO} of the video from 'video', 6 others from none of the inputs")
 
 
 def test_text_that_only_modulates_the_video_is_no_text() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,6 +61,37 @@ class Outside(nn.Module):
         return result
 
 
+class Parts(toys.SelfAttention):
+    """Attends with a part of the query, key and value after another: heads, or halves of the tokens."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (toys.heads(p(x)).chunk(2, dim=self.axis) for p in (self.q, self.k, self.v))
+        parts = [toys.positional(*operands) for operands in zip(q, k, v, strict=True)]
+        result: Tensor = self.o(torch.cat(parts, dim=self.axis).transpose(1, 2).flatten(2))
+        return result
+
+
+class Bottleneck(toys.SelfAttention):
+    """Keys are projected from what another layer makes of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(toys.WIDTH, toys.WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = toys.positional(toys.heads(self.q(x)), toys.heads(self.k(self.down(x))), toys.heads(self.v(x)))
+        result: Tensor = self.o(out.transpose(1, 2).flatten(2))
+        return result
+
+
+IN_PARTS = "2 attention calls of one forward read its query and key, heads or tokens in parts"
+NOT_OF_ONE = "its query, key and value are not projections of one value"
+
+
 def two_with_one_key() -> nn.Module:
     first, second = toys.SelfAttention(), toys.SelfAttention()
     second.k = first.k
@@ -70,8 +102,11 @@ def two_with_one_key() -> nn.Module:
     ("model", "reasons"),
     [
         (TwoRuns(), ["runs 2 times in one forward", "runs 2 times in one forward"]),
-        (AdapterAfter(), ["", "cross-attention stays dense"]),
-        (AdapterBefore(), ["cross-attention stays dense", "another attention call reads its query before it does"]),
+        (AdapterAfter(), ["", NOT_OF_ONE]),
+        (AdapterBefore(), [NOT_OF_ONE, "another attention call reads its query before it does"]),
+        (Parts(1), [IN_PARTS]),
+        (Parts(2), ["the query projection sees (2, 100) tokens, the attention (2, 50)"]),
+        (Bottleneck(), [NOT_OF_ONE]),
         (Outside(), ["also runs outside of 'attention'"]),
         (two_with_one_key(), ["is also one of", "is also one of"]),
     ],

@@ -65,12 +65,16 @@ def inputs() -> dict[str, Any]:
     }
 
 
-def speech_inputs() -> dict[str, Any]:
+WHOLE_HISTORY = 19
+"""Earlier frames that fill the buckets of the model; of fewer it pads the sequence with tokens of zeros."""
+
+
+def speech_inputs(history: int = WHOLE_HISTORY) -> dict[str, Any]:
     size = (2 * HEIGHT, 2 * WIDTH)
     return inputs() | {
         "x": [draw(16, FRAMES, *size)],
         "ref_latents": [draw(16, 1, *size)],
-        "motion_latents": [draw(16, 5, *size)],
+        "motion_latents": [draw(16, history, *size)],
         "cond_states": [draw(16, FRAMES, *size, seed=3)],
         "audio_input": draw(1, 25, 12, 4 * FRAMES),
     }
@@ -87,6 +91,17 @@ def animate_inputs() -> dict[str, Any]:
     }
 
 
+SPEECH = model(
+    "s2v.model_s2v",
+    "WanModel_S2V",
+    cond_dim=16,
+    audio_dim=12,
+    audio_inject_layers=[0],
+    zero_timestep=True,
+    enable_motioner=False,
+    enable_framepack=True,
+)
+
 ENTRIES = {
     "wan.modules.model.WanModel": Wild(
         model("model", "WanModel", in_dim=4, out_dim=4),
@@ -97,24 +112,20 @@ ENTRIES = {
         breaks_inside=True,
     ),
     "wan.modules.s2v.model_s2v.WanModel_S2V": Wild(
-        model(
-            "s2v.model_s2v",
-            "WanModel_S2V",
-            cond_dim=16,
-            audio_dim=12,
-            audio_inject_layers=[0],
-            zero_timestep=True,
-            enable_motioner=False,
-            enable_framepack=True,
-        ),
+        SPEECH,
         speech_inputs,
         numbered("blocks.{}.self_attn"),
         blocks=numbered("blocks.{}"),
         grid=None,
+        flat="no argument shows a grid of 331 video tokens",  # those of the reference and of earlier frames among them
         fullgraph=False,
         breaks_inside=True,
-        refused="its text does not lie on one side of the video",
-        untrue="what it calls text are tokens of the reference image and of earlier frames",
+    ),
+    "wan.modules.s2v.model_s2v.WanModel_S2V:few_earlier_frames": Wild(
+        SPEECH,
+        functools.partial(speech_inputs, 5),
+        refused="do not lie on one side of the video: 323 of the video from 'cond_states' and 'motion_latents' and "
+        "'ref_latents' and 'x', 6 others from none of the inputs, 2 of the video from 'motion_latents'",
     ),
     "wan.modules.animate.model_animate.WanAnimateModel": Wild(
         model("animate.model_animate", "WanAnimateModel", num_layers=5),
