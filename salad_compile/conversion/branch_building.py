@@ -13,6 +13,7 @@ from salad_compile.conversion.channel_slots import channel_slots
 from salad_compile.conversion.placement import branch_placement
 from salad_compile.errors import ConfigError, UnknownProjectionError
 from salad_compile.sites.branch import BRANCH_NAME, SaladBranch
+from salad_compile.sites.parameters import Projections
 from salad_compile.sites.record import SiteRecord
 
 
@@ -44,15 +45,7 @@ def new_branch(
     targets = [role for role in found if role.removeprefix("text_") in config.lora_targets]
     widths = {role: (found[role][0], shares[role]) for role in targets}
     there, dtype = branch_placement(submodule(model, record.query, record), submodule(model, record.owner, record))
-    return SaladBranch(
-        record,
-        config,
-        gate_width=found["query"][0],
-        widths=widths,
-        slots=slots,
-        dtype=dtype,
-        device=device or there,
-    )
+    return SaladBranch(record, config, Projections(found["query"][0], widths, slots, dtype, device or there))
 
 
 def widths_of(model: nn.Module, name: str, record: SiteRecord) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from salad_compile.sites import frozen_warning, graph_breaks
 from salad_compile.sites.eager_mode import SaladMode, running
 from salad_compile.sites.markers import NO_ORDER, tag_dense
 from salad_compile.sites.outside_owner import no_tensor_error, recomputed_error, replaced_error
+from salad_compile.sites.parameters import Projections
 from salad_compile.sites.record import SiteRecord
 from salad_compile.sites.site import Site
 
@@ -32,18 +33,8 @@ class SaladBranch(Site):
     Arguments are those of :class:`salad_compile.sites.parameters.BranchParameters`.
     """
 
-    def __init__(
-        self,
-        record: SiteRecord,
-        config: SaladConfig,
-        *,
-        gate_width: int,
-        widths: Mapping[str, tuple[int, int]],
-        slots: Mapping[str, Sequence[tuple[str, int]]],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(record, config, gate_width=gate_width, widths=widths, slots=slots, dtype=dtype, device=device)
+    def __init__(self, record: SiteRecord, config: SaladConfig, projections: Projections) -> None:
+        super().__init__(record, config, projections)
         self.detached = False  # while the owner runs with the forward that it had
         self.text_position = 0  # of the owner's argument that tells how much is text
         # a tuple, because an attribute that is a module would be registered as a child

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,24 @@ from salad_compile.definition.tensors import BranchSite, BranchTensors, TensorRo
 from salad_compile.sites.record import SiteRecord
 
 
+@dataclass(frozen=True)
+class Projections:
+    """What a site's parameters depend on beside record and configuration: its owner's projections as they are.
+
+    Attributes:
+        gate_width: C, the width of the input of the query projection.
+        widths: role -> (in_features, out_features of this role) of the projections that get a low-rank update.
+        slots: first role of each projection -> role and channels of each part of its output; "" is no role's.
+        dtype, device: of the parameters.
+    """
+
+    gate_width: int
+    widths: Mapping[str, tuple[int, int]]
+    slots: Mapping[str, Sequence[tuple[str, int]]]
+    dtype: torch.dtype
+    device: torch.device
+
+
 class BranchParameters(nn.Module):
     """Gate, projection, static scales and low-rank updates of one site; knows no hooks and no forward.
 
@@ -31,36 +50,24 @@ class BranchParameters(nn.Module):
 
     Args:
         record: the site. config: the configuration; both are kept, shared between the sites of a model.
-        widths: role -> (in_features, out_features of this role) of the projections that get a low-rank update.
-        slots: first role of each projection -> role and channels of each part of its output; "" is no role's.
-        gate_width: C, the width of the input of the query projection.
-        dtype, device: of the parameters.
+        projections: of its owner.
     """
 
     low_rank_scale: Tensor
     permille: Tensor
 
-    def __init__(
-        self,
-        record: SiteRecord,
-        config: SaladConfig,
-        *,
-        gate_width: int,
-        widths: Mapping[str, tuple[int, int]],
-        slots: Mapping[str, Sequence[tuple[str, int]]],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, record: SiteRecord, config: SaladConfig, projections: Projections) -> None:
         super().__init__()
         self.record = record
         self.config = config
         self.group = ""  # of the processes that share the tokens
         self.roles = record.shared_roles()
-        self.slots = {first: tuple(parts) for first, parts in slots.items()}
+        self.slots = {first: tuple(parts) for first, parts in projections.slots.items()}
         self.lora_merged = False  # then these parameters fit only the base that holds their update
-        self.gate_width = gate_width
-        self.lora_widths = dict(widths)
-        self.lora_roles = tuple(widths) if config.lora_rank else ()
+        self.gate_width = projections.gate_width
+        self.lora_widths = dict(projections.widths)
+        self.lora_roles = tuple(projections.widths) if config.lora_rank else ()
+        dtype, device = projections.dtype, projections.device
         self._take_spec(self.spec_of_site())
         for row in self.rows():
             tensor = torch.empty(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from salad_compile.config import SaladConfig
 from salad_compile.errors import ConfigError
 from salad_compile.grid.video_grid import VideoGrid
-from salad_compile.sites.parameters import BranchParameters
+from salad_compile.sites.parameters import BranchParameters, Projections
 from salad_compile.sites.record import SiteRecord
 
 
@@ -33,18 +33,8 @@ class Site(BranchParameters):
 
     owner_class: type[nn.Module]
 
-    def __init__(
-        self,
-        record: SiteRecord,
-        config: SaladConfig,
-        *,
-        gate_width: int,
-        widths: Mapping[str, tuple[int, int]],
-        slots: Mapping[str, Sequence[tuple[str, int]]],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        super().__init__(record, config, gate_width=gate_width, widths=widths, slots=slots, dtype=dtype, device=device)
+    def __init__(self, record: SiteRecord, config: SaladConfig, projections: Projections) -> None:
+        super().__init__(record, config, projections)
         self.grid: VideoGrid | None = None  # shared by the sites of a model
         self.switch = DenseSwitch()  # likewise
         self.uncompiled = False  # set when a graph break inside the owner's forward was seen
