@@ -1,4 +1,4 @@
-"""What the operators are not made for: forward-mode and double differentiation, which are refused."""
+"""What the operators are not made for: forward-mode and double differentiation, which are refused, and selections."""
 
 from __future__ import annotations
 
@@ -48,3 +48,17 @@ def refuse_second_derivative(operator: Any) -> None:
         )
 
     operator.register_autograd(backward)
+
+
+def without_gradient(operator: Any) -> None:
+    """Let the results of an operator never require a gradient."""
+
+    def setup(ctx: Any, inputs: tuple[object, ...], output: Any) -> None:
+        ctx.nothing = (None,) * len(inputs)
+        ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, ...]:
+        nothing: tuple[None, ...] = ctx.nothing
+        return nothing
+
+    operator.register_autograd(backward, setup_context=setup)

@@ -16,6 +16,14 @@ def empty_bshd(like: torch.Tensor, batch: int, heads: int, tokens: int, head_dim
     return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
 
 
+def empty_lists(
+    like: torch.Tensor, batch: int, heads: int, query_blocks: int, slots: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised lut (B, H, Mq, K) and count (B, H, Mq), int32; see `Selection`."""
+    shape = (batch, heads, query_blocks)
+    return like.new_empty((*shape, slots), dtype=torch.int32), like.new_empty(shape, dtype=torch.int32)
+
+
 def with_dense_rows(x: torch.Tensor) -> torch.Tensor:
     """x (B, H, S, D), or a copy of it where the channels of a row do not lie side by side in memory."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -1,5 +1,7 @@
 """`salad::block_sparse_attention` and its backward operator."""
 
+from typing import Any
+
 import torch
 from torch.autograd.function import FunctionCtx
 
@@ -81,18 +83,8 @@ def _call(operator: str, query: torch.Tensor, key: torch.Tensor, value: torch.Te
 
 
 @block_sparse_attention.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    scale: float,
-    key_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    check_types(query, key, value, Selection(lut, count, query_block, key_block, scale, key_mask))
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *selection: Any) -> tuple[torch.Tensor, ...]:
+    check_types(query, key, value, Selection(*selection))
     batch, heads, tokens, _ = query.shape
     return (
         empty_bshd(query, batch, heads, tokens, value.shape[-1]),
@@ -139,21 +131,9 @@ def block_sparse_attention_backward(
 
 
 @block_sparse_attention_backward.register_fake
-def _(
-    grad_out: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    scale: float,
-    key_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_types(query, key, value, Selection(lut, count, query_block, key_block, scale, key_mask))
+def _(grad_out: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
+    query, key, value, _, _, *selection = given
+    check_types(query, key, value, Selection(*selection))
     return empty_bshd(query, *query.shape), empty_bshd(key, *key.shape), empty_bshd(value, *value.shape)
 
 

@@ -157,15 +157,8 @@ def _state_backward(
     ctx: FunctionCtx, grad_state: torch.Tensor, grad_key_sum: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
     key, value, key_mask, rotated_key = ctx.saved_tensors  # type: ignore[attr-defined]
-    grad_key, grad_value, grad_rotated = linear_state_backward(
-        grad_state,
-        grad_key_sum,
-        key,
-        value,
-        ctx.feature_map,  # type: ignore[attr-defined]
-        key_mask,
-        rotated_key,
-    )
+    given = (key, value, ctx.feature_map, key_mask, rotated_key)  # type: ignore[attr-defined]
+    grad_key, grad_value, grad_rotated = linear_state_backward(grad_state, grad_key_sum, *given)
     return grad_key, grad_value, None, None, None if rotated_key is None else grad_rotated
 
 
@@ -284,15 +277,8 @@ def _output_setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: object) 
 
 def _output_backward(ctx: FunctionCtx, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     query, state, key_sum, rotated_query = ctx.saved_tensors  # type: ignore[attr-defined]
-    grad_query, grad_state, grad_key_sum, grad_rotated = linear_output_backward(
-        grad_out,
-        query,
-        state,
-        key_sum,
-        ctx.feature_map,  # type: ignore[attr-defined]
-        ctx.eps,  # type: ignore[attr-defined]
-        rotated_query,
-    )
+    given = (query, state, key_sum, ctx.feature_map, ctx.eps, rotated_query)  # type: ignore[attr-defined]
+    grad_query, grad_state, grad_key_sum, grad_rotated = linear_output_backward(grad_out, *given)
     return grad_query, grad_state, grad_key_sum, None, None, None if rotated_query is None else grad_rotated
 
 

@@ -1,13 +1,13 @@
 """`salad::pool_blocks` and `salad::select_blocks`: which key blocks every query block attends to."""
 
 import torch
-from torch.autograd.function import FunctionCtx
 
 from ..autocast import without_autocast
 from ..checks import accumulation_dtype
+from ..differentiation import without_gradient
 from ..direct import direct
 from ..engines import Call, choose
-from ..layout import block_count
+from ..layout import block_count, empty_lists
 from ..selection import remember_selected
 from .checks import check_pool, check_pool_types, check_select, check_select_types
 from .density import list_width
@@ -114,24 +114,8 @@ def _(
     check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille, key_mask, permille)
     batch, heads, query_blocks, _ = pooled_query.shape
     slots = list_width(pooled_key.shape[2], query_block, key_block, density_permille, sink_begin, sink_end)
-    return (
-        pooled_query.new_empty((batch, heads, query_blocks, slots), dtype=torch.int32),
-        pooled_query.new_empty((batch, heads, query_blocks), dtype=torch.int32),
-    )
+    return empty_lists(pooled_query, batch, heads, query_blocks, slots)
 
 
-def _no_gradient(ctx: FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
-    outputs = output if isinstance(output, tuple) else (output,)
-    ctx.mark_non_differentiable(*outputs)
-
-
-def _pool_backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[None, ...]:
-    return (None,) * 3
-
-
-def _select_backward(ctx: FunctionCtx, *grads: torch.Tensor) -> tuple[None, ...]:
-    return (None,) * 9
-
-
-pool_blocks.register_autograd(_pool_backward, setup_context=_no_gradient)
-select_blocks.register_autograd(_select_backward, setup_context=_no_gradient)
+without_gradient(pool_blocks)
+without_gradient(select_blocks)

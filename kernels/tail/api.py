@@ -47,16 +47,7 @@ def tail_tokens(
 
 
 @tail_tokens.register_fake
-def _(
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    tokens: int,
-    key_block: int,
-    pool: int,
-    begin: int,
-    end: int,
-    key_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _(lut: torch.Tensor, count: torch.Tensor, tokens: int, key_block: int, pool: int, *rest: Any) -> torch.Tensor:
     check_pool_size(pool, key_block)
     return lut.new_empty((*lut.shape[:3], block_count(tokens, pool)), dtype=torch.float32)
 
@@ -103,24 +94,10 @@ def attend_with_tail(
 
 
 @attend_with_tail.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pooled_key: torch.Tensor,
-    pooled_value: torch.Tensor,
-    pool_tokens: torch.Tensor,
-    log_weight: torch.Tensor | None,
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    scale: float,
-    key_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    given = (query, key, value, lut, count, query_block, key_block, scale, key_mask)
-    out, lse = torch.ops.salad.block_sparse_attention.default(*given)  # its fake: pools change no shape
-    return out, lse
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    _, _, _, _, *selection = given
+    out, lse = torch.ops.salad.block_sparse_attention.default(query, key, value, *selection)
+    return out, lse  # its fake: pools change no shape
 
 
 def _call(operator: str, query: torch.Tensor, value: torch.Tensor, query_block: int) -> Call:
@@ -168,26 +145,9 @@ def attend_with_tail_backward(
 
 
 @attend_with_tail_backward.register_fake
-def _(
-    grad_out: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    pooled_key: torch.Tensor,
-    pooled_value: torch.Tensor,
-    pool_tokens: torch.Tensor,
-    log_weight: torch.Tensor | None,
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    scale: float,
-    key_mask: torch.Tensor | None = None,
-) -> list[torch.Tensor]:
-    settings = (lut, count, query_block, key_block, scale, key_mask)
-    grads = torch.ops.salad.block_sparse_attention_backward.default(grad_out, query, key, value, out, lse, *settings)
+def _(grad_out: torch.Tensor, *given: Any) -> list[torch.Tensor]:
+    query, key, value, out, lse, pooled_key, pooled_value, _, _, *selection = given
+    grads = torch.ops.salad.block_sparse_attention_backward.default(grad_out, query, key, value, out, lse, *selection)
     return [*grads, *(x.new_empty(x.shape) for x in (pooled_key, pooled_value)), lse.new_empty((query.shape[1],))]
 
 

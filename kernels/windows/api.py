@@ -3,8 +3,9 @@
 import torch
 
 from ..checks import check_permille, check_permille_type, require
+from ..differentiation import without_gradient
 from ..direct import direct
-from ..layout import ALL_BLOCKS, block_count
+from ..layout import ALL_BLOCKS, block_count, empty_lists
 from ..routing.density import check_density, touched_blocks
 from .reach import doubled_reach, doubled_reach_of, list_width
 
@@ -105,20 +106,7 @@ def _(
     batch, heads, tokens, _ = query.shape
     reach = doubled_reach(video_end - video_begin, density_permille, window, query_block, key_block)
     slots = list_width(block_count(tokens, key_block), reach, key_block, sink_begin, sink_end)
-    query_blocks = block_count(tokens, query_block)
-    return (
-        query.new_empty((batch, heads, query_blocks, slots), dtype=torch.int32),
-        query.new_empty((batch, heads, query_blocks), dtype=torch.int32),
-    )
+    return empty_lists(query, batch, heads, block_count(tokens, query_block), slots)
 
 
-def _no_gradient(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
-    assert isinstance(output, tuple)
-    ctx.mark_non_differentiable(*output)
-
-
-def _backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[None, ...]:
-    return (None,) * 10
-
-
-window_blocks.register_autograd(_backward, setup_context=_no_gradient)
+without_gradient(window_blocks)
