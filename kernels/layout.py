@@ -29,6 +29,11 @@ def with_dense_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def has_aligned_rows(x: torch.Tensor) -> bool:
+    """Whether every row of x starts where 16 bytes can be read at once."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+
+
 def describable(x: torch.Tensor) -> bool:
     """Whether the bulk copy engine can read x (B, H, S, D): aligned start and strides, none of them 0, dense channels.
 

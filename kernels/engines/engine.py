@@ -15,6 +15,7 @@ FOLDERS = {
     "select_blocks": "routing",
     "block_sparse_attention": "block_sparse",
     "block_sparse_attention_backward": "block_sparse",
+    "count_tail": "tail",
     "merge_tail": "tail",
     "merge_tail_backward": "tail",
     "linear_state": "linear",

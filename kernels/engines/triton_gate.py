@@ -152,7 +152,12 @@ def _block_sparse(arch: int) -> Iterator[GateCall]:
 
 
 def _tail(arch: int) -> Iterator[GateCall]:
-    """Pools in the same softmax, forward and backward."""
+    """Pools in the same softmax: counting, forward and backward."""
+    lut = torch.empty((BATCH, HEADS, block_count(TOKENS, 128), KEPT), dtype=torch.int32, device=META)
+    for pool, mask in ((POOL, None), (POOL, Case(mask=True).mask_tensor()), (KEY_BLOCK // 4, None)):
+        call = Call("count_tail", META, torch.float32, key_block=KEY_BLOCK, masked=mask is not None)
+        name = f"count_tail {pool} of {KEY_BLOCK}" + " mask" * call.masked
+        yield GateCall(call, name, (lut, lut[..., 0], TOKENS, KEY_BLOCK, pool, 0, TOKENS, mask))
     for case in _attention_cases(arch):
         x, query_blocks = case.tensor(), block_count(TOKENS, case.query_block)
         pools = torch.empty((BATCH, HEADS, block_count(TOKENS, POOL), case.head_dim), dtype=case.dtype, device=META)

@@ -6,7 +6,7 @@ import torch
 
 from ..capability import padded_head_dim
 from ..launch import launch
-from ..layout import ALL_BLOCKS, block_count, row_strides, with_dense_rows
+from ..layout import ALL_BLOCKS, block_count, has_aligned_rows, row_strides, with_dense_rows
 from .density import list_width, touched_blocks
 from .triton_pool import pool_kernel, valid_blocks_kernel
 from .triton_select import select_kernel
@@ -36,14 +36,9 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
         BLOCK=block,
         ROWS=min(block, POOL_ROWS),
         HAS_MASK=mask is not None,
-        num_warps=4 if _aligned(x) else 8,  # narrow loads take registers
+        num_warps=4 if has_aligned_rows(x) else 8,  # narrow loads take registers
     )
     return pooled
-
-
-def _aligned(x: torch.Tensor) -> bool:
-    """Whether every row of x starts where 16 bytes can be read at once."""
-    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
 
 
 def select_blocks(

@@ -12,7 +12,6 @@ from ..differentiation import refuse_second_derivative, reverse_mode_only
 from ..engines import Call, choose
 from ..layout import block_count
 from .checks import check_pool_size, check_pools
-from .counting import count_tail
 
 
 @torch.library.custom_op("salad::tail_tokens", mutates_args=())
@@ -43,7 +42,9 @@ def tail_tokens(
     """
     check_pool_size(pool, key_block)
     require(0 <= begin <= end <= tokens, f"the video [{begin}, {end}) must lie within {tokens} tokens")
-    return count_tail(lut, count, tokens, key_block, pool, begin, end, key_mask)
+    call = Call("count_tail", lut.device, torch.float32, key_block=key_block, masked=key_mask is not None)
+    counted: torch.Tensor = choose(call).run(call, lut, count, tokens, key_block, pool, begin, end, key_mask)
+    return counted
 
 
 @tail_tokens.register_fake

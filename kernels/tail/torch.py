@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import torch
 
 from ..checks import accumulation_dtype
+from .counting import count_tail
+
+__all__ = ["count_tail", "merge_tail", "merge_tail_backward"]
 
 _CHUNK_BYTES = 4 << 20  # scores of the rows worked on together
 

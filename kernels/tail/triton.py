@@ -9,10 +9,43 @@ import torch
 
 from ..capability import arch_of, padded_head_dim
 from ..launch import launch
-from ..layout import block_count, row_strides, with_dense_rows
+from ..layout import block_count, has_aligned_rows, row_strides, with_dense_rows
+from .triton_count import count_kernel
 from .triton_kernels import merge_kernel, pool_gradient_kernel, query_gradient_kernel
 
 _PROGRAMS = 528  # four for each multiprocessor of an H200
+
+
+def count_tail(
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    tokens: int,
+    key_block: int,
+    pool: int,
+    begin: int,
+    end: int,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `reference.tail_tokens`."""
+    batch, heads, query_blocks, slots = lut.shape
+    pools = block_count(tokens, pool)
+    counted = lut.new_empty((batch, heads, query_blocks, pools), dtype=torch.float32)
+    summed = None
+    if key_mask is not None:
+        summed = torch.nn.functional.pad(key_mask.cumsum(dim=1, dtype=torch.int32), (1, 0))
+    launch(
+        count_kernel,
+        (query_blocks, heads, batch),
+        lut.device,
+        *(lut.contiguous(), count.contiguous(), summed, counted),
+        *(heads, tokens, query_blocks, slots, pools, begin, end),
+        KEY_BLOCK=key_block,
+        POOL=pool,
+        CHUNK=128,
+        HAS_MASK=summed is not None,
+        num_warps=1,
+    )
+    return counted
 
 
 def _constants(query: torch.Tensor, pooled_value: torch.Tensor, query_block: int, warps: int = 4) -> dict[str, Any]:
@@ -44,11 +77,15 @@ def merge_tail(
 ) -> torch.Tensor:
     """See `torch.merge_tail`."""
     batch, heads, tokens, _ = query.shape
+    query, pooled_key, pooled_value = (with_dense_rows(x) for x in (query, pooled_key, pooled_value))
     # on Ampere and Ada the tile of wide heads does not fit into the registers of four warps
     wide = arch_of(query.device)[0] < 9 and padded_head_dim(query.shape[-1]) > 64
     constants = _constants(query, pooled_value, query_block, warps=8 if wide else 4)
+    aligned = all(has_aligned_rows(x) for x in (query, pooled_key, pooled_value, out))  # else loads take registers
+    if query.dtype != torch.float32 and query_block >= 128 and aligned:
+        # two halves of a tile share what is read of the pools
+        constants |= {"TILE_Q": 128, "num_warps": 8, "num_stages": 3 if arch_of(query.device)[0] >= 9 else 2}
     joint = torch.empty_like(lse)
-    query, pooled_key, pooled_value = (with_dense_rows(x) for x in (query, pooled_key, pooled_value))
     launch(
         merge_kernel,
         (block_count(tokens, constants["TILE_Q"]), heads, batch),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from salad_compile.kernels import use_engine
+from salad_compile.kernels import tail_tokens, use_engine
 from salad_compile.kernels.launch import interpreting
+from salad_compile.kernels.tail import reference
+from tests.kernels.helpers import make_qkv
 from tests.kernels.tail.cases import Case, error, run_both
 
 BAR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
@@ -19,6 +21,28 @@ CASES = (
         for scale in (1.0, 4.0, 16.0)
     ),
 )
+COUNTED = (  # blocks, pool, masked, first and last token of the video
+    ((128, 64), 256, False, 0, 1023),
+    ((128, 64), 128, True, 77, 1000),
+    ((64, 64), 64, True, 0, 1023),
+    ((32, 64), 16, False, 130, 1023),
+    ((16, 32), 16, True, 0, 900),
+    ((64, 16), 1, False, 5, 6),
+)
+
+
+@pytest.mark.parametrize(("blocks", "pool", "masked", "begin", "end"), COUNTED)
+def test_counts_what_the_lists_leave_out(
+    blocks: tuple[int, int], pool: int, masked: bool, begin: int, end: int
+) -> None:
+    device = "cpu" if interpreting() else "cuda"
+    case = Case(1023, blocks, pool, dense_row=True, masked=masked)
+    selection = case.selection(tuple(x.to(device) for x in make_qkv(1023, dtype=torch.float32)))
+    given = (selection.lut, selection.count, 1023, blocks[1], pool, begin, end, selection.key_mask)
+    with use_engine("triton"):
+        counted = tail_tokens(*given)
+    assert torch.equal(counted, reference.tail_tokens(*given))
+    assert (counted > 0).any()
 
 
 @pytest.mark.parametrize("dtype", BAR)
