@@ -59,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         command.add_argument(
             "--statistics",
-            metavar="wan2.1|FILE",
-            help='mean and std of the VAE: JSON with "mean" and "std", or latents_mean and latents_std as in the '
-            "config.json of a VAE of diffusers (default: what the format implies)",
+            metavar="NAME|PATH",
+            help="of the VAE: wan2.1, hunyuanvideo, the directory of a pipeline or of its VAE, its config.json, or a "
+            "JSON file with mean and std per channel (default: what the format implies)",
         )
 
 
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from salad_compile.latents.checking import check, doubt, evenly_spaced
+    from salad_compile.latents.checking import check, doubt_reading, evenly_spaced
     from salad_compile.latents.opening import open_latents
 
     latents = open_latents(arguments.path, **_options(arguments), on_error="skip", sample=0)
@@ -79,7 +79,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     checked = check(latents, indices, progress=True)
     measured, question = checked.measured, None
     if measured is not None:
-        question = doubt(measured, latents.statistics, stored_normalized=latents.normalized)
+        question = doubt_reading(measured, latents)
     problems = [*latents.problems, *checked.problems]
     found: dict[str, Any] = {
         "path": str(arguments.path),
@@ -149,16 +149,23 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _statistics(source: str) -> LatentStatistics:
+    from salad_compile.command_line.pipeline_source import statistics_of
     from salad_compile.errors import ConfigError
-    from salad_compile.latents.statistics import WAN_2_1, LatentStatistics
+    from salad_compile.latents.encoding.vae import statistics_of_config
+    from salad_compile.latents.statistics import KNOWN_STATISTICS, LatentStatistics
 
-    if source == "wan2.1":
-        return WAN_2_1
+    if source in KNOWN_STATISTICS:
+        return KNOWN_STATISTICS[source]
+    if Path(source).is_dir():
+        found = statistics_of(source)
+        if found is None:
+            raise ConfigError(f"--statistics {source}: no VAE with statistics is there.")
+        return found
     try:
         values = json.loads(Path(source).read_text(encoding="utf-8"))
-        mean, std = (values.get(f"latents_{name}", values.get(name)) for name in ("mean", "std"))
-        return LatentStatistics.from_dict({"mean": mean, "std": std})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return statistics_of_config(values) or LatentStatistics.from_dict(values)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"--statistics {source}: {error}. It is wan2.1, or a JSON file with mean and std per channel."
+            f"--statistics {source}: {error}. It is {' or '.join(KNOWN_STATISTICS)}, a directory of a pipeline, or "
+            "a JSON file with mean and std per channel."
         ) from error

@@ -20,6 +20,8 @@ from salad_compile.salad_files.location import is_repository_id
 if TYPE_CHECKING:
     import torch
 
+    from salad_compile.latents.statistics import LatentStatistics
+
 _LIBRARIES = ("diffusers", "transformers")
 _NEEDED = ("vae", "text_encoder", "tokenizer")
 
@@ -94,6 +96,42 @@ def find_pipeline(source: str | os.PathLike[str]) -> Path:
         raise ModelSourceError(f"{text!r} is no directory here, and could not be downloaded: {reason}") from error
     except Exception as error:  # the classes of the HTTP library, which changes between releases of huggingface_hub
         raise HubError(f"the download of {text!r} broke off: {type(error).__name__}: {error}. Try again.") from error
+
+
+def statistics_of(source: str | os.PathLike[str]) -> LatentStatistics | None:
+    """The statistics of the VAE of a pipeline here, of which `source` is the directory, or that of one of its models.
+
+    None: there is no VAE, or one that states none. Nothing is downloaded.
+
+    Raises:
+        ConfigError: they do not fit their VAE. ModelSourceError: its weights cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from salad_compile.latents.encoding.vae import statistics_of_config
+
+    path = Path(source)
+    if not path.is_dir():
+        return None
+    around = path.resolve().parent
+    places = (path, path / "vae", *((around / "vae",) if (around / PIPELINE_INDEX).is_file() else ()))
+    vae = next((place for place in places if _is_vae(place)), None)
+    if vae is None:
+        return None
+    config = dict(read_json(vae / CONFIG))
+    for file in sorted(vae.glob("*.safetensors")):  # LTX-Video has its statistics among the weights
+        try:
+            with safe_open(file, framework="pt") as content:
+                for name in {"latents_mean", "latents_std"} & set(content.keys()):
+                    config[name] = content.get_tensor(name).float().tolist()
+        except SafetensorError as error:
+            raise ModelSourceError(f"{file} is not a complete safetensors file: {error}") from error
+    return statistics_of_config(config)
+
+
+def _is_vae(directory: Path) -> bool:
+    file = directory / CONFIG
+    return file.is_file() and str(read_json(file).get("_class_name", "")).startswith("Autoencoder")
 
 
 def _pipeline_class(directory: Path, index: Mapping[str, Any]) -> Any:

@@ -75,12 +75,14 @@ def run(arguments: argparse.Namespace) -> int:
         signal = run_processes(_process, (alone,), arguments.processes, START_METHOD)
         return 128 + signal if signal and not _is_finished(arguments, settings) else 0
     from salad_compile.command_line.model_source import import_name
+    from salad_compile.command_line.pipeline_source import statistics_of
     from salad_compile.latents import open_latents
     from salad_compile.training import estimate, train
 
-    validation = open_latents(arguments.validation) if arguments.validation else None
+    vae = statistics_of(arguments.model)
+    validation = open_latents(arguments.validation, vae=vae) if arguments.validation else None
     forward = import_name(arguments.forward) if arguments.forward else None
-    model, latents = _model(arguments, settings), open_latents(arguments.latents)
+    model, latents = _model(arguments, settings), open_latents(arguments.latents, vae=vae)
     more: dict[str, Any] = {"validation": validation, "config": config, "forward": forward}
     first = os.environ.get("RANK", "0") == "0"
     if arguments.dry_run:

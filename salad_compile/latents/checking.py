@@ -13,7 +13,7 @@ from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import LatentItemError
 from salad_compile.latents.dataset import StoredLatents
 from salad_compile.latents.source import Problem
-from salad_compile.latents.statistics import WAN_2_1, LatentStatistics
+from salad_compile.latents.statistics import KNOWN_STATISTICS, WAN_2_1, LatentStatistics
 
 # How far per-channel statistics may be from mean 0 and std 1, in the root mean square over channels of (mean, log std):
 # log 2 is a standard deviation that is off by a factor of 2 in every channel. With the statistics of the Wan 2.1 VAE,
@@ -76,6 +76,15 @@ def _measure(moments: list[Tensor]) -> Measured | None:
     return Measured(tuple(mean.tolist()), tuple(std.tolist()), len(moments))
 
 
+def doubt_reading(measured: Measured, latents: StoredLatents) -> str | None:
+    """Why latents that come out of a dataset do not look as they should, and what to do, or None."""
+    if latents.guesses_statistics and latents.statistics is not None and not latents.normalized:
+        question = doubt_guess(measured, latents.statistics)
+        if question:
+            return question
+    return doubt(measured, latents.statistics, stored_normalized=latents.normalized)
+
+
 def doubt(measured: Measured, statistics: LatentStatistics | None, *, stored_normalized: bool) -> str | None:
     """Why these latents do not look normalised once, and what to do, or None.
 
@@ -102,6 +111,29 @@ def doubt(measured: Measured, statistics: LatentStatistics | None, *, stored_nor
     if here > THRESHOLD:
         return f"the latents do not look normalised with the statistics of their VAE: {numbers}"
     return None
+
+
+def doubt_guess(measured: Measured, guess: LatentStatistics) -> str | None:
+    """Why these latents look like those of another VAE than the one whose statistics were guessed, or None."""
+    raw = Measured(
+        tuple(m * s + n for m, n, s in zip(measured.mean, guess.mean, guess.std, strict=True)),
+        tuple(m * s for m, s in zip(measured.std, guess.std, strict=True)),
+        measured.items,
+    )
+    far = {
+        name: _distance(raw, each.mean, each.std)
+        for name, each in KNOWN_STATISTICS.items()
+        if each.channels == guess.channels
+    }
+    here = _distance(raw, guess.mean, guess.std)
+    nearest = min(far, key=far.__getitem__, default=None)
+    if nearest is None or far[nearest] >= here / 2 or far[nearest] > THRESHOLD:
+        return None
+    return (
+        f"nothing says which VAE the latents are of, and over {measured.items} items they are nearer to {nearest} "
+        f"({far[nearest]:.2f}) than to {guess} ({here:.2f}), with which they are normalised: say which, --statistics "
+        f"{nearest} or statistics="
+    )
 
 
 def _distance(measured: Measured, mean: tuple[float, ...], std: tuple[float, ...]) -> float:

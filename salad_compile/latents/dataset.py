@@ -26,6 +26,7 @@ class StoredLatents(LatentDataset):
         layout: name of the format.
         normalized: whether the files hold normalised latents. False: reading normalises them.
         statistics: how the latents that come out were normalised; None: not known.
+        guesses_statistics: nothing said them.
         problems: items that were left out.
     """
 
@@ -35,6 +36,7 @@ class StoredLatents(LatentDataset):
         *,
         normalized: bool | None = None,
         statistics: LatentStatistics | None = None,
+        vae: LatentStatistics | None = None,
         on_error: str = "raise",
     ) -> None:
         """Raises ConfigError: options that do not fit. LatentItemError: damaged items, with on_error="raise"."""
@@ -57,14 +59,24 @@ class StoredLatents(LatentDataset):
         if not kept:
             raise LatentItemError(f"none of {len(source.entries)} items is good. {summary_of(self.problems)}")
         self.normalized = source.normalized if normalized is None else normalized
-        self.statistics = self._choose_statistics(statistics)
+        self.guesses_statistics = statistics is None and vae is None and source.guesses_statistics
+        self.statistics = self._choose_statistics(statistics, vae)
 
-    def _choose_statistics(self, statistics: LatentStatistics | None) -> LatentStatistics | None:
+    def _choose_statistics(
+        self, statistics: LatentStatistics | None, vae: LatentStatistics | None
+    ) -> LatentStatistics | None:
         """What was given, else what the source says, if its VAE has this number of channels."""
         channels = self.shapes[0][0]
+        if vae is not None and vae.channels != channels:
+            raise ConfigError(f"the latents have {channels} channels, and those of the model's VAE {vae.channels}.")
         if statistics is not None and statistics.channels != channels:
             raise ConfigError(f"the latents have {channels} channels, the statistics {statistics.channels}.")
-        implied = self._source.statistics
+        implied = vae if vae is not None and self._source.guesses_statistics else self._source.statistics
+        if vae is not None and implied is not None and statistics is None and not implied.is_close(vae):
+            raise ConfigError(
+                f"the latents go with {implied}, and the VAE of the model with {vae}: they are of another model."
+            )
+        implied = implied or vae
         if statistics is None and implied is not None and implied.channels == channels:
             statistics = implied
         if statistics is None and not self.normalized:
@@ -95,7 +107,8 @@ class StoredLatents(LatentDataset):
             return item
         assert self.statistics is not None
         normalize = self.statistics.normalize
-        extras = {name: normalize(t) if name in LATENT_EXTRAS else t for name, t in item.extras.items()}
+        raw = () if self._source.extras_normalized else LATENT_EXTRAS
+        extras = {name: normalize(tensor) if name in raw else tensor for name, tensor in item.extras.items()}
         return replace(item, latent=normalize(item.latent), extras=extras)
 
     def _next_good(self, index: int, error: LatentItemError) -> LatentItem:

@@ -6,9 +6,11 @@ Seen in hao-ai-lab/FastVideo: dataset/dataloader/schema.py at 07766ab, dataset/u
     vae_latent_bytes, _shape, _dtype            [C, T, H, W], or [C, H, W] of an image
     text_embedding_bytes, _shape, _dtype        [L, D] or [1, L, D], with or without zeros at the end
     text_attention_mask_bytes, _shape, _dtype   [L], in some files only
+    clip_feature_, first_frame_latent_...       of image-to-video; the latter [C, T, H, W], normalised as it is stored
 
 The trainer reads bytes as float32 whatever the dtype says; so do we, unless their number fits only that dtype. Latents
-are not normalised: the trainer applies the statistics of the Wan VAE.
+are not normalised: the trainer applies the statistics of its model's VAE, which no column names (Wan's, HunyuanVideo's
+and Cosmos' have 16 channels all three). The workflow of 2026 writes a `training_dataset` and a `validation_dataset`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from salad_compile.common.inside import require_inside
 from salad_compile.errors import LatentLayoutError, MissingPackageError
-from salad_compile.latents.item import LatentItem
+from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, LatentItem
 from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, strip_padding, unique_names
 from salad_compile.latents.statistics import WAN_2_1
 
@@ -44,6 +46,9 @@ _BOUNDS: dict[str, Any] = {
     "page_checksum_verification": True,
 }
 _MASK = ("text_attention_mask_bytes", "text_attention_mask_shape", "text_attention_mask_dtype")
+_EXTRAS = (FIRST_FRAME, CLIP_FEATURE)
+_EXTRA_COLUMNS = tuple(f"{name}_{part}" for name in _EXTRAS for part in ("bytes", "shape", "dtype"))
+TRAINING, VALIDATION = "training_dataset", "validation_dataset"
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -70,6 +75,8 @@ class FastVideoSource(LatentSource):
 
     layout = "fastvideo"
     normalized = False
+    guesses_statistics = True
+    extras_normalized = True
 
     def __init__(self, path: Path) -> None:
         """Raises LatentLayoutError: columns are missing. MissingPackageError: pyarrow is not installed."""
@@ -79,12 +86,14 @@ class FastVideoSource(LatentSource):
         names: list[str] = []
         places: list[str] = []
         found: list[tuple[list[int] | None, str | None]] = []  # shape, problem
+        others: set[str] = set()
         for file in parquet_files(path):
             place = file.relative_to(path).as_posix() if path.is_dir() else file.name
             try:
                 if path.is_dir():
                     require_inside(path, file)
                 table = _small_columns(file)
+                others |= set(table.others)
             except LatentLayoutError:
                 raise
             except _DAMAGED as error:
@@ -93,13 +102,15 @@ class FastVideoSource(LatentSource):
                 found.append((None, f"the file cannot be read: {error}"))
                 self._rows.append(None)
                 continue
-            for number, (row, values) in enumerate(table):
+            for number, (row, values) in enumerate(table.rows):
                 names.append(values.get("id") or "")
                 places.append(f"{place}, row {number}")
                 found.append((values["vae_latent_shape"], None))
                 self._rows.append(row)
         self.entries = [_entry(name, *what) for name, what in zip(unique_names(names, places), found, strict=True)]
         self.statistics = WAN_2_1
+        held_out = (f"{VALIDATION}/, which is a dataset of its own",) if _is_pair(path) else ()
+        self.left_out = (*sorted(others), *held_out)
 
     @classmethod
     def matches(cls, path: Path) -> bool:
@@ -117,13 +128,14 @@ class FastVideoSource(LatentSource):
             values = self._cursor.row(row.row)
             latent = _tensor(values, "vae_latent")
             text = _text(values)
+            extras = {name: _extra(values, name) for name in _EXTRAS if values.get(f"{name}_bytes")}
         except _DAMAGED as error:
             self._cursor = None
             raise item_error(name, str(error)) from error
         if latent.ndim == 3:  # an image
             latent = latent.unsqueeze(1)
         fps = values.get("fps")
-        return LatentItem(name, latent, text, values.get("caption") or "", fps or None)
+        return LatentItem(name, latent, text, values.get("caption") or "", fps or None, extras)
 
 
 def _entry(name: str, sizes: list[int] | None, problem: str | None) -> Entry:
@@ -145,7 +157,7 @@ class _Cursor:
 
         with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, **_BOUNDS) as content:
             there = set(content.schema_arrow.names)
-            columns = [name for name in (*NEEDED, *_MASK, "caption", "fps") if name in there]
+            columns = [name for name in (*NEEDED, *_MASK, *_EXTRA_COLUMNS, "caption", "fps") if name in there]
             yield from content.iter_batches(batch_size=1, row_groups=[group], columns=columns, use_threads=False)
 
     def reaches(self, row: _Row) -> bool:
@@ -172,14 +184,28 @@ def require_pyarrow() -> None:
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """The file itself, or all below the directory."""
+    """The file itself, or all below the directory; of a pair, those for training."""
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
+    if _is_pair(path):
+        path = path / TRAINING
     files = path.rglob("*.parquet")
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts))
 
 
-def _small_columns(file: Path) -> Iterator[tuple[_Row, dict[str, Any]]]:
+def _is_pair(path: Path) -> bool:
+    return (path / TRAINING).is_dir() and (path / VALIDATION).is_dir()
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Rows of a file without their tensors, and tensors that no item has."""
+
+    rows: list[tuple[_Row, dict[str, Any]]]
+    others: list[str]
+
+
+def _small_columns(file: Path) -> _Table:
     """Each row without its tensors.
 
     Raises:
@@ -200,7 +226,16 @@ def _small_columns(file: Path) -> Iterator[tuple[_Row, dict[str, Any]]]:
         for group in range(content.num_row_groups):
             values = content.read_row_group(group, columns=columns, use_threads=False).to_pylist()
             rows += [(_Row(file, group, row), value) for row, value in enumerate(values)]
-    return iter(rows)
+    tensors = [name.removesuffix("_bytes") for name in there if name.endswith("_bytes")]
+    known = ("vae_latent", "text_embedding", "text_attention_mask", *_EXTRAS)
+    return _Table(rows, [name for name in tensors if name not in known])
+
+
+def _extra(values: dict[str, Any], name: str) -> Tensor:
+    """Without a batch dimension. Raises ValueError."""
+    tensor = _tensor(values, name)
+    usual = 4 if name == FIRST_FRAME else 2
+    return tensor[0] if tensor.ndim == usual + 1 and len(tensor) == 1 else tensor
 
 
 def _text(values: dict[str, Any]) -> Tensor:

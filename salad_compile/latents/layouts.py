@@ -28,9 +28,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "musubi": Layout(
             "*_<width>x<height>_wan.safetensors with *_wan_te.safetensors", "musubi", "MusubiSource", writable=True
         ),
-        "finetrainers": Layout(
-            "latent-<rank>-<i>.pt with condition-<rank>-<i>.pt", "finetrainers", "FinetrainersSource"
-        ),
+        "finetrainers": Layout("latent-<i>.pt with condition-<i>.pt", "finetrainers", "FinetrainersSource"),
     }
 )
 WRITABLE = tuple(name for name, layout in LAYOUTS.items() if layout.writable)

@@ -3,6 +3,8 @@
 Seen in kohya-ss/musubi-tuner: dataset/cache_io.py at 07f78ab, dataset/image_video_dataset.py at 0061e6e.
 
     <name>_<pos>-<frames>_<WWWW>x<HHHH>_wan.safetensors   latents_{F}x{H}x{W}_{dtype}  [C, F, H, W], normalised
+                                                          latents_image_{F}x{H}x{W}_{dtype}  [4 + C, F, H, W],
+                                                          latents_control_..., clip_{dtype}, f_indices_...
     <name>_wan_te.safetensors                             varlen_t5_{dtype}            [L, D], without padding
 
 `_<pos>-<frames>` is there for clips of videos and not for images; all clips of a video share one text. Metadata:
@@ -20,7 +22,7 @@ from torch import Tensor
 from salad_compile.common.files import name_failures
 from salad_compile.common.inside import require_inside
 from salad_compile.common.tensor_files import open_safetensors, require_digest
-from salad_compile.latents.item import LatentItem, Shape
+from salad_compile.latents.item import CLIP_FEATURE, CONTROL, FRAME_INDICES, LATENTS_IMAGE, LatentItem, Shape
 from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, unique_names
 from salad_compile.latents.statistics import WAN_2_1
 from salad_compile.latents.storing import file_stem, save_tensors
@@ -29,6 +31,12 @@ _FILE = re.compile(r"(?P<name>.+)_\d{4,}x\d{4,}_wan\.safetensors")
 _CLIP = re.compile(r"(?P<video>.+)_\d+-\d+(-\d+)?")
 _LATENT_KEY = re.compile(r"latents_(\d+)x(\d+)x(\d+)_\w+")
 _TEXT_KEY = "varlen_t5_"
+_EXTRA_KEYS = (
+    (re.compile(r"latents_image_\d+x\d+x\d+_\w+"), LATENTS_IMAGE),
+    (re.compile(r"latents_control_\d+x\d+x\d+_\w+"), CONTROL),
+    (re.compile(r"clip_\w+"), CLIP_FEATURE),
+    (re.compile(r"f_indices(_\w+)?"), FRAME_INDICES),
+)
 _FORMAT_VERSION = "1.0.1"
 _NAME = "salad_name"  # our own metadata, which musubi-tuner does not look at: the name before it became a file name
 _FPS = "salad_fps"
@@ -48,6 +56,7 @@ class MusubiSource(LatentSource):
         heads = [_head(*pair) for pair in self._files]
         names = unique_names([name for name, _, _ in heads], [file.name for file, _ in self._files])
         self.entries = [Entry(name, shape, problem) for name, (_, shape, problem) in zip(names, heads, strict=True)]
+        self.left_out = _left_out([file for file, _ in self._files[:1]])
 
     @classmethod
     def matches(cls, path: Path) -> bool:
@@ -58,13 +67,14 @@ class MusubiSource(LatentSource):
         try:
             with open_safetensors(latent_file) as content:
                 latent = _as_written(content, _latent_key(content))
+                extras = _extras(content)
                 fps = (content.metadata() or {}).get(_FPS)
             with open_safetensors(text_file) as content:
                 text = _as_written(content, _text_key(content))
                 caption = (content.metadata() or {}).get("caption1", "")
         except Exception as error:  # whatever a damaged file makes safetensors raise
             raise item_error(name, str(error)) from error
-        return LatentItem(name, latent, text, caption, float(fps) if fps else None)
+        return LatentItem(name, latent, text, caption, float(fps) if fps else None, extras)
 
 
 class MusubiWriter:
@@ -148,6 +158,33 @@ def _head(latent_file: Path, text_file: Path) -> tuple[str, Shape | None, str | 
     except Exception as error:  # whatever a damaged file makes safetensors raise
         return name, shape, str(error)
     return name, shape, None
+
+
+def _extra_of(key: str) -> str | None:
+    """The name of an extra in our items for a tensor of a cache."""
+    return next((name for pattern, name in _EXTRA_KEYS if pattern.fullmatch(key)), None)
+
+
+def _extras(content: Any) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key in content.keys():  # noqa: SIM118
+        extra = _extra_of(key)
+        if extra is not None:
+            tensor = content.get_tensor(key)
+            found[extra] = tensor[0] if extra == CLIP_FEATURE and tensor.ndim == 3 else tensor
+    return found
+
+
+def _left_out(files: list[Path]) -> tuple[str, ...]:
+    """Tensors of a cache that no item has; all caches of a run have the same."""
+    for file in files:
+        try:
+            with open_safetensors(file) as content:
+                keys = sorted(content.keys())
+        except ValueError:
+            continue  # its entry says so
+        return tuple(key for key in keys if not _extra_of(key) and not _LATENT_KEY.fullmatch(key))
+    return ()
 
 
 def _as_written(content: Any, key: str) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from salad_compile.common.logs import logger
 from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError, did_you_mean
-from salad_compile.latents.checking import check, doubt, evenly_spaced
+from salad_compile.latents.checking import check, doubt_reading, evenly_spaced
 from salad_compile.latents.dataset import StoredLatents, summary_of
 from salad_compile.latents.layouts import LAYOUTS
 from salad_compile.latents.source import LatentSource
@@ -28,6 +28,7 @@ def open_latents(
     layout: str = "auto",
     normalized: bool | None = None,
     statistics: LatentStatistics | None = None,
+    vae: LatentStatistics | None = None,
     on_error: str = "raise",
     sample: int = 8,
 ) -> StoredLatents:
@@ -40,6 +41,8 @@ def open_latents(
             are not. Latents that are not are normalised on reading: (x - mean) / std.
         statistics: of the VAE, for latents that are not normalised. None: what the format implies, which for FastVideo
             and finetrainers is the VAE of Wan 2.1 where there are 16 channels.
+        vae: statistics of the VAE of the model that is to be trained. They take the place of what a format only
+            implies, and are compared with what its files say.
         on_error: what to do about damaged items: "raise", or "skip" (see :class:`StoredLatents`).
         sample: number of items, spread over the dataset, that are read now; a warning says if they do not look as if
             they were normalised once. 0: none.
@@ -48,21 +51,24 @@ def open_latents(
         FileNotFoundError: no such path.
         LatentLayoutError: the path holds no known layout, or its index cannot be used.
         LatentItemError: headers or the sample show damaged items (with on_error="raise"), or no good one is left.
-        ConfigError: an unknown option, or statistics that are missing or have another number of channels.
+        ConfigError: an unknown option, or statistics that are missing, have another number of channels or are not those
+            of the model's VAE.
         MissingPackageError: FastVideo's data without pyarrow.
     """
     source = open_source(Path(path), layout)
-    latents = StoredLatents(source, normalized=normalized, statistics=statistics, on_error=on_error)
+    latents = StoredLatents(source, normalized=normalized, statistics=statistics, vae=vae, on_error=on_error)
     logger.info(
         "%s: %d items of layout %s, %s",
         *(path, len(latents), latents.layout),
         "normalised" if latents.normalized else f"normalised on reading with {latents.statistics}",
     )
+    if source.left_out:
+        logger.warning("%s: not read: %s", path, ", ".join(source.left_out))
     checked = check(latents, evenly_spaced(sample, len(latents)))
     if checked.problems and on_error == "raise":
         raise LatentItemError(f"{summary_of(checked.problems)} on_error='skip' puts others in their place.")
     if checked.measured is not None:
-        question = doubt(checked.measured, latents.statistics, stored_normalized=latents.normalized)
+        question = doubt_reading(checked.measured, latents)
         if question:
             logger.warning("%s: %s", path, question)
     return latents

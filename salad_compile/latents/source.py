@@ -45,12 +45,18 @@ class LatentSource(ABC):
         normalized: whether the format stores normalised latents.
         statistics: what normalises them, where the format says so or is used with one VAE only, else None. Not used for
             latents with another number of channels.
+        guesses_statistics: nothing in the files says them, and other VAEs are used with this format too.
+        extras_normalized: whether latents among the extras are stored normalised, although the latents are not.
+        left_out: what the files hold and the items do not, by name.
         entries: all items, in an order that depends on nothing but names.
     """
 
     layout: ClassVar[str]
     normalized: bool
     statistics: LatentStatistics | None
+    guesses_statistics: bool = False
+    extras_normalized: bool = False
+    left_out: tuple[str, ...] = ()
     entries: list[Entry]
 
     @classmethod

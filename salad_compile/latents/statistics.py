@@ -11,6 +11,8 @@ from torch import Tensor
 
 from salad_compile.errors import ConfigError
 
+_CLOSE = 1e-2  # relative: bfloat16 has 8 bits
+
 
 @dataclass(frozen=True)
 class LatentStatistics:
@@ -51,6 +53,20 @@ class LatentStatistics:
         std = torch.tensor(self.std, dtype=torch.float64, device=latent.device)
         return mean.view(column), std.view(column)
 
+    def is_close(self, other: LatentStatistics) -> bool:
+        """Whether both are of one VAE, as far as bfloat16 tells."""
+        if self.channels != other.channels:
+            return False
+        pairs = zip(self.mean, self.std, other.mean, other.std, strict=True)
+        return all(abs(m - n) <= _CLOSE * max(s, abs(m)) and abs(s - t) <= _CLOSE * s for m, s, n, t in pairs)
+
+    def __str__(self) -> str:
+        known = next((name for name, each in KNOWN_STATISTICS.items() if self.is_close(each)), None)
+        if known is not None:
+            return f"the statistics of {known}"
+        shown = ", ".join(f"{mean:.3g} / {std:.3g}" for mean, std in list(zip(self.mean, self.std, strict=True))[:2])
+        return f"statistics of {self.channels} channels (mean / std {shown}, ...)"
+
     def to_dict(self) -> dict[str, list[float]]:
         return {"mean": list(self.mean), "std": list(self.std)}
 
@@ -74,3 +90,8 @@ WAN_2_1 = LatentStatistics(
     ),
 )
 # fmt: on
+
+# scaling_factor of the VAE of HunyuanVideo, which has 16 channels too: latents are multiplied by it
+HUNYUAN_VIDEO = LatentStatistics((0.0,) * 16, (1 / 0.476986,) * 16)
+
+KNOWN_STATISTICS = {"wan2.1": WAN_2_1, "hunyuanvideo": HUNYUAN_VIDEO}

@@ -83,7 +83,7 @@ def test_statistics(tmp_path: Path) -> None:
     assert command._statistics(str(file)).std == (2.0,)
     for wrong in ("{}", "[]", "1", '{"mean": [0], "std": [0]}', "not JSON"):
         file.write_text(wrong)
-        with pytest.raises(ConfigError, match=r"--statistics .*statistics.json: .*wan2.1, or a JSON file"):
+        with pytest.raises(ConfigError, match=r"--statistics .*statistics.json: .*wan2.1 or hunyuanvideo, a directory"):
             command._statistics(str(file))
     with pytest.raises(ConfigError, match="No such file"):
         command._statistics(str(tmp_path / "nothing.json"))

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from salad_compile.command_line import main
-from salad_compile.latents import open_latents
-from tests.salad_compile.latents.encoding import world
+from salad_compile.command_line.pipeline_source import statistics_of
+from salad_compile.errors import ModelSourceError
+from salad_compile.latents import WAN_2_1, open_latents
+from salad_compile.latents.encoding.vae import vae_statistics
+from tests.salad_compile.latents.encoding import families, world
 
 pytest.importorskip("av")
 SIZE = ("--frames", "5", "--height", "32", "--width", "48", "--device", "cpu")
@@ -94,3 +97,21 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     change("model_index.json")
     (other / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     assert "cannot be read" in said(model=other)
+
+
+def test_the_statistics_of_the_models_vae(place: Path, tmp_path: Path) -> None:
+    """In the configuration, or among the weights; from the pipeline, from its transformer, from the VAE alone."""
+    assert statistics_of(place / "wan") == WAN_2_1
+    assert statistics_of(place / "wan" / "transformer") == WAN_2_1
+    assert statistics_of(place / "wan" / "vae") == WAN_2_1
+    assert statistics_of(place / "clips") is None
+    assert statistics_of("owner/name") is None
+    ltx = families.build(families.ltx)
+    ltx.vae.save_pretrained(tmp_path / "vae")
+    found = statistics_of(tmp_path / "vae")
+    assert found is not None
+    assert found.is_close(vae_statistics(ltx.vae))
+    assert found.std[0] == pytest.approx(float(ltx.vae.latents_std[0]) / 1.5)
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelSourceError, match="is not a complete safetensors file"):
+        statistics_of(tmp_path / "vae")

@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError
-from salad_compile.latents import WAN_2_1, LatentStatistics, collate, open_latents
+from salad_compile.latents import WAN_2_1, LatentItem, LatentStatistics, collate, open_latents, write_latents
 from salad_compile.latents.fastvideo import FastVideoSource
+from salad_compile.latents.statistics import HUNYUAN_VIDEO
 from tests.salad_compile.latents.data import (
     fastvideo_row,
     make_item,
@@ -188,3 +189,46 @@ def test_workers_of_a_dataloader_read_the_same(tmp_path: Path) -> None:
         for item, batch in zip(items[1:], loader, strict=True):
             assert batch.names == (item.name,)
             assert torch.equal(batch.text[0], item.text)
+
+
+def of_hunyuan(folder: Path) -> list[LatentItem]:
+    """Rows of HunyuanVideo, which has 16 channels as Wan has."""
+    items = make_items(4, shape=(16, 3, 12, 10))
+    rows = [fastvideo_row(item) for item in items]
+    for row, item in zip(rows, items, strict=True):
+        row.update(stored_tensor("vae_latent", HUNYUAN_VIDEO.denormalize(item.latent)))
+    write_parquet(folder / "a.parquet", rows)
+    return items
+
+
+def test_sixteen_channels_of_another_vae(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    items = of_hunyuan(tmp_path)
+    open_latents(tmp_path)
+    assert "nearer to hunyuanvideo" in caplog.text
+    assert "than to the statistics of wan2.1" in caplog.text
+    caplog.clear()
+    for options in ({"vae": HUNYUAN_VIDEO}, {"statistics": HUNYUAN_VIDEO}):
+        data = open_latents(tmp_path, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(data[2].latent, items[2].latent)
+    assert not caplog.text
+    with pytest.raises(ConfigError, match="have 16 channels, and those of the model's VAE 48"):
+        open_latents(tmp_path, vae=LatentStatistics((0.0,) * 48, (1.0,) * 48))
+    ours = write_latents(items, tmp_path / "ours", statistics=WAN_2_1)
+    with pytest.raises(ConfigError, match=r"go with the statistics of wan2.1, and the VAE of the model with .*hunyuan"):
+        open_latents(ours, vae=HUNYUAN_VIDEO)
+
+
+def test_the_pair_of_the_workflow_and_conditions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first frame is stored normalised there, and the latent is not."""
+    items = make_items(4)
+    frame, feature = torch.randn(1, 16, 2, 4, 6), torch.randn(1, 5, 3)
+    more = {**stored_tensor("first_frame_latent", frame), **stored_tensor("clip_feature", feature)}
+    for name, some in (("training_dataset", items[:3]), ("validation_dataset", items[3:])):
+        rows = [{**fastvideo_row(item), **more, **stored_tensor("pil_image", frame)} for item in some]
+        write_parquet(tmp_path / name / "worker_0" / "data_chunk_0.parquet", rows)
+    data = open_latents(tmp_path)
+    assert data.names == ["clip0", "clip1", "clip2"]
+    assert "not read: pil_image, validation_dataset/, which is a dataset of its own" in caplog.text
+    assert torch.equal(data[0].extras["first_frame_latent"], frame[0])
+    assert torch.equal(data[0].extras["clip_feature"], feature[0])
+    assert open_latents(tmp_path / "validation_dataset").names == ["clip3"]

@@ -79,3 +79,22 @@ def test_caches_of_another_model_are_not_taken_for_wan(tmp_path: Path) -> None:
         save_file({"x": torch.ones(1)}, tmp_path / f"clip_00000-005_0048x0032_{kind}.safetensors")
     with pytest.raises(LatentLayoutError, match=r"caches of musubi-tuner for hv\?.*Supported: .*_wan.safetensors"):
         open_latents(tmp_path)
+
+
+def test_conditions_are_extras(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_musubi(tmp_path, make_items(1))
+    (file,) = tmp_path.glob("*x0032_wan.safetensors")
+    more = {
+        "latents_image_2x4x6_float32": torch.randn(20, 2, 4, 6),
+        "latents_control_2x4x6_bfloat16": torch.randn(16, 2, 4, 6).bfloat16(),
+        "clip_float32": torch.randn(1, 5, 3),
+        "f_indices_int32": torch.tensor([0, 1], dtype=torch.int32),
+        "mask_weights": torch.ones(2),
+    }
+    save_file({**load_file(file), **more}, file)
+    found = open_latents(tmp_path)[0].extras
+    assert torch.equal(found["latents_image"], more["latents_image_2x4x6_float32"])
+    assert torch.equal(found["latents_control"], more["latents_control_2x4x6_bfloat16"])
+    assert torch.equal(found["clip_feature"], more["clip_float32"][0])
+    assert found["f_indices"].tolist() == [0, 1]
+    assert "not read: mask_weights" in caplog.text
