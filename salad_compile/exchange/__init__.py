@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from salad_compile.exchange.formats import FORMATS as FORMATS
     from salad_compile.exchange.formats import register_format as register_format
     from salad_compile.exchange.hub import push_to_hub as push_to_hub
-    from salad_compile.exchange.naming import to_diffusers_names as to_diffusers_names
-    from salad_compile.exchange.naming import to_original_names as to_original_names
+    from salad_compile.salad_files.naming import to_diffusers_names as to_diffusers_names
+    from salad_compile.salad_files.naming import to_original_names as to_original_names
 
 _HOMES = {
     "export_directory": ("export",),
@@ -22,7 +22,7 @@ _HOMES = {
     "export_report": ("ExportReport",),
     "formats": ("FORMATS", "register_format"),
     "hub": ("push_to_hub",),
-    "naming": ("to_diffusers_names", "to_original_names"),
+    ".salad_files.naming": ("to_diffusers_names", "to_original_names"),
 }
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)

@@ -82,10 +82,15 @@ def base_digest(model: nn.Module, records: tuple[SiteRecord, ...]) -> str:
 
     Structure and not values: a file fits every fine-tune of its base, and a quantised base too.
     """
-    parts: list[Any] = [base_class(model)]
-    for record in records:
+    return structure_digest(model, records, base_class(model), [record.owner for record in records])
+
+
+def structure_digest(model: nn.Module, records: tuple[SiteRecord, ...], cls: str, owners: Iterable[str]) -> str:
+    """:func:`base_digest` under the names of another implementation: its class, and its names of the sites."""
+    parts: list[Any] = [cls]
+    for record, owner in zip(records, owners, strict=True):
         widths = {role: channels(projection(model, name)) for role, name in record.projections().items()}
-        parts.append([plain_key(record.owner), record.heads, record.head_dim, record.value_dim, widths])
+        parts.append([plain_key(owner), record.heads, record.head_dim, record.value_dim, widths])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +42,7 @@ from salad_compile.salad_files.contents import (
 from salad_compile.salad_files.header import CHECKED, HEADER_KEY, Header
 from salad_compile.salad_files.location import FILE_NAME, file_at
 from salad_compile.salad_files.reading import open_salad, read_tensors, require_rank
+from salad_compile.salad_files.translation import translate
 from salad_compile.sites.branch import BRANCH_NAME, SaladBranch, branches
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,13 +94,18 @@ def write(state: Mapping[str, Tensor], header: Header, target: Path) -> None:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load(model: Model, path: str | os.PathLike[str], *, grid: GridSource | None = None) -> Model:
+def load(
+    model: Model, path: str | os.PathLike[str], *, grid: GridSource | None = None, example_inputs: Any = None
+) -> Model:
     """Read a file of :func:`save` into `model`, converting it first, from the file's configuration, if need be.
 
     Args:
         model: the base model, or a model converted with the same configuration.
         path: a file, a directory that holds `salad.safetensors`, or the id of a repository on the Hugging Face Hub.
         grid: for a model whose conversion was given a function as `grid`: that function. None: what the file says.
+        example_inputs: of one forward, as of :func:`salad_compile.convert`, for another implementation of the model
+            that the file was made for: Wan of diffusers, the original Wan, or that of ComfyUI. Only where they cannot
+            be made up.
 
     Raises:
         CheckpointError: the file is wrong; each way of being wrong has a subclass.
@@ -113,13 +119,16 @@ def load(model: Model, path: str | os.PathLike[str], *, grid: GridSource | None 
     file = file_at(path)
     with open_salad(file) as content:
         header = read_header(content, file)
+        file_name: Callable[[str], str] = str
         require_rank(content, header, file)
+        if base_class(bare) != header.base_class:
+            header, file_name = translate(bare, header, file, example_inputs, grid)
         _check_base(bare, header, file)
         known = branches(bare)
         prepared = [] if known else _prepare(bare, header, file)
         dropping = _find_branches_to_drop(known, header, file)
         expected = _state_without(bare, dropping) if known else _plan_state(prepared)
-        tensors = read_tensors(content, header, expected, file)
+        tensors = read_tensors(content, header, {file_name(name): t for name, t in expected.items()}, file)
     for branch in dropping:
         branch.drop_linear()
     if not known:
@@ -131,7 +140,7 @@ def load(model: Model, path: str | os.PathLike[str], *, grid: GridSource | None 
         attach(bare, prepared, header.config, header.dense_projections, rule)
     with torch.no_grad():
         for name, parameter in branch_state(bare).items():
-            parameter.copy_(shard_like(tensors[name], parameter))
+            parameter.copy_(shard_like(tensors[file_name(name)], parameter))
     logger.info("loaded %d tensors of %d sites from %s", len(tensors), len(header.sites), file)
     return model
 
@@ -165,10 +174,6 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Any, Header]
 
 
 def _check_base(model: nn.Module, header: Header, file: Path) -> None:
-    if base_class(model) != header.base_class:
-        raise BaseModelMismatchError(
-            f"{file} belongs to a {header.base_class}, and this model is a {base_class(model)}."
-        )
     known = list(branches(model).values())
     if known and known[0].config != header.config:
         raise AlreadyConvertedError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from salad_compile.errors import ExportError
 from salad_compile.exchange.export_format import ExportFormat, ExportOptions, Written
-from salad_compile.exchange.naming import WAN_CLASSES, original_name
+from salad_compile.salad_files.naming import WAN_CLASSES, original_name
 
 if TYPE_CHECKING:
     import torch.nn as nn

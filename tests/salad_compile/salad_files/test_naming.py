@@ -11,7 +11,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from salad_compile.errors import ConfigError
-from salad_compile.exchange.naming import to_diffusers_names, to_original_names
+from salad_compile.salad_files.naming import to_diffusers_names, to_original_names
 from tests.models.zoo import CASES, WAN, from_diffusers, randomise
 
 IMAGE = {"image_dim": 8, "added_kv_proj_dim": 24, "cross_attn_norm": True}
