@@ -30,12 +30,14 @@ class SiteCost:
         return self.sparse + self.routing + self.linear + self.projection + self.lora
 
 
-def site_cost(branch: SaladBranch) -> SiteCost:
-    """The cost at the batch size and token count that the conversion saw."""
+def site_cost(branch: SaladBranch, sparsity: float | None = None) -> SiteCost:
+    """The cost at the batch size and token count that the conversion saw; at the site's own sparsity without one."""
     record, spec, pattern = branch.record, branch.decoded_spec(), branch.pattern
     video = record.tokens if record.text == "prefix" else record.tokens - record.text_tokens
     size = CallSize(record.batch, record.tokens, video, record.heads * record.head_dim)
-    pairs = pattern.computed_pairs(size, spec, density_permille(branch.target_sparsity))
+    pairs = pattern.computed_pairs(
+        size, spec, density_permille(branch.target_sparsity if sparsity is None else sparsity)
+    )
     per_pair = 2 * (size.query_width + record.width)
     elements = {"linear": 0, "projection": 0, "lora": 0}
     for row in branch.rows():
