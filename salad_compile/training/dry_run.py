@@ -22,7 +22,7 @@ from salad_compile.config import SaladConfig
 from salad_compile.latents import LatentDataset
 from salad_compile.sites.branch import branches
 from salad_compile.training.feeding import Placed
-from salad_compile.training.flow_matching import Forward, default_forward, validation_sample
+from salad_compile.training.flow_matching import Forward, default_forward, predict, validation_sample
 from salad_compile.training.interrupts import StopRequest
 from salad_compile.training.loop import Run, prepare
 from salad_compile.training.outcome import duration
@@ -232,7 +232,7 @@ def _forward_seconds(run: Run, settings: TrainSettings, latents: LatentDataset) 
     seconds = 0.0
     for _ in range(2):  # the first one compiles
         began = _clock(run)
-        run.forward(run.engine.wrapped, sample.latents, sample.timesteps, sample.texts)
+        predict(run.forward, run.engine.wrapped, sample)
         seconds = _clock(run) - began
     return seconds
 

@@ -6,9 +6,11 @@ fp32, and every noise level has the same weight.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 import torch.nn as nn
@@ -16,13 +18,18 @@ from torch import Tensor
 
 from salad_compile.errors import ConfigError
 from salad_compile.latents import LatentItem
+from salad_compile.latents.conditions import conditions_of
+from salad_compile.latents.item import CLIP_FEATURE, LATENTS_IMAGE
 from salad_compile.training.seeds import generator
 from salad_compile.training.settings import TrainSettings
 
+_NONE: Mapping[str, Tensor] = MappingProxyType({})
+_FEATURE = "encoder_hidden_states_image"  # how Wan's forward calls the features of the image encoder
 TIMESTEPS = 1000.0  # of diffusers' schedulers: s = 1 is timestep 1000
 
-# takes the model, noisy latents (B, C, T, H, W), timesteps (B,) fp32, texts (B, L, D); returns the predicted velocity
-Forward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+# takes the model, noisy latents (B, C, T, H, W), timesteps (B,) fp32, texts (B, L, D), and if it has a fifth parameter
+# conditions by name, `latents_image` (B, C', T, H, W) and `clip_feature` (B, tokens, width); returns the velocity
+Forward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,14 @@ class Noised:
     Attributes:
         latents: x_s, (B, C, T, H, W). timesteps: 1000 s, (B,), fp32. texts: (B, text_tokens, D).
         target: e - x_0, (B, C, T, H, W), fp32.
+        conditions: what the extras of the items make, see :mod:`salad_compile.latents.conditions`.
     """
 
     latents: Tensor
     timesteps: Tensor
     texts: Tensor
     target: Tensor
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Noised:
         """On a device; latents and texts in the dtype of the model."""
@@ -46,6 +55,7 @@ class Noised:
             self.timesteps.to(device),
             self.texts.to(device, dtype),
             self.target.to(device),
+            {name: tensor.to(device, dtype) for name, tensor in self.conditions.items()},
         )
 
 
@@ -83,7 +93,8 @@ def _add_noise(item: LatentItem, settings: TrainSettings, s: float, drawing: tor
     noisy = (1 - s) * clean + s * noise
     texts = pad_text(item, settings.text_tokens)
     texts = torch.zeros_like(texts) if dropped else texts
-    return Noised(noisy[None], torch.tensor([TIMESTEPS * s]), texts[None], (noise - clean)[None])
+    conditions = {name: tensor[None] for name, tensor in conditions_of(item).items()}
+    return Noised(noisy[None], torch.tensor([TIMESTEPS * s]), texts[None], (noise - clean)[None], conditions)
 
 
 def pad_text(item: LatentItem, tokens: int) -> Tensor:
@@ -101,8 +112,28 @@ def pad_text(item: LatentItem, tokens: int) -> Tensor:
 
 
 def stack(samples: Sequence[Noised]) -> Noised:
-    """Several samples of one shape as one batch."""
-    return Noised(*(torch.cat([getattr(s, name) for s in samples]) for name in Noised.__dataclass_fields__))
+    """Several samples of one shape as one batch; with the conditions that all of them have."""
+    names = [name for name in samples[0].conditions if all(name in sample.conditions for sample in samples)]
+    return Noised(
+        torch.cat([sample.latents for sample in samples]),
+        torch.cat([sample.timesteps for sample in samples]),
+        torch.cat([sample.texts for sample in samples]),
+        torch.cat([sample.target for sample in samples]),
+        {name: torch.cat([sample.conditions[name] for sample in samples]) for name in names},
+    )
+
+
+def predict(forward: Forward, model: nn.Module, batch: Noised) -> Tensor:
+    """The velocity that a model predicts for a batch, (B, C, T, H, W)."""
+    inputs = (model, batch.latents, batch.timesteps, batch.texts)
+    return forward(*inputs, batch.conditions) if _takes_conditions(forward) else forward(*inputs)
+
+
+@functools.cache
+def _takes_conditions(forward: Forward) -> bool:
+    parameters = inspect.signature(forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 4 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
 
 
 def losses(prediction: Tensor, target: Tensor) -> Tensor:
@@ -110,17 +141,52 @@ def losses(prediction: Tensor, target: Tensor) -> Tensor:
     if prediction.shape != target.shape:
         raise ConfigError(
             f"the model predicted {tuple(prediction.shape)} for latents {tuple(target.shape)}: flow matching needs the "
-            "shape of the latents. Models with more input than output channels need a forward= of their own."
+            "shape of the latents. Other models than Wan with more input than output channels need a forward= of their "
+            "own."
         )
     return (prediction.float() - target).square().flatten(1).mean(1)
 
 
-def wan_forward(model: nn.Module, latents: Tensor, timesteps: Tensor, texts: Tensor) -> Tensor:
-    """The forward of diffusers' Wan and of models with its signature."""
+def wan_forward(
+    model: nn.Module, latents: Tensor, timesteps: Tensor, texts: Tensor, conditions: Mapping[str, Tensor] = _NONE
+) -> Tensor:
+    """The forward of diffusers' Wan and of models with its signature; with the conditions that the model takes."""
+    takes = taken_conditions(model, latents.shape[1])
+    if LATENTS_IMAGE in takes:
+        latents = torch.cat([latents, conditions[LATENTS_IMAGE]], dim=1)
+    more = {_FEATURE: conditions[CLIP_FEATURE]} if CLIP_FEATURE in takes else {}
     output: tuple[Tensor, ...] = model(
-        hidden_states=latents, timestep=timesteps, encoder_hidden_states=texts, return_dict=False
+        hidden_states=latents, timestep=timesteps, encoder_hidden_states=texts, return_dict=False, **more
     )
     return output[0]
+
+
+def taken_conditions(model: nn.Module, channels: int) -> dict[str, int]:
+    """What a Wan takes beside latents of so many channels, by its configuration: name -> channels, or width."""
+    config = getattr(getattr(model, "module", model), "config", None) or {}  # of DDP, the model inside
+    more = (config.get("in_channels") or channels) - channels
+    found = {LATENTS_IMAGE: more} if more else {}
+    if config.get("image_dim"):
+        found[CLIP_FEATURE] = int(config["image_dim"])
+    return found
+
+
+def require_conditions(model: nn.Module, item: LatentItem) -> None:
+    """Whether an item has what a Wan takes.
+
+    Raises:
+        ConfigError: it has not, or it is of another size.
+    """
+    there, channels = conditions_of(item), item.latent.shape[0]
+    for name, size in taken_conditions(model, channels).items():
+        found = None if name not in there else there[name].shape[0 if name == LATENTS_IMAGE else -1]
+        if found != size:
+            what = "channels beside those of the latents" if name == LATENTS_IMAGE else "features of an image as wide"
+            said = f"{item.name!r} has {found}" if found else f"{item.name!r} has no {name}"
+            raise ConfigError(
+                f"{type(model).__name__} takes {size} {what}, and {said}: make the data with the pipeline of this "
+                "model (salad-compile latents encode), or with another trainer for it."
+            )
 
 
 def default_forward(model: nn.Module) -> Forward:
@@ -135,7 +201,7 @@ def default_forward(model: nn.Module) -> Forward:
     if missing:
         raise ConfigError(
             f"the forward of {type(model).__name__} takes {', '.join(names)}, and not {', '.join(missing)}: it is not "
-            "called as Wan is. Pass train(..., forward=f), where f(model, latents, timesteps, texts) returns the "
-            "predicted velocity, noise minus clean latents."
+            "called as Wan is. Pass train(..., forward=f), where f(model, latents, timesteps, texts[, conditions]) "
+            "returns the predicted velocity, noise minus clean latents."
         )
     return wan_forward

@@ -31,7 +31,15 @@ from salad_compile.training.distillation import SiteDistillation
 from salad_compile.training.ema import MovingAverage
 from salad_compile.training.engine import Engine, make_accelerator
 from salad_compile.training.feeding import Feed, Placed
-from salad_compile.training.flow_matching import Forward, Noised, default_forward, losses, stack, training_sample
+from salad_compile.training.flow_matching import (
+    Forward,
+    Noised,
+    default_forward,
+    losses,
+    predict,
+    stack,
+    training_sample,
+)
 from salad_compile.training.interrupts import StopRequest
 from salad_compile.training.outcome import TrainResult, outcome_of
 from salad_compile.training.preparation import DTYPES, make_trainable, mean_sparsity, require_converted
@@ -65,7 +73,8 @@ def train(
         latents, validation: of :func:`salad_compile.latents.open_latents`.
         resume: from the newest complete checkpoint in the directory. False: the directory must hold no run.
         config: converts a model that is not converted, with the largest latent as example.
-        forward: f(model, latents, timesteps, texts) -> predicted velocity, for models that are not called as Wan is.
+        forward: f(model, latents, timesteps, texts) -> predicted velocity, for models that are not called as Wan is; a
+            fifth parameter gets the conditions of image-to-video models, by name.
 
     Raises:
         ConfigError: settings, model and engine do not fit each other. NotConvertedError: no branch and no `config`.
@@ -260,8 +269,7 @@ class Run:
         for number, batch in enumerate(samples):
             last = number == len(samples) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.engine.wrapped):
-                prediction = self.forward(self.engine.wrapped, batch.latents, batch.timesteps, batch.texts)
-                each = losses(prediction, batch.target)
+                each = losses(predict(self.forward, self.engine.wrapped, batch), batch.target)
                 self.accelerator.backward(each.mean() / len(samples))
             found.append(each.detach())
         return torch.cat(found)
@@ -272,7 +280,7 @@ class Run:
         with self.distillation.watching():
             for batch in samples:
                 self.distillation.errors.clear()
-                self.forward(self.engine.bare, batch.latents, batch.timesteps, batch.texts)
+                predict(self.forward, self.engine.bare, batch)
                 found.append(self.distillation.losses())
         if self.accelerator.num_processes > 1:  # the wrapper, which would have averaged, was not called
             for parameter in self.engine.parameters.values():

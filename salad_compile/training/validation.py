@@ -7,7 +7,7 @@ import torch
 from salad_compile.latents import LatentDataset
 from salad_compile.sites.branch import branches
 from salad_compile.training.engine import Engine
-from salad_compile.training.flow_matching import Forward, losses, validation_sample
+from salad_compile.training.flow_matching import Forward, losses, predict, validation_sample
 from salad_compile.training.preparation import DTYPES
 from salad_compile.training.reference_states import as_base, as_untrained
 
@@ -29,7 +29,7 @@ def validation_loss(engine: Engine, latents: LatentDataset, forward: Forward) ->
     for number in range(rounds):
         index, point = work[min(rank * rounds + number, len(work) - 1)]
         batch = validation_sample(latents[index], settings, index, point).to(device, dtype)
-        own.append(losses(forward(engine.wrapped, batch.latents, batch.timesteps, batch.texts), batch.target))
+        own.append(losses(predict(forward, engine.wrapped, batch), batch.target))
     engine.bare.train()
     everywhere = accelerator.gather(torch.cat(own)).cpu()[: len(work)]
     return float(everywhere.double().mean())

@@ -1,0 +1,37 @@
+"""What an image-to-video model takes beside noisy latent and text, made of an item's extras."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, LATENTS_IMAGE, LatentItem
+from salad_compile.latents.source import item_error
+
+MASK_CHANNELS = 4  # of Wan's image-to-video models: one for each frame that a latent stands for
+
+
+def conditions_of(item: LatentItem) -> dict[str, Tensor]:
+    """`latents_image`, (C', T, H, W) fp32, and `clip_feature`, (tokens, width) fp32, as far as the extras have them.
+
+    `latents_image` is as Wan's pipelines make it: a mask that is 1 where a frame is given, the first one, and behind it
+    the latents of that frame followed by empty ones.
+
+    Raises:
+        LatentItemError: it has another size than the latent.
+    """
+    found: dict[str, Tensor] = {}
+    image, first = item.extras.get(LATENTS_IMAGE), item.extras.get(FIRST_FRAME)
+    if image is None and first is not None and first.shape == item.latent.shape:
+        mask = torch.zeros(MASK_CHANNELS, *first.shape[1:])
+        mask[:, 0] = 1
+        image = torch.cat([mask, first.float()])
+    if image is not None:
+        if image.ndim != 4 or image.shape[1:] != item.latent.shape[1:]:
+            raise item_error(
+                item.name, f"its {LATENTS_IMAGE} is {tuple(image.shape)}, and the latent {tuple(item.latent.shape)}"
+            )
+        found[LATENTS_IMAGE] = image.float()
+    if CLIP_FEATURE in item.extras:
+        found[CLIP_FEATURE] = item.extras[CLIP_FEATURE].float()
+    return found
