@@ -1,6 +1,6 @@
 """Precomputed latents and text embeddings: formats of other trainers and our own, read as one kind of dataset.
 
-latents = open_latents("data")            # FastVideo parquet, musubi-tuner caches, finetrainers, our own
+latents = open_latents("data")            # FastVideo parquet, caches of other trainers, our own
 convert_latents("data", "mine")           # into our own format
 """
 

@@ -20,16 +20,15 @@ are opened with `weights_only=True` and mapped, so that no code in them runs and
 from __future__ import annotations
 
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from salad_compile.common.inside import require_inside
 from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, LatentItem, Shape
+from salad_compile.latents.pickles import load_mapped, require_checksums, single
 from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, strip_padding
 from salad_compile.latents.statistics import WAN_2_1, LatentStatistics
 
@@ -70,9 +69,9 @@ class FinetrainersSource(LatentSource):
         file = self._files[index]
         try:
             for part in (file, _text_file(file)):
-                _require_checksums(part)
-            values, texts = _load(file), _load(_text_file(file))
-            text = _single(next(texts[name] for name in _TEXT if name in texts), 2)
+                require_checksums(part, part.name)
+            values, texts = load_mapped(file), load_mapped(_text_file(file))
+            text = single(next(texts[name] for name in _TEXT if name in texts), 2)
             extras = {name: tensor.float().clone() for name, tensor in _extras(values).items()}
             return LatentItem(file.stem, _posterior_mean(values).clone(), strip_padding(text).clone(), extras=extras)
         except Exception as error:  # whatever a damaged archive makes torch.load raise
@@ -90,27 +89,9 @@ def _text_file(latent: Path) -> Path:
     return latent.with_name(latent.name.replace("latent-", "condition-", 1))
 
 
-def _load(file: Path) -> dict[str, Any]:
-    values: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    return values
-
-
-def _require_checksums(file: Path) -> None:
-    """torch.load maps the archive and looks at none of its checksums. Raises ValueError."""
-    with zipfile.ZipFile(file) as archive:
-        bad = archive.testzip()
-    if bad is not None:
-        raise ValueError(f"{file.name}: the checksum of {bad} differs")
-
-
-def _single(tensor: Tensor, usual: int) -> Tensor:
-    """Without the batch dimension of one."""
-    return tensor[0] if tensor.ndim == usual + 1 and len(tensor) == 1 else tensor
-
-
 def _posterior_mean(values: dict[str, Any], name: str = "latents") -> Tensor:
     """The first half of the channels: behind them are as many log variances, of which the file's statistics know."""
-    latent = _single(values[name], 4)
+    latent = single(values[name], 4)
     mean = values.get("latents_mean")
     halves = mean is None or len(latent) == 2 * mean.numel()
     if mean is not None and len(latent) not in (mean.numel(), 2 * mean.numel()):
@@ -126,7 +107,7 @@ def _extras(values: dict[str, Any]) -> dict[str, Tensor]:
         found[FIRST_FRAME] = _posterior_mean(values, "latent_condition")
     feature = next((values[name] for name in _FEATURE if name in values), None)
     if feature is not None:
-        found[CLIP_FEATURE] = _single(feature, 2)
+        found[CLIP_FEATURE] = single(feature, 2)
     return found
 
 
@@ -162,7 +143,7 @@ def _head(file: Path) -> _Head:
     try:
         for part in (file, _text_file(file)):
             require_inside(file.parent, part)
-        values = _load(file)
+        values = load_mapped(file)
         sizes = _posterior_mean(values).shape
         shape = as_latent_shape(sizes) if len(sizes) == 4 else None
         problem = None if shape else f"latents have shape {tuple(sizes)}"

@@ -29,6 +29,12 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             "*_<width>x<height>_wan.safetensors with *_wan_te.safetensors", "musubi", "MusubiSource", writable=True
         ),
         "finetrainers": Layout("latent-<i>.pt with condition-<i>.pt", "finetrainers", "FinetrainersSource"),
+        "aitoolkit": Layout("_latent_cache with _t_e_cache", "aitoolkit", "AIToolkitSource"),
+        "diffsynth": Layout("<rank>/<n>.pth", "diffsynth", "DiffSynthSource"),
+        "diffusionpipe": Layout(
+            "latents/metadata.db with text_embeddings_<i>/metadata.db", "diffusion_pipe", "DiffusionPipeSource"
+        ),
+        "ltx": Layout(".precomputed/latents/*.pt with .precomputed/conditions/*.pt", "ltx", "LTXSource"),
     }
 )
 WRITABLE = tuple(name for name, layout in LAYOUTS.items() if layout.writable)

@@ -36,7 +36,8 @@ def open_latents(
 
     Args:
         path: a directory, or a Parquet file.
-        layout: "salad" (our own), "fastvideo", "musubi" or "finetrainers"; "auto" looks at the names of files.
+        layout: "salad" (our own), "fastvideo", "musubi", "finetrainers", "aitoolkit", "diffsynth", "diffusionpipe" or
+            "ltx"; "auto" looks at the names of files.
         normalized: whether the stored latents are normalised. None: what the format says; FastVideo's and finetrainers'
             are not. Latents that are not are normalised on reading: (x - mean) / std.
         statistics: of the VAE, for latents that are not normalised. None: what the format implies, which for FastVideo
