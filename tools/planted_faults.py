@@ -179,6 +179,12 @@ FAULTS = (
     ),
     # ------------------------------------------------------------------------------------------------- the definition
     _fault(
+        "each process takes the weights of the first heads",
+        "definition",
+        ("first = place_in(group) * heads", "first = 0 * heads"),
+        tests="tests/trainers/test_context_parallel.py",
+    ),
+    _fault(
         "gate inverted",
         "definition",
         ("torch.sigmoid(logits.to(", "torch.sigmoid(-logits.to("),

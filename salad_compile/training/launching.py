@@ -44,7 +44,10 @@ def run_processes(function: Callable[..., None], arguments: tuple[Any, ...], cou
             while not context.join(grace_period=GRACE_SECONDS):
                 pass
         except ProcessExitedException as error:
-            raise TrainingError(f"process {error.error_index}: {error}; its own message is above.") from error
+            why = "its own message is above"
+            if error.signal_name is not None:
+                why = "from outside, or for want of memory; the same command goes on from the newest checkpoint"
+            raise TrainingError(f"{error}; {why}.") from error
         except ProcessRaisedException as error:
             raise TrainingError(f"process {error.error_index} failed: {error}") from error
     return came[0] if came else 0

@@ -31,14 +31,13 @@ RUNS = {
 }
 
 
-def worker(rank: int, folder: str, kind: str, port: int) -> None:
+def worker(rank: int, folder: str, name: str, kind: str, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     if kind == "fsdp2":
         configure_fsdp2()
-    root = Path(folder)
-    run(root, kind, kind)
+    run(Path(folder), name, kind)
 
 
 def configure_fsdp2() -> None:
@@ -69,13 +68,22 @@ def run(root: Path, name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(tmp_path: Path, kind: str) -> None:
     run(tmp_path, "alone", kind)
-    forkserver()
-    mp.start_processes(worker, args=(str(tmp_path), kind, free_port()), nprocs=WORLD, start_method="forkserver")
+    two_processes(tmp_path, kind, kind)
     assert_same_runs(tmp_path / kind, tmp_path / "alone")
     # one process goes on from the checkpoint of two
     shutil.rmtree(tmp_path / kind / "checkpoints" / "step-00000004")
     run(tmp_path, kind, kind)
     assert_same_runs(tmp_path / kind, tmp_path / "alone")
+    # and two from the checkpoint of one
+    shutil.copytree(tmp_path / "alone", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000004")
+    two_processes(tmp_path, "again", kind)
+    assert_same_runs(tmp_path / "again", tmp_path / "alone")
+
+
+def two_processes(root: Path, name: str, kind: str) -> None:
+    forkserver()
+    mp.start_processes(worker, args=(str(root), name, kind, free_port()), nprocs=WORLD, start_method="forkserver")
 
 
 def assert_same_runs(actual: Path, wanted: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -180,3 +181,30 @@ def test_a_stopped_run_ends_with_a_checkpoint(given: Path, number: signal.Signal
     assert 4 <= step < STEPS
     assert (output / "checkpoints" / f"step-{step:08d}").is_dir(), said(given, output)
     assert "writes a checkpoint and ends" in said(given, output)
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.all_cases)])
+def test_a_process_that_dies_ends_the_others(given: Path, rank: int) -> None:
+    """As the kernel kills one for want of memory: within a minute, in a sentence, and the run goes on afterwards."""
+    output, context = given / f"died-{rank}", forkserver()
+    with Watcher(output) as watcher:
+        process = begin(context, given, output)
+        while last_step(output) < 4:
+            assert process.is_alive(), said(given, output)
+            time.sleep(0.01)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(ranks[rank]), signal.SIGKILL)
+        process.join(60)
+        assert process.exitcode == 2, said(given, output)
+        # or the other one, which has lost the connection, is seen first
+        assert re.search(r"error: process \d terminated with (signal SIGKILL|exit code)", said(given, output))
+        before = last_step(output)
+        process = begin(context, given, output)
+        while last_step(output) <= before:
+            assert process.is_alive(), said(given, output)
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join()
+    assert process.exitcode == 128 + signal.SIGTERM, said(given, output)
+    assert not watcher.faults
+    assert not [name for name in os.listdir(output / "checkpoints") if name.startswith(".")]
