@@ -1,6 +1,6 @@
 """Reads what DiffSynth-Studio caches for Wan (`--task sft:data_process`).
 
-Seen in diffsynth 2.1.12: diffusion/runner.py, pipelines/wan_video.py.
+Seen in modelscope/DiffSynth-Studio, release 2.1.12: diffusion/runner.py, pipelines/wan_video.py.
 
     <out>/<rank>/<n>.pth   three dictionaries: inputs of both guidances, of the text, of the negative text;
                            input_latents [1, C, T, H, W], context [1, L, D] with zeros at its end;
