@@ -180,21 +180,11 @@ class InfoFields(Struct, forbid_unknown_fields=True, kw_only=True):
     digest: Digest | None = None
 
 
-class RecordFields(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """A line of `items.jsonl`. A text may be long: captions have no bound. `extras`: shapes of what else there is."""
-
-    name: str
-    file: Text
-    shape: Annotated[list[Size], Meta(min_length=4, max_length=4)]
-    text_shape: Annotated[list[Size], Meta(min_length=2, max_length=2)]
-    bytes: Count
-    caption: str
-    fps: float | None
-    extras: dict[Text, Annotated[list[Count], Meta(max_length=8)]] = msgspec.field(default_factory=dict)
-
-
 class ItemFields(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """What the file of an item says of itself. `digest`: of its tensors and the rest; older ones have none."""
+    """What the file of an item says of itself. A text may be long: captions have no bound.
+
+    extras: shapes of what else there is.
+    """
 
     name: str
     shape: Annotated[list[Size], Meta(min_length=4, max_length=4)]
@@ -202,6 +192,13 @@ class ItemFields(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults
     caption: str
     fps: float | None
     extras: dict[Text, Annotated[list[Count], Meta(max_length=8)]] = msgspec.field(default_factory=dict)
+
+
+class RecordFields(ItemFields, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A line of `items.jsonl`: the same, and where its file is."""
+
+    file: Text
+    bytes: Count
 
 
 def decode(kind: type[T], text: str | bytes, what: str, error: type[SaladError]) -> T:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 DIGEST_KEY = "salad_digest"  # in the metadata of files that we write
+CHECKED_KEY, CHECKED = "salad_checked", "sha256"  # beside it: without both a damaged file would pass for an old one
 LARGEST_HEADER = 16 * 2**20  # bytes; that of the largest model takes a few hundred kilobytes
 
 
@@ -58,14 +59,21 @@ def digest_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 def with_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata with the digest of a file that holds both."""
-    return {**metadata, DIGEST_KEY: digest_of(tensors, metadata)}
+    """The metadata with the digest of a file that holds both, and with the mark that there is one."""
+    marked = {**metadata, CHECKED_KEY: CHECKED}
+    return {**marked, DIGEST_KEY: digest_of(tensors, marked)}
 
 
-def require_digest(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless the file's digest, if it has one, is that of all its tensors and metadata."""
-    stated = (metadata or {}).get(DIGEST_KEY)
-    if stated is not None and stated != digest_of(tensors, metadata or {}):
+def require_digest(metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor], *, marked: bool = False) -> None:
+    """Raises ValueError unless the file's digest, if it has one, is that of all its tensors and metadata.
+
+    Files of others and older ones have none; it is missing where the file is marked, by itself or by another.
+    """
+    metadata = metadata or {}
+    stated = metadata.get(DIGEST_KEY)
+    if stated is None and (marked or CHECKED_KEY in metadata):
+        raise ValueError(f"{DIGEST_KEY} is missing in its metadata: was it damaged?")
+    if stated is not None and stated != digest_of(tensors, metadata):
         raise ValueError("its contents are not those that were written (the digest differs): was it damaged?")
 
 

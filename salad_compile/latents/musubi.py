@@ -188,8 +188,13 @@ def _left_out(files: list[Path]) -> tuple[str, ...]:
 
 
 def _as_written(content: Any, key: str) -> Tensor:
-    """The tensor, compared with the digest that files of ours have. Raises ValueError."""
+    """The tensor, compared with the digest that files of ours have. Raises ValueError.
+
+    Musubi-tuner writes metadata into every cache: one without has lost them, and may have lost its digest.
+    """
     tensor: Tensor = content.get_tensor(key)
+    if "architecture" not in (content.metadata() or {}):
+        raise ValueError("its metadata do not say for which architecture it is, as those of every cache do")
     require_digest(content.metadata(), {key: tensor})
     return tensor
 

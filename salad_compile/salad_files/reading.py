@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salad_compile.common.tensor_files import DIGEST_KEY, first_not_finite, open_safetensors, require_digest
+from salad_compile.common.tensor_files import first_not_finite, open_safetensors, require_digest
 from salad_compile.common.wrappers import plain_key
 from salad_compile.definition.branch_tensors import current_name
 from salad_compile.errors import (
@@ -85,11 +85,8 @@ def read_tensors(content: Any, header: Header, expected: Mapping[str, Tensor], f
 
 def _require_as_written(content: Any, header: Header, tensors: Mapping[str, Tensor], file: Path) -> None:
     """Raises CorruptFileError: the digest is another, or is missing and the header says that there is one."""
-    metadata = content.metadata()
-    if header.checked and DIGEST_KEY not in metadata:
-        raise CorruptFileError(f"{file}: {DIGEST_KEY}, of which the header speaks, is missing in its metadata.")
     try:
-        require_digest(metadata, tensors)
+        require_digest(content.metadata(), tensors, marked=header.checked is not None)
     except ValueError as error:
         raise CorruptFileError(f"{file}: {error}") from error
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from salad_compile.common.tensor_files import DIGEST_KEY
 from salad_compile.errors import LatentItemError, LatentLayoutError
-from salad_compile.latents import open_latents
+from salad_compile.latents import WAN_2_1, convert_latents, open_latents, write_latents
 from tests.salad_compile.latents.data import make_item, make_items, write_musubi
 
 
@@ -30,7 +32,7 @@ def test_other_tensors_of_a_cache_and_bfloat16(tmp_path: Path) -> None:
     file = tmp_path / "clip0_00000-005_0048x0032_wan.safetensors"
     latent = load_file(file)["latents_2x4x6_float32"].bfloat16()
     others = {"clip_bfloat16": torch.ones(3), "latents_image_2x4x6_bfloat16": torch.ones(20, 2, 4, 6)}
-    save_file({"latents_2x4x6_bfloat16": latent, **others}, file)
+    save_file({"latents_2x4x6_bfloat16": latent, **others}, file, metadata={"architecture": "wan"})
     read = open_latents(tmp_path)[0]
     assert torch.equal(read.latent, latent.float())
 
@@ -38,9 +40,8 @@ def test_other_tensors_of_a_cache_and_bfloat16(tmp_path: Path) -> None:
 def test_two_resolutions_of_one_video_share_a_text_and_not_a_name(tmp_path: Path) -> None:
     item = make_item(0)
     write_musubi(tmp_path, [item])
-    save_file(
-        {"latents_2x2x3_float32": torch.randn(16, 2, 2, 3)}, tmp_path / "clip0_00000-005_0024x0016_wan.safetensors"
-    )
+    other = tmp_path / "clip0_00000-005_0024x0016_wan.safetensors"
+    save_file({"latents_2x2x3_float32": torch.randn(16, 2, 2, 3)}, other, metadata={"architecture": "wan"})
     latents = open_latents(tmp_path, sample=0)
     assert len(set(latents.names)) == 2
     assert latents.shapes == [(16, 2, 2, 3), (16, 2, 4, 6)]
@@ -91,10 +92,25 @@ def test_conditions_are_extras(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         "f_indices_int32": torch.tensor([0, 1], dtype=torch.int32),
         "mask_weights": torch.ones(2),
     }
-    save_file({**load_file(file), **more}, file)
+    save_file({**load_file(file), **more}, file, metadata={"architecture": "wan"})
     found = open_latents(tmp_path)[0].extras
     assert torch.equal(found["latents_image"], more["latents_image_2x4x6_float32"])
     assert torch.equal(found["latents_control"], more["latents_control_2x4x6_bfloat16"])
     assert torch.equal(found["clip_feature"], more["clip_float32"][0])
     assert found["f_indices"].tolist() == [0, 1]
     assert "not read: mask_weights" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["clip0_00000-005_0048x0032_wan.safetensors", "clip0_wan_te.safetensors"])
+@pytest.mark.parametrize(("lost", "said"), [(DIGEST_KEY, "salad_digest is missing"), (None, "for which architecture")])
+def test_a_file_of_ours_cannot_lose_its_digest_unnoticed(
+    tmp_path: Path, file: str, lost: str | None, said: str
+) -> None:
+    write_latents([make_item(0)], tmp_path / "ours", statistics=WAN_2_1)
+    convert_latents(tmp_path / "ours", tmp_path / "caches", to="musubi", progress=False)
+    damaged = tmp_path / "caches" / file
+    with safe_open(damaged, framework="pt") as content:
+        metadata = {name: text for name, text in content.metadata().items() if lost and name != lost}
+    save_file(load_file(damaged), damaged, metadata=metadata)
+    with pytest.raises(LatentItemError, match=said):
+        open_latents(tmp_path / "caches")
