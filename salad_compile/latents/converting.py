@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from salad_compile.common.logs import logger
 from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import ConfigError, LatentItemError, did_you_mean
 from salad_compile.latents.dataset import StoredLatents, summary_of
@@ -99,6 +100,7 @@ def _write_all(
 ) -> ConversionReport:
     target = _target(to, goal, latents)
     written, kept, skipped = 0, 0, list(latents.problems)
+    lost: set[str] = set()
     with ProgressBar(goal.name, len(latents), shown=progress) as bar:
         for number, start in enumerate(range(0, len(latents), target.per_file)):
             indices = range(start, min(start + target.per_file, len(latents)))
@@ -108,11 +110,14 @@ def _write_all(
                 items = _read(latents, indices, skipped, on_error)
                 if items:
                     target.write(number, items)
+                lost |= {name for item in items for name in item.extras if to != "salad"}
                 written += len(items)
             bar.advance(len(indices))
     if not written + kept:
         raise LatentItemError(f"{origin} has no good item. {summary_of(skipped)}")
     target.finish()
+    if lost:
+        logger.warning("%s: not written, layout %s has no place for it: %s", goal, to, ", ".join(sorted(lost)))
     return ConversionReport(goal, written, kept, tuple(skipped))
 
 

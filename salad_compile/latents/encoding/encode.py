@@ -26,6 +26,7 @@ from salad_compile.latents.source import Problem
 from salad_compile.latents.storing import save_text, writing_in
 
 PLAN = "salad_encoding.json"
+_SOME_WEIGHTS = 4096  # of a tensor
 VALIDATION = "validation"  # the folder of the part that is held out, within the output
 
 
@@ -119,7 +120,8 @@ class _Encoding:
         return EncodingReport(self.goal, place, written, kept, outside, tuple(self.skipped))
 
     def _writer(self, directory: Path) -> NativeWriter:
-        return NativeWriter(directory, self.encoder.statistics, encoded=self.plan)
+        encoded = {name: value for name, value in self.plan.items() if name != "statistics"}  # info.json has them
+        return NativeWriter(directory, self.encoder.statistics, encoded=encoded)
 
     def _clip(self, clip: Clip, writer: NativeWriter) -> str:
         """Encode a clip, unless an earlier run did: "written", "kept" or "skipped"."""
@@ -172,20 +174,23 @@ def _plan(encoder: PipelineEncoder, size: ClipSize, share: float) -> dict[str, A
     encoders = [name for name in ("vae", "text_encoder", "text_encoder_2", "image_encoder") if hasattr(pipeline, name)]
     return {
         "pipeline": encoder.name,
-        **{
-            name: _digest_of_config(getattr(pipeline, name)) for name in encoders if getattr(pipeline, name) is not None
-        },
+        **{name: _digest_of(getattr(pipeline, name)) for name in encoders if getattr(pipeline, name) is not None},
         **json.loads(json.dumps(asdict(size))),
         "validation_share": share,
         "statistics": encoder.statistics.to_dict(),
     }
 
 
-def _digest_of_config(module: Any) -> str:
+def _digest_of(module: Any) -> str:
+    """Class, and a digest of the configuration and of some weights: enough to tell two models apart."""
     config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
     kept = {key: value for key, value in config.items() if not key.startswith("_") and "version" not in key}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return f"{type(module).__name__} {digest}"
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+    weights = list(module.parameters())
+    for tensor in (weights[0], weights[len(weights) // 2], weights[-1]):
+        some = tensor.detach().flatten()[:_SOME_WEIGHTS].cpu()
+        digest.update(f"{len(weights)} {some.dtype}".encode() + some.view(torch.uint8).numpy().tobytes())
+    return f"{type(module).__name__} {digest.hexdigest()[:16]}"
 
 
 def _claim(goal: Path, plan: dict[str, Any]) -> None:

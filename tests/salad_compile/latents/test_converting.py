@@ -200,3 +200,14 @@ def test_destinations_that_are_refused(tmp_path: Path) -> None:
     write_latents([make_item(2)], source)
     with pytest.raises(ConfigError, match="holds another conversion"):
         convert_latents(source, tmp_path / "goal")
+
+
+def test_conditions_are_kept_or_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    extras = {"clip_feature": torch.randn(5, 3), "f_indices": torch.tensor([0, 2])}
+    write_latents([replace(item, extras=extras) for item in make_items(2)], tmp_path / "ours", statistics=WAN_2_1)
+    convert_latents(tmp_path / "ours", tmp_path / "again", progress=False)
+    assert not caplog.text
+    found = open_latents(tmp_path / "again")[1].extras
+    assert all(torch.equal(found[name], tensor) for name, tensor in extras.items())
+    convert_latents(tmp_path / "ours", tmp_path / "musubi", to="musubi", progress=False)
+    assert "layout musubi has no place for it: clip_feature, f_indices" in caplog.text

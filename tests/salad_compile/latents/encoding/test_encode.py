@@ -63,6 +63,8 @@ def test_a_later_run_encodes_what_is_new_or_changed(tmp_path: Path) -> None:
     assert torch.equal(after[1].latent, before["cat"].latent)
     with pytest.raises(ConfigError, match=r"encoded with height 32, and not 64: write to another directory"):
         world.encode(clips, data, size=replace(world.SIZE, height=64))
+    with pytest.raises(ConfigError, match=r"encoded with vae .AutoencoderKLWan \w+., and not .AutoencoderKLWan"):
+        world.encode(clips, data, world.wan(seed=1))
 
 
 def test_a_run_that_breaks_off_loses_the_clip_at_hand(
