@@ -1,7 +1,7 @@
 """What is damaged, and how it is read: each subject writes a directory and digests what reading it gives.
 
 What a file of another program says cannot be told from what it should say where it has no checksum: of latents in the
-formats of others only files that this package wrote are tried, and of configurations only that no code runs.
+formats of others only files that this package wrote are compared, and of configurations only that no code runs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from salad_compile.sites.branch import branches
 from salad_compile.training import train
 from tests.models.zoo import CASES
 from tests.salad_compile.latents.data import make_items, write_finetrainers
+from tests.salad_compile.latents.test_caches import WRITERS
 from tests.salad_compile.training import tiny
 from tests.support import converted
 
+ARCHIVES = ("diffsynth", "ltx")
 RUN = dataclasses.replace(tiny.SETTINGS, steps=2, batch=1, micro_batch=1, checkpoint_every=1, warmup_steps=1)
 
 
@@ -70,6 +72,8 @@ def _write_latents(layout: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         if layout == "finetrainers":
             write_finetrainers(folder, make_items(3))
+        elif layout in WRITERS:
+            WRITERS[layout](folder, make_items(3))
         elif layout == "salad":
             write_latents(make_items(3), folder, statistics=WAN_2_1)
         else:
@@ -128,6 +132,8 @@ SUBJECTS = {
         f"latents-{layout}": Subject(_write_latents(layout), read_latents)
         for layout in ("salad", "musubi", "fastvideo", "finetrainers")
     },
+    # archives of torch have checksums, the others none
+    **{f"latents-{name}": Subject(_write_latents(name), read_latents, strict=name in ARCHIVES) for name in WRITERS},
     "run": Subject(_write_run, read_run),
     "config": Subject(_write_config, read_config, strict=False),
     "index": Subject(_write_shards, read_shards),

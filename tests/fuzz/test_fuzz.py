@@ -10,7 +10,7 @@ import pytest
 from tests.fuzz import files, kills, races
 from tests.fuzz.subjects import Subject
 
-CHEAP = ["salad", "latents-salad", "latents-musubi", "latents-finetrainers", "config", "index"]
+CHEAP = ["salad", *(f"latents-{name}" for name in ("salad", "musubi", "finetrainers", "ltx")), "config", "index"]
 
 
 def test_damaged_files() -> None:
