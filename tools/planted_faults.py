@@ -363,13 +363,20 @@ FAULTS = (
     _fault(
         "velocity with the wrong sign",
         "training",
-        ("(noise - clean)[None]", "(clean - noise)[None]"),
+        ("TIMESTEPS * s, noise - clean", "TIMESTEPS * s, clean - noise"),
         tests="tests/salad_compile/training/*.py",
     ),
     _fault(
         "all samples of a step get the same noise",
         "training",
         ('generator(settings.seed, "step", step, place)', 'generator(settings.seed, "step", step)'),
+        tests="tests/salad_compile/training/*.py",
+    ),
+    _fault(
+        "an expert is trained on noise of the other",
+        "training",
+        ("u = first + (last - first) * (point", "u = (point"),
+        ("return first + (last - first) * float(", "return float("),
         tests="tests/salad_compile/training/*.py",
     ),
     # -------------------------------------------------------------------------------------------------------- analysis

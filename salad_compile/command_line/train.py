@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from salad_compile.command_line.experts import FIRST, Expert, experts_of
 from salad_compile.command_line.model_arguments import assignments
 from salad_compile.command_line.output import tell
 from salad_compile.common.files import read_json
@@ -26,7 +27,8 @@ Fine-tunes a model on precomputed latents and texts: converts it, or takes the b
 alone. Writes log.jsonl, checkpoints/ and in the end salad.safetensors and training.json. Run again, the same command
 resumes from the newest checkpoint; SIGTERM and Ctrl-C finish the step and write one (exit code 143, 130). Without
 --processes it is one process, or one of those that accelerate's launcher started (DDP, FSDP2). --dry-run takes three
-steps, writes nothing, and tells how many hours, and how much memory and disk the run takes on this machine.
+steps, writes nothing, and tells how many hours, and how much memory and disk the run takes on this machine. Of a
+pipeline with two experts both are trained, one after the other, each on its own noise (boundary_ratio).
 
 example:
     salad-compile train --model Wan2.1-T2V-1.3B-Diffusers --latents data --output run --dry-run
@@ -41,7 +43,9 @@ START_METHOD = "spawn"  # of the processes of --processes; CUDA cannot be used a
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, data, settings and output directory."""
     parser.add_argument("--model", required=True, metavar="MODEL", help="the base model, as `plan` takes it")
-    parser.add_argument("--component", default="transformer", metavar="NAME", help="of a pipeline: transformer")
+    parser.add_argument(
+        "--component", metavar="NAME", help="of a pipeline: transformer or transformer_2; default: all that there are"
+    )
     parser.add_argument("--latents", required=True, metavar="PATH", help="precomputed data, in any known layout")
     parser.add_argument("--validation", metavar="PATH", help="held-out data, for a validation loss")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory of the run")
@@ -68,12 +72,25 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.processes < 1:
         raise ConfigError(f"--processes takes a number of at least 1, got {arguments.processes}.")
     settings, config = settings_of(arguments), config_of(arguments)  # errors in them show before anything is loaded
+    experts = experts_of(arguments, settings)
     if arguments.processes > 1:
         from salad_compile.training.launching import run_processes
 
         alone = argparse.Namespace(**{**vars(arguments), "processes": 1})
         signal = run_processes(_process, (alone,), arguments.processes, START_METHOD)
-        return 128 + signal if signal and not _is_finished(arguments, settings) else 0
+        finished = all(_is_finished(expert) for expert in experts)
+        return 128 + signal if signal and not finished else 0
+    for expert in experts:
+        code = _run_one(arguments, expert, config)
+        if code:
+            return code
+    if len(experts) > 1 and not arguments.dry_run and _is_first():
+        print(f"next: {_next_of_both(arguments, experts)}", file=sys.stderr)
+    return 0
+
+
+def _run_one(arguments: argparse.Namespace, expert: Expert, config: SaladConfig | None) -> int:
+    """Train one transformer, or estimate what that would take."""
     from salad_compile.command_line.model_source import import_name
     from salad_compile.command_line.pipeline_source import statistics_of
     from salad_compile.latents import open_latents
@@ -82,24 +99,27 @@ def run(arguments: argparse.Namespace) -> int:
     vae = statistics_of(arguments.model)
     validation = open_latents(arguments.validation, vae=vae) if arguments.validation else None
     forward = import_name(arguments.forward) if arguments.forward else None
-    model, latents = _model(arguments, settings), open_latents(arguments.latents, vae=vae)
+    model, latents = _model(arguments, expert), open_latents(arguments.latents, vae=vae)
     more: dict[str, Any] = {"validation": validation, "config": config, "forward": forward}
-    first = os.environ.get("RANK", "0") == "0"
     if arguments.dry_run:
-        expected = estimate(model, latents, settings, arguments.output, **more)
-        if first:
+        expected = estimate(model, latents, expert.settings, expert.output, **more)
+        if _is_first():
             tell(arguments, expected.sentence(), expected.to_dict())
         return 0 if expected.disk <= expected.free else 1
-    result = train(model, latents, settings, arguments.output, resume=not arguments.no_resume, **more)
-    if first:
-        _tell(result, settings, arguments)
+    result = train(model, latents, expert.settings, expert.output, resume=not arguments.no_resume, **more)
+    if _is_first():
+        _tell(result, expert, arguments)
     return 128 + result.signal if result.signal else 0
 
 
-def _is_finished(arguments: argparse.Namespace, settings: TrainSettings) -> bool:
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _is_finished(expert: Expert) -> bool:
     from salad_compile.salad_files.runs import finished_steps
 
-    return finished_steps(Path(arguments.output)) == settings.steps
+    return finished_steps(expert.output) == expert.settings.steps
 
 
 def settings_of(arguments: argparse.Namespace) -> TrainSettings:
@@ -131,37 +151,41 @@ def config_of(arguments: argparse.Namespace) -> SaladConfig | None:
     return SaladConfig.from_dict({**values, **assignments(arguments.convert, "--convert")})
 
 
-def _model(arguments: argparse.Namespace, settings: TrainSettings) -> nn.Module:
+def _model(arguments: argparse.Namespace, expert: Expert) -> nn.Module:
     from salad_compile.command_line.model_source import load_model
     from salad_compile.salad_files.salad_file import load
     from salad_compile.training.preparation import DTYPES
 
-    model = load_model(arguments.model, dtype=DTYPES[settings.precision], component=arguments.component)
+    model = load_model(arguments.model, dtype=DTYPES[expert.settings.precision], component=expert.component)
     return load(model, arguments.salad) if arguments.salad else model
 
 
-def _tell(result: TrainResult, settings: TrainSettings, arguments: argparse.Namespace) -> None:
+def _tell(result: TrainResult, expert: Expert, arguments: argparse.Namespace) -> None:
     file = None if result.file is None else str(result.file)
-    sentence = (
-        f"wrote {file}: {result.step} steps, loss {result.loss}\n{result.outcome.sentence()}; next: {_next(arguments)}"
-    )
+    sentence = f"wrote {file}: {result.step} steps, loss {result.loss}\n{result.outcome.sentence()}; next: "
+    sentence += _next(arguments, expert)
     if not result.finished:
         sentence = (
-            f"stopped after step {result.step} of {settings.steps}, which {result.checkpoint} holds: the same command "
-            "resumes it"
+            f"stopped after step {result.step} of {expert.settings.steps}, which {result.checkpoint} holds: the same "
+            "command resumes it"
         )
     checkpoint = None if result.checkpoint is None else str(result.checkpoint)
     values = {**dataclasses.asdict(result), "outcome": result.outcome.to_dict()}
     tell(arguments, sentence, {**values, "file": file, "checkpoint": checkpoint})
 
 
-def _next(arguments: argparse.Namespace) -> str:
+def _next(arguments: argparse.Namespace, expert: Expert) -> str:
     """The command that makes files for other programs of the run."""
-    output = f"{Path(arguments.output)}-exported"
-    words = ["salad-compile", "export", "--model", arguments.model, "--salad", arguments.output, "--output", output]
-    if arguments.component != "transformer":
-        words[4:4] = ["--component", arguments.component]
-    return shlex.join(words)
+    words = ["salad-compile", "export", "--model", arguments.model]
+    words += [] if expert.component == FIRST else ["--component", expert.component]
+    return shlex.join([*words, "--salad", str(expert.output), "--output", f"{expert.output}-exported"])
+
+
+def _next_of_both(arguments: argparse.Namespace, experts: list[Expert]) -> str:
+    """As :func:`_next`, of both experts in one directory."""
+    first, second = (str(expert.output) for expert in experts)
+    words = ["salad-compile", "export", "--model", arguments.model, "--salad", first, "--salad-2", second]
+    return shlex.join([*words, "--output", f"{Path(arguments.output)}-exported"])
 
 
 def _process(arguments: argparse.Namespace) -> None:

@@ -87,7 +87,8 @@ def _weight_sum(model: nn.Module) -> float:
 def require_same(checkpoint: Checkpoint, settings: TrainSettings, fingerprint: Fingerprint) -> None:
     """Raises ResumeError that names each setting, and each part of model and data, that has changed."""
     state, path = checkpoint.state, checkpoint.path
-    before, now = state.settings, settings.to_dict()
+    # a setting that came later had, until then, what its default does
+    before, now = {**TrainSettings().to_dict(), **state.settings}, settings.to_dict()
     changed = [
         f"{name} (was {before.get(name)!r}, is {now.get(name)!r})"
         for name in sorted({*before, *now} - MAY_CHANGE)

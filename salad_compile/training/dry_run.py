@@ -21,8 +21,9 @@ from salad_compile.common.wrappers import single_model
 from salad_compile.config import SaladConfig
 from salad_compile.latents import LatentDataset
 from salad_compile.sites.branch import branches
+from salad_compile.training.families import family_of
 from salad_compile.training.feeding import Placed
-from salad_compile.training.flow_matching import Forward, default_forward, predict, validation_sample
+from salad_compile.training.flow_matching import Forward, validation_sample
 from salad_compile.training.interrupts import StopRequest
 from salad_compile.training.loop import Run, prepare
 from salad_compile.training.outcome import duration
@@ -114,7 +115,7 @@ def estimate(
         validation=validation,
         found=None,
         config=config,
-        forward=forward or default_forward(bare),
+        family=family_of(bare, wanted, forward),
     )
     parameters = run.engine.parameters
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -228,11 +229,12 @@ def _validation(run: Run, settings: TrainSettings, latents: LatentDataset) -> fl
 
 @torch.no_grad()
 def _forward_seconds(run: Run, settings: TrainSettings, latents: LatentDataset) -> float:
-    sample = validation_sample(latents[0], settings, 0, 0).to(run.accelerator.device, DTYPES[settings.precision])
+    sample = validation_sample(latents[0], settings, 0, 0, run.family.add_noise)
+    sample = sample.to(run.accelerator.device, DTYPES[settings.precision])
     seconds = 0.0
     for _ in range(2):  # the first one compiles
         began = _clock(run)
-        predict(run.forward, run.engine.wrapped, sample)
+        run.family.predict(run.engine.wrapped, sample)
         seconds = _clock(run) - began
     return seconds
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from salad_compile.errors import ConfigError
 from salad_compile.latents import LatentItem
 from salad_compile.latents.conditions import conditions_of
-from salad_compile.latents.item import CLIP_FEATURE, LATENTS_IMAGE
+from salad_compile.latents.item import CLIP_FEATURE, LATENTS_IMAGE, POOLED_TEXT
 from salad_compile.training.seeds import generator
 from salad_compile.training.settings import TrainSettings
 
@@ -32,6 +32,15 @@ TIMESTEPS = 1000.0  # of diffusers' schedulers: s = 1 is timestep 1000
 Forward = Callable[..., Tensor]
 
 
+# takes clean latents, noise and a noise level s in [0, 1]; returns noisy latents, the timestep and the target
+Noising = Callable[[Tensor, Tensor, float], tuple[Tensor, float, Tensor]]
+
+
+def flow_noise(clean: Tensor, noise: Tensor, s: float) -> tuple[Tensor, float, Tensor]:
+    """x_s, 1000 s and e - x_0."""
+    return (1 - s) * clean + s * noise, TIMESTEPS * s, noise - clean
+
+
 @dataclass(frozen=True)
 class Noised:
     """Inputs and target of one forward.
@@ -39,7 +48,8 @@ class Noised:
     Attributes:
         latents: x_s, (B, C, T, H, W). timesteps: 1000 s, (B,), fp32. texts: (B, text_tokens, D).
         target: e - x_0, (B, C, T, H, W), fp32.
-        conditions: what the extras of the items make, see :mod:`salad_compile.latents.conditions`.
+        conditions: what the extras of the items make, see :mod:`salad_compile.latents.conditions`; and `pooled_text`.
+        lengths: of each text, (B,) int64. fps: of each video, (B,), NaN where it is not known.
     """
 
     latents: Tensor
@@ -47,15 +57,19 @@ class Noised:
     texts: Tensor
     target: Tensor
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
+    lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    fps: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Noised:
-        """On a device; latents and texts in the dtype of the model."""
+        """On a device; latents, texts and conditions in the dtype of the model."""
         return Noised(
             self.latents.to(device, dtype),
             self.timesteps.to(device),
             self.texts.to(device, dtype),
             self.target.to(device),
             {name: tensor.to(device, dtype) for name, tensor in self.conditions.items()},
+            self.lengths.to(device),
+            self.fps,
         )
 
 
@@ -64,37 +78,69 @@ def shift_level(u: float, shift: float) -> float:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def training_sample(item: LatentItem, settings: TrainSettings, step: int, place: int) -> Noised:
+def training_sample(
+    item: LatentItem, settings: TrainSettings, step: int, place: int, noising: Noising = flow_noise
+) -> Noised:
     """One sample as a batch of one, in fp32 on the CPU.
 
     Args:
         place: of the sample in the global batch of this step.
     """
     drawing = generator(settings.seed, "step", step, place)
-    if settings.timestep_sampling == "uniform":
-        u = float(torch.rand((), generator=drawing))
-    else:
-        normal = torch.randn((), generator=drawing)
-        u = float(torch.sigmoid(settings.logit_mean + settings.logit_std * normal))
+    u = _draw_level(settings, drawing)
     dropped = float(torch.rand((), generator=drawing)) < settings.text_dropout
-    return _add_noise(item, settings, shift_level(u, settings.flow_shift), drawing, dropped)
+    return _add_noise(item, settings, shift_level(u, settings.flow_shift), drawing, dropped, noising)
 
 
-def validation_sample(item: LatentItem, settings: TrainSettings, index: int, point: int) -> Noised:
+def validation_sample(
+    item: LatentItem, settings: TrainSettings, index: int, point: int, noising: Noising = flow_noise
+) -> Noised:
     """As :func:`training_sample`, with the same noise every time and noise level number `point` of a fixed grid."""
-    u = (point + 0.5) / settings.validation_points
+    first, last = _range(settings)
+    u = first + (last - first) * (point + 0.5) / settings.validation_points
     drawing = generator(settings.seed, "validation", index, point)
-    return _add_noise(item, settings, shift_level(u, settings.flow_shift), drawing, False)
+    return _add_noise(item, settings, shift_level(u, settings.flow_shift), drawing, False, noising)
 
 
-def _add_noise(item: LatentItem, settings: TrainSettings, s: float, drawing: torch.Generator, dropped: bool) -> Noised:
+def _range(settings: TrainSettings) -> tuple[float, float]:
+    """Of u, for the noise levels that the settings allow: the shift, undone."""
+    shift = settings.flow_shift
+    low, high = (s / (shift - (shift - 1) * s) for s in (settings.lowest_noise, settings.highest_noise))
+    return low, high
+
+
+def _draw_level(settings: TrainSettings, drawing: torch.Generator) -> float:
+    """u, as it is distributed, within the range: an expert never sees noise of the other."""
+    first, last = _range(settings)
+    if settings.timestep_sampling == "uniform":
+        return first + (last - first) * float(torch.rand((), generator=drawing))
+    if (first, last) == (0.0, 1.0):
+        normal = torch.randn((), generator=drawing)
+    else:
+        ends = (torch.logit(torch.tensor([first, last]).double()) - settings.logit_mean) / settings.logit_std
+        low, high = torch.special.ndtr(ends)
+        normal = torch.special.ndtri(low + (high - low) * torch.rand((), generator=drawing).double())
+    return min(max(float(torch.sigmoid(settings.logit_mean + settings.logit_std * normal)), first), last)
+
+
+def _add_noise(
+    item: LatentItem, settings: TrainSettings, s: float, drawing: torch.Generator, dropped: bool, noising: Noising
+) -> Noised:
     clean = item.latent.float()
     noise = torch.randn(clean.shape, generator=drawing)
-    noisy = (1 - s) * clean + s * noise
+    noisy, timestep, target = noising(clean, noise, s)
     texts = pad_text(item, settings.text_tokens)
     texts = torch.zeros_like(texts) if dropped else texts
-    conditions = {name: tensor[None] for name, tensor in conditions_of(item).items()}
-    return Noised(noisy[None], torch.tensor([TIMESTEPS * s]), texts[None], (noise - clean)[None], conditions)
+    given = {name: item.extras[name].float() for name in (POOLED_TEXT,) if name in item.extras} | conditions_of(item)
+    return Noised(
+        noisy[None],
+        torch.tensor([timestep]),
+        texts[None],
+        target[None],
+        {name: tensor[None] for name, tensor in given.items()},
+        torch.tensor([len(item.text)]),
+        torch.tensor([float("nan") if item.fps is None else item.fps]),
+    )
 
 
 def pad_text(item: LatentItem, tokens: int) -> Tensor:
@@ -112,15 +158,11 @@ def pad_text(item: LatentItem, tokens: int) -> Tensor:
 
 
 def stack(samples: Sequence[Noised]) -> Noised:
-    """Several samples of one shape as one batch; with the conditions that all of them have."""
+    """Several samples of one shape as one batch; with those conditions that all of them have."""
+    fields = [name for name in Noised.__dataclass_fields__ if name != "conditions"]
     names = [name for name in samples[0].conditions if all(name in sample.conditions for sample in samples)]
-    return Noised(
-        torch.cat([sample.latents for sample in samples]),
-        torch.cat([sample.timesteps for sample in samples]),
-        torch.cat([sample.texts for sample in samples]),
-        torch.cat([sample.target for sample in samples]),
-        {name: torch.cat([sample.conditions[name] for sample in samples]) for name in names},
-    )
+    conditions = {name: torch.cat([sample.conditions[name] for sample in samples]) for name in names}
+    return Noised(**{name: torch.cat([getattr(s, name) for s in samples]) for name in fields}, conditions=conditions)
 
 
 def predict(forward: Forward, model: nn.Module, batch: Noised) -> Tensor:
@@ -151,14 +193,19 @@ def wan_forward(
     model: nn.Module, latents: Tensor, timesteps: Tensor, texts: Tensor, conditions: Mapping[str, Tensor] = _NONE
 ) -> Tensor:
     """The forward of diffusers' Wan and of models with its signature; with the conditions that the model takes."""
+    output: tuple[Tensor, ...] = model(**wan_inputs(model, latents, timesteps, texts, conditions), return_dict=False)
+    return output[0]
+
+
+def wan_inputs(
+    model: nn.Module, latents: Tensor, timesteps: Tensor, texts: Tensor, conditions: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The keyword arguments of that forward."""
     takes = taken_conditions(model, latents.shape[1])
     if LATENTS_IMAGE in takes:
         latents = torch.cat([latents, conditions[LATENTS_IMAGE]], dim=1)
     more = {_FEATURE: conditions[CLIP_FEATURE]} if CLIP_FEATURE in takes else {}
-    output: tuple[Tensor, ...] = model(
-        hidden_states=latents, timestep=timesteps, encoder_hidden_states=texts, return_dict=False, **more
-    )
-    return output[0]
+    return {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": texts, **more}
 
 
 def taken_conditions(model: nn.Module, channels: int) -> dict[str, int]:
@@ -187,21 +234,3 @@ def require_conditions(model: nn.Module, item: LatentItem) -> None:
                 f"{type(model).__name__} takes {size} {what}, and {said}: make the data with the pipeline of this "
                 "model (salad-compile latents encode), or with another trainer for it."
             )
-
-
-def default_forward(model: nn.Module) -> Forward:
-    """:func:`wan_forward`, if the model has its signature.
-
-    Raises:
-        ConfigError: it has another one.
-    """
-    needed = ("hidden_states", "timestep", "encoder_hidden_states", "return_dict")
-    names = list(inspect.signature(model.forward).parameters)
-    missing = [name for name in needed if name not in names]
-    if missing:
-        raise ConfigError(
-            f"the forward of {type(model).__name__} takes {', '.join(names)}, and not {', '.join(missing)}: it is not "
-            "called as Wan is. Pass train(..., forward=f), where f(model, latents, timesteps, texts[, conditions]) "
-            "returns the predicted velocity, noise minus clean latents."
-        )
-    return wan_forward

@@ -30,16 +30,9 @@ from salad_compile.training.checkpoints import CheckpointWriter, Fingerprint, di
 from salad_compile.training.distillation import SiteDistillation
 from salad_compile.training.ema import MovingAverage
 from salad_compile.training.engine import Engine, make_accelerator
+from salad_compile.training.families import Family, family_of
 from salad_compile.training.feeding import Feed, Placed
-from salad_compile.training.flow_matching import (
-    Forward,
-    Noised,
-    default_forward,
-    losses,
-    predict,
-    stack,
-    training_sample,
-)
+from salad_compile.training.flow_matching import Forward, Noised, losses, stack, training_sample
 from salad_compile.training.interrupts import StopRequest
 from salad_compile.training.outcome import TrainResult, outcome_of
 from salad_compile.training.preparation import DTYPES, make_trainable, mean_sparsity, require_converted
@@ -73,8 +66,8 @@ def train(
         latents, validation: of :func:`salad_compile.latents.open_latents`.
         resume: from the newest complete checkpoint in the directory. False: the directory must hold no run.
         config: converts a model that is not converted, with the largest latent as example.
-        forward: f(model, latents, timesteps, texts) -> predicted velocity, for models that are not called as Wan is; a
-            fifth parameter gets the conditions of image-to-video models, by name.
+        forward: f(model, latents, timesteps, texts) -> predicted velocity, for models of no family that is known here:
+            Wan, LTX-Video, HunyuanVideo and CogVideoX. A fifth parameter gets conditions of the data, by name.
 
     Raises:
         ConfigError: settings, model and engine do not fit each other. NotConvertedError: no branch and no `config`.
@@ -83,10 +76,10 @@ def train(
         MissingPackageError: accelerate or a tracker is not installed.
     """
     bare, target = single_model(model, "train"), Path(directory)
-    forward = forward or default_forward(bare)
+    family = family_of(bare, settings, forward)
     require_trackers(settings.trackers)
     found = _newest(target, settings, resume)
-    run = prepare(bare, latents, settings, target, validation=validation, found=found, config=config, forward=forward)
+    run = prepare(bare, latents, settings, target, validation=validation, found=found, config=config, family=family)
     with StopRequest() as stop:
         return run.run(found, stop)
 
@@ -100,7 +93,7 @@ def prepare(
     validation: LatentDataset | None,
     found: Checkpoint | None,
     config: SaladConfig | Mapping[str, Any] | None,
-    forward: Forward,
+    family: Family,
 ) -> Run:
     """Model, data and engine of a run, which writes nothing yet; arguments and errors as of :func:`train`.
 
@@ -109,12 +102,12 @@ def prepare(
     """
     accelerator = make_accelerator(settings, directory)
     feed = Feed(latents, settings, accelerator.process_index, accelerator.num_processes)
-    require_converted(bare, latents, settings, config, forward)
+    require_converted(bare, latents, settings, config, family)
     make_trainable(bare, settings.precision)
     fingerprint = Fingerprint.of(bare, latents)
     if found is not None:
         require_same(found, settings, fingerprint)
-    return Run(Engine.prepare(accelerator, bare, settings), feed, forward, directory, fingerprint, validation)
+    return Run(Engine.prepare(accelerator, bare, settings), feed, family, directory, fingerprint, validation)
 
 
 def _newest(directory: Path, settings: TrainSettings, resume: bool) -> Checkpoint | None:
@@ -134,12 +127,12 @@ class Run:
         self,
         engine: Engine,
         feed: Feed,
-        forward: Forward,
+        family: Family,
         directory: Path,
         fingerprint: Fingerprint,
         validation: LatentDataset | None,
     ) -> None:
-        self.engine, self.feed, self.forward = engine, feed, forward
+        self.engine, self.feed, self.family = engine, feed, family
         self.accelerator, self.settings = engine.accelerator, engine.settings
         self.directory, self.validation = directory, validation
         self.known = branches(engine.bare)
@@ -260,7 +253,7 @@ class Run:
         return values, stopped
 
     def _add_noise(self, micro: list[Placed], step: int) -> Noised:
-        batch = stack([training_sample(item, self.settings, step, place) for place, item in micro])
+        batch = stack([training_sample(i, self.settings, step, place, self.family.add_noise) for place, i in micro])
         return batch.to(self.accelerator.device, DTYPES[self.settings.precision])
 
     def _match_flow(self, samples: list[Noised]) -> torch.Tensor:
@@ -269,7 +262,8 @@ class Run:
         for number, batch in enumerate(samples):
             last = number == len(samples) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.engine.wrapped):
-                each = losses(predict(self.forward, self.engine.wrapped, batch), batch.target)
+                prediction = self.family.predict(self.engine.wrapped, batch)
+                each = losses(prediction, batch.target)
                 self.accelerator.backward(each.mean() / len(samples))
             found.append(each.detach())
         return torch.cat(found)
@@ -280,7 +274,7 @@ class Run:
         with self.distillation.watching():
             for batch in samples:
                 self.distillation.errors.clear()
-                predict(self.forward, self.engine.bare, batch)
+                self.family.predict(self.engine.bare, batch)
                 found.append(self.distillation.losses())
         if self.accelerator.num_processes > 1:  # the wrapper, which would have averaged, was not called
             for parameter in self.engine.parameters.values():
@@ -323,7 +317,7 @@ class Run:
         if known:
             logger.warning("the validation data is not what it was: first losses are measured again, at step %d", step)
         now = step in (0, self.settings.steps) or bool(known)
-        measured = first_losses(self.engine, self.validation, self.forward, now=now)
+        measured = first_losses(self.engine, self.validation, self.family, now=now)
         records.first(step, {"validation_data": data, **measured})
 
     def _after(self, step: int, records: Records, stopped: int) -> None:
@@ -331,7 +325,7 @@ class Run:
         last = step == settings.steps
         due = settings.validation_every and step % settings.validation_every == 0
         if self.validation is not None and (due or last):
-            records.validation(step, validation_loss(self.engine, self.validation, self.forward))
+            records.validation(step, validation_loss(self.engine, self.validation, self.family))
         if last or stopped or step % settings.checkpoint_every == 0:
             records.sync()
             self._checkpoint(step)

@@ -14,15 +14,9 @@ from salad_compile.config import SaladConfig
 from salad_compile.conversion.convert import convert
 from salad_compile.errors import ConfigError, require_conversion
 from salad_compile.latents import LatentDataset
-from salad_compile.latents.item import CLIP_FEATURE, LATENTS_IMAGE
 from salad_compile.sites.branch import SaladBranch, branches
-from salad_compile.training.flow_matching import (
-    TIMESTEPS,
-    Forward,
-    require_conditions,
-    taken_conditions,
-    wan_forward,
-)
+from salad_compile.training.families import Family
+from salad_compile.training.flow_matching import validation_sample
 from salad_compile.training.seeds import derive_seed
 from salad_compile.training.settings import TrainSettings
 from salad_compile.training.tensors import trained_parameters
@@ -35,7 +29,7 @@ def require_converted(
     latents: LatentDataset,
     settings: TrainSettings,
     config: SaladConfig | Mapping[str, Any] | None,
-    forward: Forward,
+    family: Family,
 ) -> None:
     """Convert the model if `config` is given, with the largest latent of the data as its example.
 
@@ -44,8 +38,7 @@ def require_converted(
         ConfigError: the conversion does not fit the settings. And what :func:`salad_compile.convert` raises.
     """
     known = branches(model)
-    if forward is wan_forward and taken_conditions(model, latents.shapes[0][0]):
-        require_conditions(model, latents[0])
+    family.check(latents)
     require_conversion(
         bool(known or config is not None),
         type(model).__name__,
@@ -54,7 +47,7 @@ def require_converted(
     if config is not None:
         wanted = config if isinstance(config, SaladConfig) else SaladConfig.from_dict(config)
         _require_fit(wanted, settings)
-        example = _example(model, latents, settings) if forward is wan_forward and not known else None
+        example = None if known else _example(model, latents, settings, family)
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(settings.seed, "branches"))
             convert(model, wanted, example_inputs=example)
@@ -74,23 +67,14 @@ def _require_fit(config: SaladConfig, settings: TrainSettings) -> None:
         )
 
 
-def _example(model: nn.Module, latents: LatentDataset, settings: TrainSettings) -> dict[str, Any]:
+def _example(
+    model: nn.Module, latents: LatentDataset, settings: TrainSettings, family: Family
+) -> dict[str, Any] | None:
+    """The inputs for the largest item; None for a forward of the user's, whose inputs nobody knows."""
     index = max(range(len(latents.shapes)), key=lambda i: torch.Size(latents.shapes[i]).numel())
     device, dtype = placement(model)  # not that of the first parameter: diffusers keeps some in fp32
-    width, channels = latents[index].text.shape[1], latents.shapes[index][0]
-    takes = taken_conditions(model, channels)
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, device=device, dtype=dtype)
-
-    example = {
-        "hidden_states": zeros(1, channels + takes.get(LATENTS_IMAGE, 0), *latents.shapes[index][1:]),
-        "timestep": torch.full((1,), TIMESTEPS / 2, device=device),
-        "encoder_hidden_states": zeros(1, settings.text_tokens, width),
-    }
-    if CLIP_FEATURE in takes:
-        example["encoder_hidden_states_image"] = zeros(1, *latents[index].extras[CLIP_FEATURE].shape)
-    return example
+    sample = validation_sample(latents[index], settings, index, 0, family.add_noise)
+    return family.inputs(sample.to(device, dtype))
 
 
 def make_trainable(model: nn.Module, precision: str) -> None:

@@ -51,6 +51,10 @@ class TrainSettings:
         flow_shift: shifts the noise levels, s = shift u / (1 + (shift - 1) u) (FastVideo's, DiffSynth-Studio's).
         timestep_sampling: how u is drawn: "uniform", or "logit-normal", a sigmoid of a normal number.
         logit_mean, logit_std: of that normal number.
+        lowest_noise, highest_noise: the noise levels s that are drawn, of [0, 1]; of an expert of Wan2.2 its own:
+            its pipeline's `boundary_ratio` is where one ends and the other begins.
+        guidance: that models with an embedding of it are told, as in diffusion-pipe.
+        snr_shift_scale: of CogVideoX's noise schedule, as in its pipeline's scheduler: 3 of 2B, 1 of 5B.
         text_dropout: share of samples whose text is replaced by zeros, for classifier-free guidance (FastVideo's).
         text_tokens: length to which texts are padded with zeros, as the pipeline of Wan does.
         sparsity_warmup: steps in which the sparsity grows from the conversion's `lowest_sparsity` to its own. 0: off.
@@ -85,6 +89,10 @@ class TrainSettings:
     timestep_sampling: str = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    lowest_noise: float = 0.0
+    highest_noise: float = 1.0
+    guidance: float = 1.0
+    snr_shift_scale: float = 3.0
     text_dropout: float = 0.1
     text_tokens: int = 512
     sparsity_warmup: int = 0
@@ -140,6 +148,11 @@ class TrainSettings:
         within("flow_shift", 1e-9, float("inf"), "a number above 0")
         within("logit_mean", float("-inf"), float("inf"), "a number")
         within("logit_std", 0.0, float("inf"), "a number of at least 0")
+        within("lowest_noise", 0.0, 1.0, "a noise level in [0, 1)")
+        within("highest_noise", 0.0, 1.0 + 1e-12, "a noise level in (0, 1]")
+        _require(self.lowest_noise < self.highest_noise, "lowest_noise", "below highest_noise", self.lowest_noise)
+        within("guidance", 0.0, float("inf"), "a number of at least 0")
+        within("snr_shift_scale", 1e-9, float("inf"), "a number above 0")
         within("text_dropout", 0.0, 1.0 + 1e-12, "a share in [0, 1]")
         within("ema_decay", 0.0, 1.0, "a number in [0, 1)")
         pair = isinstance(self.betas, tuple) and len(self.betas) == 2

@@ -7,13 +7,14 @@ import torch
 from salad_compile.latents import LatentDataset
 from salad_compile.sites.branch import branches
 from salad_compile.training.engine import Engine
-from salad_compile.training.flow_matching import Forward, losses, predict, validation_sample
+from salad_compile.training.families import Family
+from salad_compile.training.flow_matching import losses, validation_sample
 from salad_compile.training.preparation import DTYPES
 from salad_compile.training.reference_states import as_base, as_untrained
 
 
 @torch.no_grad()
-def validation_loss(engine: Engine, latents: LatentDataset, forward: Forward) -> float:
+def validation_loss(engine: Engine, latents: LatentDataset, family: Family) -> float:
     """The mean over all items and noise levels; every process must call it, and each takes its share.
 
     Sparsity is what it is at this moment. Processes make equally many forwards, as FSDP2 needs: those with less to do
@@ -28,14 +29,14 @@ def validation_loss(engine: Engine, latents: LatentDataset, forward: Forward) ->
     engine.bare.eval()
     for number in range(rounds):
         index, point = work[min(rank * rounds + number, len(work) - 1)]
-        batch = validation_sample(latents[index], settings, index, point).to(device, dtype)
-        own.append(losses(predict(forward, engine.wrapped, batch), batch.target))
+        batch = validation_sample(latents[index], settings, index, point, family.add_noise).to(device, dtype)
+        own.append(losses(family.predict(engine.wrapped, batch), batch.target))
     engine.bare.train()
     everywhere = accelerator.gather(torch.cat(own)).cpu()[: len(work)]
     return float(everywhere.double().mean())
 
 
-def first_losses(engine: Engine, latents: LatentDataset, forward: Forward, *, now: bool) -> dict[str, float]:
+def first_losses(engine: Engine, latents: LatentDataset, family: Family, *, now: bool) -> dict[str, float]:
     """What later losses are compared with, as a line of the log has it: the floor, the ceiling and the start.
 
     Args:
@@ -43,9 +44,9 @@ def first_losses(engine: Engine, latents: LatentDataset, forward: Forward, *, no
     """
     found = {}
     with as_base(branches(engine.bare).values()):
-        found["dense_validation_loss"] = validation_loss(engine, latents, forward)
+        found["dense_validation_loss"] = validation_loss(engine, latents, family)
     with as_untrained(engine.bare):
-        found["untrained_validation_loss"] = validation_loss(engine, latents, forward)
+        found["untrained_validation_loss"] = validation_loss(engine, latents, family)
     if now:
-        found["validation_loss"] = validation_loss(engine, latents, forward)
+        found["validation_loss"] = validation_loss(engine, latents, family)
     return found

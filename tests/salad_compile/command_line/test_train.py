@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import re
 import runpy
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -63,6 +65,50 @@ def test_a_dry_run_tells_and_writes_nothing(command: Run, given: Path, tmp_path:
     found = command("train", *words(given, tmp_path / "run", *conversion, "--json")).json()
     assert found["hours"] * 3600 == pytest.approx(found["seconds"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def experts(given: Path, tmp_path: Path) -> Path:
+    """A pipeline as of Wan 2.2."""
+    pipe = tmp_path / "pipeline"
+    for name in ("transformer", "transformer_2"):
+        shutil.copytree(given / "model", pipe / name)
+    index = {name: ["diffusers", "WanTransformer3DModel"] for name in ("transformer", "transformer_2")}
+    (pipe / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **index, "boundary_ratio": 0.875}))
+    return pipe
+
+
+def test_both_experts_are_trained_on_their_own_noise(command: Run, given: Path, experts: Path, tmp_path: Path) -> None:
+    more = ("--conversion", given / "conversion.json", "--steps", 1)
+    outcome = command("train", *words(given, tmp_path / "run", *more), "--model", experts)
+    assert outcome.code == 0
+    for name, noise in (("transformer", (0.875, 1.0)), ("transformer_2", (0.0, 0.875))):
+        settings = json.loads((tmp_path / "run" / name / "training.json").read_text())["settings"]
+        assert (settings["lowest_noise"], settings["highest_noise"]) == noise
+    both = f"--salad {tmp_path}/run/transformer --salad-2 {tmp_path}/run/transformer_2"
+    assert f"next: salad-compile export --model {experts} {both} --output" in outcome.err
+
+
+def test_one_expert_by_a_word(command: Run, given: Path, experts: Path, tmp_path: Path) -> None:
+    more = ("--conversion", given / "conversion.json", "--steps", 1, "--component", "transformer_2")
+    assert command("train", *words(given, tmp_path / "run", *more), "--model", experts).code == 0
+    settings = json.loads((tmp_path / "run" / "training.json").read_text())["settings"]
+    assert (settings["lowest_noise"], settings["highest_noise"]) == (0.0, 0.875)
+
+
+def test_an_expert_without_its_noise_is_one_sentence(command: Run, given: Path, experts: Path, tmp_path: Path) -> None:
+    index = json.loads((experts / "model_index.json").read_text())
+    (experts / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": None}))
+    for more, said in (
+        ((), "no boundary_ratio"),
+        (("--component", "transformer_2"), "no boundary_ratio"),
+        (("--set", "lowest_noise=0.5"), "say which, --component"),
+    ):
+        outcome = command("train", *words(given, tmp_path / "run", *more), "--model", experts)
+        assert outcome.code == WRONG
+        assert said in outcome.err
+        assert len(outcome.err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_from_a_file_of_branches(command: Run, given: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from salad_compile.errors import ConfigError
 from salad_compile.latents import LatentItem, open_latents, write_latents
 from salad_compile.training import Estimate, TrainSettings, estimate, train
 from salad_compile.training import dry_run as dry_run_module
-from salad_compile.training.flow_matching import wan_forward
+from salad_compile.training.flow_matching import Forward, wan_forward
 from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, items, latents
 
 RUN = dataclasses.replace(
@@ -36,7 +36,7 @@ def test_it_predicts_a_run_and_leaves_nothing(tmp_path: Path) -> None:
     assert 2**20 < found.peak_memory < found.memory
 
 
-def seconds_by_size(monkeypatch: pytest.MonkeyPatch, asked: list[torch.Size]) -> None:
+def seconds_by_size(monkeypatch: pytest.MonkeyPatch, asked: list[torch.Size]) -> Forward:
     """A clock that only the forward moves, by a second for each element of a sample."""
     time = [0.0]
 
@@ -46,7 +46,7 @@ def seconds_by_size(monkeypatch: pytest.MonkeyPatch, asked: list[torch.Size]) ->
         return wan_forward(model, noisy, *rest)
 
     monkeypatch.setattr(dry_run_module, "_clock", lambda run: time[0])
-    monkeypatch.setattr(dry_run_module, "default_forward", lambda model: forward)
+    return forward
 
 
 def test_sizes_count_as_often_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,8 +58,8 @@ def test_sizes_count_as_often_as_they_come(tmp_path: Path, monkeypatch: pytest.M
         write_latents(named, tmp_path / str(number))
     write_latents((item for n in range(4) for item in open_latents(tmp_path / str(n))), tmp_path / "all")
     asked: list[torch.Size] = []
-    seconds_by_size(monkeypatch, asked)
-    found = estimate(converted(), open_latents(tmp_path / "all"), RUN, tmp_path / "run")
+    forward = seconds_by_size(monkeypatch, asked)
+    found = estimate(converted(), open_latents(tmp_path / "all"), RUN, tmp_path / "run", forward=forward)
     assert found.step_seconds == pytest.approx(4 * 4 * 3 * 8 * (4 + 8 + 12 + 16) / 4, rel=0.02)
     assert asked[0] == torch.Size((4, 3, 8, 16))
     assert len(set(asked)) == 3

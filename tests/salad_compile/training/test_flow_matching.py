@@ -10,16 +10,17 @@ from torch import nn
 
 from salad_compile.errors import ConfigError
 from salad_compile.latents import LatentItem
+from salad_compile.training.families import family_of
+from salad_compile.training.families.wan import Wan
 from salad_compile.training.flow_matching import (
-    default_forward,
     losses,
     pad_text,
     shift_level,
     stack,
     training_sample,
     validation_sample,
-    wan_forward,
 )
+from salad_compile.training.settings import TrainSettings
 from tests.salad_compile.training.tiny import SETTINGS, base, items
 
 ITEM = next(iter(items(1)))
@@ -55,6 +56,32 @@ def test_noise_levels_are_distributed_as_asked_for(sampling: str) -> None:
     assert float(drawn.std()) == pytest.approx(deviation, rel=0.1)
 
 
+@pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
+def test_an_expert_is_given_its_own_noise_alone(sampling: str) -> None:
+    """Together the two experts are given what one model is given."""
+    small = LatentItem("small", torch.zeros(1, 1, 1, 1), torch.zeros(1, 1))
+    whole = dataclasses.replace(SETTINGS, timestep_sampling=sampling, logit_mean=0.4, logit_std=0.8, flow_shift=3.0)
+
+    def levels(settings: TrainSettings) -> torch.Tensor:
+        drawn = [training_sample(small, settings, step, 0).timesteps[0] for step in range(2000)]
+        seen = [validation_sample(small, settings, 0, point).timesteps[0] for point in range(4)]
+        assert settings.lowest_noise < min(seen) / 1000 < max(seen) / 1000 < settings.highest_noise
+        return torch.stack(drawn) / 1000
+
+    everything = levels(whole)
+    high = levels(dataclasses.replace(whole, lowest_noise=0.875))
+    low = levels(dataclasses.replace(whole, highest_noise=0.875))
+    assert high.min() >= 0.875 - 1e-6
+    assert high.max() <= 1
+    assert low.max() <= 0.875 + 1e-6
+    for found, of in ((high, everything[everything >= 0.875]), (low, everything[everything < 0.875])):
+        error = 5 * (found.std() ** 2 / len(found) + of.std() ** 2 / len(of)) ** 0.5
+        assert abs(float(found.mean() - of.mean())) < error
+    for wrong in ({"lowest_noise": 0.9, "highest_noise": 0.5}, {"lowest_noise": 1.0}, {"highest_noise": 1.5}):
+        with pytest.raises(ConfigError, match="_noise must be"):
+            dataclasses.replace(whole, **wrong)
+
+
 def test_shift_keeps_the_ends_and_raises_the_middle() -> None:
     assert [shift_level(u, 5.0) for u in (0.0, 0.5, 1.0)] == pytest.approx([0.0, 5 / 6, 1.0])
 
@@ -87,13 +114,13 @@ def test_losses_are_those_of_each_sample_in_fp32() -> None:
 
 
 def test_models_that_are_not_called_as_wan_are_an_error() -> None:
-    assert default_forward(base(num_layers=1)) is wan_forward
+    assert isinstance(family_of(base(num_layers=1), SETTINGS), Wan)
 
     class Other(nn.Module):
         def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return x
 
-    with pytest.raises(ConfigError, match=r"Other takes x, t, and not hidden_states.*forward=f"):
-        default_forward(Other())
+    with pytest.raises(ConfigError, match=r"Other takes x, t: it is not called as.*forward=f"):
+        family_of(Other(), SETTINGS)
     with pytest.raises(ConfigError, match="predicted"):
         losses(torch.zeros(1, 3, 2), torch.zeros(1, 4, 2))

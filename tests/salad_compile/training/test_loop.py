@@ -25,6 +25,7 @@ from salad_compile.salad_files.location import file_at
 from salad_compile.sites.branch import branches
 from salad_compile.training import TrainSettings, read_log, train
 from salad_compile.training import loop as loop_module
+from salad_compile.training.flow_matching import wan_forward
 from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, items, latents
 
 RUN = dataclasses.replace(SETTINGS, sparsity_warmup=4, ema_decay=0.8, validation_every=2, validation_points=2)
@@ -259,7 +260,7 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(
         calls += 1
         if calls == 5:  # in the third step: two micro-batches each
             os.kill(os.getpid(), number)
-        return loop_module.default_forward(converted())(*args)
+        return wan_forward(*args)
 
     settings = dataclasses.replace(RUN, checkpoint_every=100)
     result = run(data, tmp_path, settings, forward=forward, validation=None)
@@ -284,7 +285,7 @@ def test_results_of_a_run_that_went_on_do_not_look_current(
 
     def forward(*args: Any) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGTERM)
-        return loop_module.default_forward(converted())(*args)
+        return wan_forward(*args)
 
     result = run(data, directory, forward=forward, validation=None)
     assert (result.step, result.signal) == (3, signal.SIGTERM)

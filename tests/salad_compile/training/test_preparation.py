@@ -10,7 +10,7 @@ import torch
 
 from salad_compile.salad_files.salad_file import branch_state
 from salad_compile.sites.branch import branches
-from salad_compile.training.flow_matching import wan_forward
+from salad_compile.training.families import family_of
 from salad_compile.training.preparation import make_trainable, require_converted
 from salad_compile.training.tensors import trained_parameters
 from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, items, latents
@@ -90,15 +90,14 @@ def test_conversion_takes_its_example_from_the_largest_latent() -> None:
             assert index == 1
             return next(iter(items(1)))
 
-    from salad_compile.training.flow_matching import wan_forward
-
     model = base(num_layers=1)
+    wan = family_of(model, SETTINGS)
     state = torch.random.get_rng_state()
-    require_converted(model, Two(), SETTINGS, CONFIG, wan_forward)  # type: ignore[arg-type]
+    require_converted(model, Two(), SETTINGS, CONFIG, wan)  # type: ignore[arg-type]
     assert torch.equal(torch.random.get_rng_state(), state)
     assert list(branches(model)) == ["blocks.0.attn1.salad"]
     again = base(num_layers=1)
-    require_converted(again, Two(), SETTINGS, CONFIG, wan_forward)  # type: ignore[arg-type]
+    require_converted(again, Two(), SETTINGS, CONFIG, wan)  # type: ignore[arg-type]
     ours, theirs = (branch_state(each) for each in (model, again))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -108,5 +107,5 @@ def test_a_base_as_from_pretrained_leaves_it_is_converted(tmp_path: Path) -> Non
     base(num_layers=1).save_pretrained(tmp_path / "model")
     model = type(base(num_layers=1)).from_pretrained(tmp_path / "model", torch_dtype=torch.bfloat16)
     assert next(model.parameters()).dtype == torch.float32
-    require_converted(model, latents(tmp_path / "latents", 2), SETTINGS, CONFIG, wan_forward)
+    require_converted(model, latents(tmp_path / "latents", 2), SETTINGS, CONFIG, family_of(model, SETTINGS))
     assert len(branches(model)) == 1

@@ -1,0 +1,60 @@
+"""Which transformers of a pipeline `train` trains, each on what noise: the two experts of Wan2.2, or the only one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from salad_compile.command_line.model_source import PIPELINE_INDEX, pipeline_components
+from salad_compile.common.files import read_json
+from salad_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from salad_compile.training import TrainSettings
+
+FIRST, SECOND = "transformer", "transformer_2"  # the first takes the noise from the boundary up
+
+
+class Expert(NamedTuple):
+    """One transformer to train: its name in the pipeline, its settings, and the directory of its run."""
+
+    component: str
+    settings: TrainSettings
+    output: Path
+
+
+def experts_of(arguments: argparse.Namespace, settings: TrainSettings) -> list[Expert]:
+    """One run for each transformer that the arguments ask for; of a pipeline with two, both unless --component says.
+
+    Raises:
+        ConfigError: nothing says which noise an expert is for.
+    """
+    output, names = Path(arguments.output), pipeline_components(arguments.model)
+    if len(names) < 2:
+        return [Expert(arguments.component or FIRST, settings, output)]
+    chosen = [arguments.component] if arguments.component else names
+    if (settings.lowest_noise, settings.highest_noise) != (0.0, 1.0):
+        _require_one(chosen, arguments, "a range of noise")
+        return [Expert(chosen[0], settings, output)]
+    if arguments.salad:
+        _require_one(chosen, arguments, "--salad")
+    boundary = read_json(Path(arguments.model) / PIPELINE_INDEX).get("boundary_ratio")
+    if not isinstance(boundary, (int, float)):
+        raise ConfigError(
+            f"{arguments.model} has two experts, and its {PIPELINE_INDEX} has no boundary_ratio, which says where the "
+            "noise of one ends: give the range of one, --component transformer --set lowest_noise=0.875."
+        )
+    ranges = {FIRST: {"lowest_noise": boundary}, SECOND: {"highest_noise": boundary}}
+    return [
+        Expert(name, settings.with_changes(ranges[name]), output if len(chosen) == 1 else output / name)
+        for name in chosen
+    ]
+
+
+def _require_one(chosen: list[str], arguments: argparse.Namespace, what: str) -> None:
+    if len(chosen) > 1:
+        raise ConfigError(
+            f"{arguments.model} has two experts, and {what} is for one of them: say which, --component {FIRST} or "
+            f"--component {SECOND}."
+        )

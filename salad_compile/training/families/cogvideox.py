@@ -1,0 +1,79 @@
+"""CogVideoX, text to video."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from salad_compile.errors import ConfigError
+from salad_compile.training.families.family import Family
+from salad_compile.training.flow_matching import Noised
+from salad_compile.training.settings import TrainSettings
+
+
+class CogVideoX(Family):
+    """Diffusion with prediction of v = sqrt(a) e - sqrt(1 - a) x_0; frames before channels; texts of one length."""
+
+    needed: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states", "timestep", "image_rotary_emb")
+
+    def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
+        super().__init__(model, settings)
+        import diffusers
+
+        make: Any = diffusers.CogVideoXDDIMScheduler
+        scheduler = make(rescale_betas_zero_snr=True, snr_shift_scale=settings.snr_shift_scale)
+        self.kept: Tensor = scheduler.alphas_cumprod.double()
+
+    def add_noise(self, clean: Tensor, noise: Tensor, s: float) -> tuple[Tensor, float, Tensor]:
+        timestep = min(int(s * len(self.kept)), len(self.kept) - 1)
+        kept = float(self.kept[timestep])
+        signal, level = kept**0.5, (1 - kept) ** 0.5
+        return signal * clean + level * noise, float(timestep), signal * noise - level * clean
+
+    def inputs(self, batch: Noised) -> dict[str, Any]:
+        self.require_channels(batch)
+        tokens = self.config.max_text_seq_length
+        if int(batch.lengths.max()) > tokens:
+            raise ConfigError(f"{self.name} takes texts of {tokens} tokens, and one has {int(batch.lengths.max())}.")
+        missing = max(tokens - batch.texts.shape[1], 0)
+        texts = nn.functional.pad(batch.texts, (0, 0, 0, missing))[:, :tokens]
+        return {
+            "hidden_states": batch.latents.transpose(1, 2),
+            "encoder_hidden_states": texts,
+            "timestep": batch.timesteps,
+            "image_rotary_emb": self._rotation(batch),
+        }
+
+    def unpack(self, output: Tensor, batch: Noised) -> Tensor:
+        return output.transpose(1, 2)
+
+    def _rotation(self, batch: Noised) -> tuple[Tensor, Tensor] | None:
+        """As the pipeline makes it: from the size of the latents, and the one that the model was trained at."""
+        if not self.config.use_rotary_positional_embeddings:
+            return None
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+        from diffusers.pipelines.cogvideo import pipeline_cogvideox
+
+        patch, patch_t = self.config.patch_size, self.config.patch_size_t
+        frames, *size = batch.latents.shape[2:]
+        grid = (size[0] // patch, size[1] // patch)
+        base = (self.config.sample_height // patch, self.config.sample_width // patch)
+        common = {"embed_dim": self.config.attention_head_dim, "grid_size": grid, "device": batch.latents.device}
+        if patch_t is None:
+            crop: Any = pipeline_cogvideox.get_resize_crop_region_for_grid
+            crops = crop(grid, base[1], base[0])
+            cos, sin = get_3d_rotary_pos_embed(crops_coords=crops, temporal_size=frames, **common)
+        else:
+            cos, sin = get_3d_rotary_pos_embed(
+                crops_coords=None,
+                temporal_size=-(-frames // patch_t),
+                grid_type="slice",
+                max_size=base,
+                **common,
+            )
+        assert isinstance(cos, torch.Tensor)
+        assert isinstance(sin, torch.Tensor)
+        return cos, sin
