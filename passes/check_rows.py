@@ -25,6 +25,7 @@ from salad_compile.passes.context import Context, Counts, Pass
 from salad_compile.passes.provenance import PROJECTIONS, example_value
 from salad_compile.position.row_reader import Values
 from salad_compile.position.rows import RowTracker
+from salad_compile.position.run_rows import like
 from salad_compile.position.shadows import share_memory
 from salad_compile.sites.markers import TAGS
 from salad_compile.sites.row_check import checked_rows
@@ -65,7 +66,7 @@ PASS = Pass("check_rows", _run)
 
 def _faults(graph: fx.Graph, calls: Sequence[AttentionCall], parameters: Mapping[fx.Node, Any]) -> dict[fx.Node, str]:
     """Call -> why its gates would belong to other tokens, or the empty string."""
-    tracker = RowTracker({}, Values(_shape, lambda node: _constant(node, parameters), _is_data, _share))
+    tracker = RowTracker({}, Values(_shape, lambda node: _constant(node, parameters), _is_data, _share, _stand_in))
     first: dict[fx.Node, int] = {}
     pending = {call.node: call for call in calls}
     reasons: dict[fx.Node, str] = {}
@@ -137,6 +138,12 @@ def _is_data(value: Any) -> bool:
 
 def _share(one: Any, other: Any) -> bool:
     return share_memory(_known(one), _known(other))
+
+
+def _stand_in(value: Any) -> torch.Tensor | None:
+    """Random numbers in the shape of what stands for a tensor."""
+    shape = _shape(value)
+    return None if shape is None else like(_known(value), shape)
 
 
 def _constant(value: Any, parameters: Mapping[fx.Node, Any]) -> torch.Tensor | None:

@@ -54,7 +54,8 @@ def _is_last(site: fx.Node) -> bool:
 def _leave_uncompiled(site: fx.Node, context: Context) -> bool:
     """Let a site run under the eager twin whose graph breaks between projection and attention."""
     mark = context.parameters.get(mark_of(site))  # type: ignore[call-overload]
-    owners = [] if mark is None else leave_uncompiled(mark)
+    options = {"lowering": context.options.lowering, "inductor": dict(context.options.inductor)}
+    owners = [] if mark is None else leave_uncompiled(mark, options)
     if owners:
         logger.warning(
             "the graph breaks inside %s%s: these attention modules run uncompiled, as SALAD all the same. "

@@ -243,6 +243,7 @@ _LAYOUT_NODES = (
     "Clone",
     "Alias",
     "Squeeze",
+    "Unsqueeze",
     "Expand",
     "TBackward",
 )

@@ -85,6 +85,10 @@ class Projection:
     first_row: int  # the number of its first row, see position/rows.py
     labels: Tensor  # of each of its rows: from which inputs of the model it comes, see token_labels.py
 
+    def owns(self, rows: Tensor) -> Tensor:
+        """Which of some rows are its own."""
+        return (rows >= self.first_row) & (rows < self.first_row + self.labels.numel())
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -185,17 +189,16 @@ class Probe(Recorded, TorchFunctionMode):
                 return self._other(func, args, kwargs)
             arguments = self._with_heads(by_hand)
         autograd_functions.leave_function()
-        query, key, value = (self._sources_of(t) for t in (arguments.query, arguments.key, arguments.value))
+        operands = (arguments.query, arguments.key, arguments.value)
+        rows = [self.rows.rows(operand, arguments.heads_first) for operand in operands]
+        query, key, value = map(self._sources_of, operands, rows)
         call = Call(arguments, (query, key, value), tuple(self._stack), kind_of(func, arguments))
-        call.rows, call.key_rows, call.value_rows = (
-            self.rows.rows(operand, arguments.heads_first)
-            for operand in (arguments.query, arguments.key, arguments.value)
-        )
+        call.rows, call.key_rows, call.value_rows = rows
         self.calls.append(call)
         if self.recording is not None:
             sources = {self._sources[made.node]: None for made in (*query, *key)}
-            operands = {"query": arguments.query, "key": arguments.key}
-            call.position_fault = self._joined_fault(call) or position_fault(self.recording, list(sources), operands)
+            roles = {"query": arguments.query, "key": arguments.key}
+            call.position_fault = self._joined_fault(call) or position_fault(self.recording, list(sources), roles)
         return self._answer(func, call, run_or_stand_in(func, arguments, args, kwargs))
 
     def _deep_copy(self, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
@@ -292,9 +295,15 @@ class Probe(Recorded, TorchFunctionMode):
         ancestors = _ancestors(node, stop=self._is_marked)
         return [self._projections[ancestor] for ancestor in ancestors if ancestor in self._projections]
 
-    def _sources_of(self, operand: Tensor) -> list[Projection]:
-        """The projections of an operand: of several that were joined along the batch, its own."""
+    def _sources_of(self, operand: Tensor, rows: Tensor | str) -> list[Projection]:
+        """The projections of an operand: of several that were joined on the way and taken apart again, its own.
+
+        Args:
+            rows: which row of a projection each of its tokens is, or why that is not known.
+        """
         made = self.made_by(operand.grad_fn)
+        if len(made) > 1 and isinstance(rows, Tensor) and int(rows.min()) >= 0:
+            made = [projection for projection in made if projection.owns(rows).any()] or made
         known = self.channels.sources(operand)
         own = [projection for projection in made if known is None or projection.node in known]
         return own or made
@@ -305,7 +314,10 @@ class Probe(Recorded, TorchFunctionMode):
             ("query", "key"), (call.arguments.query, call.arguments.key), call.made_by[:2], strict=True
         ):
             if len(self.made_by(operand.grad_fn)) > len(own):
-                return role, "it is joined with the results of other projections along the batch, and taken apart again"
+                return role, (
+                    "it is computed together with the results of other projections (joined along the batch, or by one "
+                    "operator for both), and taken apart again"
+                )
         return None
 
     def _is_marked(self, node: Any) -> bool:

@@ -210,8 +210,7 @@ def _split_rows(
     """The same, from which row of which projection each token is, (B, S)."""
     found = torch.full_like(rows, -1)
     for at, projection in enumerate(made):
-        own = (rows >= projection.first_row) & (rows < projection.first_row + projection.labels.numel())
-        found = torch.where(own, at, found)
+        found = torch.where(projection.owns(rows), at, found)
     if (found[:1] != found).any():
         return None
     runs = [(at, len(list(run))) for at, run in itertools.groupby(found[0].tolist())]

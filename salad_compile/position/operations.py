@@ -71,26 +71,29 @@ def operation(node: fx.Node) -> tuple[str, tuple[fx.Node, ...]]:
     elif isinstance(node.target, torch._ops.HigherOrderOperator):  # a kernel of Triton's may write into any
         targets = tuple(node.all_input_nodes)
     else:
-        targets = _written_by_schema(node.target, node.args, node.kwargs)
+        targets = written_by_schema(node.target, node.args, node.kwargs)
     targets = targets if isinstance(targets, (tuple, list)) else (targets,)
     return name, tuple(target for target in targets if isinstance(target, fx.Node))
 
 
 def is_opaque(target: Any) -> bool:
     """Whether an operation may hold a position encoding of its own: a nested graph, an operator that is not torch's."""
+    return is_foreign(target) or isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def is_foreign(target: Any) -> bool:
+    """Whether it is an operator that is neither torch's nor ours."""
     if isinstance(target, torch._ops.OpOverloadPacket):
         return str(target).partition(".")[0] not in _OWN_NAMESPACES
-    if isinstance(target, torch._ops.OpOverload):
-        return target.namespace not in _OWN_NAMESPACES
-    return isinstance(target, torch._ops.HigherOrderOperator)
+    return isinstance(target, torch._ops.OpOverload) and target.namespace not in _OWN_NAMESPACES
 
 
 def writes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call writes into one of its arguments."""
-    return name_of(function, args)[1] or "out" in kwargs or bool(_written_by_schema(function, args, kwargs))
+    return name_of(function, args)[1] or "out" in kwargs or bool(written_by_schema(function, args, kwargs))
 
 
-def _written_by_schema(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+def written_by_schema(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """Of operators whose name does not tell."""
     if isinstance(function, torch._ops.OpOverloadPacket):
         function = getattr(function, function.overloads()[0])  # type: ignore[no-untyped-call]

@@ -47,12 +47,14 @@ class Values:
         constant: a value that derives from no source, as a tensor on the CPU; None where it is not known.
         is_data: whether it holds numbers of the model, and no indices or mask.
         share: whether two of them lie in the same memory.
+        stand_in: a real tensor like it; None where there is none.
     """
 
     shape: Callable[[Any], Sequence[int] | None]
     constant: Callable[[Any], Tensor | None]
     is_data: Callable[[Any], bool]
     share: Callable[[Any, Any], bool]
+    stand_in: Callable[[Any], Tensor | None]
 
 
 class RowReader:

@@ -22,8 +22,9 @@ from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 from salad_compile.calls.softmax_products import name_of
 from salad_compile.position import shadows as sh
 from salad_compile.position.kept_rows import Entries, Operation, carry
-from salad_compile.position.operations import BLANKS, LIKE_ANOTHER, SIZES
+from salad_compile.position.operations import BLANKS, LIKE_ANOTHER, SIZES, is_foreign, written_by_schema
 from salad_compile.position.row_reader import FOLLOWED, RowReader, Rows, Values, leaves
+from salad_compile.position.run_rows import OperatorRuns, like
 from salad_compile.position.shadows import UnknownError, share_memory
 
 _PLACED = frozenset({"index_put", "index_copy", "scatter", "index_fill", "slice_scatter", "select_scatter"})
@@ -40,6 +41,7 @@ class RowTracker(RowReader):
     def __init__(self, table: MutableMapping[Any, Rows], values: Values, entries: Entries | None = None) -> None:
         super().__init__(table, values, entries)
         self.sources = 0  # rows so far
+        self._runs = OperatorRuns()
         # value -> the value that it is a view of, and what makes its shadow from that one's
         self._views: MutableMapping[Any, tuple[Any, Callable[[Tensor], Tensor]]]
         self._views = type(table)()  # type: ignore[assignment]
@@ -103,6 +105,8 @@ class RowTracker(RowReader):
         out: Any,
         inputs: Sequence[Any],
     ) -> None:
+        if is_foreign(function) and self._note_run(name, function, args, kwargs, out, inputs):
+            return
         target = kwargs["out"] if "out" in kwargs else (args[0] if writes and args else None)
         if target is None:
             outs, inputs = self._tensors(out), self._filled(inputs)
@@ -126,6 +130,28 @@ class RowTracker(RowReader):
             if value is not target:  # a node stands for what is returned
                 self.table[value] = self.table[target]
                 self._views[value] = (target, _itself)
+
+    def _note_run(
+        self, name: str, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, inputs: Sequence[Any]
+    ) -> bool:
+        """An operator that is not torch's: its rows are seen by running it. False where that was not needed."""
+        written = [value for value in written_by_schema(function, args, kwargs) if self.shape(value) is not None]
+        outs, filled = self._tensors(out), self._filled(inputs)
+        if not filled:
+            return False
+        try:
+            shadows = {id(value): self._shadow(value) for value in filled}
+            found = self._runs.rows(function, args, kwargs, shadows, self.values.stand_in, self.entries.blank, written)
+            if [tuple(shadow.shape) for shadow in found] != [self.shape(value) for value in (*outs, *written)]:
+                raise UnknownError("it has results of other shapes")
+            rows = [Rows(shadow) for shadow in found]
+        except UnknownError as error:
+            reason = str(error) if str(error).startswith("which") else f"{name} is not torch's, and {error}"
+            rows = [self._lost(reason, value, inputs) for value in (*outs, *written)]
+        self.table.update(zip(outs, rows, strict=False))
+        for value, known in zip(written, rows[len(outs) :], strict=True):
+            self._store(value, known)
+        return True
 
     def _written(
         self,
@@ -261,7 +287,9 @@ class _Stand:
         return value.shape if isinstance(value, _Stand) else None
 
 
-_STANDS = Values(_Stand.shape_of, lambda value: None, lambda value: True, lambda value, other: False)
+_STANDS = Values(
+    _Stand.shape_of, lambda value: None, lambda value: True, lambda value, other: False, lambda value: None
+)
 
 
 def _itself(shadow: Tensor) -> Tensor:
@@ -275,7 +303,15 @@ def values_of_tensors() -> Values:
         lambda value: None if is_fake(value) or value.device.type == "meta" else value.detach().cpu(),
         lambda value: value.is_floating_point() or value.is_complex(),
         share_memory,
+        _stand_in,
     )
+
+
+def _stand_in(value: Any) -> Tensor | None:
+    """The tensor itself, where it is real."""
+    if not isinstance(value, Tensor):
+        return None
+    return like(value, value.shape) if is_fake(value) or value.device.type == "meta" else value
 
 
 def of_tensors(table: MutableMapping[Any, Rows]) -> RowTracker:

@@ -228,7 +228,9 @@ class SaladBranch(Site):
         return original(*bound, *args, **kwargs)
 
     def _run_eagerly(self, *args: Any, **kwargs: Any) -> Any:
-        mode = SaladMode(self, self._text(args, kwargs))
+        return self._run_under(SaladMode(self, self._text(args, kwargs)), *args, **kwargs)
+
+    def _run_under(self, mode: SaladMode, *args: Any, **kwargs: Any) -> Any:
         with mode:
             out = self._run_original(*args, **kwargs)
         mode.require_replaced()
@@ -236,7 +238,8 @@ class SaladBranch(Site):
 
     def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """Under the eager twin, also while compiling: `graph_breaks` hides it from Dynamo before it is ever called."""
-        return self._run_eagerly(*args, **kwargs)
+        mode = SaladMode(self, self._text(args, kwargs), graph_breaks.definition_of(self))
+        return self._run_under(mode, *args, **kwargs)
 
     def _text(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The argument of the owner that has as many tokens as there is text, (B, text, C), or None."""

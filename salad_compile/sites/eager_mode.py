@@ -78,10 +78,12 @@ class SaladMode(Recorded, TorchFunctionMode):
 
     Args:
         site: whose forward runs. text: the owner's argument that tells how much is text, or None.
+        definition: what is computed, :func:`salad_of` or the same compiled.
     """
 
-    def __init__(self, site: Site, text: Tensor | None) -> None:
+    def __init__(self, site: Site, text: Tensor | None, definition: Callable[..., Tensor] = salad_of) -> None:
         super().__init__()
+        self.definition = definition
         self.site = site
         self.text = text
         self.outer = _running.get()  # nested owners
@@ -256,7 +258,7 @@ class SaladMode(Recorded, TorchFunctionMode):
             observers.notify(site, given, spec, scale)
         # measured once: counting waits for the device
         with measure_executions() if site.measured_sparsity is None else _NOT_MEASURED as executions:
-            out = salad_of(given, spec, scale)
+            out = self.definition(given, spec, scale)
         if executions:  # none on the meta device
             site.measured_sparsity, site.engine = executions[0].sparsity, executions[0].engine
         result: Tensor = call.as_called(out)

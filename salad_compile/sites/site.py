@@ -38,6 +38,7 @@ class Site(BranchParameters):
         self.grid: VideoGrid | None = None  # shared by the sites of a model
         self.switch = DenseSwitch()  # likewise
         self.uncompiled = False  # set when a graph break inside the owner's forward was seen
+        self.backend_options: Mapping[str, Any] = {}  # of the compilation that set it
         self.checked_rows: set[torch.Size] = set()  # shapes of the gate's input, see row_check.py
         self.measured_sparsity: float | None = None
         self.engine: str | None = None  # that computed the forward which was measured

@@ -54,11 +54,11 @@ UNDETERMINED = {
     styles.Added: "add adds something else to it",
     styles.NormedAfter: "not known to be linear",
     styles.NormedParts: "not known to be linear",
+    styles.Fused: "turn, on its way to attention, is not known to be linear",
     styles.FusedInPlace: "turn_in_place, on its way to attention, is not known to be linear",
 }
 # refused before position is looked at, with either placement
 UNKNOWN_ROWS = {
-    styles.Fused: "turn is not known to keep tokens where they are",
     styles.Registers: "come from no one row of its query projection",
 }
 

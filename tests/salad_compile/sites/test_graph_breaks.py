@@ -16,13 +16,17 @@ from torch.utils.checkpoint import checkpoint
 import salad_compile
 from salad_compile.backend.dynamo import record_graphs
 from salad_compile.kernels import measure_executions
+from salad_compile.passes.context import Context
+from salad_compile.passes.driver import watch_passes
 from salad_compile.sites.branch import branches
 from salad_compile.sites.graph_breaks import leave_uncompiled
 from tests import toys
-from tests.support import assert_same, randomise_branches, run
+from tests.support import assert_same, randomise_branches, relative_error, run
 
 CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
 X = {"x": toys.tokens()}
+AOT = {"lowering": "aot_eager"}
+"""The definition of a module that runs uncompiled is compiled, unless lowering is "eager"."""
 
 
 class Broken(toys.SelfAttention):
@@ -59,7 +63,7 @@ def uncompiled(model: nn.Module) -> list[str]:
 
 def compile_and_compare(model: nn.Module, **options: Any) -> list[Any]:
     expected = run(model, X)
-    compiled = torch.compile(model, backend="salad", options={"lowering": "aot_eager", **options})
+    compiled = torch.compile(model, backend="salad", options={"lowering": "eager", **options})
     with record_graphs() as graphs, measure_executions() as executions:
         assert_same(run(compiled, X, parameters=model), expected)
     assert len(executions) == len(branches(model))
@@ -73,6 +77,27 @@ def test_only_the_class_that_breaks_runs_uncompiled() -> None:
     assert [graph.uncompiled for graph in graphs if graph.uncompiled] == [("layers.1", "layers.3")]
     # the others are in compiled graphs, as SALAD
     assert sum(graph.count("salad") for graph in graphs) >= 2
+
+
+def test_their_definition_is_compiled_once() -> None:
+    """Beside the break: a graph of it for all sites of the class, and one for all other sizes."""
+    model = toys.Stack(Broken(), Broken())
+    salad_compile.convert(model, CONFIG, example_inputs=X)
+    randomise_branches(model)
+    found: list[int] = []
+
+    def watch(gm: torch.fx.GraphModule, context: Context) -> None:
+        if len(context.done) == 1:
+            found.append(sum(n.target is torch.ops.salad.block_sparse_attention.default for n in gm.graph.nodes))
+
+    with watch_passes(watch):
+        compile_and_compare(model, **AOT)
+        assert sum(found) == 1, found
+        with torch.no_grad():
+            compiled = torch.compile(model, backend="salad", options=AOT)
+            for tokens in (toys.tokens(131), toys.tokens(187), toys.tokens(90)):
+                assert relative_error(compiled(tokens), model(tokens)) < 1e-6
+    assert sum(found) == 2, found
 
 
 def test_other_models_are_not_concerned() -> None:
@@ -130,9 +155,9 @@ def test_fullgraph_is_dynamos_error() -> None:
 def test_an_unknown_mark_belongs_to_no_branch() -> None:
     model = mixed()
     mark = model.layers[0].salad.mark
-    assert leave_uncompiled(mark.detach().clone()) == []
-    assert leave_uncompiled(mark) == ["layers.0", "layers.2"]
-    assert leave_uncompiled(model.layers[3].salad.mark) == ["layers.3", "layers.1"]  # the one that was asked first
+    assert leave_uncompiled(mark.detach().clone(), {}) == []
+    assert leave_uncompiled(mark, {}) == ["layers.0", "layers.2"]
+    assert leave_uncompiled(model.layers[3].salad.mark, {}) == ["layers.3", "layers.1"]  # the one that was asked first
     assert uncompiled(model) == ["layers.0", "layers.1", "layers.2", "layers.3"]
 
 
@@ -146,4 +171,4 @@ def test_branches_are_not_kept_alive() -> None:
     del model
     gc.collect()
     assert branch() is None
-    assert leave_uncompiled(mark) == []
+    assert leave_uncompiled(mark, {}) == []
