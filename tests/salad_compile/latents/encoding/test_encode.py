@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from salad_compile.errors import ConfigError, LatentItemError
+from salad_compile.common import files
+from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError
 from salad_compile.latents import WAN_2_1, open_latents
 from salad_compile.latents.encoding import encode as module
 from salad_compile.latents.encoding.decoding import read_frames
 from salad_compile.latents.encoding.finding import find_clips
-from salad_compile.latents.encoding.pipeline import PipelineEncoder
 from tests.salad_compile.latents.encoding import world
 
 pytest.importorskip("av")
@@ -67,24 +70,35 @@ def test_a_later_run_encodes_what_is_new_or_changed(tmp_path: Path) -> None:
         world.encode(clips, data, world.wan(seed=1))
 
 
-def test_a_run_that_breaks_off_loses_the_clip_at_hand(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = PipelineEncoder.encode
-    calls: list[str] = []
+def encode_and_be_killed(clips: Path, data: Path) -> None:
+    """Encode, and stop for good while the second clip is written."""
+    flush, flushed = files.flush_to_disk, list[Path]()
 
-    def encode(self: PipelineEncoder, pixels: torch.Tensor, caption: str) -> object:
-        calls.append(caption)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return whole(self, pixels, caption)
+    def killing(path: Path) -> None:
+        flushed.extend([path] * path.name.endswith(".safetensors"))
+        if len(flushed) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(path)
 
-    monkeypatch.setattr(PipelineEncoder, "encode", encode)
-    with pytest.raises(KeyboardInterrupt):
-        world.encode(folder, tmp_path / "data")
-    report = world.encode(folder, tmp_path / "data")
-    assert (report.written, report.kept, len(calls)) == (2, 1, 4)
-    assert len(open_latents(tmp_path / "data")) == 3
+    files.flush_to_disk = killing
+    world.encode(clips, data)
+
+
+def test_a_kill_loses_the_clip_at_hand(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    world.wan()
+    killed = multiprocessing.get_context("fork").Process(target=encode_and_be_killed, args=(folder, data))
+    killed.start()
+    killed.join(timeout=120)
+    assert killed.exitcode == -signal.SIGKILL
+    with pytest.raises(LatentLayoutError, match=r"was never finished: .*Run what wrote it again"):
+        open_latents(data)
+    (first,) = [file for file in data.rglob("items/*.safetensors") if not file.name.startswith(".")]
+    time = first.stat().st_mtime_ns
+    report = world.encode(folder, data)
+    assert (report.written, report.kept, first.stat().st_mtime_ns) == (2, 1, time)
+    assert len(open_latents(data)) == 3
+    assert not list(data.rglob("*.partial"))
 
 
 def test_clips_that_cannot_be_encoded_are_skipped_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
