@@ -139,15 +139,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, 1 if a kernel has a fault, or 2 if nothing matches the filter."""
     parser = argparse.ArgumentParser(prog="python -m salad_compile.kernels.inspect", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, choices=SHARED_LIMIT, help="compute capabilities")
-    parser.add_argument("--filter", default="", metavar="TEXT", help="only kernels whose line has all of these words")
+    parser.add_argument(
+        "--filter", nargs="+", default=[""], metavar="TEXT", help="only kernels whose line has all words of one text"
+    )
+    parser.add_argument("--without", nargs="+", default=[], metavar="WORD", help="no kernels whose line has the word")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all cores)")
     options = parser.parse_args(arguments)
 
     start = time.perf_counter()
-    jobs = [job for job in record_jobs(options.arch) if all(word in job.title for word in options.filter.split())]
+    jobs = [job for job in record_jobs(options.arch) if _is_chosen(job.title, options.filter, options.without)]
     if not jobs:
-        print(f"no kernel matches {options.filter!r}", file=sys.stderr)
+        without = f" without {' '.join(options.without)}" if options.without else ""
+        print(f"no kernel matches {' or '.join(map(repr, options.filter))}{without}", file=sys.stderr)
         return 2
     results = _compile_with_progress(jobs, options.workers)
     if options.json is not None:
@@ -158,6 +162,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in faulty:
         print(f"FAULT {result.job.title}: {'; '.join(result.faults)}")
     return 1 if faulty else 0
+
+
+def _is_chosen(title: str, texts: Sequence[str], without: Sequence[str]) -> bool:
+    """Whether all words of one text are somewhere in the title, and none of `without` is a word of it."""
+    some = any(all(word in title for word in text.split()) for text in texts)
+    return some and not set(without) & set(title.split())
 
 
 def _compile_with_progress(jobs: Sequence[Job], workers: int) -> list[Result]:

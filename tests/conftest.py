@@ -47,7 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "all_cases: slow, and one of many: runs with --all-cases or --support-table alone"
     )
-    settings.register_profile("default", max_examples=10 if config.getoption("--all-cases") else 5)
+    # no limit on the time of an example: a busy machine is no fault
+    settings.register_profile("default", max_examples=10 if config.getoption("--all-cases") else 5, deadline=None)
     settings.load_profile("default")
     # under pytest-xdist the controller sees the reports of all workers
     is_worker = hasattr(config, "workerinput")

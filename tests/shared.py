@@ -15,14 +15,20 @@ from typing import TypeVar
 
 FOLDER = "SALAD_TESTS_SHARED"
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+VECTORS = "TORCHINDUCTOR_VEC_ISA_OK"
 
 T = TypeVar("T")
 
 
 def open_session() -> None:
-    """Make the folder, and a new Inductor cache in it: what tests compile is compiled by this code, but once."""
+    """Make the folder, and a new Inductor cache in it: what tests compile is compiled by this code, but once.
+
+    Inductor takes the vector instructions that the processor names: a new cache would begin with ten CPU seconds in
+    which it compiles a program for each kind.
+    """
     os.environ[FOLDER] = tempfile.mkdtemp(prefix="salad-tests-")
     os.environ[INDUCTOR] = str(Path(os.environ[FOLDER]) / "inductor")
+    os.environ.setdefault(VECTORS, "1")
 
 
 def close_session() -> None:

@@ -37,7 +37,7 @@ def test_a_run_writes_down_every_test(tmp_path: Path) -> None:
     chosen = ["tests/test_cost_of_tests.py", "-k", "belongs_together", "-p", "no:xdist", "--cost", str(file)]
     root = Path(__file__).resolve().parents[1]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout
     ((node, cpu, wall),) = json.loads(file.read_text())
     assert node == "tests/test_cost_of_tests.py::test_tables_add_up_what_belongs_together"

@@ -25,7 +25,7 @@ def row_of(case: str, name: str, kind: str, **facts: Any) -> dict[str, Any]:
 def draw(tmp_path: Path, rows: list[dict[str, Any]]) -> set[str]:
     (tmp_path / "attention_x.json").write_text(json.dumps(rows))
     command = [sys.executable, str(BENCHMARKS / "plot.py"), str(tmp_path / "attention_x.json"), "--folder"]
-    subprocess.run([*command, str(tmp_path)], check=True, timeout=120)
+    subprocess.run([*command, str(tmp_path)], check=True, timeout=600)
     pictures = list(tmp_path.glob("*.png"))
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
     return {picture.name for picture in pictures}

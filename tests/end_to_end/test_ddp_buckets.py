@@ -83,7 +83,7 @@ def worker(rank: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist._DEFAULT_FIRST_BUCKET_BYTES = 1  # torch's 1 MiB would hold the whole model
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=600)
     )
     try:
         model = converted()

@@ -67,7 +67,7 @@ def run(command: list[str], given: Path, name: str, environment: dict[str, str] 
         [*command, *words, "--output", str(given / name)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, **(environment or {})},
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]

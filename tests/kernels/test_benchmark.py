@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 def run_script(name: str, output: Path, *arguments: str) -> tuple[list[dict[str, Any]], str]:
     command = [sys.executable, str(BENCHMARKS / name), "--quick", "--output", str(output), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stderr
     rows: list[dict[str, Any]] = json.loads(output.read_text())
     return rows, run.stdout

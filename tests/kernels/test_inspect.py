@@ -294,7 +294,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # the last place, so that this checkout does not hide a package that was linked elsewhere
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), str(ROOT))))
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
 
 
@@ -322,6 +322,25 @@ def test_the_command_on_kernels_that_ship(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "report.json").read_text())
     assert rows
     assert all(row["kernel"] == "block_sparse.forward" and row["wgmma"] > 0 for row in rows)
+
+
+def test_kernels_are_chosen_by_their_words(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        inspect, "_compile_with_progress", lambda jobs, workers: seen.append([j.title for j in jobs]) or []
+    )
+    monkeypatch.setattr(toy, "calls", {"bfloat16 d64": {}, "float16 d64": {"tile": 32}, "bfloat16 d80": {"tile": 128}})
+    every = ["--arch", "80", "90"]
+    assert inspect.main([*every, "--filter", "sm_80 M64", "sm_90 float16"]) == 0
+    assert inspect.main([*every, "--filter", "sm_90 d64", "--without", "float16"]) == 0
+    names = [[title.partition("product ")[2].partition(" warps")[0] for title in titles] for titles in seen]
+    assert names[0] == [
+        "bfloat16 d64 sm_80 M64",
+        "bfloat16 d64 sm_90 M64",
+        "float16 d64 sm_90 M32",
+        "bfloat16 d80 sm_90 M128",
+    ]
+    assert names[1] == ["bfloat16 d64 sm_90 M64"]
 
 
 def test_a_filter_that_matches_nothing_is_an_error(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:

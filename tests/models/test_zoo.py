@@ -17,7 +17,7 @@ from salad_compile.backend.dynamo import record_graphs
 from salad_compile.kernels import measure_executions
 from salad_compile.sites.branch import branches
 from tests.models.expectations import DENSE, GAPS, converted_sites, seen_as
-from tests.models.kinds import KINDS, RESOLUTIONS, ROTATIONS, by_default, every_case, marks_of
+from tests.models.kinds import CHECKPOINTS, KINDS, RESOLUTIONS, ROTATIONS, WHOLE, by_default, every_case, marks_of
 from tests.models.registry import ALL_CASES
 from tests.models.zoo import Case
 from tests.support import (
@@ -33,18 +33,20 @@ from tests.support import (
 )
 
 # Dynamo and our passes see every case, whole and per block; what they make runs as it is. Inductor takes up to a minute
-# for a block, and so sees one of each kind: attention modules, inline attention, one stream, two streams, grouped heads
-# with a prefix. What is False needs `--all-cases`; by default `test_modes` of tests/end_to_end/test_compile_matrix.py
-# takes a whole model through Inductor.
+# for a block, and so sees one stream and a joint one. What is False needs `--all-cases`: attention that is written
+# inline is the same graph once it is traced (and by default goes through AOTAutograd), and `test_modes` of
+# tests/end_to_end/test_compile_matrix.py takes a whole model through Inductor.
 WHOLE_MODEL_INDUCTOR = {"Wan": False, "handwritten_inline": False}
 PER_BLOCK_INDUCTOR = {
     "Wan": True,
-    "handwritten_inline": True,
+    "handwritten_inline": False,
     "CogVideoX": True,
     "handwritten_fused": False,
     "HunyuanVideo": False,
     "Cosmos3Omni": False,
 }
+# The graph that Inductor would get, with its functions made pure and its backward split off, but run as it is.
+PER_BLOCK_AOT = ("handwritten_inline",)
 TRAINING_FREE = ("Wan", "handwritten_fused", "handwritten_inline", "LTXVideo", "Cosmos", "Latte")
 
 
@@ -153,7 +155,7 @@ def test_zero_projection_equals_training_free_compilation(name: str) -> None:
 SPARSE_OPTIONS = ("sparsity", "query_block", "key_block", "min_tokens")
 
 
-@by_default(ROTATIONS)
+@by_default(WHOLE)
 def test_eager_equals_compiled(case: Case) -> None:
     model, inputs = converted(case), case.inputs(0)
     expected = run(model, inputs, case.output)
@@ -175,7 +177,8 @@ def test_eager_equals_compiled_per_block(case: Case) -> None:
     model, inputs = converted(case), case.inputs(0)
     expected = run(model, inputs, case.output)
     for name in case.repeated_blocks:
-        model.get_submodule(name).compile(backend="salad", options={"lowering": "eager"})
+        lowering = "aot_eager" if case.name in PER_BLOCK_AOT else "eager"
+        model.get_submodule(name).compile(backend="salad", options={"lowering": lowering})
     with measure_executions() as executions:
         actual = run(model, inputs, case.output)
     same(case, actual, expected)
@@ -220,7 +223,7 @@ def test_eager_equals_whole_model_through_inductor(name: str) -> None:
     assert_same(run(compiled, inputs, case.output, parameters=model), expected)
 
 
-@by_default(KINDS)
+@by_default(CHECKPOINTS)
 def test_gradient_checkpointing(case: Case) -> None:
     model, inputs = converted(case), case.inputs(0)
     expected = run(model, inputs, case.output)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[3]
-SECONDS = 300  # a dozen builds and 65 cases take 40
+SECONDS = 600  # a dozen builds and 65 cases take 40
 CASES = ("gluon_cases", "gluon_gradient_cases")
 
 pytestmark = pytest.mark.skipif(

@@ -111,7 +111,7 @@ def test_the_choice_is_the_lower_error_by_definition() -> None:
 def test_calibrated_heads_are_saved_and_compile_nothing_again(tmp_path: Path) -> None:
     model = converted(pattern="stswa")
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="salad", options={"lowering": "aot_eager"})
+    compiled = torch.compile(model, backend="salad", options={"lowering": "eager"})
     before = output(compiled)
     with torch._dynamo.config.patch(error_on_recompile=True):
         calibrate_heads(compiled, BOTH)
@@ -174,7 +174,7 @@ def test_the_highest_sparsity_within_the_target(name: str, measure: str, target:
 def test_a_proposal_can_be_applied_or_converted_with() -> None:
     model = scaled(converted(lowest_sparsity=0.0), [0.2, 0.1])
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="salad", options={"lowering": "aot_eager"})
+    compiled = torch.compile(model, backend="salad", options={"lowering": "eager"})
     output(compiled)
     proposal = calibrate(compiled, BOTH, target=0.25)
     assert calibrate(model, BOTH, target=0.25) == proposal

@@ -61,7 +61,7 @@ def test_sparsity_is_measured_by_running() -> None:
 
 def test_explain_shows_every_call_with_its_fate() -> None:
     model = converted()
-    model.blocks[0].compile(backend="salad")
+    model.blocks[0].compile(backend="salad", options={"lowering": "eager"})
     model(**CASE.inputs(0))
     compiled = model.blocks[0]._compiled_call_impl
     explanation = salad_compile.explain(model, **CASE.inputs(0))

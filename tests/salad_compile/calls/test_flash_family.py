@@ -148,10 +148,10 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[Any], Attend]]] = {
 }
 
 
-def check(model: nn.Module, want: dict[str, Tensor]) -> None:
+def check(model: nn.Module, want: dict[str, Tensor], lowering: str = "eager") -> None:
     """Outputs and all gradients, uncompiled and compiled, and outputs without gradients."""
     assert len(branches(model)) == 1
-    compiled = torch.compile(model, **AOT)
+    compiled = torch.compile(model, backend="salad", options={"lowering": lowering})
     for call in (model, compiled):
         got = run(model, call)
         assert got.keys() == want.keys()
@@ -166,7 +166,8 @@ def check(model: nn.Module, want: dict[str, Tensor]) -> None:
 def test_it_computes_and_trains_as_with_sdpa(how: str, want: dict[str, Tensor]) -> None:
     package, attend = CALLS[how]
     with packages.imported(package()) as module:
-        check(net(attend(module)), want)
+        # once the call is replaced, the graphs are alike: AOTAutograd sees one of each shape of arguments
+        check(net(attend(module)), want, "aot_eager" if how in ("flash_attn", "flash_attn, varlen") else "eager")
 
 
 def packed(package: Any) -> Callable[[Tensor], Tensor]:

@@ -119,7 +119,7 @@ def test_goes_on_after_a_kill(tmp_path: Path, to: str, file: int, monkeypatch: p
         target=run_and_be_killed, args=(tmp_path / "source", tmp_path / "goal", to, file)
     )
     killed.start()
-    killed.join(timeout=60)
+    killed.join(timeout=600)
     assert killed.exitcode == -signal.SIGKILL
     assert len(list((tmp_path / "goal").rglob("*.partial"))) == 1
     there = [file for file in (tmp_path / "goal").rglob("[!.]*") if file.is_file() and "clip4" not in file.name]
