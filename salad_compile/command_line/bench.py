@@ -16,14 +16,19 @@ if TYPE_CHECKING:
     import torch
     import torch.nn as nn
 
+    from salad_compile.command_line.timing import BenchReport
+
 HELP = """\
 Times one forward of a model, as a denoising step runs it, dense and as SALAD, in turns on the device at hand, and
 prints medians and spread. Both sides are compiled, block by block where the model knows its blocks. Weights may be
 random: speed does not depend on them. Without --salad the model is converted afresh. LoRA is merged, as one would for
-inference; dense runs on the same weights.
+inference; dense runs on the same weights. --video-steps tells the seconds of a whole video, also of a model that does
+not fit this machine: it times models with one and with two blocks, and scales.
 
 example:
     salad-compile bench Wan2.1-T2V-1.3B-Diffusers/transformer/config.json --random --dtype bfloat16
+    salad-compile bench Wan2.1-T2V-14B-Diffusers/transformer/config.json --height 720 --width 1280 --frames 81 \
+        --dtype bfloat16 --video-steps 50 --guidance
     salad-compile bench config.json --random --latent 5x16x16 --min-tokens 256 --device cpu --rounds 3
 """
 
@@ -45,11 +50,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="block by block, the whole model, or not at all; auto: blocks where the model knows them, else the model",
     )
+    group.add_argument(
+        "--video-steps",
+        type=model_arguments.positive,
+        metavar="N",
+        help="tell the seconds of a video of N denoising steps, from models with one and two blocks",
+    )
+    group.add_argument("--guidance", action="store_true", help="two forwards in each of these steps")
     group.add_argument("--keep-lora", action="store_true", help="leave the low-rank updates beside the weights")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Time and report."""
+    if arguments.video_steps is not None:
+        from salad_compile.command_line.whole_video import time_video
+
+        show(arguments, time_video(arguments, _measure))
+        return 0
+    if arguments.guidance:
+        raise ConfigError("--guidance counts the forwards of a video: give --video-steps, too.")
+    show(arguments, _measure(arguments))
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> BenchReport:
+    """Time the model of the arguments, dense and as SALAD."""
     import salad_compile
     from salad_compile.command_line.timing import BenchReport, first_call, time_in_turns
     from salad_compile.discovery.inputs import normalise_inputs
@@ -71,8 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     with ProgressBar("timing", 2 * arguments.rounds) as bar:
         how = {"steps": arguments.steps, "rounds": arguments.rounds}
         times = time_in_turns(calls, first, device, advance=bar.advance, **how)
-    show(arguments, BenchReport(times["dense"], times["SALAD"], facts | how))
-    return 0
+    return BenchReport(times["dense"], times["SALAD"], facts | how)
 
 
 def _make_pair(arguments: argparse.Namespace, device: torch.device) -> tuple[nn.Module, nn.Module, Any]:

@@ -1,0 +1,147 @@
+"""From the time of a model with one block to that of a whole video: `salad-compile bench CONFIG --video-steps 50`.
+
+Blocks of one kind take the same time, and what surrounds them takes it once. So a model with one block of each kind is
+timed, and for each kind one with two; the difference counts as often as the model has further blocks of that kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from salad_compile.command_line import model_arguments
+from salad_compile.command_line.model_source import find_model
+from salad_compile.command_line.timing import BenchReport, Timings
+from salad_compile.common.reports import Report, Row
+from salad_compile.errors import ConfigError
+
+_COUNTS = re.compile(r"num_(\w+_)?(layers|blocks)|depth(_\w+)?|(\w+_)?n?layers")
+FEWEST = 2  # of fewer blocks nothing is saved
+
+
+@dataclass(frozen=True)
+class VideoReport(Report):
+    """Seconds of the denoising of one video, dense and as SALAD, scaled from single blocks.
+
+    Attributes:
+        forward_ms: of one forward of the whole model, "dense" and "SALAD".
+        forwards: of one video. weights: bytes of the model's parameters. peaks: bytes of one forward beyond them.
+    """
+
+    forward_ms: Mapping[str, float]
+    forwards: int
+    weights: int
+    peaks: Mapping[str, int | None]
+    facts: Mapping[str, Any]
+
+    title = "the denoising of one video"
+    columns = ("attention", "one forward, ms", "one video, s", "memory, GiB", "dense / this")
+
+    def rows(self) -> list[Row]:
+        return [self._row(name) for name in self.forward_ms]
+
+    def _row(self, name: str) -> Row:
+        peak = self.peaks[name]
+        return (
+            name,
+            f"{self.forward_ms[name]:,.1f}",
+            f"{self.seconds(name):,.1f}",
+            "not counted" if peak is None else f"{(self.weights + peak) / 2**30:.1f}",
+            f"{self.forward_ms['dense'] / self.forward_ms[name]:.2f}x",
+        )
+
+    def seconds(self, name: str) -> float:
+        """Of one video."""
+        return self.forwards * self.forward_ms[name] / 1e3
+
+    def notes(self) -> list[str]:
+        blocks = ", ".join(f"{name} {count}" for name, count in self.facts["blocks"].items())
+        return [
+            f"{self.facts['device']}, torch {self.facts['torch']}, {self.facts['dtype']}, {self.facts['compile']}; "
+            f"{self.forwards} forwards; measured on models with one and two blocks, scaled to {blocks}",
+            "Text encoder and VAE are not counted. What fine-tuning takes: salad-compile train --dry-run.",
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        seconds = {name: self.seconds(name) for name in self.forward_ms}
+        more = {"forward_ms": dict(self.forward_ms), "seconds": seconds, "forwards": self.forwards}
+        return {**self.facts, **more, "weight_bytes": self.weights, "peak_bytes": dict(self.peaks)}
+
+
+def time_video(arguments: argparse.Namespace, measure: Callable[[argparse.Namespace], BenchReport]) -> VideoReport:
+    """Time small models and scale to the whole one.
+
+    Args:
+        measure: times the model of the arguments.
+
+    Raises:
+        ConfigError: nothing says how many blocks the model has, or the arguments name sites or weights of all of it.
+    """
+    config = _configuration(arguments)
+    counts = {name: count for name, count in config.items() if _is_count(name, count)}
+    if not counts:
+        raise ConfigError(
+            f"the configuration of {arguments.model} says of no kind of block how many there are: time the whole model "
+            "(without --video-steps)."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+
+        def timed(**blocks: int) -> BenchReport:
+            file = Path(folder) / "config.json"
+            file.write_text(json.dumps({**config, **dict.fromkeys(counts, 1), **blocks}))
+            changed = {"model": str(file), "config": None, "component": None, "random": True}
+            return measure(argparse.Namespace(**{**vars(arguments), **changed}))
+
+        one = timed()
+        more = {name: timed(**{name: 2}) for name in counts}
+    milliseconds = {}
+    for name in ("dense", "SALAD"):
+        base = _of(one, name).median
+        milliseconds[name] = base + sum((counts[k] - 1) * (_of(r, name).median - base) for k, r in more.items())
+    whole = model_arguments.load(arguments, meta=True)
+    size = _bytes_of_a_parameter(str(one.facts["dtype"]))
+    weights = sum(parameter.numel() for parameter in whole.parameters()) * size
+    forwards = arguments.video_steps * (2 if arguments.guidance else 1)
+    peaks = {name: _of(one, name).peak_bytes for name in ("dense", "SALAD")}
+    return VideoReport(milliseconds, forwards, weights, peaks, {**one.facts, "blocks": counts})
+
+
+def _of(report: BenchReport, name: str) -> Timings:
+    return report.dense if name == "dense" else report.salad
+
+
+def _configuration(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The model's configuration, as config.json has it."""
+    for name in ("salad", "sites", "weights"):
+        if getattr(arguments, name):
+            raise ConfigError(f"--video-steps times models with fewer blocks: leave --{name} out.")
+    settings = model_arguments.settings_of(arguments)
+    if settings.dense_layers or settings.overrides:
+        raise ConfigError("--video-steps takes all blocks for alike: leave dense_layers and overrides out.")
+    found = find_model(
+        arguments.model,
+        component=arguments.component or "transformer",
+        class_name=arguments.class_name,
+        config=arguments.config,
+        with_weights=False,
+    )
+    if ":" in str(arguments.model):
+        raise ConfigError("--video-steps takes a config.json or a checkpoint, whose configuration counts the blocks.")
+    return dict(found.config)
+
+
+def _is_count(name: str, value: object) -> bool:
+    counts = isinstance(value, int) and not isinstance(value, bool) and value > FEWEST
+    return counts and _COUNTS.fullmatch(name) is not None
+
+
+def _bytes_of_a_parameter(dtype: str) -> int:
+    import torch
+
+    return int(getattr(torch, dtype).itemsize)

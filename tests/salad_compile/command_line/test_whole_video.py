@@ -1,0 +1,72 @@
+"""bench --video-steps: from models with one and two blocks to the whole model, against the whole model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from salad_compile.command_line import WRONG, timing
+from salad_compile.command_line.timing import Timings
+from tests.models.registry import ALL_CASES
+from tests.salad_compile.command_line.conftest import SETTINGS, SIZE, Run
+
+QUICK = ("--compile", "none", "--rounds", "1", "--device", "cpu", "--dtype", "float32", "--random")
+
+
+def count_flops(calls: Mapping[str, Callable[[], object]], first: Any, device: torch.device, **how: Any) -> Any:
+    """In place of a clock, which other programs on the machine disturb."""
+    found = {}
+    for name, call in calls.items():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        found[name] = Timings(name, 1.0, [float(counter.get_total_flops())], 1000)
+    return found
+
+
+def config_of(name: str, folder: Path, **blocks: int) -> Path:
+    model = ALL_CASES[name].build()
+    config = {**json.loads(model.to_json_string()), **blocks}  # type: ignore[operator]
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps({**config, "_class_name": type(model).__name__}))
+    return file
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("Wan", {"num_layers": 5}), ("CogVideoX", {"num_layers": 4})])
+def test_it_is_the_time_of_the_whole_model(
+    name: str, blocks: dict[str, int], command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "time_in_turns", count_flops)
+    file = config_of(name, tmp_path, **blocks)
+    words = ("bench", file, *SIZE, *SETTINGS, *QUICK, "--json")
+    whole = command(*words).json()
+    found = command(*words, "--video-steps", 50, "--guidance").json()
+    for side in ("dense", "SALAD"):
+        assert found["forward_ms"][side] == pytest.approx(whole[side]["median_ms"], rel=0.03)
+        assert found["seconds"][side] == pytest.approx(100 * found["forward_ms"][side] / 1e3)
+    assert found["blocks"] == blocks
+    assert found["weight_bytes"] == 4 * sum(
+        p.numel() for p in type(ALL_CASES[name].build()).from_config(json.loads(file.read_text())).parameters()
+    )
+
+
+def test_the_table_and_what_cannot_be_scaled(command: Run, tmp_path: Path, wan: Path, salad_file: Path) -> None:
+    file = config_of("Wan", tmp_path, num_layers=3)
+    outcome = command("bench", file, *SIZE, *SETTINGS, *QUICK, "--video-steps", 4)
+    assert outcome.code == 0
+    assert "4 forwards; measured on models with one and two blocks, scaled to num_layers 3" in outcome.out
+    for words, said in (
+        (("--video-steps", 4, "--salad", salad_file), "leave --salad out"),
+        (("--video-steps", 4, "--set", "dense_layers=1"), "takes all blocks for alike"),
+        (("--guidance",), "give --video-steps, too"),
+    ):
+        outcome = command("bench", file, *SIZE, *QUICK, *words)
+        assert outcome.code == WRONG
+        assert said in outcome.err
+    outcome = command("bench", wan / "config.json", *SIZE, *QUICK, "--video-steps", 4)
+    assert "says of no kind of block how many there are" in outcome.err
