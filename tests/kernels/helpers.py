@@ -1,5 +1,6 @@
 """Inputs and distances that the kernel tests share."""
 
+import pytest
 import torch
 
 from salad_compile.kernels.checks import accumulation_dtype, valid_or_zero
@@ -10,6 +11,17 @@ LENGTHS = (1, 63, 64, 65, 113, 203, 1023)
 BLOCKS = ((64, 64), (128, 64), (128, 128), (64, 128))
 LAYOUTS = ("bhsd", "bshd", "fused")
 FORWARD_BAR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+
+# Scale and dtype: the largest scores, which round most, in every dtype, and each smaller scale once.
+_ROUND_LESS = [(1.0, torch.float32), (1.0, torch.float16), (4.0, torch.float32), (4.0, torch.bfloat16)]
+ACCURACY = pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        *((16.0, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        *((1.0, torch.bfloat16), (4.0, torch.float16)),
+        *(pytest.param(*case, marks=pytest.mark.all_cases) for case in _ROUND_LESS),
+    ],
+)
 
 
 def make_qkv(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from salad_compile.kernels import block_sparse_attention
 from salad_compile.kernels.block_sparse import reference
 from salad_compile.kernels.selection import Selection
-from tests.kernels.helpers import BLOCKS, LAYOUTS, LENGTHS, cosine, make_qkv, make_selection, relative_l2
+from tests.kernels.helpers import ACCURACY, BLOCKS, LAYOUTS, LENGTHS, cosine, make_qkv, make_selection, relative_l2
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -42,8 +42,7 @@ def test_layouts_do_not_matter(layout: str) -> None:
         assert grad_ours.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
+@ACCURACY
 def test_accuracy_bars(scale: float, dtype: torch.dtype) -> None:
     qkv = make_qkv(1023, dtype=dtype, head_dim=64, scale=scale, grad=True)
     selection = make_selection(*qkv[:2], 128, 64)

