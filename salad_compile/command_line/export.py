@@ -51,9 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Load, export, report."""
     import salad_compile
 
-    training = _read_training(arguments)
+    salad = file_at(arguments.salad)  # once: of a run it may warn
+    training = _read_training(arguments, salad)
     report = salad_compile.export(
-        _model(arguments),
+        _model(arguments, salad),
         arguments.output,
         arguments.formats,
         base_model=arguments.base_model,
@@ -69,23 +70,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _model(arguments: argparse.Namespace) -> Any:
+def _model(arguments: argparse.Namespace, salad: Path) -> Any:
     """The base with its branches, or both experts of a pipeline with theirs."""
     import salad_compile
 
-    first = salad_compile.load(model_arguments.load(arguments), arguments.salad)
+    first = salad_compile.load(model_arguments.load(arguments), salad)
     if arguments.salad_2 is None:
         return first
     second = model_arguments.load(arguments, component="transformer_2")
     return SimpleNamespace(transformer=first, transformer_2=salad_compile.load(second, arguments.salad_2))
 
 
-def _read_training(arguments: argparse.Namespace) -> dict[str, Any] | None:
+def _read_training(arguments: argparse.Namespace, salad: Path) -> dict[str, Any] | None:
+    """What is known of the training: of a run not what an earlier end left beside a newer checkpoint."""
     if arguments.training is not None:
         return read_json(Path(arguments.training))
-    beside = Path(arguments.salad)
-    folder = file_at(beside).parent if beside.is_dir() else beside.parent  # of a run: not what an earlier end left
-    file = folder / SUMMARY_FILE
+    file = salad.parent / SUMMARY_FILE
     if not file.is_file():
         return None
     known = fields_of(decode_file(SummaryFields, file, ConfigError))
