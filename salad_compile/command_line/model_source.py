@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from salad_compile.command_line.bounded_building import bounded_building, first_impossible
 from salad_compile.common.files import read_json
 from salad_compile.common.logs import logger
 from salad_compile.errors import HubError, MissingPackageError, ModelSourceError, did_you_mean
@@ -218,6 +219,8 @@ def _has_component(index: Mapping[str, Any], name: str) -> bool:
 
 
 def _of_config(values: Mapping[str, Any], name: str, class_name: str | None) -> ModelSource:
+    if impossible := first_impossible(values):
+        raise ModelSourceError(f"{name} says {impossible}, which is no size that a model has.")
     if class_name is not None and ":" in class_name:
         logger.warning("--class %s: the code of %s runs", class_name, class_name.rpartition(":")[0])
         own = {key: value for key, value in values.items() if not key.startswith("_")}
@@ -319,7 +322,7 @@ def _build(cls: Any, found: ModelSource, dtype: torch.dtype | None, *, meta: boo
     import torch.nn as nn
 
     device = torch.device("meta") if meta else torch.device("cpu")
-    with torch.random.fork_rng(devices=[]), device:
+    with torch.random.fork_rng(devices=[]), device, bounded_building():
         torch.manual_seed(RANDOM_SEED)
         try:
             model = cls.from_config(dict(found.config)) if hasattr(cls, "from_config") else cls(**found.config)
@@ -343,7 +346,8 @@ def _from_pretrained(cls: Any, found: ModelSource, dtype: torch.dtype | None) ->
     _require_shards_inside(found.directory)
     dtype = dtype or stored_dtype(found.directory) or torch.float32
     try:
-        model: nn.Module = cls.from_pretrained(str(found.directory), torch_dtype=dtype)
+        with bounded_building():
+            model: nn.Module = cls.from_pretrained(str(found.directory), torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelSourceError(f"the weights of {found.name} cannot be read: {error}") from error
     return model

@@ -12,6 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 
+from salad_compile.command_line import bounded_building
 from salad_compile.command_line.model_source import find_model, import_name, load_model, pipeline_components
 from salad_compile.errors import ConfigError, HubError, ModelSourceError
 from tests.models.handwritten import FusedDiT
@@ -105,6 +106,17 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, text: str, said: str) -> Non
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("meta", [True, False])
+def test_a_model_without_end_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meta: bool) -> None:
+    CASES["Wan"].build().save_pretrained(tmp_path)
+    load_model(tmp_path, meta=meta)
+    monkeypatch.setattr(bounded_building, "MOST_MODULES", 10)
+    with pytest.raises(ModelSourceError, match="more than 10 modules"):
+        load_model(tmp_path, meta=meta)
+    monkeypatch.undo()
+    load_model(tmp_path, meta=meta)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
@@ -116,6 +128,11 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, text: str, said: str) -> Non
             "config.json",
             '{"_class_name": "WanTransformer3DModel", "num_attention_heads": "two"}',
             "cannot be built from",
+        ),
+        (
+            "config.json",
+            '{"_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2147483648]}',
+            "says patch_size=2147483648, which is no size",
         ),
         ("weights.safetensors", "", "is not a configuration"),
     ],
