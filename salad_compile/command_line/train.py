@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--settings", metavar="FILE", help="a JSON file of fields")
     group.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="--set learning_rate=5e-5")
     group.add_argument("--steps", type=int, metavar="N", help="optimizer steps, 1600")
-    group.add_argument("--forward", metavar="MODULE:FUNCTION", help="for models that are not called as Wan is")
+    group.add_argument("--forward", metavar="MODULE:FUNCTION", help="for models of no family that is known")
     group = parser.add_argument_group("the conversion", "fields of SaladConfig, unless --salad gives a converted model")
     group.add_argument("--salad", metavar="PATH", help="branches to start from, of `convert` or of another run")
     group.add_argument("--conversion", metavar="FILE", help="a JSON file of fields")
