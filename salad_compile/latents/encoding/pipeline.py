@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salad_compile.errors import ConfigError
+from salad_compile.errors import ConfigError, MissingPackageError
 from salad_compile.latents.encoding.vae import compression, encode_video, latent_channels, vae_statistics
 from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, POOLED_TEXT
 from salad_compile.latents.source import strip_padding
@@ -120,10 +120,12 @@ class PipelineEncoder:
         }
         if "max_sequence_length" in usual:  # encode_prompt's own default is another one, in Wan's pipelines
             options["max_sequence_length"] = usual["max_sequence_length"].default
-        with torch.no_grad():
-            found = self.pipeline.encode_prompt(
-                prompt=caption, **{name: value for name, value in options.items() if name in known}
-            )
+        given = {name: value for name, value in options.items() if name in known}
+        try:
+            with torch.no_grad():
+                found = self.pipeline.encode_prompt(prompt=caption, **given)
+        except NameError as error:  # some pipelines of diffusers use ftfy without looking whether it is there
+            raise MissingPackageError(f'{self.name} needs ftfy: pip install "salad-compile[clips]"') from error
         tensors = [value for value in found if isinstance(value, Tensor)]
         text = tensors[0]
         mask = next((t for t in tensors[1:] if t.shape == text.shape[:2] and _is_mask(t)), None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from salad_compile.errors import ConfigError
+from salad_compile.errors import ConfigError, MissingPackageError
 from salad_compile.latents.encoding.pipeline import Encoded, PipelineEncoder
 from salad_compile.latents.encoding.vae import statistics_of_config, vae_statistics
 from tests.salad_compile.latents.encoding import families, world
@@ -140,6 +140,12 @@ def test_sizes_of_the_families() -> None:
     ]:
         encoder = PipelineEncoder(pipeline(make))
         assert (encoder.multiple, encoder.temporal) == expected
+
+
+def test_without_ftfy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("diffusers.pipelines.wan.pipeline_wan_i2v.ftfy")
+    with pytest.raises(MissingPackageError, match=r'needs ftfy: pip install "salad-compile\[clips\]"'):
+        PipelineEncoder(pipeline(families.wan_image)).require_texts()
 
 
 def test_parts_that_are_missing_or_of_another_model() -> None:
