@@ -350,6 +350,9 @@ def _from_pretrained(cls: Any, found: ModelSource, dtype: torch.dtype | None) ->
             model: nn.Module = cls.from_pretrained(str(found.directory), torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelSourceError(f"the weights of {found.name} cannot be read: {error}") from error
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if missing:  # diffusers warns, and leaves them without values
+        raise ModelSourceError(f"the weights of {found.name} lack {missing[0]!r} and {len(missing) - 1} more: a shard?")
     return model
 
 

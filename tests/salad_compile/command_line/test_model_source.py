@@ -106,6 +106,17 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, text: str, said: str) -> Non
     assert said in str(caught.value)
 
 
+def test_a_checkpoint_that_lacks_a_shard(tmp_path: Path) -> None:
+    CASES["Wan"].build().save_pretrained(tmp_path, max_shard_size="30KB")
+    (index,) = tmp_path.glob("*.index.json")
+    values = json.loads(index.read_text())
+    first = min(values["weight_map"].values())
+    values["weight_map"] = {name: file for name, file in values["weight_map"].items() if file != first}
+    index.write_text(json.dumps(values))
+    with pytest.raises(ModelSourceError, match=r"lack '.*' and \d+ more"):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize("meta", [True, False])
 def test_a_model_without_end_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meta: bool) -> None:
     CASES["Wan"].build().save_pretrained(tmp_path)
