@@ -81,12 +81,15 @@ class _InverseOf(NamedTuple):
     version: int
 
 
+def are_inverse(order: torch.Tensor, inverse: torch.Tensor) -> bool:
+    """Whether these are known to be two permutations, each the inverse of the other."""
+    fact = fact_of(inverse)
+    return isinstance(fact, _InverseOf) and fact.order() is order and fact.version == order._version
+
+
 def check_inverse(order: torch.Tensor, inverse: torch.Tensor) -> None:
     """inverse[order[i]] = i of two permutations, read on the CPU only."""
-    if order.device.type != "cpu":
-        return
-    fact = fact_of(inverse)
-    if isinstance(fact, _InverseOf) and fact.order() is order and fact.version == order._version:
+    if order.device.type != "cpu" or are_inverse(order, inverse):
         return
     found = inverse.index_select(0, order)
     require(

@@ -6,23 +6,31 @@ tracing all that it does is to run the operator's function, so there the functio
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
+from .differentiation import in_forward_mode
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, int, float, str, bool, type(None)})
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_PLAIN = frozenset({int, float, str, bool, type(None)})
 
-_functions: dict[str, Callable[..., Any]] = {}
+# name -> the function, and what of it is left without decorators
+_functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
 
 def direct(name: str) -> Callable[[Function], Function]:
-    """Declare the function that an operator ("salad::...") runs. The operator must write into none of its arguments."""
+    """Declare the function that an operator ("salad::...") runs. The operator must write into none of its arguments.
+
+    The function may be decorated with `reverse_mode_only` and `without_autocast`, and nothing else.
+    """
 
     def declare(function: Function) -> Function:
-        _functions[name] = function
+        _functions[name] = function, inspect.unwrap(function)
         return function
 
     return declare
@@ -35,7 +43,8 @@ def call_operator(overload: torch._ops.OpOverload, *arguments: Any) -> Any:
         overload: of an operator whose function is declared, as torch.ops.salad.take_rows.default.
     """
     if is_direct(arguments):
-        return _functions[overload.name()](*arguments)  # type: ignore[no-untyped-call]
+        function, plain = _functions[overload.name()]  # type: ignore[no-untyped-call]
+        return function(*arguments) if torch.is_autocast_enabled("cpu") else plain(*arguments)
     return overload(*arguments)
 
 
@@ -44,24 +53,28 @@ def is_direct(arguments: tuple[Any, ...]) -> bool:
 
     On a GPU operators go through the dispatcher: there its time is hidden, and profiles show them by name.
     """
-    if torch.compiler.is_compiling() or _is_watched() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if torch.compiler.is_compiling() or _is_watched():
         return False
     gradients = torch.is_grad_enabled()
     for argument in arguments:
-        if type(argument) not in _PLAIN:
-            return False
-        if isinstance(argument, torch.Tensor) and (not argument.is_cpu or (gradients and argument.requires_grad)):
+        kind = type(argument)
+        if kind in _TENSORS:
+            if not argument.is_cpu or (gradients and argument.requires_grad):
+                return False
+        elif kind not in _PLAIN:
             return False
     return True
 
 
 def _is_watched() -> bool:
-    """Whether a mode or a transform (vmap, grad) is active, which must see the operator and not what it runs.
+    """Whether a mode, a transform (vmap, grad, jvp) or a tracer must see the operator and not what it runs.
 
-    Three private functions of torch._C, seen in torch 2.13; tests/kernels/test_direct.py fails when they move.
+    Four private functions of torch._C, seen in torch 2.13; tests/kernels/test_direct.py fails when they move.
     """
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.maybe_current_level() is not None
+        or in_forward_mode()
+        or torch._C._is_tracing()
     )

@@ -67,4 +67,5 @@ def launch(
 
 def interpreting() -> bool:
     """Whether Triton interprets kernels on the CPU, as tests do on machines without a GPU."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    wanted = os.environ.get("TRITON_INTERPRET")
+    return wanted is not None and wanted.lower() in ("1", "true", "on", "yes")

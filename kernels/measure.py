@@ -72,6 +72,11 @@ def capture_selections() -> Iterator[list[Captured]]:
         yield captured
 
 
+def is_listening() -> bool:
+    """Whether a `capture_selections` context is active."""
+    return bool(_listening)
+
+
 def record_selection(selection: Selection, lse: torch.Tensor) -> None:
     """Called by the forward operator. Does nothing unless a `capture_selections` context is active."""
     for captured in _listening:

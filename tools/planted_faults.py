@@ -83,6 +83,7 @@ FAULTS = (
         "kernels/routing",
         ("pooled.div_(seen[:, None, :, None])", "pooled.div_(block)"),
         ("pooled[:, :, full].div_(tokens - full * block)", "pooled[:, :, full].div_(block)"),
+        ("(block, 1), ceil_mode=True)", "(block, 1), ceil_mode=True, divisor_override=block)"),
         tests=ROUTING,
     ),
     _fault(
@@ -188,6 +189,7 @@ FAULTS = (
         "gate inverted",
         "definition",
         ("torch.sigmoid(logits.to(", "torch.sigmoid(-logits.to("),
+        ("torch.sigmoid(cast(logits,", "torch.sigmoid(-cast(logits,"),
         tests=DEFINITION,
     ),
     _fault(
@@ -195,6 +197,10 @@ FAULTS = (
         "definition",
         ("linear * branch.head_scale.to(linear.dtype).unsqueeze(-1)", "linear"),
         ('linear * branch["head_scale"].to(linear.dtype).unsqueeze(-1) if _has_scales(spec) else linear', "linear"),
+        (
+            'linear * cast(branch["head_scale"], linear.dtype).unsqueeze(-1) if _has_scales(spec) else linear',
+            "linear",
+        ),
         tests=DEFINITION,
     ),
     _fault(

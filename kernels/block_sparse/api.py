@@ -1,5 +1,7 @@
 """`salad::block_sparse_attention` and its backward operator."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,12 +10,12 @@ from torch.autograd.function import FunctionCtx
 from ..autocast import without_autocast
 from ..checks import accumulation_dtype, valid_or_zero
 from ..differentiation import refuse_second_derivative, reverse_mode_only
-from ..direct import direct
-from ..engines import Call, choose
+from ..direct import call_operator, direct, is_direct
+from ..engines import Call, choose, serve
 from ..layout import empty_bshd
-from ..measure import record_execution, record_selection
+from ..measure import is_listening, record_execution, record_selection
 from ..selection import Selection
-from .checks import check_arguments, check_gradient, check_types
+from .checks import check_arguments, check_contents, check_gradient, check_types
 
 
 @torch.library.custom_op("salad::block_sparse_attention", mutates_args=())
@@ -57,15 +59,52 @@ def block_sparse_attention(
             `deferred.py`.
         UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, block size or GPU.
     """
-    selection = Selection(lut, count, query_block, key_block, scale, key_mask)
-    check_arguments(query, key, value, selection)
+    return _attend(_describe, query, key, value, Selection(lut, count, query_block, key_block, scale, key_mask))
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lut: torch.Tensor,
+    count: torch.Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The first result of `block_sparse_attention`, by the shortest way, see `direct.call_operator`."""
+    arguments = (query, key, value, lut, count, query_block, key_block, scale, key_mask)
+    out: torch.Tensor
+    if is_listening() or not is_direct(arguments) or torch.is_autocast_enabled("cpu"):
+        out = call_operator(torch.ops.salad.block_sparse_attention.default, *arguments)[0]
+    else:
+        selection = Selection(lut, count, query_block, key_block, scale, key_mask)
+        out = _attend(_describe_without_lse, query, key, value, selection)[0]
+    return out
+
+
+def _attend(
+    describe: Callable[..., Call], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, selection: Selection
+) -> tuple[torch.Tensor, torch.Tensor]:
+    engine, call = serve(describe, query, key, value, *selection)
+    check_contents(selection, query.shape[2])
+    key_mask = selection.key_mask
     key, value = valid_or_zero(key, key_mask), valid_or_zero(value, key_mask)
-    call = _call("block_sparse_attention", query, key, value, selection)
-    engine = choose(call)
     record_execution(selection, query.shape[2], engine.name)
     out, lse = engine.run(call, query, key, value, selection)
     record_selection(selection, lse)
     return out, lse
+
+
+def _describe(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *selected: Any) -> Call:
+    selection = Selection(*selected)
+    check_arguments(query, key, value, selection)
+    return _call("block_sparse_attention", query, key, value, selection)
+
+
+def _describe_without_lse(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *selected: Any) -> Call:
+    return dataclasses.replace(_describe(query, key, value, *selected), wants_lse=False)
 
 
 def _call(operator: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, selection: Selection) -> Call:
@@ -123,6 +162,7 @@ def block_sparse_attention_backward(
     """
     selection = Selection(lut, count, query_block, key_block, scale, key_mask)
     check_arguments(query, key, value, selection)
+    check_contents(selection, query.shape[2])
     check_gradient(grad_out, query, value, out, lse)
     key, value = valid_or_zero(key, key_mask), valid_or_zero(value, key_mask)
     call = _call("block_sparse_attention_backward", query, key, value, selection)

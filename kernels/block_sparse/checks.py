@@ -35,7 +35,7 @@ def check_arguments(
     value: torch.Tensor,
     selection: Selection,
 ) -> None:
-    """Every check. The contents of lut and count are read on the CPU only: elsewhere that would sync."""
+    """Every check that reads no values."""
     check_types(query, key, value, selection)
     lut, count, query_block, key_block, _, key_mask = selection
     batch, heads, tokens, head_dim = query.shape
@@ -54,11 +54,14 @@ def check_arguments(
     )
     require(count.shape == rows, f"count {tuple(count.shape)} must be {rows}")
     checks.check_key_mask(key_mask, batch, tokens)
-    if lut.device.type == "cpu" and not are_selected(lut, count, key_blocks):
-        _check_contents(lut, count, key_blocks)
 
 
-def _check_contents(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> None:
+def check_contents(selection: Selection, tokens: int) -> None:
+    """The contents of lut and count, on the CPU only: elsewhere reading them would sync."""
+    lut, count, _, key_block, *_ = selection
+    key_blocks = block_count(tokens, key_block)
+    if not lut.is_cpu or are_selected(lut, count, key_blocks):
+        return
     slots = lut.shape[-1]
     if count.numel() == 0:
         return

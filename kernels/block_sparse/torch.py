@@ -14,10 +14,10 @@ from .whole import attend_whole
 
 
 def block_sparse_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, selection: Selection
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.block_sparse_attention`."""
-    attended = attend_whole(query, key, value, selection)
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, selection: Selection, wants_lse: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `reference.block_sparse_attention`. wants_lse: if not, the lse may be None."""
+    attended = attend_whole(query, key, value, selection, wants_lse)
     if attended is not None:
         return attended
     lut, count, query_block, key_block, scale, key_mask = selection

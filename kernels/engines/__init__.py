@@ -7,7 +7,7 @@ themselves with `register`.
 from .call import Call
 from .engine import FOLDERS, Engine, GateCall, implementation
 from .gluon import GluonEngine
-from .registry import choose, engines, find, register, unregister, use_engine
+from .registry import choose, engines, find, register, serve, unregister, use_engine
 from .torch import TorchEngine
 from .triton import TritonEngine
 
@@ -24,6 +24,7 @@ __all__ = [
     "find",
     "implementation",
     "register",
+    "serve",
     "unregister",
     "use_engine",
 ]

@@ -27,6 +27,7 @@ class Call:
         rotated: whether the linear branch gets features that were rotated.
         needs_gradient: whether an argument requires a gradient. Compiled graphs have their backward outside, so in them
             this is False in training too.
+        wants_lse: of `block_sparse_attention`, whether anybody reads its lse: if not, an engine may return None for it.
         requested: the name of the engine that `use_engine` asks for, "" for none.
         arch: compute capability of the device, (major, minor); see `capability.arch_of`.
     """
@@ -42,6 +43,7 @@ class Call:
     feature_map: str = ""
     rotated: bool = False
     needs_gradient: bool = False
+    wants_lse: bool = True
     requested: str = field(default_factory=lambda: requests[-1] if requests else "")
     arch: tuple[int, int] = field(init=False)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import torch
 
 from ..errors import UnsupportedKernelError
 from ..launch import interpreting, recording
@@ -12,6 +15,8 @@ from .call import Call, requests
 from .engine import Engine
 
 _engines: list[Engine] = []
+_served: dict[Hashable, tuple[Engine, Call]] = {}
+_MOST_SERVED = 1024  # then it starts anew
 
 
 def register(engine: Engine, *, before: str | None = None) -> None:
@@ -23,7 +28,7 @@ def register(engine: Engine, *, before: str | None = None) -> None:
     if any(known.name == engine.name for known in _engines):
         raise UnsupportedKernelError(f"there is an engine {engine.name!r} already")
     _engines.insert(len(_engines) if before is None else _engines.index(find(before)), engine)
-    _choose.cache_clear()
+    _forget_choices()
 
 
 def unregister(name: str) -> None:
@@ -33,7 +38,12 @@ def unregister(name: str) -> None:
         UnsupportedKernelError: there is no such engine.
     """
     _engines.remove(find(name))
+    _forget_choices()
+
+
+def _forget_choices() -> None:
     _choose.cache_clear()
+    _served.clear()
 
 
 def engines() -> tuple[Engine, ...]:
@@ -84,6 +94,32 @@ def choose(call: Call) -> Engine:
         UnsupportedKernelError: that engine cannot serve the call, or none can; the message has the reasons.
     """
     return _choose(call, (interpreting(), recording()))
+
+
+def serve(describe: Callable[..., Call], *arguments: Any) -> tuple[Engine, Call]:
+    """The engine for a call with these arguments, and what `describe` says of them, which is asked once of those alike.
+
+    Args:
+        describe: checks the arguments, and says what kind of call they make. It must look at no values, only at the
+            shapes, dtypes, devices and `requires_grad` of tensors, and at the other arguments, which can be hashed.
+
+    Raises:
+        whatever `describe` raises. UnsupportedKernelError: see :func:`choose`.
+    """
+    alike = (
+        *(describe, requests[-1] if requests else "", interpreting(), recording()),
+        *[
+            (a.shape, a.dtype, a.device, a.requires_grad) if isinstance(a, torch.Tensor) else a  # its kind
+            for a in arguments
+        ],
+    )
+    served = _served.get(alike)
+    if served is None:
+        if len(_served) >= _MOST_SERVED:
+            _served.clear()
+        call = describe(*arguments)
+        served = _served[alike] = choose(call), call
+    return served
 
 
 @functools.lru_cache(maxsize=1024)  # a layer makes several calls, and where the device is quick the host's time counts

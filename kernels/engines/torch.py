@@ -22,7 +22,8 @@ class TorchEngine:
 
     def run(self, call: Call, *arguments: Any) -> Any:
         """See `Engine`."""
-        return implementation(call.operator, self.name)(*arguments)
+        function = implementation(call.operator, self.name)
+        return function(*arguments) if call.wants_lse else function(*arguments, wants_lse=False)
 
     def gate_calls(self, arch: int) -> tuple[GateCall, ...]:
         """It ships no kernel."""

@@ -11,7 +11,7 @@ from ..autocast import without_autocast
 from ..checks import accumulation_dtype
 from ..differentiation import refuse_second_derivative, reverse_mode_only
 from ..direct import direct
-from ..engines import Call, choose
+from ..engines import Call, choose, serve
 from ..layout import empty_bshd
 from .absent import absent
 from .checks import (
@@ -54,10 +54,20 @@ def linear_state(
         KernelArgumentError: on a wrong rank, shape, dtype or device, or an unknown feature map.
         UnsupportedKernelError: the Triton engine has no kernel for this dtype, head_dim, value width or GPU.
     """
-    check_state(key, value, feature_map, key_mask, rotated_key)
-    call = _call("linear_state", key, value, feature_map, rotated_key, masked=key_mask is not None)
-    state, key_sum = choose(call).run(call, key, value, feature_map, key_mask, rotated_key)
+    engine, call = serve(_describe_state, key, value, feature_map, key_mask, rotated_key)
+    state, key_sum = engine.run(call, key, value, feature_map, key_mask, rotated_key)
     return state, key_sum
+
+
+def _describe_state(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: str,
+    key_mask: torch.Tensor | None,
+    rotated_key: torch.Tensor | None,
+) -> Call:
+    check_state(key, value, feature_map, key_mask, rotated_key)
+    return _call("linear_state", key, value, feature_map, rotated_key, masked=key_mask is not None)
 
 
 def _call(
@@ -198,10 +208,21 @@ def linear_output(
         KernelArgumentError: on a wrong rank, shape, dtype, device or eps, or an unknown feature map.
         UnsupportedKernelError: the Triton engine has no kernel for this dtype, head_dim, value width or GPU.
     """
-    check_output(query, state, key_sum, feature_map, eps, rotated_query)
-    call = _call("linear_output", query, state, feature_map, rotated_query)
-    out: torch.Tensor = choose(call).run(call, query, state, key_sum, feature_map, eps, rotated_query)
+    engine, call = serve(_describe_output, query, state, key_sum, feature_map, eps, rotated_query)
+    out: torch.Tensor = engine.run(call, query, state, key_sum, feature_map, eps, rotated_query)
     return out
+
+
+def _describe_output(
+    query: torch.Tensor,
+    state: torch.Tensor,
+    key_sum: torch.Tensor,
+    feature_map: str,
+    eps: float,
+    rotated_query: torch.Tensor | None,
+) -> Call:
+    check_output(query, state, key_sum, feature_map, eps, rotated_query)
+    return _call("linear_output", query, state, feature_map, rotated_query)
 
 
 @linear_output.register_fake

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..checks import accumulation_dtype
+from ..checks import accumulation_dtype, valid_or_zero
 from ..layout import empty_bshd
-from . import reference
 from .absent import absent
 from .feature_maps import find_feature_map
 
@@ -31,6 +30,11 @@ def _masked_rows(key_mask: torch.Tensor | None, b: int, run: slice) -> torch.Ten
     return None if key_mask is None else ~key_mask[b, None, run, None]
 
 
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in this dtype: asking for the one that it has takes as long as a small operation."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _keep(x: torch.Tensor, masked: torch.Tensor | None) -> torch.Tensor:
     """x with 0 in the masked rows."""
     return x if masked is None else x.masked_fill(masked, 0)
@@ -44,10 +48,12 @@ def linear_state(
     rotated_key: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.linear_state`."""
-    if key.numel() <= _CHUNK_ELEMENTS:  # one chunk of all
-        return reference.linear_state(key, value, feature_map, key_mask, rotated_key)
     phi, _ = find_feature_map(feature_map)
     dtype = accumulation_dtype(key.dtype)
+    if key.numel() <= _CHUNK_ELEMENTS:  # one chunk of all
+        features = valid_or_zero(phi(_cast(key, dtype)), key_mask)
+        left = features if rotated_key is None else valid_or_zero(_cast(rotated_key, dtype), key_mask)
+        return left.mT @ valid_or_zero(_cast(value, dtype), key_mask), features.sum(dim=2)
     batch, heads, _, head_dim = key.shape
     state = key.new_zeros((batch, heads, head_dim, value.shape[-1]), dtype=dtype)
     key_sum = key.new_zeros((batch, heads, head_dim), dtype=dtype)
@@ -107,7 +113,11 @@ def linear_output(
     batch, heads, tokens, _ = query.shape
     out = empty_bshd(query, batch, heads, tokens, state.shape[-1])
     if query.numel() <= _CHUNK_ELEMENTS:
-        return out.copy_(reference.linear_output(query, state, key_sum, feature_map, eps, rotated_query))
+        features = phi(_cast(query, state.dtype))
+        denominator = (features @ key_sum[..., None]).add_(eps)
+        left = features if rotated_query is None else _cast(rotated_query, state.dtype)
+        read = left @ state
+        return torch.div(read, denominator, out=out) if out.dtype == read.dtype else out.copy_(read.div_(denominator))
     state, key_sum = state.contiguous(), key_sum.contiguous()
     for b, run in _chunks(query):
         features = phi(query[b, :, run].to(state.dtype))

@@ -1,12 +1,14 @@
 """`salad::pool_blocks` and `salad::select_blocks`: which key blocks every query block attends to."""
 
+from typing import Any
+
 import torch
 
 from ..autocast import without_autocast
-from ..checks import accumulation_dtype
+from ..checks import accumulation_dtype, check_permille
 from ..differentiation import without_gradient
 from ..direct import direct
-from ..engines import Call, choose
+from ..engines import Call, serve
 from ..layout import block_count, empty_lists
 from ..selection import remember_selected
 from .checks import check_pool, check_pool_types, check_select, check_select_types
@@ -33,10 +35,14 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
         KernelArgumentError: on a wrong rank, dtype, device, block size or mask.
         UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, block size or GPU.
     """
-    check_pool(x, block, key_mask)
-    call = Call("pool_blocks", x.device, x.dtype, head_dim=x.shape[-1], key_block=block, masked=key_mask is not None)
-    pooled: torch.Tensor = choose(call).run(call, x, block, key_mask)
+    engine, call = serve(_describe_pool, x, block, key_mask)
+    pooled: torch.Tensor = engine.run(call, x, block, key_mask)
     return pooled
+
+
+def _describe_pool(x: torch.Tensor, block: int, key_mask: torch.Tensor | None) -> Call:
+    check_pool(x, block, key_mask)
+    return Call("pool_blocks", x.device, x.dtype, head_dim=x.shape[-1], key_block=block, masked=key_mask is not None)
 
 
 @pool_blocks.register_fake
@@ -89,14 +95,19 @@ def select_blocks(
         KernelArgumentError: on wrong ranks, dtypes, devices, shapes, block sizes, density, sinks or mask.
         UnsupportedKernelError: the engine has no kernel for this dtype or GPU.
     """
-    settings = (query_block, key_block, density_permille)
-    check_select(pooled_query, pooled_key, *settings, sink_begin, sink_end, key_mask, permille)
-    call = Call("select_blocks", pooled_query.device, pooled_query.dtype, masked=key_mask is not None)
-    given = (*settings, sink_begin, sink_end, key_mask, permille)
-    lut, count = choose(call).run(call, pooled_query, pooled_key, *given)
-    if lut.device.type == "cpu":
+    settings = (query_block, key_block, density_permille, sink_begin, sink_end, key_mask, permille)
+    engine, call = serve(_describe_select, pooled_query, pooled_key, *settings)
+    check_permille(permille, density_permille)
+    lut, count = engine.run(call, pooled_query, pooled_key, *settings)
+    if lut.is_cpu:
         remember_selected(lut, count, pooled_key.shape[2])
     return lut, count
+
+
+def _describe_select(pooled_query: torch.Tensor, pooled_key: torch.Tensor, *settings: Any) -> Call:
+    check_select(pooled_query, pooled_key, *settings)
+    *_, key_mask, _ = settings
+    return Call("select_blocks", pooled_query.device, pooled_query.dtype, masked=key_mask is not None)
 
 
 @select_blocks.register_fake

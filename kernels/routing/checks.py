@@ -55,9 +55,8 @@ def check_select(
     key_mask: torch.Tensor | None,
     permille: torch.Tensor | None,
 ) -> None:
-    """Every check of `select_blocks`."""
+    """Every check of `select_blocks` but that of the value of `permille`."""
     check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille, key_mask, permille)
-    checks.check_permille(permille, density_permille)
     (batch, heads, query_blocks, head_dim), (key_batch, key_heads, key_blocks, key_dim) = (
         pooled_query.shape,
         pooled_key.shape,

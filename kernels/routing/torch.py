@@ -3,31 +3,35 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 
 from ..checks import accumulation_dtype, valid_or_zero
 from ..layout import ALL_BLOCKS, block_count
 from .density import kept_now, list_width, touched_blocks
 
+_SHORT = 1 << 13  # elements
+
 
 def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """See `reference.pool_blocks`. Full blocks are one strided reduction, the short last block a second one."""
+    """See `reference.pool_blocks`. Full blocks are one strided reduction, the short last block a second one.
+
+    Of few elements torch's pooling is one call, where that takes a dozen: it divides by what lies inside.
+    """
     batch, heads, tokens, head_dim = x.shape
     dtype = accumulation_dtype(x.dtype)
+    if key_mask is None and x.is_cpu and x.numel() <= _SHORT:
+        x = x if x.dtype == dtype else x.to(dtype)
+        return F.avg_pool2d(x, (block, 1), ceil_mode=True)
+    reduce = torch.mean if key_mask is None else torch.sum
     x = valid_or_zero(x, key_mask)
     full = tokens // block
     pooled = x.new_empty((batch, heads, block_count(tokens, block), head_dim), dtype=dtype)
     if full:
-        rows = torch.unflatten(x[:, :, : full * block], 2, (full, block))
-        torch.sum(rows, dim=3, dtype=dtype, out=pooled[:, :, :full])
+        rows = torch.unflatten(x.narrow(2, 0, full * block), 2, (full, block))
+        reduce(rows, dim=3, dtype=dtype, out=pooled.narrow(2, 0, full))
     if full * block < tokens:
-        torch.sum(x[:, :, full * block :], dim=2, dtype=dtype, out=pooled[:, :, full])
-    if key_mask is not None:
-        return pooled.div_(_rows(key_mask, block).clamp_(min=1)[:, None, :, None])
-    if full:
-        pooled[:, :, :full].div_(block)
-    if full * block < tokens:
-        pooled[:, :, full].div_(tokens - full * block)
-    return pooled
+        reduce(x[:, :, full * block :], dim=2, dtype=dtype, out=pooled[:, :, full])
+    return pooled if key_mask is None else pooled.div_(_rows(key_mask, block).clamp_(min=1)[:, None, :, None])
 
 
 def select_blocks(
@@ -43,10 +47,10 @@ def select_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.select_blocks`. Forced blocks score +inf, masked ones -inf, all others lie between: one top-k."""
     key_blocks = pooled_key.shape[2]
-    slots = list_width(key_blocks, query_block, key_block, density_permille, sink_begin, sink_end)
-    scores = pooled_query @ pooled_key.transpose(-1, -2)
+    slots = _width(key_blocks, query_block, key_block, density_permille, sink_begin, sink_end)
+    scores = pooled_query @ pooled_key.mT
     # An overflow must not tie with a forced block, and NaN must not outrank it: the self block is always selected.
-    lowest, highest = torch.finfo(scores.dtype).min, torch.finfo(scores.dtype).max
+    lowest, highest = _bounds(scores.dtype)
     scores.nan_to_num_(nan=lowest, posinf=highest, neginf=lowest)
     scores.masked_fill_(_overlap(*scores.shape[-2:], query_block, key_block, scores.device), float("inf"))
     first, end = touched_blocks(sink_begin, sink_end, key_block)
@@ -65,6 +69,14 @@ def select_blocks(
         lut[:, :, text] = torch.arange(slots, dtype=torch.int32, device=lut.device)
         count[:, :, text] = ALL_BLOCKS
     return lut, count
+
+
+_width = functools.lru_cache(maxsize=64)(list_width)  # in symbolic minima and maxima, which take long of numbers too
+
+
+@functools.cache
+def _bounds(dtype: torch.dtype) -> tuple[float, float]:
+    return torch.finfo(dtype).min, torch.finfo(dtype).max
 
 
 def _rows(key_mask: torch.Tensor, block: int) -> torch.Tensor:

@@ -208,10 +208,16 @@ def _scaled_dot_product_attention(
     return AttentionArguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
+_OF_C = frozenset(
+    {types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType}
+)
+
+
 def is_attention(target: Any) -> bool:
     """Whether a function, or the target of a graph node, is a known attention call."""
     try:
-        return plain_target(target) in _ADAPTERS
+        # functions of C have no attributes, and are most of what a mode sees
+        return (target if type(target) in _OF_C else plain_target(target)) in _ADAPTERS
     except TypeError:  # some callables cannot be hashed
         return False
 

@@ -16,10 +16,10 @@ from salad_compile.definition.linear_branch import update_of
 from salad_compile.definition.operands import Mapped, Operands, move_operands, operands_of
 from salad_compile.definition.pattern import BlockCall
 from salad_compile.definition.spec import AttentionSpec
-from salad_compile.definition.tensors import BranchTensors
+from salad_compile.definition.tensors import BranchTensors, cast
 from salad_compile.definition.token_layout import Segments
 from salad_compile.errors import SiteLostError
-from salad_compile.kernels.direct import call_operator
+from salad_compile.kernels.block_sparse.api import attend
 from salad_compile.kernels.exchange.api import place_in
 
 assert _kernels
@@ -82,9 +82,9 @@ def salad_of(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
     )
     # the update of the rows as they were moved, which are in memory anyway
     with_moved = spec.linear_branch and given.mapped is None and arranged.heads is None
-    out = arranged.move_back(out + update_of(moved, spec).to(out.dtype) if with_moved else out)
+    out = arranged.move_back(out + cast(update_of(moved, spec), out.dtype) if with_moved else out)
     if spec.linear_branch and not with_moved:
-        out = out + update_of(given, spec).to(out.dtype)
+        out = out + cast(update_of(given, spec), out.dtype)
     return out[:, :, given.tokens - given.video :] if spec.text == "prefix" else out
 
 
@@ -120,19 +120,7 @@ def sparse_attention(
             query, key, value, *tail, *selected, spec.query_block, spec.key_block, scale, key_mask
         )[0]
         return out
-    attended = call_operator(
-        torch.ops.salad.block_sparse_attention.default,
-        query,
-        key,
-        value,
-        *selected,
-        spec.query_block,
-        spec.key_block,
-        scale,
-        key_mask,
-    )
-    without: Tensor = attended[0]
-    return without
+    return attend(query, key, value, *selected, spec.query_block, spec.key_block, scale, key_mask)
 
 
 def _across_processes(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
@@ -151,7 +139,7 @@ def _across_processes(given: Operands, spec: AttentionSpec, scale: float) -> Ten
     branch = _of_own_heads(given.branch, spec.process_group, query.shape[1])
     out: Tensor = sparse_attention(query, key, value, arranged.where, spec, scale, None, branch)
     out = torch.ops.salad.gather_heads.default(arranged.move_back(out), spec.process_group)
-    return out + update_of(given, spec).to(out.dtype) if spec.linear_branch else out
+    return out + cast(update_of(given, spec), out.dtype) if spec.linear_branch else out
 
 
 def _of_own_heads(branch: BranchTensors, group: str, heads: int) -> BranchTensors:

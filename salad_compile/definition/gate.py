@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from salad_compile.definition.spec import AttentionSpec
-from salad_compile.definition.tensors import BranchSite, BranchTensors, TensorRow
+from salad_compile.definition.tensors import BranchSite, BranchTensors, TensorRow, cast
 
 
 def _has_gate(spec: AttentionSpec) -> bool:
@@ -42,8 +42,8 @@ def gate_of(gate_input: Tensor, branch: BranchTensors, spec: AttentionSpec, dtyp
     """
     if not _has_gate(spec):
         return None
-    logits = torch.matmul(gate_input, branch["gate_weight"].to(gate_input.dtype))
+    logits = torch.matmul(gate_input, cast(branch["gate_weight"], gate_input.dtype))
     logits = logits.unsqueeze(-1) if spec.gate == "token" else logits
-    logits = logits + branch["gate_bias"].to(gate_input.dtype)
+    logits = logits + cast(branch["gate_bias"], gate_input.dtype)
     # the sigmoid is taken in fp32 (specification 1)
-    return torch.sigmoid(logits.to(torch.promote_types(dtype, torch.float32))).to(dtype)
+    return cast(torch.sigmoid(cast(logits, torch.promote_types(dtype, torch.float32))), dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from salad_compile.definition.operands import Mapped, Operands
 from salad_compile.definition.spec import AttentionSpec
-from salad_compile.definition.tensors import BranchTensors, TensorRow, ones
+from salad_compile.definition.tensors import BranchTensors, TensorRow, cast, ones
 from salad_compile.definition.token_layout import segments
 from salad_compile.kernels.direct import call_operator
 from salad_compile.kernels.exchange import api as _head_exchange  # registers torch.ops.salad.*
@@ -94,12 +94,12 @@ def project(linear: Tensor, gate: Tensor | None, branch: BranchTensors, spec: At
         The same shape and dtype as `linear`.
     """
     linear = linear.transpose(1, 2)  # (B, V, H, head_dim)
-    scaled = linear * branch["head_scale"].to(linear.dtype).unsqueeze(-1) if _has_scales(spec) else linear
+    scaled = linear * cast(branch["head_scale"], linear.dtype).unsqueeze(-1) if _has_scales(spec) else linear
     scaled = scaled.flatten(2)
-    update = F.linear(scaled, branch["proj_weight"].to(scaled.dtype), branch["proj_bias"].to(scaled.dtype))
+    update = F.linear(scaled, cast(branch["proj_weight"], scaled.dtype), cast(branch["proj_bias"], scaled.dtype))
     if gate is not None:  # one for each head, or one for all
         update = (gate.unsqueeze(-1) * update.view_as(linear)).flatten(2)
     if _has_scales(spec):
-        update = update * branch["layer_scale"].to(update.dtype)
+        update = update * cast(branch["layer_scale"], update.dtype)
     # under autocast F.linear may return 16 bits whatever it was given
-    return update.to(linear.dtype).view_as(linear).transpose(1, 2)
+    return cast(update, linear.dtype).view_as(linear).transpose(1, 2)

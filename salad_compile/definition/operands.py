@@ -10,7 +10,7 @@ from torch import Tensor
 
 from salad_compile.definition.gate import gate_of
 from salad_compile.definition.spec import AttentionSpec
-from salad_compile.definition.tensors import BranchTensors
+from salad_compile.definition.tensors import BranchTensors, cast
 from salad_compile.definition.token_layout import Arrangement, segments
 
 
@@ -70,7 +70,7 @@ def operands_of(
     mapped: Mapped | None,
 ) -> Operands:
     """Of the arguments of :func:`salad_compile.definition.attention.salad_attention`."""
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = cast(query, dtype), cast(key, dtype), cast(value, dtype)
     mapped = mapped if spec.linear_branch else None
     key, value = with_all_heads(key, spec.heads_per_key), with_all_heads(value, spec.heads_per_key)
     tokens, prefix = key.shape[2], spec.text == "prefix"
@@ -113,7 +113,7 @@ def with_all_heads(tensor: Tensor, heads_per_key: int) -> Tensor:
 
 def _like_operands(mapped: Mapped, spec: AttentionSpec, dtype: torch.dtype, padding: int) -> Mapped:
     """With the dtype, the heads and the padding that query and key have got."""
-    query, key, rotated_query, rotated_key = (tensor.to(dtype) for tensor in mapped)
+    query, key, rotated_query, rotated_key = (cast(tensor, dtype) for tensor in mapped)
     key, rotated_key = (with_all_heads(tensor, spec.heads_per_key) for tensor in (key, rotated_key))
     if spec.text == "prefix":
         query, rotated_query = F.pad(query, (0, 0, padding, 0)), F.pad(rotated_query, (0, 0, padding, 0))

@@ -6,25 +6,21 @@ the forward.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, fx
 
 # StorageWeakRef is undocumented. Seen in torch 2.11 and 2.13; position/test_private_names.py fails when it moves.
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
+from salad_compile.position.again import Autocast, autocast_state, run_again
 from salad_compile.position.flow import Cell, Flow, TensorInfo
 from salad_compile.position.operations import PROJECTIONS, data_arguments, operation, writes
-from salad_compile.position.slice import Entry, PositionSlice, UndeterminedError, features, find_slice
-
-# device type, whether it is on, its dtype
-Autocast = tuple[str, bool, torch.dtype]
+from salad_compile.position.slice import Entry, PositionSlice, UndeterminedError, find_slice
 
 UNCOUNTED = -1  # torch counts no writes into tensors of inference mode
 OVERWRITTEN = "what its position is made of has been overwritten by now"
@@ -313,46 +309,6 @@ class PositionGraph(OperationRecording):
         return self._values[node], self._versions.get(node)
 
 
-def replay(
-    found: PositionSlice | None,
-    operand: Tensor,
-    feature_map: str,
-    start_of: Callable[[Entry], Tensor],
-    value_of: Callable[[fx.Node], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """An operand without position, and its features with it.
-
-    Args:
-        start_of: the value at the start of a stream. value_of: what else is needed, of a node's tensor.
-    """
-    if found is None:
-        info = TensorInfo.of(operand)
-        assert info is not None
-        return operand, features(operand, info, operand.shape[-1], feature_map)
-    plain, rotated = found.replay(
-        lambda entry: entry.begin(start_of(entry), feature_map), lambda node, known: run_again(node, known, value_of)
-    )
-    return plain, rotated
-
-
-def run_again(node: fx.Node, known: Mapping[fx.Node, Any], value_of: Callable[[fx.Node], Tensor]) -> Any:
-    """Run an operation once more, with other values for some of its arguments."""
-
-    def value(argument: Any) -> Any:
-        if type(argument) is fx.Node:
-            return known[argument] if argument in known else value_of(argument)
-        return fx.map_arg(argument, value) if isinstance(argument, (tuple, list, slice, dict)) else argument
-
-    args = [value(argument) for argument in node.args]
-    kwargs = {name: value(argument) for name, argument in node.kwargs.items()}
-    assert callable(node.target)
-    autocast: Autocast | None = node.meta.get("autocast")
-    if autocast is None or _autocast_now(autocast[0]) == autocast[1:]:
-        return node.target(*args, **kwargs)
-    with torch.autocast(autocast[0], enabled=autocast[1], dtype=autocast[2]):
-        return node.target(*args, **kwargs)
-
-
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in nested containers, slices included."""
     found: list[Tensor] = []
@@ -369,24 +325,3 @@ def tensors_in(tree: Any) -> list[Tensor]:
 def holds_tensors(out: Any) -> bool:
     """Whether a result is a tensor, or a tuple or list that has one."""
     return isinstance(out, Tensor) or (isinstance(out, (tuple, list)) and any(isinstance(o, Tensor) for o in out))
-
-
-def autocast_state(out: Any) -> Autocast | None:
-    """What autocast does on the device of a result; None if there is none for it."""
-    if not isinstance(out, Tensor):
-        tensors = [part for part in out if isinstance(part, Tensor)] if isinstance(out, (tuple, list)) else []
-        return autocast_state(tensors[0]) if tensors else None
-    device = out.device.type
-    if not _has_autocast(device):
-        return None
-    return (device, *_autocast_now(device))
-
-
-@functools.cache
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
-def _autocast_now(device: str) -> tuple[bool, torch.dtype]:
-    """Whether autocast is on for a device type, and its dtype."""
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

@@ -12,38 +12,26 @@ sees shows; autocast. Values are in no edge and in nothing that is kept: the sea
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
-import torch
-import torch.nn as nn
 from torch import Tensor, fx
 
 from salad_compile.definition.operands import Mapped
+from salad_compile.position.again import autocast_state, replay
+from salad_compile.position.edges import KnownArguments, KnownStep, SeenTensors, UnknownArgumentError, may_write
 from salad_compile.position.flow import TensorInfo
-from salad_compile.position.operations import writes
 from salad_compile.position.recording import (
     OVERWRITTEN,
-    UNCOUNTED,
     Moment,
     PositionGraph,
-    autocast_state,
     holds_tensors,
-    replay,
     tensors_in,
 )
-from salad_compile.position.slice import Entry, PositionSlice, UndeterminedError, told_of
+from salad_compile.position.slice import Entry, PositionSlice, UndeterminedError, position_error, told_of
 
 _MOST_EDGES = 20_000  # of all trees; then they start anew
-
-_CONSTANTS = frozenset(
-    {
-        *(int, float, bool, str, type(None), type(...)),
-        *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -66,25 +54,19 @@ class _Sequence:
     Attributes:
         next: edge -> the sequence with that operation.
         writes: operations that write and need no copy of what they overwrite, as they are before they run.
+        usual, usual_write: of these the ones that came last, which are compared first.
         calls: query and key of an attention call at this point -> how they got their position.
     """
 
     next: dict[Any, _Sequence] = field(default_factory=dict)
     writes: set[Any] = field(default_factory=set)
+    usual: KnownStep[_Sequence] | None = None
+    usual_write: KnownArguments | None = None
     calls: dict[Any, dict[str, _Found]] = field(default_factory=dict)
 
 
-class _Step(NamedTuple):
-    """Something that happened. operation: function, args, kwargs and result; or None: a projection of `tensors`."""
-
-    operation: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any] | None
-    tensors: tuple[Tensor, ...]
-    moment: Moment
-
-
-class _UnknownArgumentError(Exception):
-    """An argument that cannot be compared."""
-
+# Something that happened: a function, its arguments and result, and when it was.
+_Step: TypeAlias = "tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any, Moment | KnownStep[_Sequence]]"
 
 _trees: dict[bool, _Sequence] = {}
 _edges = 0
@@ -97,7 +79,12 @@ def forget_sequences() -> None:
     _edges = 0
 
 
-class PositionRecording:
+def project(x: Tensor) -> Tensor:
+    """Stands for a projection of `x` among the operations."""
+    raise NotImplementedError
+
+
+class PositionRecording(SeenTensors):
     """What the eager twin records of one forward, from which position is replayed.
 
     Args:
@@ -105,24 +92,30 @@ class PositionRecording:
     """
 
     def __init__(self, all_projections: bool) -> None:
+        super().__init__()
         self.all_projections = all_projections
         self.graph: PositionGraph | None = None  # once something is new
         self._at: _Sequence | None = _trees.setdefault(all_projections, _Sequence())  # None: not to be remembered
         self._steps: list[_Step] = []
-        self._tensors: list[Tensor] = []  # kept alive: the id of a freed tensor would be reused
-        self._numbers: dict[int, int] = {}  # id -> place in `_tensors`
-        self._first_versions: list[int] = []
-        self._storages: dict[int, int] = {}
-        self._versions: dict[int, int] = {}  # of the tensors of the edge that is being made, by id
 
     # ------------------------------------------------------------------------------------------------- what happens
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation of the model and note it."""
-        if self._at is None:
+        at = self._at
+        if at is None:
             assert self.graph is not None
             return self.graph.run(func, args, kwargs)
-        if "out" in kwargs or _may_write(func):
+        usual = at.usual
+        if usual is not None and usual.func is func and usual.is_plain and not kwargs:
+            out = func(*args)
+            if self.graph is None and self._repeats(usual, args, kwargs, out):
+                self._at = usual.following
+                self._steps.append((func, args, kwargs, out, usual))
+            else:
+                self._note(func, args, kwargs, out)
+            return out
+        if "out" in kwargs or may_write(func):
             return self._run_write(func, args, kwargs)
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) or holds_tensors(out):
@@ -132,12 +125,8 @@ class PositionRecording:
     def add_projection(self, x: Tensor, out: Tensor) -> None:
         """A projection returned `out` for `x`."""
         if self._at is not None:
-            self._versions = {}
-            edge = ("projection", self._tensor(x), self._tensor(out))
-            step = _Step(None, (x, out), Moment(self._versions, None))
-            self._advance(edge, self._at.next.get(edge))
-            self._steps.append(step)
-        if self.graph is not None:
+            self._note(project, (x,), {}, out)
+        elif self.graph is not None:
             self.graph.add_projection(x, out)
 
     def add_operation(self, func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
@@ -151,14 +140,20 @@ class PositionRecording:
         """An operation that writes: whether a value is copied for it depends on nothing but what ran before it."""
         at = self._at
         assert at is not None
-        self._versions = {}
+        usual = at.usual_write
+        if self.graph is None and usual is not None and usual.func == func and self._fits(usual, args, kwargs):
+            out = func(*args, **kwargs)
+            self._note(func, args, kwargs, out)
+            return out
+        self._versions, seen = {}, len(self._tensors)
         try:
             edge = self._arguments(func, args, kwargs)
             known = edge in at.writes
-        except (_UnknownArgumentError, TypeError):
+        except (UnknownArgumentError, TypeError):
             self._forget()
             return self.run(func, args, kwargs)
         if self.graph is None and known:
+            at.usual_write = KnownArguments(edge, seen)
             out = func(*args, **kwargs)
             self._note(func, args, kwargs, out)
             return out
@@ -180,38 +175,43 @@ class PositionRecording:
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, in_graph: bool = False
     ) -> None:
         """An operation ran. in_graph: whether the graph has it already."""
-        step = self._step(func, args, kwargs, out)
-        if self.graph is not None and not in_graph:
-            self.graph.record(func, args, kwargs, lambda: out)
-        if step is not None:
-            self._steps.append(step)
-
-    def _step(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> _Step | None:
-        """Go on along an operation that ran; None if it cannot be compared."""
-        versions: dict[int, int] = {}
-        self._versions = versions
         assert self._at is not None
+        usual = self._at.usual
+        if self.graph is None and usual is not None and usual.func == func and self._repeats(usual, args, kwargs, out):
+            self._at = usual.following
+            self._steps.append((func, args, kwargs, out, usual))
+            return
+        moment = self._go_on(func, args, kwargs, out)
+        if self.graph is not None and not in_graph:
+            _add(self.graph, func, args, kwargs, out)
+        if moment is not None:
+            self._steps.append((func, args, kwargs, out, moment))
+
+    def _go_on(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> Moment | None:
+        """Go on along an operation that ran; None if it cannot be compared."""
+        global _edges
+        at = self._at
+        assert at is not None
+        versions: dict[int, int] = {}
+        self._versions, seen = versions, len(self._tensors)
         try:
             autocast = autocast_state(out)
             edge = (self._arguments(func, args, kwargs), self._result(out), autocast)
-            following = self._at.next.get(edge)
-        except (_UnknownArgumentError, TypeError):  # of what cannot be hashed
+            following = at.next.get(edge)
+        except (UnknownArgumentError, TypeError):  # of what cannot be hashed
             self._forget()
             return None
-        self._advance(edge, following)
-        return _Step((func, args, kwargs, out), (), Moment(versions, autocast))
-
-    def _advance(self, edge: Any, following: _Sequence | None) -> None:
-        """Go on to `following`; None: to a new sequence, by this edge."""
-        global _edges
-        assert self._at is not None
         if following is None:
             self._graph()
             if _edges >= _MOST_EDGES:
                 forget_sequences()
             _edges += 1
-            following = self._at.next.setdefault(edge, _Sequence())
+            following = at.next.setdefault(edge, _Sequence())
+        at.usual = KnownStep(edge, seen, following)
         self._at = following
+        return Moment(versions, autocast)
 
     def _forget(self) -> None:
         """From here on nothing of this forward is remembered."""
@@ -222,78 +222,10 @@ class PositionRecording:
         """The operations so far, as a graph that from now on gets those that follow."""
         if self.graph is None:
             self.graph = graph = PositionGraph(self.all_projections)
-            for step in self._steps:
-                graph.add_past(step.moment, functools.partial(_add, graph, step))
+            for *step, when in self._steps:
+                moment = Moment(self._versions_in(when.edge), when.autocast) if isinstance(when, KnownStep) else when
+                graph.add_past(moment, functools.partial(_add, graph, *step))
         return self.graph
-
-    # ------------------------------------------------------------------------------------------------------- edges
-
-    def _arguments(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        numbers, first, versions = self._numbers, self._first_versions, self._versions
-        key: list[Any] = [func]
-        for value in args:
-            identity = id(value)
-            number = numbers.get(identity)
-            if number is None:
-                key.append(self._key(value))
-                continue
-            before = first[number]
-            versions[identity] = version = before if before == UNCOUNTED else value._version
-            key.append((number, version - before))
-        key.append(self._key(kwargs) if kwargs else None)
-        return tuple(key)
-
-    def _key(self, value: Any) -> Any:
-        """What an argument is compared by. Raises _UnknownArgumentError."""
-        kind = type(value)
-        if kind is not Tensor:
-            if kind in _CONSTANTS:
-                # 0.0 and -0.0 are equal
-                return (kind, value) if value or kind is not float else (kind, math.copysign(1.0, value))
-            if kind is tuple or kind is list:
-                return (kind, *[self._key(entry) for entry in value])
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, (tuple, list)):
-            return (kind, *map(self._key, value))
-        if kind is slice:
-            return (kind, self._key(value.start), self._key(value.stop), self._key(value.step))
-        if kind is dict:
-            return (kind, *((name, self._key(entry)) for name, entry in value.items()))
-        raise _UnknownArgumentError
-
-    def _tensor(self, tensor: Tensor) -> tuple[Any, ...]:
-        identity = id(tensor)
-        number = self._numbers.get(identity)
-        try:
-            version = tensor._version
-        except RuntimeError:  # of inference mode
-            version = UNCOUNTED
-        self._versions[identity] = version
-        if number is not None:
-            return (number, version - self._first_versions[number])
-        self._numbers[identity] = number = len(self._tensors)
-        self._tensors.append(tensor)
-        self._first_versions.append(version)
-        # exactly a tensor: no parameter, and the check for parameters is slow
-        parameter = type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)
-        return (number, tensor.shape, tensor.dtype, self._storage(tensor), parameter, version != UNCOUNTED)
-
-    def _storage(self, tensor: Tensor) -> int | None:
-        """A number that only tensors of one memory share, in the order in which memories are met."""
-        try:
-            storage = tensor.untyped_storage()._cdata  # see `TensorInfo.of`
-        except (RuntimeError, NotImplementedError):
-            return None
-        return self._storages.setdefault(storage, len(self._storages))
-
-    def _result(self, out: Any) -> Any:
-        if isinstance(out, Tensor):
-            known = id(out) in self._numbers  # of operations in place, some of which change the shape
-            return (self._tensor(out), out.shape, out.dtype) if known else self._tensor(out)
-        if isinstance(out, (tuple, list)):
-            return (type(out), *[self._result(part) for part in out])
-        return self._key(out)
 
     # ---------------------------------------------------------------------------------------------------- position
 
@@ -337,8 +269,10 @@ class PositionRecording:
             found = known[role]
             start_of = functools.partial(self._start_of, found.needed)
             value_of = functools.partial(self._value_of, found.needed)
-            with told_of(site, role):
+            try:
                 pairs[role] = replay(found.slice, operand, feature_map, start_of, value_of)
+            except UndeterminedError as reason:
+                raise position_error(site, role, str(reason)) from reason
         return _mapped(pairs)
 
     def _start_of(self, needed: Mapping[fx.Node, tuple[int, int | None]], entry: Entry) -> Tensor:
@@ -365,22 +299,10 @@ def _mapped(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Mapped | None:
     return Mapped(query, key, rotated_query, rotated_key)
 
 
-def _add(graph: PositionGraph, step: _Step) -> None:
-    if step.operation is None:
-        graph.add_projection(*step.tensors)
-        return
-    func, args, kwargs, out = step.operation
-    graph.record(func, args, kwargs, lambda: out)
-
-
-@functools.lru_cache(maxsize=4096)
-def _writes_whatever(func: Callable[..., Any]) -> bool:
-    return writes(func, (), {})
-
-
-def _may_write(func: Callable[..., Any]) -> bool:
-    """Whether a function writes into its arguments, unless `out` is among them."""
-    try:
-        return _writes_whatever(func)
-    except TypeError:  # some callables cannot be hashed
-        return writes(func, (), {})
+def _add(
+    graph: PositionGraph, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
+    if func is project:
+        graph.add_projection(args[0], out)
+    else:
+        graph.record(func, args, kwargs, lambda: out)

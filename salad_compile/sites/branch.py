@@ -98,6 +98,13 @@ class SaladBranch(Site):
         returned: Any,
     ) -> Any:
         """What a projection returned, with its result changed. change: its first role, input and output -> output."""
+        if (
+            type(module) is nn.Linear
+            and len(args) == 1
+            and isinstance(returned, Tensor)
+            and isinstance(args[0], Tensor)
+        ):
+            return change(first, args[0], returned)  # by far the most, without what the others need
         call = projection_call(module, args, kwargs, returned)
         if call is None:
             raise no_tensor_error(self.record.owner, first, returned)
@@ -113,13 +120,10 @@ class SaladBranch(Site):
             mode = running(self)
             if mode is not None:
                 self._require_gradients(mode)
-                mode.arm(x)
-            elif not self.switch.dense and not self.detached:
+                return mode.run_query(x, lambda: self.add_updates(first, x, out))
+            if not self.switch.dense and not self.detached:
                 self._require_owner()
-            updated = self._add_source(first, x, out)
-            if mode is not None:
-                mode.follow_rows(x, updated)
-            return updated
+            return self.add_updates(first, x, out)
         out = self.add_updates(first, x, out)
         if self.switch.dense:
             return tag_dense(x, out)

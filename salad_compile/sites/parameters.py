@@ -18,6 +18,7 @@ from salad_compile.definition import branch_tensors, patterns
 from salad_compile.definition.pattern import Pattern
 from salad_compile.definition.spec import AttentionSpec, density_permille
 from salad_compile.definition.tensors import BranchSite, BranchTensors, TensorRow
+from salad_compile.kernels.direct import is_direct
 from salad_compile.sites.record import SiteRecord
 
 
@@ -191,6 +192,10 @@ class BranchParameters(nn.Module):
             return out
         slots = self.slots[first]
         if len(slots) == 1:
+            down, up = self._pair(roles[0])
+            scale = self.low_rank_scale
+            if x.dtype == out.dtype == scale.dtype == down.dtype and is_direct((x, out, scale)):
+                return torch.add(out, F.linear(F.linear(x, down), up), alpha=float(scale))
             return out + _cast(self._low_rank(roles[0], x), out.dtype)
         parts = torch.split(out, [width for _, width in slots], dim=-1)
         updated = [
@@ -200,11 +205,14 @@ class BranchParameters(nn.Module):
         return torch.cat(updated, dim=-1)
 
     def _low_rank(self, role: str, x: Tensor) -> Tensor:
-        down, up = (_cast(getattr(self, f"low_rank_{role}_{part}"), x.dtype) for part in ("down", "up"))
+        down, up = (_cast(tensor, x.dtype) for tensor in self._pair(role))
         # a copy: a cast without effect returns its operand, which in torch.export's graphs stands for the mark itself,
         # and which may change before the backward pass (distillation sets it to 0 for the dense teacher)
         scale = self.low_rank_scale.to(x.dtype, copy=True)
         return F.linear(F.linear(x, down), up) * scale
+
+    def _pair(self, role: str) -> tuple[Tensor, Tensor]:
+        return getattr(self, f"low_rank_{role}_down"), getattr(self, f"low_rank_{role}_up")
 
     def extra_repr(self) -> str:
         """One line for `print(model)`: torchao's users complain that a printed model tells nothing."""
@@ -217,4 +225,4 @@ class BranchParameters(nn.Module):
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """With this dtype. A cast without effect takes time uncompiled, and is left in graphs, where it takes none."""
-    return tensor if not torch.compiler.is_compiling() and tensor.dtype == dtype else tensor.to(dtype)
+    return tensor if tensor.dtype == dtype and not torch.compiler.is_compiling() else tensor.to(dtype)

@@ -10,8 +10,12 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from salad_compile.kernels.block_sparse.api import attend
 from salad_compile.kernels.direct import call_operator, is_direct
-from salad_compile.kernels.errors import KernelArgumentError
+from salad_compile.kernels.engines import use_engine
+from salad_compile.kernels.errors import KernelArgumentError, UnsupportedKernelError
+from salad_compile.kernels.measure import capture_selections, measure_executions
+from tests.kernels.helpers import make_qkv, make_selection
 
 TAKE_ROWS = torch.ops.salad.take_rows.default
 ORDER = torch.tensor([2, 0, 1], dtype=torch.int32)
@@ -61,6 +65,38 @@ def test_modes_see_the_operator(mode_class: type[Dispatched] | type[Called]) -> 
     with mode_class() as mode:
         call_operator(TAKE_ROWS, values(), ORDER, INVERSE)
     assert TAKE_ROWS in mode.seen
+
+
+def test_attention_without_its_lse_is_the_operators() -> None:
+    query, key, value = make_qkv(70, dtype=torch.float32)
+    lut, count = make_selection(query, key, 16, 16, 400)
+    given = (query, key, value, lut, count, 16, 16, 0.5)
+    expected, lse = torch.ops.salad.block_sparse_attention.default(*given)
+    assert torch.equal(attend(*given), expected)
+    with capture_selections() as captured:
+        attend(*given)
+    assert torch.equal(captured[0].lse, lse)
+    with measure_executions() as executions:
+        attend(*given)
+    assert len(executions) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(*given), expected)
+    query.requires_grad_()
+    attend(*given).sum().backward()
+    assert query.grad is not None
+
+
+def test_arguments_alike_are_checked_once_and_wrong_ones_always() -> None:
+    query, key, value = make_qkv(70, dtype=torch.float32)
+    lut, count = make_selection(query, key, 16, 16, 400)
+    for _ in range(2):
+        with pytest.raises(KernelArgumentError, match="one dtype"):
+            attend(query, key, value.double(), lut, count, 16, 16, 0.5)
+        with pytest.raises(KernelArgumentError, match="ascending"):
+            attend(query, key, value, lut.flip(-1), count, 16, 16, 0.5)
+        attend(query, key, value, lut, count, 16, 16, 0.5)
+        with use_engine("triton"), pytest.raises(UnsupportedKernelError):
+            attend(query, key, value, lut, count, 16, 16, 0.5)
 
 
 def test_autograd_sees_the_operator() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -235,3 +237,25 @@ def test_nothing_is_kept_of_a_forward_and_the_trees_start_anew(monkeypatch: pyte
     edges = [edge for tree in sequences._trees.values() for edge in tree.next]
     assert edges
     assert not any(isinstance(part, Tensor) for edge in edges for part in torch.utils._pytree.tree_leaves(edge))
+
+
+@pytest.mark.parametrize("style", [styles.InPlace, styles.Complex])
+def test_a_forward_keeps_nothing_alive(style: type[styles.Rotary], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What refers to itself would keep the tensors of a forward until Python looks for such."""
+    model, recordings = converted(style), []
+    enter = sequences.PositionRecording.mapped
+
+    def note(recording: sequences.PositionRecording, *given: object) -> object:
+        recordings.append(weakref.ref(recording))
+        return enter(recording, *given)  # type: ignore[arg-type]
+
+    model(toys.tokens())
+    monkeypatch.setattr(sequences.PositionRecording, "mapped", note)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            model(toys.tokens())
+        assert recordings
+        assert all(reference() is None for reference in recordings)
+    finally:
+        gc.enable()
