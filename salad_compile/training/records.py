@@ -21,6 +21,8 @@ from salad_compile.training.settings import TrainSettings
 
 LOG_FILE = "log.jsonl"
 RESULT = "result"  # of a finished run, in the last line of its log
+_LARGEST = 1e300
+_TEXTS = ("stage", "validation_data", RESULT)
 
 
 def read_log(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -45,7 +47,15 @@ def _line(text: bytes) -> dict[str, Any] | None:
         values = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return values if isinstance(values, dict) and is_int(values.get("step")) else None
+    whole = isinstance(values, dict) and is_int(values.get("step"))
+    return values if whole and all(_fits(name, value) for name, value in values.items()) else None
+
+
+def _fits(name: str, value: object) -> bool:
+    """Whether a line may say this: text, or a finite number where it has one."""
+    if name in _TEXTS:
+        return isinstance(value, str)
+    return value is None or (isinstance(value, (int, float)) and -_LARGEST < value < _LARGEST)
 
 
 class RunLog:

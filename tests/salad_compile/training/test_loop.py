@@ -200,8 +200,9 @@ def test_a_state_that_is_not_of_its_directory_is_passed_over(
         b'{"step": "two"}\n[1]\n7\n',
         b"[" * 100_000 + b"\n",
         b'{"step": 7, "lo',
+        b'{"step": 4, "seconds": "x"}\n{"step": 4, "validation_loss": NaN}\n{"step": 4, "validation_data": []}\n',
     ],
-    ids=["nul", "bytes", "other", "deep", "torn"],
+    ids=["nul", "bytes", "other", "deep", "torn", "kinds"],
 )
 def test_a_damaged_log_never_makes_a_checkpoint_unusable(
     data: Path, whole: Path, tmp_path: Path, damage: bytes
