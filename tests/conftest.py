@@ -148,7 +148,7 @@ def as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _spec_after_every_pass() -> Iterator[None]:
-    """Every graph that any test compiles in this process is held against tests/passes/spec.py, after every pass."""
+    """Every graph that any test compiles in this process is held against passes/spec.py, after every pass."""
     from salad_compile.passes.driver import watch_passes
     from tests.passes.emitted import require_spec
 

@@ -12,7 +12,7 @@ from torch import fx
 from salad_compile.config import BackendOptions
 from salad_compile.passes.context import Context, graph_modules
 from salad_compile.passes.driver import run_passes
-from tests.passes.spec import verify
+from salad_compile.passes.spec import verify
 
 
 def require_spec(gm: fx.GraphModule, context: Context) -> None:

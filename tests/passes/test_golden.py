@@ -12,11 +12,11 @@ import pytest
 from torch import Tensor
 
 import salad_compile
+from salad_compile.passes.spec import OPERATORS
 from tests import toys
 from tests.passes import rotary_styles as styles
 from tests.passes.emitted import emitted_graph
 from tests.passes.golden_text import golden_text
-from tests.passes.spec import OPERATORS
 
 GOLDEN = Path(__file__).with_name("golden")
 CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=0, min_tokens=64)

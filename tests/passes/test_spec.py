@@ -15,9 +15,9 @@ from torch import Tensor, fx
 import salad_compile
 from salad_compile.kernels.exchange import api as _exchange  # registers its operators
 from salad_compile.passes.driver import watch_passes
+from salad_compile.passes.spec import MARKERS, OPERATORS, RULES, Call, verify
 from tests import toys
 from tests.passes.emitted import emitted_graph
-from tests.passes.spec import MARKERS, OPERATORS, RULES, Call, verify
 
 assert _exchange
 CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=32, lowest_sparsity=0.5, min_tokens=64)
@@ -259,7 +259,7 @@ def test_markers_and_foreign_operators_are_violations() -> None:
 def test_the_suite_checks_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fixture of conftest.py is on: a rule that nothing satisfies is noticed in the pass that breaks it."""
     broken = ("take_rows", "never", lambda call: False)
-    monkeypatch.setattr("tests.passes.spec.RULES", (*RULES, broken))
+    monkeypatch.setattr("salad_compile.passes.spec.RULES", (*RULES, broken))
     seen: list[str] = []
     model = salad_compile.convert(toys.SelfAttention(), CONFIG, example_inputs=(toys.tokens(105),), grid=(3, 5, 7))
     with (
