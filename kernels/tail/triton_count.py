@@ -36,7 +36,7 @@ def count_kernel(
 ):
     """lut int32 (B, H, Mq, L), count int32 (B, H, Mq), summed int32 (B, S + 1) -> counted fp32 (B, H, Mq, P).
 
-    All contiguous. summed: how many of the first so many tokens are valid.
+    All contiguous. summed: entry n is how many of the first n tokens are valid.
     """
     block, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = (batch * heads + head) * query_blocks + block

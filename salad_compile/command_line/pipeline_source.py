@@ -93,7 +93,7 @@ def find_pipeline(source: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(text, ignore_patterns=[*weights, "*.pth", "*.msgpack", "*.onnx", "*.mp4"]))
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelSourceError(f"{text!r} is no directory here, and could not be downloaded: {reason}") from error
+        raise ModelSourceError(f"{text!r} is not a directory here, and could not be downloaded: {reason}") from error
     except Exception as error:  # the classes of the HTTP library, which changes between releases of huggingface_hub
         raise HubError(f"the download of {text!r} broke off: {type(error).__name__}: {error}. Try again.") from error
 
@@ -150,7 +150,7 @@ def _pipeline_class(directory: Path, index: Mapping[str, Any]) -> Any:
     cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise ModelSourceError(
-            f"{directory / PIPELINE_INDEX} says _class_name {str(name)[:80]!r}, which is no pipeline of diffusers "
+            f"{directory / PIPELINE_INDEX} says _class_name {str(name)[:80]!r}, which is not a pipeline of diffusers "
             f"{diffusers.__version__}."
         )
     for part, place in index.items():

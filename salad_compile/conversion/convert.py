@@ -63,8 +63,8 @@ def plan(
         PatternError: a site's sparse pattern needs what the site does not have.
     """
     config = _checked_config(config)
-    found = {name: _discover(module, example_inputs, config, grid, sites) for name, module in components(model).items()}
     modules = components(model)
+    found = {name: _discover(module, example_inputs, config, grid, sites) for name, module in modules.items()}
     return Plan(
         sites={name: discovery.sites for name, discovery in found.items()},
         config=config,
@@ -72,8 +72,14 @@ def plan(
         forecasts=[
             entry for name, module in modules.items() for entry in forecast(module, name, found[name].sites, config)
         ],
-        base_parameters=sum(p.numel() for module in modules.values() for p in module.parameters()),
+        base_parameters=sum(map(_base_parameters, modules.values())),
     )
+
+
+def _base_parameters(module: nn.Module) -> int:
+    """How many parameters a model has that no conversion added."""
+    added = sum(p.numel() for branch in branches(module).values() for p in branch.parameters())
+    return sum(p.numel() for p in module.parameters()) - added
 
 
 def _discover(module: nn.Module, example_inputs: Any, config: SaladConfig, grid: Any, sites: Any) -> Discovery:

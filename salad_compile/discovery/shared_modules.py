@@ -41,10 +41,12 @@ def _read_again(call: Call, frame: Frame | None, probe: Probe) -> str:
     if call.shapes[0][0] == 1 and gate_input.dim() > 2 and gate_input.shape[0] > 1:
         return ""
     readers = [other for other in probe.calls if frame in other.stack and _nodes(other, 0) == _nodes(call, 0)]
-    alike = [other for other in readers if _nodes(other, 1) == _nodes(call, 1)]
-    if len(alike) > 1:
+    # the very same query is no part of it
+    parts = [other for other in readers if other.arguments.query is not call.arguments.query]
+    parts = [other for other in parts if _nodes(other, 1) == _nodes(call, 1)]
+    if parts:
         return (
-            f"{len(alike)} attention calls of one forward read its query and key, heads or tokens in parts for "
+            f"{len(parts) + 1} attention calls of one forward read its query and key, heads or tokens in parts for "
             "example: only one call for all of them can be converted"
         )
     return "another attention call reads its query before it does" if readers[:1] != [call] else ""

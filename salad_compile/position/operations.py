@@ -88,6 +88,27 @@ def is_foreign(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.namespace not in _OWN_NAMESPACES
 
 
+# Of torch's collectives; seen in torch 2.13. position/test_run_rows.py fails when one comes that is not here.
+_COLLECTIVES = frozenset({"c10d", "c10d_functional", "_c10d_functional", "_c10d_functional_autograd", "symm_mem"})
+_GROUPS = frozenset({"group", "group_name", "process_group", "pg"})
+
+
+def may_communicate(target: Any) -> bool:
+    """Whether an operator may exchange values with other processes, by its namespace or because it takes a group.
+
+    Run by one process more often than by the others, it would keep all of them waiting.
+    """
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(may_communicate(getattr(target, name)) for name in target.overloads())  # type: ignore[no-untyped-call]
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    takes_group = any(
+        (argument.name in _GROUPS and str(argument.type) != "int") or "ProcessGroup" in str(argument.type)
+        for argument in target._schema.arguments
+    )
+    return takes_group or target.namespace in _COLLECTIVES
+
+
 def writes(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call writes into one of its arguments."""
     return name_of(function, args)[1] or "out" in kwargs or bool(written_by_schema(function, args, kwargs))

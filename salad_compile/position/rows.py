@@ -22,7 +22,14 @@ from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 from salad_compile.calls.softmax_products import name_of
 from salad_compile.position import shadows as sh
 from salad_compile.position.kept_rows import Entries, Operation, carry
-from salad_compile.position.operations import BLANKS, LIKE_ANOTHER, SIZES, is_foreign, written_by_schema
+from salad_compile.position.operations import (
+    BLANKS,
+    LIKE_ANOTHER,
+    SIZES,
+    is_foreign,
+    may_communicate,
+    written_by_schema,
+)
 from salad_compile.position.row_reader import FOLLOWED, RowReader, Rows, Values, leaves
 from salad_compile.position.run_rows import OperatorRuns, like
 from salad_compile.position.shadows import UnknownError, share_memory
@@ -140,6 +147,8 @@ class RowTracker(RowReader):
         if not filled:
             return False
         try:
+            if may_communicate(function):
+                raise UnknownError("it may exchange tokens with other processes")
             shadows = {id(value): self._shadow(value) for value in filled}
             found = self._runs.rows(function, args, kwargs, shadows, self.values.stand_in, self.entries.blank, written)
             if [tuple(shadow.shape) for shadow in found] != [self.shape(value) for value in (*outs, *written)]:

@@ -83,7 +83,7 @@ def _place(folder: Path, file: str) -> str:
 def _rows(table: Path) -> list[dict[str, object]]:
     """Raises ConfigError."""
     if table.suffix not in (".csv", ".jsonl"):
-        raise ConfigError(f"{table} is no table of captions: it is a .csv or .jsonl file.")
+        raise ConfigError(f"{table} is not a table of captions, which is a .csv or .jsonl file.")
     try:
         text = table.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -92,7 +92,7 @@ def _rows(table: Path) -> list[dict[str, object]]:
         try:
             return [dict(row) for row in csv.DictReader(text.splitlines(keepends=True), strict=True)]
         except csv.Error as error:
-            raise ConfigError(f"{table} is no CSV file: {error}.") from error
+            raise ConfigError(f"{table} is not a CSV file: {error}.") from error
     rows = []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
@@ -100,9 +100,9 @@ def _rows(table: Path) -> list[dict[str, object]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ConfigError(f"{table}, line {number}: no JSON ({error}).") from error
+            raise ConfigError(f"{table}, line {number}: not JSON ({error}).") from error
         if not isinstance(row, dict):
-            raise ConfigError(f"{table}, line {number}: it is no JSON object.")
+            raise ConfigError(f"{table}, line {number}: it is not a JSON object.")
         rows.append(row)
     return rows
 

@@ -52,7 +52,7 @@ class ClipSize:
             value = getattr(self, name)
             if value % spatial:
                 near = max(spatial, round(value / spatial) * spatial)
-                raise ConfigError(f"{name} {value} is no multiple of {spatial}, as this model needs: {near} is near.")
+                raise ConfigError(f"{name} {value} is not a multiple of {spatial}, as this model needs: try {near}.")
         for count in self.frames:
             latents, rest = divmod(count - 1, temporal)
             if rest or (latents + 1) % time_patch:

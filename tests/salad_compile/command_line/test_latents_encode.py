@@ -91,7 +91,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     change("model_index.json", text_encoder=["os", "system"])
     assert "takes 'text_encoder' from 'os'" in said(model=other)
     change("model_index.json", _class_name="AutoModel")
-    assert "which is no pipeline of diffusers" in said(model=other)
+    assert "which is not a pipeline of diffusers" in said(model=other)
     change("model_index.json", text_encoder=[None, None])
     assert "has no text_encoder: encoding needs it" in said(model=other)
     change("model_index.json")

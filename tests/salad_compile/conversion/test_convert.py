@@ -201,7 +201,7 @@ X = toys.tokens()
     ("build", "arguments", "error", "message"),
     [
         (NoAttention, {"example_inputs": (X,)}, NoAttentionError, "never called"),
-        (toys.CrossAttention, {"example_inputs": (X,)}, NoEligibleSiteError, "cross-attention stays dense"),
+        (toys.CrossAttention, {"example_inputs": (X,)}, NoEligibleSiteError, "taken for cross-attention"),
         (toys.SelfAttention, {"example_inputs": (toys.tokens(20),)}, NoEligibleSiteError, "min_tokens=64"),
         (toys.SelfAttention, {}, InputsError, "example_inputs"),
         (toys.SelfAttention, {"example_inputs": {"z": X}}, InputsError, "'z'"),

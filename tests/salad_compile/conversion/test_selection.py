@@ -52,10 +52,9 @@ def test_patterns(sites: Any, expected: list[int]) -> None:
 def test_what_is_left_out_says_so_and_what_was_dense_keeps_its_reason() -> None:
     plan = salad_compile.plan(stack(), INPUTS, config=CONFIG, sites=["!layers.0", "!layers.3"])
     reasons = {site.name: site.reason for site in plan.sites[""] if not site.eligible}
-    assert reasons == {
-        "layers.0": "left out by sites=['!layers.0', '!layers.3']",
-        "layers.3": "cross-attention stays dense",
-    }
+    assert reasons.keys() == {"layers.0", "layers.3"}
+    assert reasons["layers.0"] == "left out by sites=['!layers.0', '!layers.3']"
+    assert "cross-attention" in reasons["layers.3"]
 
 
 @pytest.mark.parametrize("sites", ["layer.1", ["layers.1", "layers.12"], "!Layers.1", [""], "layers"])

@@ -14,6 +14,7 @@ from torch import Tensor
 import salad_compile
 from salad_compile.errors import NoEligibleSiteError
 from salad_compile.position import run_rows
+from salad_compile.position.operations import may_communicate
 from tests import toys
 from tests.salad_compile.position.test_rows import BATCH, TOKENS, heads, rows_of
 from tests.support import TINY, check_rewrite, randomise_branches
@@ -140,3 +141,38 @@ def test_a_fused_rotation_is_converted() -> None:
 def test_a_kernel_that_moves_tokens_is_refused() -> None:
     with pytest.raises(NoEligibleSiteError, match=r"the\s+tokens\s+are\s+moved"):
         salad_compile.convert(Kernel("rolled"), TINY, example_inputs={"x": toys.tokens(100)})
+
+
+# --- operators that other processes wait for --------------------------------------------------------------------------
+
+
+def test_what_may_exchange_tokens_with_other_processes_is_not_run() -> None:
+    runs: list[str] = []
+
+    def exchange(x: Tensor, group_name: str) -> Tensor:
+        runs.append(group_name)
+        return x.clone()
+
+    exchange.__annotations__ = {"x": Tensor, "group_name": str, "return": Tensor}
+    defined = operator(exchange)
+    reason = rows_of(lambda x: defined(heads(x), "world"), SOURCE)
+    assert isinstance(reason, str)
+    assert "exchange tokens with other processes" in reason
+    assert runs == ["world"]  # the model's own call
+
+
+def test_every_collective_of_torch_may_communicate() -> None:
+    import torch.distributed._functional_collectives
+    import torch.distributed._symmetric_memory
+
+    assert may_communicate(torch.ops._c10d_functional.wait_tensor)
+    assert not may_communicate(torch.ops.aten.native_group_norm.default)
+    takers = {
+        schema.name
+        for schema in torch._C._jit_get_all_schemas()
+        if any(argument.name == "group_name" or "ProcessGroup" in str(argument.type) for argument in schema.arguments)
+    }
+    assert len(takers) > 20
+    for name in takers:
+        namespace, operator_name = name.split("::")
+        assert may_communicate(getattr(getattr(torch.ops, namespace), operator_name)), name

@@ -27,8 +27,8 @@ def test_what_a_model_takes() -> None:
     for size, arguments, message in [
         (ClipSize((80,)), (16, 4), "80 frames cannot be encoded: this model takes 1, 5, 9 and so on; 81 is near"),
         (ClipSize((81,)), (16, 4, 2), "takes 5, 13, 21 and so on; 85 is near|77 is near"),
-        (ClipSize((81,), 470), (16, 4), "height 470 is no multiple of 16, as this model needs: 464 is near"),
-        (ClipSize((121,), 480, 848), (32, 8), "width 848 is no multiple of 32"),
+        (ClipSize((81,), 470), (16, 4), "height 470 is not a multiple of 16, as this model needs: try 464"),
+        (ClipSize((121,), 480, 848), (32, 8), "width 848 is not a multiple of 32"),
     ]:
         with pytest.raises(ConfigError, match=message):
             size.require_fit(*arguments)
