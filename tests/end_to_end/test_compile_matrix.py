@@ -173,11 +173,9 @@ def test_an_attention_module_that_is_left_out_runs_as_its_eager_twin() -> None:
 
 
 # test_modes_and_inductor_options_reach_inductor (tests/salad_compile/backend/test_dynamo.py) holds that each mode turns
-# on what it should: on a CPU the code of the others is much the same
-ONLY_ON_A_GPU = [pytest.param(mode, marks=pytest.mark.all_cases) for mode in ("reduce-overhead", "max-autotune")]
-
-
-@pytest.mark.parametrize("mode", ["default", *ONLY_ON_A_GPU])
+# on what it should, and tests/models and test_caches.py take models through it: on a CPU the code is much the same
+@pytest.mark.all_cases
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_modes(mode: str) -> None:
     graphs = check(lambda model: torch.compile(model, backend="salad", mode=mode), converted(blocks=2))
     assert sites(graphs) == [2]

@@ -22,9 +22,9 @@ from salad_compile.training import read_log
 from tests.end_to_end.train_life import forkserver, live
 from tests.salad_compile.training.tiny import SETTINGS, write_run
 
-KILLS = 10
+KILLS = 5  # `python -m tests.fuzz kills --only train` is for many
 EVERY = 3  # steps between checkpoints
-STEPS = 66  # of which a life takes at most 4, and what it does in the time of another two
+STEPS = 36  # of which a life takes at most 4, and what it does in the time of another two
 SEED = int(os.environ.get("KILL_SEED", "0"))
 RUN = dataclasses.replace(
     SETTINGS,
@@ -32,7 +32,7 @@ RUN = dataclasses.replace(
     batch=2,
     micro_batch=1,
     warmup_steps=10,
-    sparsity_warmup=40,
+    sparsity_warmup=20,
     ema_decay=0.9,
     checkpoint_every=EVERY,
     keep_last=2,
@@ -131,7 +131,7 @@ def said(root: Path, output: Path) -> str:
     return (root / f"{output.name}-said" / "said").read_text()[-3000:]
 
 
-def test_ten_kills_leave_no_trace(given: Path) -> None:
+def test_kills_leave_no_trace(given: Path) -> None:
     context = forkserver()
     whole, killed = given / "whole", given / "killed"
     process = begin(context, given, whole)
@@ -146,7 +146,7 @@ def test_ten_kills_leave_no_trace(given: Path) -> None:
         process.join()
     assert process.exitcode == 0, said(given, killed)
     assert not watcher.faults
-    assert watcher.looks > 1000
+    assert watcher.looks > 500
     assert_same_runs(killed, whole)
 
 
@@ -163,7 +163,7 @@ def assert_same_runs(run: Path, expected: Path) -> None:
         ours, theirs = load_file(run / name), load_file(expected / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000063", "step-00000066"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000033", "step-00000036"]
 
 
 @pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True)])

@@ -47,23 +47,21 @@ ROTATIONS = frozenset(
     }
 )
 # Compiled whole. What is in RESOLUTIONS or CHECKPOINTS is compiled whole there; per block every rotation is.
-WHOLE = frozenset({"Wan", "AnyFlow", "LTX2Video", "Kandinsky5", "ConsisID", "MotifVideo", "handwritten_rearrange"})
-# One stream, inline attention, a multi-head module, shared blocks, a joint stream, a call for each sample, a key
-# prefix, graphs that break. A checkpoint takes the block as it is: two streams and masks are two more arguments of it.
+WHOLE = frozenset({"Wan", "LTX2Video", "handwritten_rearrange"})
+# One stream, a multi-head module, a joint stream, a call for each sample, a key prefix, graphs that break. A checkpoint
+# takes the block as it is: two streams and masks are two more arguments of it.
 CHECKPOINTS = frozenset(
     {
         "Wan",
-        "handwritten_inline",
         "handwritten_multihead",
-        "Latte",
         "CogVideoX",
         "Mochi",
         "Cosmos3Omni",
         "WanAnimate2",
     }
 )
-# A plain model, text in one stream, a key prefix, a call for each sample, no attention module.
-RESOLUTIONS = frozenset({"Wan", "CogVideoX", "Cosmos3Omni", "Mochi", "handwritten_inline"})
+# A plain model, text in one stream, a key prefix.
+RESOLUTIONS = frozenset({"Wan", "CogVideoX", "Cosmos3Omni"})
 
 Parametrise = Callable[[Callable[..., Any]], Callable[..., Any]]
 
