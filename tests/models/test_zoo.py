@@ -34,8 +34,9 @@ from tests.support import (
 
 # Dynamo and our passes see every case, whole and per block; what they make runs as it is. Inductor takes up to a minute
 # for a block, and so sees the plainest. What is False needs `--all-cases`: by default those of PER_BLOCK_AOT end with
-# AOTAutograd, `test_modes` of tests/end_to_end/test_compile_matrix.py takes a whole model through Inductor, and
-# `test_through_inductor` of tests/passes/test_replay_position.py text and video in one stream.
+# AOTAutograd, and tests/end_to_end/test_caches.py takes a whole model through Inductor. So do, with it, `test_modes` of
+# tests/end_to_end/test_compile_matrix.py, and `test_through_inductor` of tests/passes/test_replay_position.py text and
+# video in one stream.
 WHOLE_MODEL_INDUCTOR = {"Wan": False, "handwritten_inline": False}
 PER_BLOCK_INDUCTOR = {
     "Wan": True,
