@@ -1,4 +1,4 @@
-"""What a graph break inside attention costs: two Wan-style blocks, compiled, with a break behind the projections and not.
+"""What a graph break inside attention costs: two Wan-style blocks, compiled, with a break behind projections and not.
 
 Behind a break the module runs uncompiled, and the SALAD definition in it compiled. Every round times every row once, in
 turn, on one core.
