@@ -83,10 +83,12 @@ def test_places_cover_the_batch_once_for_any_number_of_processes(tmp_path: Path)
 
 
 def test_a_launcher_that_accelerate_does_not_know_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
     from accelerate import PartialState
 
-    PartialState(cpu=True)  # of this process, alone
+    PartialState(
+        cpu=True
+    )  # of this process, alone; made behind the next line, it would look for the other one and stay half made
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="started 2 processes, and accelerate knows of 1"):
         train(converted(), latents(tmp_path / "latents"), SETTINGS, tmp_path / "run")
     assert not (tmp_path / "run").exists()
