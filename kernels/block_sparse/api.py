@@ -62,24 +62,13 @@ def block_sparse_attention(
     return _attend(_describe, query, key, value, Selection(lut, count, query_block, key_block, scale, key_mask))
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lut: torch.Tensor,
-    count: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    scale: float,
-    key_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, selection: Selection) -> torch.Tensor:
     """The first result of `block_sparse_attention`, by the shortest way, see `direct.call_operator`."""
-    arguments = (query, key, value, lut, count, query_block, key_block, scale, key_mask)
+    arguments = (query, key, value, *selection)
     out: torch.Tensor
     if is_listening() or not is_direct(arguments) or torch.is_autocast_enabled("cpu"):
         out = call_operator(torch.ops.salad.block_sparse_attention.default, *arguments)[0]
     else:
-        selection = Selection(lut, count, query_block, key_block, scale, key_mask)
         out = _attend(_describe_without_lse, query, key, value, selection)[0]
     return out
 

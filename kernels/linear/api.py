@@ -4,6 +4,8 @@ Optional arguments come last. A backward operator returns one gradient per tenso
 that was None it is an empty tensor of shape (0,), because operators cannot return None.
 """
 
+from typing import Any
+
 import torch
 from torch.autograd.function import FunctionCtx
 
@@ -59,14 +61,9 @@ def linear_state(
     return state, key_sum
 
 
-def _describe_state(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    feature_map: str,
-    key_mask: torch.Tensor | None,
-    rotated_key: torch.Tensor | None,
-) -> Call:
-    check_state(key, value, feature_map, key_mask, rotated_key)
+def _describe_state(*given: Any) -> Call:
+    check_state(*given)
+    key, value, feature_map, key_mask, rotated_key = given
     return _call("linear_state", key, value, feature_map, rotated_key, masked=key_mask is not None)
 
 
@@ -213,15 +210,9 @@ def linear_output(
     return out
 
 
-def _describe_output(
-    query: torch.Tensor,
-    state: torch.Tensor,
-    key_sum: torch.Tensor,
-    feature_map: str,
-    eps: float,
-    rotated_query: torch.Tensor | None,
-) -> Call:
-    check_output(query, state, key_sum, feature_map, eps, rotated_query)
+def _describe_output(*given: Any) -> Call:
+    check_output(*given)
+    query, state, _, feature_map, _, rotated_query = given
     return _call("linear_output", query, state, feature_map, rotated_query)
 
 

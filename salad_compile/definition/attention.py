@@ -21,6 +21,7 @@ from salad_compile.definition.token_layout import Segments
 from salad_compile.errors import SiteLostError
 from salad_compile.kernels.block_sparse.api import attend
 from salad_compile.kernels.exchange.api import place_in
+from salad_compile.kernels.selection import Selection
 
 assert _kernels
 
@@ -114,13 +115,12 @@ def sparse_attention(
     """
     call = BlockCall(query, key, value, where, key_mask, branch or {})
     selected = patterns.find(spec.pattern).select(call, spec)
+    selection = Selection(*selected, spec.query_block, spec.key_block, scale, key_mask)
     if spec.compensation == "tail":
         tail = tail_of(call, selected, spec)
-        out: Tensor = torch.ops.salad.attend_with_tail.default(
-            query, key, value, *tail, *selected, spec.query_block, spec.key_block, scale, key_mask
-        )[0]
+        out: Tensor = torch.ops.salad.attend_with_tail.default(query, key, value, *tail, *selection)[0]
         return out
-    return attend(query, key, value, *selected, spec.query_block, spec.key_block, scale, key_mask)
+    return attend(query, key, value, selection)
 
 
 def _across_processes(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:

@@ -15,6 +15,7 @@ from salad_compile.kernels.direct import call_operator, is_direct
 from salad_compile.kernels.engines import use_engine
 from salad_compile.kernels.errors import KernelArgumentError, UnsupportedKernelError
 from salad_compile.kernels.measure import capture_selections, measure_executions
+from salad_compile.kernels.selection import Selection
 from tests.kernels.helpers import make_qkv, make_selection
 
 TAKE_ROWS = torch.ops.salad.take_rows.default
@@ -70,8 +71,9 @@ def test_modes_see_the_operator(mode_class: type[Dispatched] | type[Called]) -> 
 def test_attention_without_its_lse_is_the_operators() -> None:
     query, key, value = make_qkv(70, dtype=torch.float32)
     lut, count = make_selection(query, key, 16, 16, 400)
-    given = (query, key, value, lut, count, 16, 16, 0.5)
-    expected, lse = torch.ops.salad.block_sparse_attention.default(*given)
+    selection = Selection(lut, count, 16, 16, 0.5)
+    given = (query, key, value, selection)
+    expected, lse = torch.ops.salad.block_sparse_attention.default(query, key, value, *selection)
     assert torch.equal(attend(*given), expected)
     with capture_selections() as captured:
         attend(*given)
@@ -91,12 +93,12 @@ def test_arguments_alike_are_checked_once_and_wrong_ones_always() -> None:
     lut, count = make_selection(query, key, 16, 16, 400)
     for _ in range(2):
         with pytest.raises(KernelArgumentError, match="one dtype"):
-            attend(query, key, value.double(), lut, count, 16, 16, 0.5)
+            attend(query, key, value.double(), Selection(lut, count, 16, 16, 0.5))
         with pytest.raises(KernelArgumentError, match="ascending"):
-            attend(query, key, value, lut.flip(-1), count, 16, 16, 0.5)
-        attend(query, key, value, lut, count, 16, 16, 0.5)
+            attend(query, key, value, Selection(lut.flip(-1), count, 16, 16, 0.5))
+        attend(query, key, value, Selection(lut, count, 16, 16, 0.5))
         with use_engine("triton"), pytest.raises(UnsupportedKernelError):
-            attend(query, key, value, lut, count, 16, 16, 0.5)
+            attend(query, key, value, Selection(lut, count, 16, 16, 0.5))
 
 
 def test_autograd_sees_the_operator() -> None:
