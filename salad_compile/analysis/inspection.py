@@ -13,7 +13,7 @@ from salad_compile.analysis.summary import Explanation, SiteSummary, Summary
 from salad_compile.common.wrappers import bare_components, single_model
 from salad_compile.conversion.cost import site_cost
 from salad_compile.kernels.repairs import repairs
-from salad_compile.sites.branch import SaladBranch, branches, branches_in
+from salad_compile.sites.branch import SaladBranch, base_parameters, branches, branches_in
 
 
 def summary(model: Any) -> Summary:
@@ -27,10 +27,8 @@ def summary(model: Any) -> Summary:
     """
     modules = bare_components(model)
     sites = [_summarise(component, branch) for component, branch in branches_in(modules)]
-    everything = sum(p.numel() for module in modules.values() for p in module.parameters())
-    added = sum(site.branch_parameters + site.lora_parameters for site in sites)
     redone = {str(device): found for device, found in repairs().items()}
-    return Summary(sites=sites, base_parameters=everything - added, repairs=redone)
+    return Summary(sites=sites, base_parameters=sum(map(base_parameters, modules.values())), repairs=redone)
 
 
 def _summarise(component: str, branch: SaladBranch) -> SiteSummary:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from salad_compile.command_line.model_source import find_model, import_name, load_model, stored_dtype
+from salad_compile.command_line.model_source import ModelSource, find_model, import_name, load_model, stored_dtype
 from salad_compile.common.files import read_json
 from salad_compile.config import ROPE_PLACEMENTS, SaladConfig
 from salad_compile.definition import patterns
@@ -80,15 +80,20 @@ def dtype_of(arguments: argparse.Namespace) -> torch.dtype | None:
     return dtype
 
 
-def stored_dtype_of(arguments: argparse.Namespace) -> torch.dtype | None:
-    """--dtype, or that of the weights that lie beside the model's configuration; None: neither."""
-    found = find_model(
+def find_configuration(arguments: argparse.Namespace) -> ModelSource:
+    """Where the model comes from, whose weights are not needed."""
+    return find_model(
         arguments.model,
         component=arguments.component or "transformer",
         class_name=arguments.class_name,
         config=arguments.config,
         with_weights=False,
     )
+
+
+def stored_dtype_of(arguments: argparse.Namespace) -> torch.dtype | None:
+    """--dtype, or that of the weights that lie beside the model's configuration; None: neither."""
+    found = find_configuration(arguments)
     stored = None if found.directory is None else stored_dtype(found.directory)
     return dtype_of(arguments) or stored
 

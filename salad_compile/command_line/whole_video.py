@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from salad_compile.command_line import model_arguments
-from salad_compile.command_line.model_source import find_model
 from salad_compile.command_line.timing import BenchReport, Timings
 from salad_compile.common.reports import Report, Row
 from salad_compile.errors import ConfigError
@@ -124,13 +123,7 @@ def _configuration(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = model_arguments.settings_of(arguments)
     if settings.dense_layers or settings.overrides:
         raise ConfigError("--video-steps takes all blocks for alike: leave dense_layers and overrides out.")
-    found = find_model(
-        arguments.model,
-        component=arguments.component or "transformer",
-        class_name=arguments.class_name,
-        config=arguments.config,
-        with_weights=False,
-    )
+    found = model_arguments.find_configuration(arguments)
     if ":" in str(arguments.model):
         raise ConfigError("--video-steps takes a config.json or a checkpoint, whose configuration counts the blocks.")
     return dict(found.config)

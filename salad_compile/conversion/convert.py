@@ -33,7 +33,7 @@ from salad_compile.errors import (
 from salad_compile.grid.rule import GridSource
 from salad_compile.grid.video_grid import RootForward, VideoGrid
 from salad_compile.position.slice import position_error
-from salad_compile.sites.branch import SaladBranch, branches
+from salad_compile.sites.branch import SaladBranch, base_parameters, branches
 from salad_compile.sites.converted_models import remember_model
 from salad_compile.sites.markers import leave_dense
 from salad_compile.sites.record import SiteRecord
@@ -72,14 +72,8 @@ def plan(
         forecasts=[
             entry for name, module in modules.items() for entry in forecast(module, name, found[name].sites, config)
         ],
-        base_parameters=sum(map(_base_parameters, modules.values())),
+        base_parameters=sum(map(base_parameters, modules.values())),
     )
-
-
-def _base_parameters(module: nn.Module) -> int:
-    """How many parameters a model has that no conversion added."""
-    added = sum(p.numel() for branch in branches(module).values() for p in branch.parameters())
-    return sum(p.numel() for p in module.parameters()) - added
 
 
 def _discover(module: nn.Module, example_inputs: Any, config: SaladConfig, grid: Any, sites: Any) -> Discovery:

@@ -265,6 +265,12 @@ def branches(model: nn.Module) -> dict[str, SaladBranch]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SaladBranch)}
 
 
+def base_parameters(model: nn.Module) -> int:
+    """How many parameters a model has that no conversion added."""
+    added = sum(p.numel() for branch in branches(model).values() for p in branch.parameters())
+    return sum(p.numel() for p in model.parameters()) - added
+
+
 def branches_in(modules: Mapping[str, nn.Module]) -> list[tuple[str, SaladBranch]]:
     """The branches of a model's or a pipeline's modules, each with the name of its module.
 
