@@ -10,7 +10,6 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import torch
 import torch.nn as nn
@@ -19,12 +18,10 @@ from torch import Tensor
 from salad_compile.errors import ConfigError
 from salad_compile.latents import LatentItem
 from salad_compile.latents.conditions import conditions_of
-from salad_compile.latents.item import CLIP_FEATURE, LATENTS_IMAGE, POOLED_TEXT
+from salad_compile.latents.item import POOLED_TEXT
 from salad_compile.training.seeds import generator
 from salad_compile.training.settings import TrainSettings
 
-_NONE: Mapping[str, Tensor] = MappingProxyType({})
-_FEATURE = "encoder_hidden_states_image"  # how Wan's forward calls the features of the image encoder
 TIMESTEPS = 1000.0  # of diffusers' schedulers: s = 1 is timestep 1000
 
 # takes the model, noisy latents (B, C, T, H, W), timesteps (B,) fp32, texts (B, L, D), and if it has a fifth parameter
@@ -187,50 +184,3 @@ def losses(prediction: Tensor, target: Tensor) -> Tensor:
             "own."
         )
     return (prediction.float() - target).square().flatten(1).mean(1)
-
-
-def wan_forward(
-    model: nn.Module, latents: Tensor, timesteps: Tensor, texts: Tensor, conditions: Mapping[str, Tensor] = _NONE
-) -> Tensor:
-    """The forward of diffusers' Wan and of models with its signature; with the conditions that the model takes."""
-    output: tuple[Tensor, ...] = model(**wan_inputs(model, latents, timesteps, texts, conditions), return_dict=False)
-    return output[0]
-
-
-def wan_inputs(
-    model: nn.Module, latents: Tensor, timesteps: Tensor, texts: Tensor, conditions: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The keyword arguments of that forward."""
-    takes = taken_conditions(model, latents.shape[1])
-    if LATENTS_IMAGE in takes:
-        latents = torch.cat([latents, conditions[LATENTS_IMAGE]], dim=1)
-    more = {_FEATURE: conditions[CLIP_FEATURE]} if CLIP_FEATURE in takes else {}
-    return {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": texts, **more}
-
-
-def taken_conditions(model: nn.Module, channels: int) -> dict[str, int]:
-    """What a Wan takes beside latents of so many channels, by its configuration: name -> channels, or width."""
-    config = getattr(getattr(model, "module", model), "config", None) or {}  # of DDP, the model inside
-    more = (config.get("in_channels") or channels) - channels
-    found = {LATENTS_IMAGE: more} if more else {}
-    if config.get("image_dim"):
-        found[CLIP_FEATURE] = int(config["image_dim"])
-    return found
-
-
-def require_conditions(model: nn.Module, item: LatentItem) -> None:
-    """Whether an item has what a Wan takes.
-
-    Raises:
-        ConfigError: it has not, or it is of another size.
-    """
-    there, channels = conditions_of(item), item.latent.shape[0]
-    for name, size in taken_conditions(model, channels).items():
-        found = None if name not in there else there[name].shape[0 if name == LATENTS_IMAGE else -1]
-        if found != size:
-            what = "channels beside those of the latents" if name == LATENTS_IMAGE else "features of an image as wide"
-            said = f"{item.name!r} has {found}" if found else f"{item.name!r} has no {name}"
-            raise ConfigError(
-                f"{type(model).__name__} takes {size} {what}, and {said}: make the data with the pipeline of this "
-                "model (salad-compile latents encode), or with another trainer for it."
-            )

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from salad_compile.latents import LatentDataset
+import torch
+import torch.nn as nn
+
+from salad_compile.errors import ConfigError
+from salad_compile.latents import LatentDataset, LatentItem
+from salad_compile.latents.conditions import conditions_of
+from salad_compile.latents.item import CLIP_FEATURE, LATENTS_IMAGE
 from salad_compile.training.families.family import Family
-from salad_compile.training.flow_matching import Noised, require_conditions, taken_conditions, wan_inputs
+from salad_compile.training.flow_matching import Noised
+
+_FEATURE = "encoder_hidden_states_image"  # how Wan's forward calls the features of the image encoder
 
 
 class Wan(Family):
@@ -17,11 +25,44 @@ class Wan(Family):
     """
 
     needed: ClassVar[tuple[str, ...]] = ("hidden_states", "timestep", "encoder_hidden_states", "return_dict")
-    known: ClassVar[tuple[str, ...]] = ("encoder_hidden_states_image",)
+    known: ClassVar[tuple[str, ...]] = (_FEATURE,)
 
     def inputs(self, batch: Noised) -> dict[str, Any]:
-        return wan_inputs(self.model, batch.latents, batch.timesteps, batch.texts, batch.conditions)
+        latents, conditions = batch.latents, batch.conditions
+        takes = taken_conditions(self.model, latents.shape[1])
+        if LATENTS_IMAGE in takes:
+            latents = torch.cat([latents, conditions[LATENTS_IMAGE]], dim=1)
+        more = {_FEATURE: conditions[CLIP_FEATURE]} if CLIP_FEATURE in takes else {}
+        return {"hidden_states": latents, "timestep": batch.timesteps, "encoder_hidden_states": batch.texts, **more}
 
     def check(self, latents: LatentDataset) -> None:
         if taken_conditions(self.model, latents.shapes[0][0]):
             require_conditions(self.model, latents[0])
+
+
+def taken_conditions(model: nn.Module, channels: int) -> dict[str, int]:
+    """What a Wan takes beside latents of so many channels, by its configuration: name -> channels, or width."""
+    config = getattr(getattr(model, "module", model), "config", None) or {}  # of DDP, the model inside
+    more = (config.get("in_channels") or channels) - channels
+    found = {LATENTS_IMAGE: more} if more else {}
+    if config.get("image_dim"):
+        found[CLIP_FEATURE] = int(config["image_dim"])
+    return found
+
+
+def require_conditions(model: nn.Module, item: LatentItem) -> None:
+    """Whether an item has what a Wan takes.
+
+    Raises:
+        ConfigError: it has not, or it is of another size.
+    """
+    there, channels = conditions_of(item), item.latent.shape[0]
+    for name, size in taken_conditions(model, channels).items():
+        found = None if name not in there else there[name].shape[0 if name == LATENTS_IMAGE else -1]
+        if found != size:
+            what = "channels beside those of the latents" if name == LATENTS_IMAGE else "features of an image as wide"
+            said = f"{item.name!r} has {found}" if found else f"{item.name!r} has no {name}"
+            raise ConfigError(
+                f"{type(model).__name__} takes {size} {what}, and {said}: make the data with the pipeline of this "
+                "model (salad-compile latents encode), or with another trainer for it."
+            )

@@ -182,11 +182,9 @@ def test_lines_without_a_terminal(command: Run, given: Path, tmp_path: Path) -> 
 
 STOPPING = """
 import os
-from salad_compile.training.flow_matching import wan_forward
-
-def forward(*arguments):
+def forward(model, noisy, timesteps, texts):
     os.kill(os.getpid(), {number})
-    return wan_forward(*arguments)
+    return model(noisy, timesteps, texts, return_dict=False)[0]
 """
 
 

@@ -18,7 +18,8 @@ from salad_compile.latents.conditions import conditions_of
 from salad_compile.latents.encoding.pipeline import PipelineEncoder
 from salad_compile.sites.branch import branches
 from salad_compile.training import read_log, train
-from salad_compile.training.flow_matching import Noised, predict, stack, training_sample, wan_forward
+from salad_compile.training.families.wan import Wan
+from salad_compile.training.flow_matching import Noised, predict, stack, training_sample
 from tests.models.zoo import randomise
 from tests.salad_compile.latents.encoding import families, world
 from tests.salad_compile.training import tiny
@@ -65,14 +66,14 @@ def test_the_transformer_is_given_what_its_pipeline_gives_it(features: bool) -> 
         sample.conditions["latents_image"], expected["hidden_states"][:, 16:], rtol=1e-4, atol=1e-4
     )
     batch = Noised(noisy, expected["timestep"].float(), sample.texts, noisy, sample.conditions)
+    family = Wan(pipe.transformer, SETTINGS)
     with torch.no_grad():
-        mine = predict(wan_forward, pipe.transformer, batch)
+        mine = family.predict(pipe.transformer, batch)
         theirs = pipe.transformer(**expected)[0]
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
     if features:
         with torch.no_grad():
-            without = predict(
-                wan_forward,
+            without = family.predict(
                 pipe.transformer,
                 replace(batch, conditions={**batch.conditions, "clip_feature": batch.conditions["clip_feature"] * 0}),
             )

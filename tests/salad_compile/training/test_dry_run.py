@@ -12,8 +12,8 @@ from salad_compile.errors import ConfigError
 from salad_compile.latents import LatentItem, open_latents, write_latents
 from salad_compile.training import Estimate, TrainSettings, estimate, train
 from salad_compile.training import dry_run as dry_run_module
-from salad_compile.training.flow_matching import Forward, wan_forward
-from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, items, latents
+from salad_compile.training.flow_matching import Forward
+from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, items, latents, wan_forward
 
 RUN = dataclasses.replace(
     SETTINGS, steps=40, checkpoint_every=10, validation_every=10, validation_points=2, keep_last=2

@@ -25,8 +25,7 @@ from salad_compile.salad_files.location import file_at
 from salad_compile.sites.branch import branches
 from salad_compile.training import TrainSettings, read_log, train
 from salad_compile.training import loop as loop_module
-from salad_compile.training.flow_matching import wan_forward
-from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, items, latents
+from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, items, latents, wan_forward
 
 RUN = dataclasses.replace(SETTINGS, sparsity_warmup=4, ema_decay=0.8, validation_every=2, validation_points=2)
 

@@ -13,10 +13,10 @@ import torch
 import salad_compile
 from salad_compile.sites.branch import branches
 from salad_compile.training import Outcome, read_log, train
-from salad_compile.training.flow_matching import losses, validation_sample, wan_forward
+from salad_compile.training.flow_matching import losses, validation_sample
 from salad_compile.training.reference_states import as_base, as_untrained
 from tests.models.zoo import randomise
-from tests.salad_compile.training.tiny import CONFIG, SETTINGS, SHAPE, base, converted, latents
+from tests.salad_compile.training.tiny import CONFIG, SETTINGS, SHAPE, base, converted, latents, wan_forward
 
 RUN = dataclasses.replace(SETTINGS, steps=3, validation_points=2, checkpoint_every=1)
 

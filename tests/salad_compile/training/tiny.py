@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import salad_compile
 from salad_compile.latents import LatentDataset, LatentItem, open_latents, write_latents
@@ -49,6 +50,13 @@ def base(**changes: Any) -> Any:
     """Always the same weights."""
     with seeded(3):
         return randomise(from_diffusers("WanTransformer3DModel", WAN | changes), 3)
+
+
+def wan_forward(model: Any, noisy: Tensor, timesteps: Tensor, texts: Tensor, *conditions: Any) -> Tensor:
+    """A forward as users write it, of text to video."""
+    velocity: Tensor
+    (velocity,) = model(hidden_states=noisy, timestep=timesteps, encoder_hidden_states=texts, return_dict=False)
+    return velocity
 
 
 @cache
