@@ -219,10 +219,9 @@ class Calibration(Report):
         ]
 
     def _gain(self) -> str:
-        dense, now, then = (
-            sum(flops)
-            for flops in zip(*((s.cost.dense, s.cost_now.salad, s.cost.salad) for s in self.sites), strict=True)
-        )
+        dense = sum(site.cost.dense for site in self.sites)
+        now = sum(site.cost_now.salad for site in self.sites)
+        then = sum(site.cost.salad for site in self.sites)
         return (
             f"Attention per forward, computed: {dense / 1e12:.3f} TFLOP dense, {now / 1e12:.3f} as it is, "
             f"{then / 1e12:.3f} as proposed, {dense / then:.2f} times fewer than dense. That bounds what attention "
