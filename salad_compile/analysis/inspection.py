@@ -32,15 +32,14 @@ def summary(model: Any) -> Summary:
 
 
 def _summarise(component: str, branch: SaladBranch) -> SiteSummary:
-    sizes = {name: p.numel() for name, p in branch.named_parameters()}
-    lora = sum(size for name, size in sizes.items() if name.startswith("low_rank_"))
+    own, lora = branch.counts()
     return SiteSummary(
         component=component,
         name=branch.record.owner,
         tokens=branch.record.tokens,
         heads=branch.record.heads,
         head_dim=branch.record.head_dim,
-        branch_parameters=sum(sizes.values()) - lora,
+        branch_parameters=own,
         lora_parameters=lora,
         trainable_parameters=sum(p.numel() for p in branch.parameters() if p.requires_grad),
         target_sparsity=branch.target_sparsity,

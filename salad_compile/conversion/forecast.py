@@ -24,13 +24,12 @@ def forecast(
 def _of_site(model: nn.Module, component: str, site: AttentionSite, config: SaladConfig) -> SiteForecast:
     branch = new_branch(model, site.record(), config, device=torch.device("meta"))
     cost = site_cost(branch)
-    sizes = {name: parameter.numel() for name, parameter in branch.named_parameters()}
-    lora = sum(size for name, size in sizes.items() if name.startswith("low_rank_"))
+    own, lora = branch.counts()
     return SiteForecast(
         component=component,
         name=site.name,
         tokens=site.query_tokens,
-        branch_parameters=sum(sizes.values()) - lora,
+        branch_parameters=own,
         lora_parameters=lora,
         dense_flops=cost.dense,
         salad_flops=cost.salad,

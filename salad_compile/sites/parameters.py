@@ -147,6 +147,12 @@ class BranchParameters(nn.Module):
             return 1 - int(self.permille) / 1000
         return self.config.of_site(self.record.owner).sparsity
 
+    def counts(self) -> tuple[int, int]:
+        """How many parameters belong to gate, scales and projection, and how many to low-rank updates."""
+        sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
+        lora = sum(size for name, size in sizes.items() if name.startswith("low_rank_"))
+        return sum(sizes.values()) - lora, lora
+
     def tensors(self) -> BranchTensors:
         """What the definition takes of these parameters."""
         return {name: getattr(self, name) for name in self.branch_names}
