@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import rivals
+import rival_kernels
 import torch
 import torch.nn.functional as F
 from common import (
@@ -103,11 +103,15 @@ def sdpa(backend: SDPBackend | None = None) -> Attend:
     return attend
 
 
-DENSE: dict[str, Callable[[], Attend]] = {"SDPA": sdpa, "FlashAttention-3": rivals.flash_attention_3}
+PACKAGES: dict[str, Callable[[], Attend]] = {
+    "FlashAttention-3": rival_kernels.flash_attention_3,
+    "FlashAttention-4": rival_kernels.flash_attention_4,
+}
+DENSE: dict[str, Callable[[], Attend]] = {"SDPA": sdpa, **PACKAGES}
 DENSE_ON_CUDA: dict[str, Callable[[], Attend]] = {
     "SDPA cuDNN": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
     "SDPA flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
-    "FlashAttention-3": rivals.flash_attention_3,
+    **PACKAGES,
 }
 
 
@@ -258,11 +262,11 @@ class Comparison:
         yield self._row("copy", "ceiling", FORWARD, copy)
 
     def dense(self, step: str) -> Iterator[Row]:
-        """PyTorch's attention, once for every kernel that it has for this device, and FlashAttention-3."""
+        """PyTorch's attention, once for every kernel that it has for this device, and FlashAttention-3 and -4."""
         cuda = self.inputs.device.type == "cuda"
         for name, make in (DENSE_ON_CUDA if cuda else DENSE).items():
             # report a missing package once, with the forward
-            if step == FORWARD or make is not rivals.flash_attention_3 or rivals.has_flash_attention_3():
+            if step == FORWARD or name not in PACKAGES or rival_kernels.loads(make):
                 yield self._row(f"dense {name}", "dense", step, self._dense(make, step), sparsity=0.0)
 
     def _dense(self, make: Callable[[], Attend], step: str) -> Callable[[Facts], Run]:
@@ -394,23 +398,24 @@ class Comparison:
         """Sparse kernels of other projects on the same selection."""
         permille = density_permille(sparsity)
 
-        def rotate(facts: Facts, blocks: tuple[int, int], make: Callable[..., rivals.Call]) -> Run:
+        def rotate(facts: Facts, blocks: tuple[int, int], make: Callable[[Tensor, Tensor], Attend], pad: int) -> Run:
             chosen, pairs = self.inputs.selection(*blocks, permille)
+            attends = [make(lut.contiguous(), count.contiguous()) for lut, count in chosen]
             self._flops(facts, pairs)
-            calls = [make(*x, *pair) for x, pair in zip(self.inputs.sets, chosen, strict=True)]
-            return lambda number: calls[number % len(calls)]()
+            sets = [[F.pad(x, (0, 0, 0, pad)).contiguous() for x in tensors] for tensors in self.inputs.sets]
+            return lambda number: attends[number % len(sets)](*sets[number % len(sets)])
 
         def sla(facts: Facts) -> Run:
-            rivals.installed("sparse_linear_attention.kernel")
             blocks = (QUERY_BLOCK, KEY_BLOCK)
-            return rotate(facts, blocks, lambda q, k, v, lut, count: rivals.sla(q, k, v, lut, *blocks))
+            return rotate(facts, blocks, lambda lut, _: rival_kernels.sla(lut, *blocks, self.case.tokens), 0)
 
         def fastvideo(facts: Facts) -> Run:
-            rivals.installed("fastvideo_kernel.block_sparse_attn")
-            return rotate(facts, (64, 64), rivals.fastvideo)
+            tokens = self.case.tokens
+            make = lambda lut, count: rival_kernels.fastvideo(lut, count, tokens)  # noqa: E731
+            return rotate(facts, (64, 64), make, -tokens % 64)
 
         blocks: Facts = {"sparsity": sparsity, "query_block": QUERY_BLOCK, "key_block": KEY_BLOCK}
-        yield self._row("thu-ml/SLA (sparse + linear)", "rival", FORWARD, sla, **blocks)
+        yield self._row("thu-ml/SLA (sparse part)", "rival", FORWARD, sla, **blocks)
         yield self._row("FastVideo block-sparse", "rival", FORWARD, fastvideo, **blocks | {"query_block": 64})
 
     def rows(self, sparsities: list[float]) -> list[Row]:
