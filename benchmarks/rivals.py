@@ -1,6 +1,6 @@
 """Attention kernels of several projects beside ours, in one run on one GPU and on the same selections.
 
-    python benchmarks/rivals.py                                   everything: benchmarks/results/rivals_<gpu>.json
+    python benchmarks/rivals.py                                   everything; rows go to benchmarks/results/
     python benchmarks/rivals.py --only 128x64 --shapes 12x32768   rows whose name has the text, one shape
     python benchmarks/rivals.py --quick --device cpu              small sizes: checks that it runs
 

@@ -45,7 +45,7 @@ unpack "$folder"/wheels/fastvideo_kernel-*.whl "$folder/video"
 rm "$folder"/wheels/fastvideo_kernel-*.whl
 find "$folder/video" -name '*.so' -delete
 mkdir -p "$folder/3/source"
-cp -r "$folder/video/fastvideo_kernel" "$folder/3/source/"
+cp -r "$folder"/video/fastvideo_kernel{,-*.dist-info} "$folder/3/source/"
 if [ -n "$sla" ]; then cp -r "$sla/sparse_linear_attention" "$folder/3/source/"; fi
 
 mv "$folder"/wheels/fa3_fwd-*.whl "$folder/2/" 2>/dev/null || true
