@@ -13,6 +13,7 @@ if __name__ != "kernels":
     from .errors import KernelArgumentError, KernelDifferentiationError, UnsupportedKernelError
     from .linear import linear_output, linear_state
     from .measure import Execution, measure_executions
+    from .prepare import prepare_operand
     from .routing import kept_blocks, pool_blocks, select_blocks
     from .rows import take_rows
     from .tail import attend_with_tail, tail_tokens
@@ -30,6 +31,7 @@ __all__ = [
     "linear_state",
     "measure_executions",
     "pool_blocks",
+    "prepare_operand",
     "select_blocks",
     "tail_tokens",
     "take_rows",

@@ -11,6 +11,7 @@ from .call import Call
 
 # Operator -> its folder. Each engine has a module of its own name there, with a function of the operator's name.
 FOLDERS = {
+    "prepare_operand": "prepare",
     "pool_blocks": "routing",
     "select_blocks": "routing",
     "block_sparse_attention": "block_sparse",

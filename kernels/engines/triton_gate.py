@@ -24,6 +24,7 @@ META = torch.device("meta")
 
 def gate_calls(arch: int) -> Iterator[GateCall]:
     """See `Engine.gate_calls`."""
+    yield from _prepare(arch)
     yield from _routing(arch)
     yield from _linear(arch)
     yield from _block_sparse(arch)
@@ -125,6 +126,37 @@ def _linear(arch: int) -> Iterator[GateCall]:
         }.items():
             call = Call(operator, META, case.dtype, head_dim=case.head_dim, value_dim=case.head_dim, feature_map=phi)
             yield GateCall(call, _name(operator.removeprefix("linear_"), case), arguments)
+
+
+def _prepare(arch: int) -> Iterator[GateCall]:
+    """The forms of models: norms over all heads and over one, pairs in both ways, tables of both sizes and counts."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for case, heads, pairs, norm, over, tables, block in (
+        (Case(bf16), 12, "interleaved", "rms", "width", (2, 1, fp32), 0),  # Wan
+        (Case(bf16), 12, "interleaved", "rms", "width", (2, 1, fp32), 128),
+        (Case(bf16), 40, "interleaved", "rms", "width", (2, 1, fp32), 64),
+        (Case(bf16, unaligned=True), 40, "interleaved", "layer", "width", (2, 1, fp32), 128),
+        (Case(bf16, 64), 32, "interleaved", "rms", "width", (4, 32, bf16), 64),  # LTX
+        (Case(bf16), 24, "interleaved", "rms", "head", (4, 1, fp32), 128),  # HunyuanVideo
+        (Case(fp16, 64, feature_map="softmax"), 48, "halves", "layer", "head", (2, 1, fp32), 128),  # CogVideoX
+        (Case(bf16, 96, feature_map="elu"), 16, "halves", "rms", "width", (2, 1, torch.float64), 64),
+        (Case(fp32), 32, "interleaved", "rms", "width", (2, 1, fp32), 128),
+        (Case(fp32, 64), 32, "interleaved", "rms", "width", (4, 32, fp32), 128),
+        (Case(bf16, feature_map=""), 24, "halves", "none", "head", (2, 1, fp32), 128),
+    ):
+        channels = case.head_dim * (heads if over == "width" else 1)
+        memory = torch.empty((BATCH, TOKENS, heads, 3 * case.head_dim + case.unaligned), dtype=case.dtype, device=META)
+        x = memory[..., case.unaligned : case.unaligned + case.head_dim].transpose(1, 2)
+        count, table_heads, dtype = tables
+        table = torch.empty((1, table_heads, TOKENS, case.head_dim), dtype=dtype, device=META)[..., ::2]
+        weight = None if norm == "none" else torch.empty((channels,), dtype=case.dtype, device=META)
+        order = torch.empty((TOKENS,), dtype=torch.int32, device=META)
+        settings = (pairs, norm, over, EPS, case.feature_map, block)
+        arguments = (x, (table,) * count, *settings, weight, weight if norm == "layer" else None, order, order)
+        width = channels if over == "width" else None
+        call = Call("prepare_operand", META, case.dtype, head_dim=case.head_dim, norm_width=width)
+        words = f"{pairs} {norm}-{over} {heads} heads, {count} tables, means of {block}"
+        yield GateCall(call, _name(f"prepare_operand {words}", case), arguments)
 
 
 def _block_sparse(arch: int) -> Iterator[GateCall]:

@@ -1,4 +1,4 @@
-"""Gradients of arguments that were not given."""
+"""What operators return in the place of a result that nobody asked for."""
 
 import torch
 

@@ -1,0 +1,109 @@
+"""`salad::prepare_operand`: everything between a projection and attention over blocks, in one pass over its rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..autocast import without_autocast
+from ..checks import accumulation_dtype, check_inverse
+from ..engines import Call, serve
+from ..layout import block_count, empty_bshd
+from ..linear.absent import absent
+from .checks import check_sizes, check_types
+
+
+@torch.library.custom_op("salad::prepare_operand", mutates_args=())
+@without_autocast
+def prepare_operand(
+    x: torch.Tensor,
+    tables: Sequence[torch.Tensor],
+    pairs: str,
+    norm: str,
+    over: str,
+    eps: float,
+    feature_map: str,
+    block: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    inverse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A projected query or key with norm, rotation, features of map-then-rotate, token order and block means.
+
+    Computed in fp32 (fp64 for fp64). Rounded to the dtype of x are: the normalised rows, of which everything else is
+    made; the features before their rotation; and each result. Products with the tables are not rounded one by one.
+
+    No gradient: under autograd a backward pass through it is torch's error. Graphs get it for inference alone.
+
+    Args:
+        x: (B, H, S, D), any strides; fp32, bf16, fp16 or fp64.
+        tables: cos and sin of the rotation, which broadcast to (B, H, S, P), any strides, any floating dtype: of a pair
+            (a, b) it makes a cos - b sin and a sin + b cos. With four tables the second line has its own sin and cos,
+            in this order. Channels from 2 P on are not turned.
+        pairs: "interleaved", channels 2 i and 2 i + 1, or "halves", channels i and i + P.
+        norm: "none", "rms" or "layer". over: the channels of one "head", or of all ("width").
+        eps: added to the mean square of a norm.
+        feature_map: of the linear branch, see `linear_state`; "": no features are wanted.
+        block: tokens per block of the means; 0: no means are wanted.
+        weight, bias: (D,) or with "width" (H * D,), of the norm; any floating dtype.
+        order: int32 (S,), a permutation: row order[i] becomes row i of `rotated`. inverse: its inverse. None: as in x.
+
+    Returns:
+        rotated: (B, H, S, D), in token order.
+        plain: (B, H, S, D), the normalised rows without position, in the order of x; (0,) without features.
+        features: (B, H, S, D), rotated phi(plain), in the order of x; (0,) without features.
+        means: (B, H, ceil(S / block), D), fp32 (fp64 for fp64), of each block of `rotated`; (0,) without means.
+        The first three lie in memory as (B, S, H, D).
+
+    Raises:
+        KernelArgumentError: on a wrong rank, shape, dtype, device, name or block.
+        UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, width, block or GPU.
+    """
+    settings = (tuple(tables), pairs, norm, over, eps, feature_map, block, weight, bias, order, inverse)
+    engine, call = serve(_describe, *tables, x, *settings[1:])
+    if order is not None and inverse is not None:
+        check_inverse(order, inverse)
+    rotated, plain, features, means = engine.run(call, x, *settings)
+    return rotated, plain, features, means
+
+
+def _describe(*arguments: Any) -> Call:
+    *tables, x, pairs, norm, over, _, feature_map, block, weight, bias, order, inverse = arguments
+    check_types(x, tables, pairs, norm, over, feature_map, block, weight, bias, order, inverse)
+    check_sizes(x, tables, order, inverse)
+    return Call(
+        "prepare_operand",
+        x.device,
+        x.dtype,
+        head_dim=x.shape[-1],
+        key_block=block or None,
+        feature_map=feature_map,
+        tables_per_head=any(table.shape[1] > 1 for table in tables),
+        norm_width=x.shape[1] * x.shape[-1] if norm != "none" and over == "width" else None,
+    )
+
+
+@prepare_operand.register_fake
+def _(
+    x: torch.Tensor,
+    tables: Sequence[torch.Tensor],
+    pairs: str,
+    norm: str,
+    over: str,
+    eps: float,
+    feature_map: str,
+    block: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    inverse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_types(x, tables, pairs, norm, over, feature_map, block, weight, bias, order, inverse)
+    batch, heads, tokens, head_dim = x.shape
+    rotated = empty_bshd(x, batch, heads, tokens, head_dim)
+    shape = (batch, heads, block_count(tokens, block), head_dim) if block else (0,)
+    means = x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+    if not feature_map:
+        return rotated, absent(x), absent(x), means
+    return rotated, torch.empty_like(rotated), torch.empty_like(rotated), means
