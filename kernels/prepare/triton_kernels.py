@@ -141,7 +141,7 @@ def prepare_kernel(
     FEATURE_MAP: tl.constexpr,
     HAS_MEANS: tl.constexpr,
 ):
-    """`reference.prepare_operand`, x with adjacent channels, by STEPS tiles of ROWS rows: all of a mean, or of a norm."""
+    """`reference.prepare_operand` of x with adjacent channels. A program takes STEPS tiles of ROWS rows."""
     run, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) * TILE_H + tl.arange(0, TILE_H)
     pair = tl.arange(0, TILE_P)
