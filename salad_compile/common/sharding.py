@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 
@@ -35,3 +37,37 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor):
         return distribute_tensor(value, like.device_mesh, like.placements)
     return value
+
+
+def mean_like(gradient: Tensor, like: Tensor) -> Tensor:
+    """The mean over the processes of what each has whole, sharded as `like` is, a DTensor; every rank must call it."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(like, DTensor)
+    mesh = like.device_mesh
+    summands = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
+    return summands.redistribute(mesh, like.placements).to(like.device)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the shards of FSDP2 back as the parameters of every module, whichever were left whole after a forward.
+
+    Of the root, or with reshard_after_forward=False of all, whole parameters stay until the backward pass. Who comes
+    before it, or without it, would read or write those, which the optimizer does not know and the next step discards.
+    """
+    for _, module in _sharded_modules(model):
+        module.reshard()
+
+
+def sharded_around(model: nn.Module, name: str) -> list[Any]:
+    """The modules that FSDP2 shards by themselves which submodule `name` of `model` is in, itself included."""
+    return [module for path, module in _sharded_modules(model) if not path or f"{name}.".startswith(f"{path}.")]
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of everything in `model` that FSDP2 shards by itself, `model` included."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        yield from ((name, module) for name, module in model.named_modules() if isinstance(module, FSDPModule))

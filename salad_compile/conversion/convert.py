@@ -11,6 +11,7 @@ import torch.nn as nn
 from salad_compile.calls.multihead import in_projection_owner, projection, take_apart
 from salad_compile.common.foreign_hooks import forward_slot
 from salad_compile.common.logs import logger
+from salad_compile.common.sharding import reshard
 from salad_compile.common.wrappers import base_layer, components, without_base_layer
 from salad_compile.config import SaladConfig
 from salad_compile.conversion.branch_building import build_branch, submodule, widths_of
@@ -245,6 +246,7 @@ def _checked_config(config: SaladConfig | Mapping[str, Any] | None) -> SaladConf
 
 def _require_whole(model: nn.Module) -> None:
     """The parameters of a branch would be beside the shards and not among them, and FSDP2 would not know of them."""
+    reshard(model)  # after a forward the root's parameters are whole
     sharded = next((name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
     if sharded is not None:
         raise WrappedModelError(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from salad_compile.common.sharding import reshard
 from salad_compile.common.wrappers import single_model
 from salad_compile.config import SaladConfig
 from salad_compile.latents import LatentDataset
@@ -236,6 +237,7 @@ def _forward_seconds(run: Run, settings: TrainSettings, latents: LatentDataset) 
         began = _clock(run)
         run.family.predict(run.engine.wrapped, sample)
         seconds = _clock(run) - began
+    reshard(run.engine.bare)
     return seconds
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn as nn
 
 from salad_compile.backend.pipelines import compile_blocks
 from salad_compile.common.logs import logger
+from salad_compile.common.sharding import mean_like, reshard
 from salad_compile.errors import ConfigError, MissingPackageError
 from salad_compile.training.settings import TrainSettings
 from salad_compile.training.tensors import trained_parameters
@@ -66,21 +68,11 @@ class Engine:
     bare: nn.Module
     wrapped: nn.Module
     optimizer: Any
-    compiled: bool = False
     checkpoints_activations: bool = False
 
     @classmethod
     def prepare(cls, accelerator: Any, model: nn.Module, settings: TrainSettings) -> Engine:
-        """Distribute a model that :func:`make_trainable` has prepared.
-
-        Raises:
-            ConfigError: distillation with FSDP2.
-        """
-        if settings.distillation_steps and accelerator.is_fsdp2:
-            raise ConfigError(
-                "distillation_steps needs whole sites in each process: distil with one process or DDP, then continue "
-                "from the saved file with FSDP2 and distillation_steps=0."
-            )
+        """Distribute a model that :func:`make_trainable` has prepared."""
         _broadcast(accelerator, model)
         optimizer = torch.optim.AdamW(
             trained_parameters(model).values(),
@@ -90,33 +82,55 @@ class Engine:
         )
         engine = cls(accelerator, settings, model, model, optimizer)
         if not settings.distillation_steps:
-            engine.speed_up()  # before it is distributed: afterwards graphs would break at every collective
+            engine.checkpoint_activations()
+        engine.compile()  # before it is distributed: afterwards graphs would break at every collective
         engine.wrapped, engine.optimizer = accelerator.prepare(model, optimizer)
         engine.bare = accelerator.unwrap_model(engine.wrapped)
         return engine
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
+        """Those that the optimizer steps: also after a forward without a backward pass, the shards."""
+        reshard(self.bare)
         return trained_parameters(self.bare)
 
-    def speed_up(self) -> None:
-        """Gradient checkpointing and compilation as the settings say; a second call does nothing."""
-        settings, name = self.settings, type(self.bare).__name__
+    def checkpoint_activations(self) -> None:
+        """Gradient checkpointing if the settings say so; a second call does nothing."""
+        if not self.settings.gradient_checkpointing or self.checkpoints_activations:
+            return
+        self.checkpoints_activations = True
         model: Any = self.bare
-        if settings.gradient_checkpointing and not self.checkpoints_activations:
-            if hasattr(model, "enable_gradient_checkpointing"):
-                model.enable_gradient_checkpointing()
-                self.checkpoints_activations = True
-            else:
-                logger.warning("%s has no enable_gradient_checkpointing(): trains without", name)
-        if settings.compile == "none" or self.compiled:
+        if hasattr(model, "enable_gradient_checkpointing"):
+            model.enable_gradient_checkpointing()
+        else:
+            logger.warning("%s has no enable_gradient_checkpointing(): trains without", _name_of(model))
+
+    def compile(self) -> None:
+        """Mark for compilation what the settings say; the first forward compiles."""
+        settings, model = self.settings, self.bare
+        if settings.compile == "none":
             return
         options = {"options": settings.compile_options} if settings.compile_options else {}
         if settings.compile == "model":
             model.compile(backend="salad", **options)
         elif not compile_blocks(model, options):
-            logger.warning('%s has no compile_repeated_blocks(): trains uncompiled; compile="model" compiles it', name)
-        self.compiled = True
+            logger.warning(
+                '%s has no compile_repeated_blocks(): trains uncompiled; compile="model" compiles it', _name_of(model)
+            )
+
+    def set_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Take the mean over the processes as the gradients of the parameters, sharded as they are.
+
+        Args:
+            gradients: by name, of this process alone and whole; of the same parameters in every process.
+        """
+        for name, parameter in self.parameters.items():
+            gradient = gradients.get(name)
+            if gradient is not None and self.accelerator.is_fsdp2:
+                gradient = mean_like(gradient, parameter)
+            elif gradient is not None and self.accelerator.num_processes > 1:
+                gradient = self.accelerator.reduce(gradient, "mean")
+            parameter.grad = gradient
 
     def set_learning_rate(self, step: int) -> float:
         """Of step number `step`, counted from 0: a linear warm-up, then constant."""
@@ -130,6 +144,10 @@ class Engine:
         """Scale the gradients down to the largest norm; the norm before that."""
         limit = self.settings.clip or float("inf")
         return float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
+
+
+def _name_of(model: nn.Module) -> str:
+    return type(model).__name__.removeprefix("FSDP")  # FSDP2 puts a generated subclass in front of it
 
 
 def _broadcast(accelerator: Any, model: nn.Module) -> None:

@@ -229,7 +229,7 @@ class Run:
         rate = self.engine.set_learning_rate(step)
         distils = step < settings.distillation_steps
         if not distils:
-            self.engine.speed_up()
+            self.engine.checkpoint_activations()
         samples = [self._add_noise(micro, step) for micro in micro_batches]
         own = self._distil(samples) if distils else self._match_flow(samples)
         each, stopped = self._gather(own, stop)
@@ -271,15 +271,13 @@ class Run:
     def _distil(self, samples: list[Noised]) -> torch.Tensor:
         """As :meth:`_match_flow`, of the sites' own errors."""
         found = []
-        with self.distillation.watching():
+        # what is compiled runs as it was: the hooks that compare are not there when it is traced
+        with self.distillation.watching(), torch.compiler.set_stance("force_eager"):
             for batch in samples:
                 self.distillation.errors.clear()
                 self.family.predict(self.engine.bare, batch)
                 found.append(self.distillation.losses())
-        if self.accelerator.num_processes > 1:  # the wrapper, which would have averaged, was not called
-            for parameter in self.engine.parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        self.engine.set_gradients(self.distillation.take_gradients())
         return torch.cat(found)
 
     def _gather(self, own: torch.Tensor, stop: StopRequest) -> tuple[torch.Tensor, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from salad_compile.common.sharding import reshard
 from salad_compile.latents import LatentDataset
 from salad_compile.sites.branch import branches
 from salad_compile.training.engine import Engine
@@ -31,6 +32,7 @@ def validation_loss(engine: Engine, latents: LatentDataset, family: Family) -> f
         index, point = work[min(rank * rounds + number, len(work) - 1)]
         batch = validation_sample(latents[index], settings, index, point, family.add_noise).to(device, dtype)
         own.append(losses(family.predict(engine.wrapped, batch), batch.target))
+    reshard(engine.bare)  # no backward pass will
     engine.bare.train()
     everywhere = accelerator.gather(torch.cat(own)).cpu()[: len(work)]
     return float(everywhere.double().mean())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,15 @@ from tests.support import seeded
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (16, 5, 32, 34)  # 1,360 tokens: the last block of queries and the last of keys are short
 CONFIG = salad_compile.SaladConfig(sparsity=0.8, lora_rank=8, min_tokens=1024)
-SETTINGS = TrainSettings(steps=6, batch=4, learning_rate=1e-3, warmup_steps=2, text_tokens=16, checkpoint_every=3)
+SETTINGS = TrainSettings(
+    steps=6,
+    batch=4,
+    learning_rate=1e-3,
+    warmup_steps=2,
+    text_tokens=16,
+    checkpoint_every=3,
+    distillation_steps=2,
+)
 ALONE = [sys.executable, "-m", "salad_compile", "train"]
 LAUNCHED = {
     "ddp": ["--multi_gpu"],
@@ -73,6 +82,16 @@ def run(command: list[str], given: Path, name: str, environment: dict[str, str] 
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
 
 
+def launcher(kind: str) -> list[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no"]
+    launch += ["--num_machines", "1", "--dynamo_backend", "no", *LAUNCHED[kind]]
+    return [*launch, str(ROOT / "examples" / "finetune.py")]
+
+
+def losses_of(directory: Path) -> list[float]:
+    return [line["loss"] for line in read_log(directory) if "loss" in line]
+
+
 def test_one_gpu(given: Path, alone: list[dict[str, Any]]) -> None:
     assert [line["step"] for line in alone if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert all(0 < line["loss"] < 10 for line in alone if "loss" in line)
@@ -85,12 +104,22 @@ def test_one_gpu(given: Path, alone: list[dict[str, Any]]) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", LAUNCHED)
 def test_two_gpus_train_as_one(given: Path, alone: list[dict[str, Any]], kind: str) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no"]
-    launch += ["--num_machines", "1", "--dynamo_backend", "no", *LAUNCHED[kind]]
-    run([*launch, str(ROOT / "examples" / "finetune.py")], given, kind)
-    ours = [line["loss"] for line in read_log(given / kind) if "loss" in line]
-    theirs = [line["loss"] for line in alone if "loss" in line]
-    assert ours == pytest.approx(theirs, rel=BOUND)
+    run(launcher(kind), given, kind)
+    assert losses_of(given / kind) == pytest.approx([line["loss"] for line in alone if "loss" in line], rel=BOUND)
     trained = load_file(given / kind / "salad.safetensors")
     assert trained.keys() == load_file(given / "alone" / "salad.safetensors").keys()
+    stages = [line["stage"] for line in read_log(given / kind) if "stage" in line]
+    assert stages == ["distillation"] * 2 + ["flow matching"] * 4
     assert (given / kind / "export" / "lora" / "peft" / "adapter_config.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("begun", ["by two", "by one"])
+def test_a_run_goes_on_with_another_number_of_gpus(given: Path, alone: list[dict[str, Any]], begun: str) -> None:
+    directory = given / f"begun {begun}"
+    commands = {"by two": (launcher("fsdp2"), {}), "by one": (ALONE, {"CUDA_VISIBLE_DEVICES": "0"})}
+    run(commands[begun][0], given, directory.name, commands[begun][1])
+    shutil.rmtree(directory / "checkpoints" / "step-00000006")
+    (other,) = (command for key, command in commands.items() if key != begun)
+    run(other[0], given, directory.name, other[1])
+    assert losses_of(directory) == pytest.approx([line["loss"] for line in alone if "loss" in line], rel=BOUND)
