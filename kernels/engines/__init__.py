@@ -6,12 +6,13 @@ themselves with `register`.
 
 from .call import Call
 from .engine import FOLDERS, Engine, GateCall, implementation
+from .flash_attention import FlashAttentionEngine
 from .gluon import GluonEngine
 from .registry import choose, engines, find, register, serve, unregister, use_engine
 from .torch import TorchEngine
 from .triton import TritonEngine
 
-for _engine in (GluonEngine(), TritonEngine(), TorchEngine()):  # in order of priority
+for _engine in (GluonEngine(), TritonEngine(), FlashAttentionEngine(), TorchEngine()):  # in order of priority
     register(_engine)
 
 __all__ = [

@@ -64,7 +64,10 @@ def test_an_error_ends_the_context() -> None:
 
 
 def test_an_unknown_engine_is_an_error_that_lists_them() -> None:
-    with pytest.raises(UnsupportedKernelError, match=r"unknown engine 'cuda'.*'triton', 'torch'"), use_engine("cuda"):
+    with (
+        pytest.raises(UnsupportedKernelError, match=r"unknown engine 'cuda'.*'flash', 'torch'"),
+        use_engine("cuda"),
+    ):
         pass
     assert engine_on(CPU) == "torch"
 
@@ -164,7 +167,7 @@ def test_an_added_engine_serves_what_it_supports_and_is_reported(definition: Def
     ran, gradient = attend(16)
     assert ran == ["definition"]
     assert attend(8)[0] == ["torch"]
-    assert [engine.name for engine in engines()] == ["gluon", "triton", "definition", "torch"]
+    assert [engine.name for engine in engines()] == ["gluon", "triton", "flash", "definition", "torch"]
     unregister("definition")
     ran, expected = attend(16)
     assert ran == ["torch"]
