@@ -20,6 +20,7 @@ import rival_kernels
 import torch
 import torch.nn.functional as F
 from common import (
+    LOADED,
     NOT_INSTALLED,
     Budget,
     Clock,
@@ -28,11 +29,12 @@ from common import (
     Row,
     Run,
     clock_for,
+    compare_bursts,
     default_output,
     describe,
     free_memory,
     select,
-    take_turns,
+    take_both_turns,
     warm_up,
 )
 from torch import Tensor
@@ -53,6 +55,7 @@ FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 # Matrix products of each pass over those of the forward; the backward needs five for the forward's two.
 PASSES = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}
 QUERY_BLOCK, KEY_BLOCK = 128, 64
+REST_S = 0.05  # before a timing of a burst
 STRUCTURE_RANK, STRUCTURE_RUN = 4, 256
 INPUTS = (
     f"normal noise plus {STRUCTURE_RANK} shared directions per head, with a random strength for each run of "
@@ -266,7 +269,7 @@ class Comparison:
         cuda = self.inputs.device.type == "cuda"
         for name, make in (DENSE_ON_CUDA if cuda else DENSE).items():
             # report a missing package once, with the forward
-            if step == FORWARD or name not in PACKAGES or rival_kernels.loads(make):
+            if step == FORWARD or name not in PACKAGES or rival_kernels.has_backward(name):
                 yield self._row(f"dense {name}", "dense", step, self._dense(make, step), sparsity=0.0)
 
     def _dense(self, make: Callable[[], Attend], step: str) -> Callable[[Facts], Run]:
@@ -466,6 +469,7 @@ def finish(rows: list[Row]) -> list[Facts]:
         if dense and row["kind"] != "ceiling":
             best = min(dense, key=lambda r: r["median_ms"])
             row["baseline"], row["speedup"] = best["row"], best["median_ms"] / row["median_ms"]
+    compare_bursts(finished)
     return finished
 
 
@@ -483,7 +487,9 @@ def print_table(rows: list[Facts]) -> None:
         rate = f"{row['tflops']:>9.0f}" if "tflops" in row else f"{'':>9}"
         share = f"{row['peak_share']:>6.0%}" if row.get("peak_share") else f"{'':>6}"
         ratio = f"{row['speedup']:>6.2f}x" if "speedup" in row else f"{'':>7}"
-        print(f"{name:34}{asked:>9}{timings}{rate}{share}{ratio}{len(row['timings_ms']):>4}")
+        burst = f"  burst {row['burst_median_ms']:.3f}" if "burst_median_ms" in row else ""
+        burst += f" {row['burst_speedup']:.2f}x" if "burst_speedup" in row else ""
+        print(f"{name:34}{asked:>9}{timings}{rate}{share}{ratio}{len(row['timings_ms']):>4}{burst}")
 
 
 def run_case(case: Case, options: argparse.Namespace, clock: Clock, budget: Budget, results: Results) -> None:
@@ -500,7 +506,8 @@ def run_case(case: Case, options: argparse.Namespace, clock: Clock, budget: Budg
     for row in rows:
         warm_up(row, clock, budget)
     print(f"  warm after {budget.elapsed():.0f} s", flush=True)
-    take_turns(rows, clock, options.rounds, options.row_seconds, lambda: results.write_sometimes(lambda: finish(rows)))
+    write = lambda: results.write_sometimes(lambda: finish(rows))  # noqa: E731
+    take_both_turns(rows, clock, options.rounds, options.row_seconds, write, rest_s=REST_S)
     finished = finish(rows)
     results.add(finished)
     print_table(finished)
@@ -552,7 +559,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the comparisons, print their tables, keep the rows."""
     options = parse(arguments)
     device, budget = torch.device(options.device), Budget(options.budget_seconds)
-    common = describe(device) | {"seed": options.seed, "quick": options.quick}
+    common = describe(device) | {"seed": options.seed, "quick": options.quick, "load": LOADED}
     results = Results(options.output or default_output("attention", device), common)
     print(f"{common['device']}, torch {common['torch']}, Triton {common['triton']}; rows in {results.path}", flush=True)
     # every comparison compiles the operator again, and fullgraph turns a silent fallback into an error

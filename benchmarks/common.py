@@ -29,6 +29,11 @@ from salad_compile.kernels import pool_blocks, select_blocks
 BENCHMARKS = Path(__file__).resolve().parent
 RESULTS = BENCHMARKS / "results"
 FEWEST = 3  # timings of a row, however slow it is
+LOAD, PRODUCTS = 4096, 10  # products of this size run ahead of a timing under load, at least as many
+PRODUCT_MS = 0.2  # what one takes at most, on Hopper
+HEAT_S = 2.0  # of products before the first timing under load
+LOADED = "timed under load; burst_ after a rest"
+BURSTS = 5  # rounds of timings after a rest
 NOT_INSTALLED = "not installed"
 LEFT_OUT = "left out"
 
@@ -150,6 +155,13 @@ class CpuClock:
         run()
         return (time.perf_counter() - start) * 1e3
 
+    def under_load(self, run: Callable[[], object], ahead_ms: float = 0.0, calls: int = 0) -> float:
+        """The same: a CPU has no load of ours."""
+        return self.milliseconds(run)
+
+    def heat(self, seconds: float) -> None:
+        """Nothing, likewise."""
+
     def working_bytes(self, run: Callable[[], object]) -> tuple[object, int | None]:
         """The call's result; PyTorch does not count memory on a CPU."""
         return run(), None
@@ -163,6 +175,7 @@ class CudaClock:
     """
 
     def __init__(self) -> None:
+        self._square: Tensor | None = None
         # private (torch 2.11): spins on the device for a number of cycles
         self._spin: Any = torch.cuda._sleep
         cycles = 10_000_000
@@ -180,6 +193,31 @@ class CudaClock:
         if ahead_ms:
             self._spin(int(ahead_ms * self._cycles_per_ms))
         return self._between(run)
+
+    def under_load(self, run: Callable[[], object], ahead_ms: float = 0.0, calls: int = 0) -> float:
+        """Device time of one call in the middle of work: matrix products run ahead, for at least `ahead_ms`.
+
+        Args:
+            calls: so many calls that are not timed run before them, for the state in which a long run has the device.
+        """
+        torch.cuda.synchronize()
+        for _ in range(calls):
+            run()
+        self._multiply(max(PRODUCTS, int(ahead_ms / PRODUCT_MS) + 1))
+        return self._between(run)
+
+    def heat(self, seconds: float) -> None:
+        """Keep the device busy for so long."""
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            self._multiply(100)
+            torch.cuda.synchronize()
+
+    def _multiply(self, products: int) -> None:
+        if self._square is None:
+            self._square = torch.randn(LOAD, LOAD, device="cuda", dtype=torch.bfloat16)
+        for _ in range(products):
+            self._square @ self._square
 
     def working_bytes(self, run: Callable[[], object]) -> tuple[object, int | None]:
         """The call's result, and the most memory it took beyond what was allocated before, the result included."""
@@ -247,6 +285,7 @@ class Row:
     estimate_ms: float = 0.0
     host_ms: float = 0.0
     milliseconds: list[float] = field(default_factory=list)
+    sustained: list[float] = field(default_factory=list)
 
     def fail(self, error: BaseException | str) -> None:
         """Keep the error, and release what the row holds."""
@@ -259,10 +298,16 @@ class Row:
         self.prepare = _released
 
     def to_json(self) -> Facts:
-        """The row, without comparisons with other rows."""
-        timed = spread(self.milliseconds) if self.milliseconds else {}
-        rounded = [round(ms, 5) for ms in self.milliseconds]
-        return {**self.facts, **timed, "timings_ms": rounded, "error": self.error}
+        """The row, without comparisons with other rows.
+
+        Timings under load, if there are any, and then those after a rest with "burst_" before their names.
+        """
+        main = self.sustained or self.milliseconds
+        timed = {**(spread(main) if main else {}), "timings_ms": [round(ms, 5) for ms in main]}
+        if self.sustained and self.milliseconds:
+            burst = {**spread(self.milliseconds), "timings_ms": [round(ms, 5) for ms in self.milliseconds]}
+            timed |= {f"burst_{name}": value for name, value in burst.items()}
+        return {**self.facts, **timed, "error": self.error}
 
 
 def _released(_: Facts) -> Run:
@@ -327,6 +372,9 @@ def take_turns(
     rounds: int,
     row_seconds: float,
     after_round: Callable[[], None] = lambda: None,
+    *,
+    sustained: bool = False,
+    rest_s: float = 0.0,
 ) -> None:
     """Time all prepared rows in turn.
 
@@ -334,6 +382,8 @@ def take_turns(
         rounds: how often the fast rows are timed.
         row_seconds: a slow row is timed in as many rounds, evenly spread, as fit into this, at least in `FEWEST`.
         after_round: called after every round, to keep what was measured so far.
+        sustained: time under load, with a call before it where that is not too long.
+        rest_s: seconds that the device rests before every timing; not with `sustained`.
     """
     for number in range(rounds):
         for row in rows:
@@ -343,10 +393,43 @@ def take_turns(
             try:
                 # at most 50 ms: for a call that takes longer to queue the gaps do not matter
                 ahead = min(1.5 * row.host_ms + 0.1, 50.0) if row.estimate_ms < 100 else 0.0
-                row.milliseconds.append(clock.milliseconds(lambda: run(index), ahead))  # noqa: B023
+                if sustained:
+                    calls = int(100 <= row.estimate_ms < 1000)
+                    row.sustained.append(clock.under_load(lambda: run(index), ahead, calls))  # noqa: B023
+                else:
+                    time.sleep(rest_s)
+                    row.milliseconds.append(clock.milliseconds(lambda: run(index), ahead))  # noqa: B023
             except Exception as error:
                 row.fail(error)
         after_round()
+
+
+def take_both_turns(
+    rows: Sequence[Row],
+    clock: Clock,
+    rounds: int,
+    row_seconds: float,
+    after_round: Callable[[], None],
+    *,
+    rest_s: float,
+) -> None:
+    """Time all prepared rows under load, and then after rests: a power-capped GPU is faster for a moment.
+
+    See `take_turns`. On a CPU, where there is no such difference, once.
+    """
+    clock.heat(HEAT_S)
+    take_turns(rows, clock, rounds, row_seconds, after_round, sustained=True)
+    if isinstance(clock, CudaClock):
+        take_turns(rows, clock, min(rounds, BURSTS), row_seconds, after_round, rest_s=rest_s)
+
+
+def compare_bursts(rows: Sequence[Facts]) -> None:
+    """Add "burst_speedup": the fastest dense row of the same pass after a rest, over the row after a rest."""
+    timed = [row for row in rows if "burst_median_ms" in row and not row["error"] and row["kind"] != "ceiling"]
+    for row in timed:
+        dense = [r["burst_median_ms"] for r in timed if r["kind"] == "dense" and r["pass"] == row["pass"]]
+        if dense:
+            row["burst_speedup"] = min(dense) / row["burst_median_ms"]
 
 
 def _due(row: Row, number: int, rounds: int, row_seconds: float) -> bool:

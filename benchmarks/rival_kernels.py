@@ -46,10 +46,10 @@ def first_installed(*modules: str) -> Any:
     raise ImportError("; ".join(reasons))
 
 
-def loads(make: Callable[[], Attend]) -> bool:
-    """Whether a kernel's package is there."""
+def has_backward(name: str) -> bool:
+    """Whether a package of `DENSE` is there and trains; fa3-fwd has forwards alone."""
     try:
-        make()
+        installed({"FlashAttention-3": "flash_attn_interface", "FlashAttention-4": "flash_attn.cute.interface"}[name])
     except ImportError:
         return False
     return True

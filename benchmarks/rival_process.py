@@ -17,12 +17,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from common import NOT_INSTALLED, CpuClock, Facts, clock_for, free_memory
+from common import LOAD, NOT_INSTALLED, PRODUCT_MS, PRODUCTS, CpuClock, Facts, clock_for, free_memory
 from rival_inputs import BOTH, FORWARD, Inputs, Shape, forward_error, gradient_error
 from rival_kernels import Kernel, Run, kernels, version_of
-
-LOAD, PRODUCTS = 4096, 10  # products of this size run ahead of every timing, at least as many
-PRODUCT_MS = 0.2  # what one takes at most, on Hopper
 
 
 @dataclass

@@ -17,14 +17,14 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from common import (
+    LOADED,
     Budget,
     Clock,
     Facts,
@@ -32,15 +32,15 @@ from common import (
     Row,
     Run,
     clock_for,
+    compare_bursts,
     default_output,
     describe,
     free_memory,
-    take_turns,
+    take_both_turns,
     warm_up,
 )
+from dense_kernels import fastest, preferring, self_attention_on, time_dense
 from diffusers import WanTransformer3DModel
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import salad_compile
 from salad_compile.kernels import measure_executions
@@ -48,11 +48,7 @@ from salad_compile.kernels.measure import overall_sparsity
 from salad_compile.sites.branch import branches
 
 FORWARD, TRAINING = "denoising step", "training step"
-SDPA = {
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+REST_S = 0.3  # before a timing of a burst
 # Settings of SaladConfig that the command line can vary; the default first.
 VARIANTS = {
     "token_order": ("tiles", "flat"),
@@ -186,35 +182,6 @@ def convert(
     return converted
 
 
-# ---------------------------------------------------------------- dense attention's kernel
-
-
-def time_sdpa(model: Model, device: torch.device, clock: Clock) -> dict[str, float]:
-    """Milliseconds of dense self-attention of one layer, for each kernel that takes it; empty on a CPU."""
-    if device.type != "cuda":
-        return {}
-    shape = (3, 1, model.tokens, model.heads, model.head_dim)
-    query, key, value = torch.randn(shape, device=device, dtype=torch.bfloat16).transpose(2, 3).unbind(0)
-    times = {}
-    for name in ("cuDNN", "flash"):
-        try:
-            with sdpa_kernel(SDPA[name]):
-                attend: Callable[[], Tensor] = lambda: F.scaled_dot_product_attention(query, key, value)  # noqa: E731
-                attend()
-                times[name] = min(clock.milliseconds(attend) for _ in range(3))
-        except RuntimeError as error:
-            print(f"  dense attention through {name}: {error}", flush=True)
-    return times
-
-
-def preferring(times: dict[str, float]) -> contextlib.AbstractContextManager[Any]:
-    """Prefer the fastest kernel, then the others; PyTorch's choice if nothing was timed."""
-    if not times:
-        return contextlib.nullcontext()
-    order = [*sorted(times, key=times.__getitem__), *(name for name in SDPA if name not in times)]
-    return sdpa_kernel([*(SDPA[name] for name in order), SDPBackend.MATH], set_priority=True)
-
-
 # ---------------------------------------------------------------- one comparison
 
 
@@ -225,10 +192,11 @@ class Stage:
         self.plan, self.options, self.clock = plan, options, clock
         self.device = torch.device(options.device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.sdpa = time_sdpa(plan.model, self.device, clock)
         self.base = build(plan.model, self.device, self.dtype)
         self.inputs = make_inputs(plan.model, self.device, self.dtype)
         self.training = plan.step == TRAINING
+        shape = (1, plan.model.tokens, plan.model.heads, plan.model.head_dim)
+        self.dense_times = time_dense(shape, self.device, clock, training=self.training)
 
     def rows(self) -> list[Row]:
         """Dense first, then SALAD at each sparsity."""
@@ -254,7 +222,7 @@ class Stage:
             **{name: value if kind == "salad" else "" for name, value in self.settings.items()},
             "compiled": f"each block, {self.options.compiler}",
             "weights": WEIGHTS,
-            "dense_attention_ms": self.sdpa,
+            "dense_attention_ms": self.dense_times,
         }
 
     @property
@@ -268,7 +236,8 @@ class Stage:
             facts["trains"] = "nothing: the base is frozen, and gradients flow to the latents only"
         compiler = self.options.compiler
         dense.compile_repeated_blocks(**({} if compiler == "inductor" else {"backend": compiler}))
-        return self._first(dense, facts)
+        facts["dense_attention"] = fastest(self.dense_times)
+        return self._first(dense, facts, facts["dense_attention"])
 
     def _salad(self, facts: Facts) -> Run:
         how = {"merge": not self.training, "settings": self.settings}
@@ -283,10 +252,14 @@ class Stage:
         facts["measured_sparsity"] = overall_sparsity(executions)
         return run
 
-    def _first(self, model: Wan, facts: Facts) -> Run:
-        """The call that is timed; the first one, which compiles, is done here."""
+    def _first(self, model: Wan, facts: Facts, kernel: str = "") -> Run:
+        """The call that is timed; the first one, which compiles, is done here.
+
+        Args:
+            kernel: of dense self-attention.
+        """
         facts["parameter_bytes"] = sum(p.nbytes for p in model.parameters())
-        run = self._train(model) if self.training else self._step(model)
+        run = self._train(model, kernel) if self.training else self._step(model, kernel)
         start = time.perf_counter()
         run(0)
         self.clock.synchronize()
@@ -294,14 +267,14 @@ class Stage:
         print(f"  {facts['row']} at {facts['sparsity']}: first call {facts['first_call_s']:.1f} s", flush=True)
         return run
 
-    def _step(self, model: Wan) -> Run:
+    def _step(self, model: Wan, kernel: str) -> Run:
         def run(_: int) -> object:
-            with torch.inference_mode(), preferring(self.sdpa):
+            with torch.inference_mode(), preferring(self.dense_times), self_attention_on(kernel):
                 return model(**self.inputs)
 
         return run
 
-    def _train(self, model: Wan) -> Run:
+    def _train(self, model: Wan, kernel: str) -> Run:
         """Forward with gradient checkpointing, and backward."""
         model.enable_gradient_checkpointing()
         model.train()
@@ -309,7 +282,7 @@ class Stage:
         wanted = [latents, *(p for p in model.parameters() if p.requires_grad)]
 
         def run(_: int) -> object:
-            with preferring(self.sdpa):
+            with preferring(self.dense_times), self_attention_on(kernel):
                 out = model(**{**self.inputs, "hidden_states": latents})[0]
                 gradients = torch.autograd.grad(out.float().square().mean(), wanted)
             return [*gradients]
@@ -356,6 +329,8 @@ def finish(rows: list[Row]) -> list[Facts]:
     for row in finished:
         if dense and "median_ms" in row and not row["error"]:
             row["baseline"], row["speedup"] = dense["row"], dense["median_ms"] / row["median_ms"]
+            row["dense_attention"] = dense["dense_attention"]
+    compare_bursts(finished)
     return finished
 
 
@@ -369,7 +344,10 @@ def print_table(rows: list[Facts]) -> None:
         ratio = f"{row['speedup']:.2f}x" if "speedup" in row else ""
         memory = f", {row['working_bytes'] / 2**30:.1f} GiB beyond weights" if row["working_bytes"] else ""
         timings = f"{row['median_ms']:.1f} ms ({row['p10_ms']:.1f} to {row['p90_ms']:.1f}), n {len(row['timings_ms'])}"
-        print(f"{name:34}{timings} {ratio}{memory}", flush=True)
+        kernel = f", dense attention {row['dense_attention']}" if row.get("dense_attention") else ""
+        burst = f", burst {row['burst_median_ms']:.1f} ms" if "burst_median_ms" in row else ""
+        burst += f" {row['burst_speedup']:.2f}x" if "burst_speedup" in row else ""
+        print(f"{name:34}{timings} {ratio}{burst}{memory}{kernel}", flush=True)
 
 
 def run_comparison(
@@ -396,7 +374,8 @@ def run_comparison(
         results.write(finish(rows))
     if plan.compile_again and not budget.spent():
         stage.compile_again(rows)
-    take_turns(rows, clock, options.rounds, options.row_seconds, lambda: results.write(finish(rows)))
+    write = lambda: results.write(finish(rows))  # noqa: E731
+    take_both_turns(rows, clock, options.rounds, options.row_seconds, write, rest_s=REST_S)
     if options.device == "cuda" and not budget.spent():
         note_kernels(rows)
     finished = finish(rows)
@@ -447,7 +426,7 @@ def main(arguments: list[str] | None = None) -> None:
     device, budget = torch.device(options.device), Budget(options.budget_seconds)
     models = [model.quick() if options.quick else model for model in MODELS if model.name in options.models]
     models = [replace(model, layers=options.layers or model.layers) for model in models]
-    common = describe(device) | {"quick": options.quick, "seed": 0}
+    common = describe(device) | {"quick": options.quick, "seed": 0, "load": LOADED}
     results = Results(options.output or default_output("transformer", device), common)
     print(f"{common['device']}, torch {common['torch']}, Triton {common['triton']}; rows in {results.path}", flush=True)
     clock = clock_for(device)

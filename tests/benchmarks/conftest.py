@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -24,3 +25,18 @@ def common() -> Iterator[ModuleType]:
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="session")
+def modules() -> Iterator[dict[str, ModuleType]]:
+    """The scripts around other projects' kernels, imported as they import each other."""
+    names = ("common", "rival_inputs", "rival_kernels", "rival_process", "rivals", "dense_kernels")
+    before = {name: sys.modules.pop(name, None) for name in names}
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update({name: module for name, module in before.items() if module is not None})

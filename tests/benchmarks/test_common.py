@@ -17,6 +17,7 @@ class FakeClock:
 
     def __init__(self) -> None:
         self.ahead: list[float] = []
+        self.loaded: list[Any] = []
 
     def synchronize(self) -> None:
         pass
@@ -24,6 +25,13 @@ class FakeClock:
     def milliseconds(self, run: Any, ahead_ms: float = 0.0) -> float:
         self.ahead.append(ahead_ms)
         return float(run() or 0)
+
+    def under_load(self, run: Any, ahead_ms: float = 0.0, calls: int = 0) -> float:
+        self.loaded.append((ahead_ms, calls))
+        return 2 * float(run() or 0)
+
+    def heat(self, seconds: float) -> None:
+        self.loaded.append(("heat", seconds))
 
     def working_bytes(self, run: Any) -> tuple[object, int]:
         return run(), 5
@@ -99,6 +107,35 @@ def test_the_host_is_let_ahead_of_fast_rows_only(common: ModuleType) -> None:
     assert clock.ahead == [pytest.approx(3.1), 0.0]
 
 
+def test_rows_are_timed_under_load_and_after_rests(common: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = (row_of(common, name, None) for name in ("fast", "slow"))
+    fast.run, slow.run = (lambda number: 1.0), (lambda number: 200.0)
+    fast.estimate_ms, fast.host_ms, slow.estimate_ms = 1.0, 2.0, 200.0
+    rested: list[float] = []
+    monkeypatch.setattr(common.time, "sleep", rested.append)
+    monkeypatch.setattr(common, "CudaClock", FakeClock)
+    clock = FakeClock()
+    common.take_both_turns([fast, slow], clock, 8, 100.0, lambda: None, rest_s=0.5)
+    assert clock.loaded[0] == ("heat", 2.0)
+    assert clock.loaded[1:3] == [(pytest.approx(3.1), 0), (0.0, 1)], "a call ahead where that is not too long"
+    assert rested == [0.5] * 10, "five rounds of two rows"
+    about = fast.to_json()
+    assert (about["median_ms"], about["burst_median_ms"]) == (2.0, 1.0)
+    assert (len(about["timings_ms"]), len(about["burst_timings_ms"])) == (8, 5)
+    facts = [{"kind": kind, "pass": "forward", **row.to_json()} for kind, row in (("dense", slow), ("salad", fast))]
+    common.compare_bursts(facts)
+    assert [row["burst_speedup"] for row in facts] == [1.0, 200.0]
+
+
+def test_a_cpu_has_no_bursts(common: ModuleType) -> None:
+    row = row_of(common, "row", None)
+    row.run, row.estimate_ms = (lambda number: None), 1.0
+    common.take_both_turns([row], common.CpuClock(), 4, 10.0, lambda: None, rest_s=9.0)
+    about = row.to_json()
+    assert len(about["timings_ms"]) == 4
+    assert "burst_median_ms" not in about
+
+
 def test_rows_are_in_the_file_after_every_change(common: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.json"
     results = common.Results(path, {"device": "x"})
@@ -157,3 +194,15 @@ def test_the_cuda_clock_spins_before_it_starts(common: ModuleType, monkeypatch: 
     assert clock.milliseconds(lambda: happened.append("run"), 2.0) == 5.0
     assert happened == [4_000_000, "record", "run", "record", "wait"]  # 10 million cycles took 5 ms
     assert clock.working_bytes(lambda: "result") == ("result", 7)
+    happened.clear()
+
+    class Square:
+        def __matmul__(self, other: object) -> None:
+            happened.append("product")
+
+    monkeypatch.setattr(common.torch, "randn", lambda *size, device, dtype: Square())
+    assert clock.under_load(lambda: happened.append("run"), 2.5, 1) == 5.0
+    assert happened == ["run", *["product"] * 13, "record", "run", "record", "wait"]
+    happened.clear()
+    clock.under_load(lambda: happened.append("run"))
+    assert happened.count("product") == 10

@@ -6,7 +6,6 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,21 +15,6 @@ import torch
 
 from tests.benchmarks import fake_packages
 from tests.benchmarks.conftest import BENCHMARKS
-
-
-@pytest.fixture(scope="module")
-def modules() -> Iterator[dict[str, ModuleType]]:
-    """The scripts, imported as they import each other."""
-    names = ("common", "rival_inputs", "rival_kernels", "rival_process", "rivals")
-    before = {name: sys.modules.pop(name, None) for name in names}
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield {name: __import__(name) for name in names}
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update({name: module for name, module in before.items() if module is not None})
 
 
 @pytest.fixture(scope="module")
