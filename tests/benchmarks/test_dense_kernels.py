@@ -26,8 +26,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         lse = (query @ key.transpose(-1, -2) * q.shape[-1] ** -0.5).logsumexp(-1)
         return fake_packages.flash_attn_func(q, k, v)[0].contiguous(), lse
 
-    def backward(q: Any, k: Any, v: Any, out: Any, dout: Any, lse: Any, scale: float) -> Any:
-        query, key, value, done, grad = (x.transpose(1, 2) for x in (q, k, v, out, dout))
+    def backward(q: Any, k: Any, v: Any, out: Any, grad_out: Any, lse: Any, scale: float) -> Any:
+        query, key, value, done, grad = (x.transpose(1, 2) for x in (q, k, v, out, grad_out))
         weights = (query @ key.transpose(-1, -2) * scale - lse[..., None]).exp()
         torch.testing.assert_close(weights @ value, done)
         grad_scores = weights * (grad @ value.transpose(-1, -2) - (grad * done).sum(-1, keepdim=True)) * scale
