@@ -52,6 +52,53 @@ def test_the_block_is_what_the_raw_rows_say(measured: ModuleType) -> None:
     assert measured.render() in (ROOT / "README.md").read_text(), "run: python tools/measured.py"
 
 
+def test_bursts_are_a_column_of_their_own(measured: ModuleType, results: Path) -> None:
+    burst = {"burst_median_ms": 1.5, "burst_speedup": 3.5}
+    dense = kernel_row("dense FlashAttention-4", "dense", "forward", 8.0, burst_median_ms=6.0, burst_speedup=1.0)
+    ours = kernel_row("block-sparse forward", "salad", "forward", 2.0, speedup=4.0, **burst)
+    (results / "attention_x.json").write_text(json.dumps([dense, ours]))
+    block = measured.render(results)
+    assert "best dense / row | in a burst |" in block
+    assert "| 4.00x | 1.50, 3.50x |" in block
+    assert "in turn, under load." in block
+    about = {"layers": 30, "measured_sparsity": 0.9, "working_bytes": None}
+    step = "denoising step"
+    rows = [
+        kernel_row("dense", "dense", step, 400.0, **about, dense_attention="FlashAttention-4"),
+        kernel_row("SALAD", "salad", step, 200.0, **about, speedup=2.0, **burst),
+    ]
+    (results / "transformer_x.json").write_text(json.dumps(rows))
+    block = measured.render(results)
+    assert "400.0 (360.0 to 440.0), FlashAttention-4 | 200.0" in block
+    assert "**2.00x** | -, - | 1.50, 3.50x |" in block
+    assert "runs on the kernel beside its time" in block
+
+
+def test_the_rivals_are_what_the_raw_rows_say(measured: ModuleType) -> None:
+    assert measured.render_rivals() in (ROOT / "docs" / "kernels.md").read_text(), "run: python tools/measured.py"
+
+
+def test_rivals_are_one_table_with_their_reasons(measured: ModuleType, results: Path) -> None:
+    assert "Not measured yet." in measured.render_rivals(results)
+    about = {"relative_error": 2e-3, "tflops": 600.0}
+    ours, rival = "ours gluon 128x64", "FlashAttention-4 block-sparse 128x128"
+    rows = [
+        kernel_row("matmul 8192", "ceiling", "forward", 1.5, tflops=730.0),
+        kernel_row(ours, "salad", "forward + backward", 4.5, **about),
+        kernel_row(ours, "salad", "forward", 1.0, **about, rate_over={rival: 1.1234}),
+        kernel_row(rival, "rival", "forward", 1.125, **about),
+        {**kernel_row("SLA", "rival", "forward", 1.0), "error": "not installed: no module"},
+    ]
+    (results / "rivals_x.json").write_text(json.dumps([{**row, "case": "12x32768"} for row in rows]))
+    block = measured.render_rivals(results)
+    assert "| **ours gluon 128x64 forward** | 1.00 (0.90 to 1.10) | 600 | 2e-03 |" in block
+    assert "| matmul 8192 | 1.50 (1.35 to 1.65) | 730 |  |" in block
+    assert "| SLA forward | - | - |  |" in block
+    assert f"Rates, 12x32768: {ours} forward **1.12x** {rival}." in block
+    assert "- SLA forward: not installed: no module" in block
+    assert block.index("SLA forward |") < block.index("forward + backward"), "forwards first"
+
+
 def test_without_gpu_rows_the_block_has_no_gpu_part(measured: ModuleType, results: Path) -> None:
     block = measured.render(results)
     assert "Kernels," not in block

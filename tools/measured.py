@@ -1,6 +1,6 @@
-"""The README's "Measured" block, written from the raw rows in benchmarks/results/ and from nothing else.
+"""The README's "Measured" block, and the rivals in docs/kernels.md, from the raw rows in benchmarks/results/ alone.
 
-python tools/measured.py            rewrite the block
+python tools/measured.py            rewrite both blocks
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+KERNELS = ROOT / "docs" / "kernels.md"
+RIVALS_BEGIN, RIVALS_END = "<!-- rivals:begin -->", "<!-- rivals:end -->"
 Row = dict[str, Any]
 
 # What the kernel table shows of each shape, in this order: dense stands for the fastest dense kernel of the pass.
@@ -92,18 +94,35 @@ def _kernels(path: Path) -> list[str]:
     shapes = {row["case"]: f"{row['tokens']:,} tokens and {row['heads']} heads of {row['head_dim']}" for row in shown}
     lines = [
         f"Kernels, `{_command(first)}`: {_machine(first)}.",
-        f"{_blocks(shown)} Medians, in brackets the middle 80 %; all rows of a shape are timed in turn.",
+        f"{_blocks(shown)} Medians, in brackets the middle 80 %; all rows of a shape are timed in turn{_load(shown)}.",
         f"{'; '.join(f'{case} is {shape}' for case, shape in shapes.items())}.",
         f"TFLOP/s count only token pairs that are computed. {_ceilings(rows)}",
         "",
-        "| shape | row | milliseconds | TFLOP/s | of the peak | best dense / row |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| shape | row | milliseconds | TFLOP/s | of the peak | best dense / row |" + _burst_heading(shown),
+        "| --- | --- | --- | --- | --- | --- |" + " --- |" * bool(_burst_heading(shown)),
     ]
     for row in shown:
         rate = f"{row['tflops']:.0f} | {row['peak_share']:.0%}" if row.get("peak_share") else " | "
         name = f"{row['row']} {row['pass']}" if row["kind"] == "dense" else row["row"]
-        lines.append(f"| {row['case']} | {name} | {_milliseconds(row)} | {rate} | {_ratio(row)} |")
+        lines.append(f"| {row['case']} | {name} | {_milliseconds(row)} | {rate} | {_ratio(row)} |{_burst(row, shown)}")
     return [*lines, "", _missing(rows, path)]
+
+
+def _load(rows: list[Row]) -> str:
+    return ", under load" if _burst_heading(rows) else ""
+
+
+def _burst_heading(rows: list[Row]) -> str:
+    """One more column, for files that have timings after a rest as well."""
+    return " in a burst |" if any("burst_median_ms" in row for row in rows) else ""
+
+
+def _burst(row: Row, rows: list[Row]) -> str:
+    """The cell of that column: milliseconds and the ratio."""
+    if not _burst_heading(rows):
+        return ""
+    ratio = f", {row['burst_speedup']:.2f}x" if row.get("burst_speedup") else ""
+    return f" {row['burst_median_ms']:,.2f}{ratio} |" if "burst_median_ms" in row else " |"
 
 
 def _blocks(rows: list[Row]) -> str:
@@ -154,18 +173,23 @@ def _transformers(path: Path) -> list[str]:
     lines = [
         *_runs([row for _, row in pairs] or rows),
         "diffusers' WanTransformer3DModel in the widths of Wan2.1, with random weights: speed, not quality. Both sides",
-        "compiled block by block and timed in turn; medians, in brackets the middle 80 %. Memory is what a step takes",
+        f"compiled block by block and timed in turn{_load(rows)}; medians, in brackets the middle 80 %. "
+        "Memory is what a step takes",
         "beyond the weights. Denoising steps have LoRA merged. Training steps use gradient checkpointing; SALAD trains",
         "gate, projection and LoRA, dense trains nothing and only passes gradients through. Blocks are compact pieces",
-        'of the token grid (`token_order="tiles"`).',
+        'of the token grid (`token_order="tiles"`).'
+        + " Dense self-attention runs on the kernel beside its time, the fastest in this run." * bool(_load(rows)),
         "",
-        "| model | step | sparsity | dense, ms | SALAD, ms | dense / SALAD | GiB, dense and SALAD |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| model | step | sparsity | dense, ms | SALAD, ms | dense / SALAD | GiB, dense and SALAD |"
+        + _burst_heading(rows),
+        "| --- | --- | --- | --- | --- | --- | --- |" + " --- |" * bool(_burst_heading(rows)),
     ]
     for plain, row in pairs:
         about = f"{row['case']}, {row['layers']} layers, {row['tokens']:,} tokens | {row['pass']}"
-        times = f"{_milliseconds(plain)} | {_milliseconds(row)} | **{_ratio(row)}**"
-        lines.append(f"| {about} | {row['measured_sparsity']:.3f} | {times} | {_memory(plain)}, {_memory(row)} |")
+        kernel = f", {plain['dense_attention']}" if plain.get("dense_attention") else ""
+        times = f"{_milliseconds(plain)}{kernel} | {_milliseconds(row)} | **{_ratio(row)}**"
+        memory = f"{_memory(plain)}, {_memory(row)}"
+        lines.append(f"| {about} | {row['measured_sparsity']:.3f} | {times} | {memory} |{_burst(row, rows)}")
     return [*lines, "", _missing(rows, path)]
 
 
@@ -221,11 +245,72 @@ def _demo(results: Path) -> list[str]:
     ]
 
 
+# ---------------------------------------------------------------- rivals
+
+# (ours, rival, pass): what the comparison is about; the block sizes are those that each is best at.
+DUELS = (
+    ("ours gluon 128x64", "FlashAttention-4 block-sparse 128x128", "forward"),
+    ("ours gluon 64x64", "cuDNN-frontend BSA 64x64", "forward"),
+    ("ours gluon 128x64", "cuDNN-frontend BSA 128x128", "forward + backward"),
+    ("ours gluon 64x64", "cuDNN-frontend BSA 64x64", "forward + backward"),
+)
+
+
+def render_rivals(results: Path = RESULTS) -> str:
+    """The block of docs/kernels.md, markers included."""
+    files = sorted(results.glob("rivals_*.json"))
+    if not files:
+        return "\n".join([RIVALS_BEGIN, "Not measured yet.", RIVALS_END])
+    rows: list[Row] = json.loads(files[-1].read_text())
+    shapes = list(dict.fromkeys(row["case"] for row in rows))
+    found = {(row["row"], row["pass"], row["case"]): row for row in rows}
+    names = list(dict.fromkeys((row["row"], row["pass"]) for row in rows))
+    lines = [
+        RIVALS_BEGIN,
+        f"`{_command(rows[0])}`: {_machine(rows[0])}. Under load, medians, in brackets the middle 80 %; TFLOP/s on the",
+        "computed pairs; the largest relative error to float64 of the rows that are checked.",
+        "",
+        "| row | " + " | ".join(f"{shape}: ms | TFLOP/s" for shape in shapes) + " | error |",
+        "| --- |" + " --- | --- |" * len(shapes) + " --- |",
+    ]
+    for name, step in sorted(names, key=lambda pair: pair[1] != "forward"):
+        alike = [found.get((name, step, shape)) for shape in shapes]
+        errors = [row["relative_error"] for row in alike if row and row.get("relative_error") is not None]
+        row_name = name if name.startswith("matmul") else f"{name} {step}"
+        row_name = f"**{row_name}**" if name.startswith("ours gluon") else row_name
+        cells = " | ".join(_rival(row) for row in alike)
+        lines.append(f"| {row_name} | {cells} | {f'{max(errors):.0e}' if errors else ''} |")
+    lines += ["", *(line for line in (_duels(found, shape) for shape in shapes) if line)]
+    reasons = {f"{row['row']} {row['pass']}: {row['error'][:160]}" for row in rows if row["error"]}
+    lines += ["", "Without a timing:", *(f"- {reason}" for reason in sorted(reasons))] if reasons else []
+    return "\n".join([*lines, RIVALS_END])
+
+
+def _rival(row: Row | None) -> str:
+    if row is None or not _timed([row]):
+        return "- | -"
+    return f"{_milliseconds(row)} | {row['tflops']:.0f}"
+
+
+def _duels(found: dict[tuple[str, str, str], Row], shape: str) -> str:
+    """Rates of ours over the rivals that matter."""
+    parts = []
+    for ours, rival, step in DUELS:
+        ratio = (found.get((ours, step, shape)) or {}).get("rate_over", {}).get(rival)
+        if ratio:
+            parts.append(f"{ours} {step} **{ratio:.2f}x** {rival}")
+    return f"Rates, {shape}: {'; '.join(parts)}." if parts else ""
+
+
+def _replace(path: Path, begin: str, end: str, block: str) -> None:
+    text = path.read_text()
+    path.write_text(text[: text.index(begin)] + block + text[text.index(end) + len(end) :])
+
+
 def main() -> None:
-    """Rewrite the block of the README."""
-    text = README.read_text()
-    start, end = text.index(BEGIN), text.index(END) + len(END)
-    README.write_text(text[:start] + render() + text[end:])
+    """Rewrite the block of the README and that of docs/kernels.md."""
+    _replace(README, BEGIN, END, render())
+    _replace(KERNELS, RIVALS_BEGIN, RIVALS_END, render_rivals())
 
 
 if __name__ == "__main__":

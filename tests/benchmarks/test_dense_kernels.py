@@ -78,10 +78,13 @@ def test_self_attention_runs_on_the_package_and_cross_attention_does_not(
     assert len(calls) == 6, "outside it is as it was"
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["uncompiled", "compiled"])
 def test_gradients_flow_through_it_under_checkpointing(
-    modules: dict[str, ModuleType], calls: list[tuple[int, ...]]
+    modules: dict[str, ModuleType], calls: list[tuple[int, ...]], compiled: bool
 ) -> None:
     model = tiny_wan()
+    if compiled:
+        model.compile_repeated_blocks(backend="aot_eager")
     model.enable_gradient_checkpointing()
     model.train()
     gradients = []
