@@ -17,7 +17,7 @@ from .engine import GateCall, implementation
 HOPPER, BLACKWELL = 9, 10  # major compute capabilities
 PACKAGE = "flash-attn-4"
 SEEN = "4.0.0b36"  # the version whose interface this is written for
-_INSTALL = "pip install 'salad-compile[flash]'"
+_INSTALL = f"pip install '{PACKAGE}>={SEEN}' (extra `flash`)"
 _LISTS = ("mask_block_cnt", "mask_block_idx", "full_block_cnt", "full_block_idx", "block_size")
 _DTYPES = (torch.bfloat16, torch.float16)
 # Tiles of its kernels: a query block is a multiple of one (of two on Blackwell, which takes two at a time); a key block

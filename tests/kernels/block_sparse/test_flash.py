@@ -171,7 +171,7 @@ def test_on_blackwell_it_has_to_be_asked_for_and_says_that_we_never_ran_it(monke
 
 def test_a_package_that_is_missing_broken_or_other_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find("flash").supports(call()) == (
-        "the package flash-attn-4 is not installed: pip install 'salad-compile[flash]'"
+        "the package flash-attn-4 is not installed: pip install 'flash-attn-4>=4.0.0b36' (extra `flash`)"
     )
     flash_attention.why_missing.cache_clear()
     monkeypatch.setattr(flash_attention.importlib.metadata, "version", lambda _: "4.0.0b36")
