@@ -22,6 +22,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from salad_compile.backend.cpu_fusion import no_outer_loop_fusion
+from salad_compile.backend.exported_regions import inline_regions
 from salad_compile.config import BackendOptions
 from salad_compile.errors import SiteLostError, require_conversion
 from salad_compile.kernels.rows import decompositions
@@ -53,6 +54,7 @@ def rewrite_exported(program: ExportedProgram) -> ExportedProgram:
     )
     rewritten = _copy(program)
     outputs = _output_names(rewritten.graph_module)
+    inline_regions(rewritten.graph_module)
     try:
         run_passes(rewritten.graph_module, BackendOptions())
     except SiteLostError as error:

@@ -32,7 +32,10 @@ def different_lengths(batch: Tensor | None, key_batch: Tensor | None, tokens: in
         samples = len(found) - 1
         if samples < 1 or total % samples or found != [total // samples * i for i in range(samples + 1)]:
             shown = f"{found[:_SHOWN]}{'...' if len(found) > _SHOWN else ''}"
-            return f"its packed samples have different lengths, or padding between them ({shown} of {total} tokens)"
+            return (
+                f"its packed samples have different lengths, or padding between them ({shown} of {total} tokens): give "
+                "the model samples of one length, or one at a time"
+            )
     return ""
 
 
@@ -42,8 +45,8 @@ def require_equal_samples(query: Tensor, batch: Tensor, key_batch: Tensor | None
     reason = different_lengths(batch, key_batch, query.shape[0], key_tokens)
     if reason:
         raise SiteLostError(
-            f"a compiled attention call cannot run sparse: {reason}. Give the model samples of one length, or one at a "
-            "time; to keep this attention dense compile the model without backend='salad'."
+            f"a compiled attention call cannot run sparse: {reason}. To keep this attention dense compile the model "
+            "without backend='salad'."
         )
     return query.clone()
 

@@ -4,7 +4,8 @@
 reason:
 
 - right: at sparsity 0 it computes what the dense model does; text is known to be text; gates belong to their own
-  sample; gradients arrive; compiled (a share of the models) it computes what it does uncompiled, gradients included;
+  sample; gradients arrive; compiled (a share of the models) it computes what it does uncompiled, gradients included, and
+  is rewritten, or known to run uncompiled as SALAD where the graph breaks inside attention;
 - refused: `convert` raises an error of ours that gives a reason, and leaves the model as it was.
 """
 
@@ -103,7 +104,8 @@ def check(style: Style, *, compiled: bool) -> str:
         recorder = Recorder({"lowering": "eager"})
         actual = run(torch.compile(root_of(style, model), backend=recorder), model, style)
         assert_same(actual, expected, bound=bound, gradient_bound=10 * bound, may_vanish=lambda name: True)
-        assert recorder.after["salad.block_sparse_attention"] > 0, "compiled, nothing was rewritten"
+        broken = all(branch.uncompiled for branch in branches(model).values())  # the graph breaks there, which was said
+        assert broken or recorder.after["salad.block_sparse_attention"] > 0, "compiled, nothing was rewritten"
     return "right"
 
 
