@@ -4,8 +4,8 @@
 reason:
 
 - right: at sparsity 0 it computes what the dense model does; text is known to be text; gates belong to their own
-  sample; gradients arrive; compiled (a share of the models) it computes what it does uncompiled, gradients included, and
-  is rewritten, or known to run uncompiled as SALAD where the graph breaks inside attention;
+  sample; gradients arrive; compiled (a share of the models) it computes what it does uncompiled, gradients included,
+  and is rewritten, or known to run uncompiled as SALAD where the graph breaks inside attention;
 - refused: `convert` raises an error of ours that gives a reason, and leaves the model as it was.
 """
 
