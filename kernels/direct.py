@@ -7,6 +7,7 @@ tracing all that it does is to run the operator's function, so there the functio
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,6 +22,16 @@ _PLAIN = frozenset({int, float, str, bool, type(None)})
 
 # name -> the function, and what of it is left without decorators
 _functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+_plain: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+
+
+class _Together(threading.local):
+    """What is known of the calls that run together in a thread; None where none do."""
+
+    facts: dict[Callable[[], Any], Any] | None = None
+
+
+_together = _Together()
 
 
 def direct(name: str) -> Callable[[Function], Function]:
@@ -42,10 +53,45 @@ def call_operator(overload: torch._ops.OpOverload, *arguments: Any) -> Any:
     Args:
         overload: of an operator whose function is declared, as torch.ops.salad.take_rows.default.
     """
+    if torch.compiler.is_compiling():
+        return overload(*arguments)
+    if _together.facts is not None:
+        plain = _plain.get(overload)
+        if plain is None:
+            plain = _plain[overload] = _functions[overload.name()][1]  # type: ignore[no-untyped-call]
+        return plain(*arguments)
     if is_direct(arguments):
         function, plain = _functions[overload.name()]  # type: ignore[no-untyped-call]
         return function(*arguments) if torch.is_autocast_enabled("cpu") else plain(*arguments)
     return overload(*arguments)
+
+
+def call_together(tensors: tuple[Any, ...], function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`: whether the operators that it calls are called directly is decided here, once.
+
+    Args:
+        tensors: all that the function is given, from which whatever its operators get must be made, by operations that
+            keep such tensors what :func:`is_direct` wants them to be.
+    """
+    if torch.compiler.is_compiling() or _together.facts is not None or not is_direct(tensors):
+        return function(*arguments)
+    if torch.is_autocast_enabled("cpu"):
+        return function(*arguments)
+    _together.facts = {}
+    try:
+        return function(*arguments)
+    finally:
+        _together.facts = None
+
+
+def once(ask: Callable[[], Any]) -> Any:
+    """`ask()`, asked once for all calls that run together."""
+    facts = None if torch.compiler.is_compiling() else _together.facts
+    if facts is None:
+        return ask()
+    if ask not in facts:
+        facts[ask] = ask()
+    return facts[ask]
 
 
 def is_direct(arguments: tuple[Any, ...]) -> bool:
@@ -53,7 +99,11 @@ def is_direct(arguments: tuple[Any, ...]) -> bool:
 
     On a GPU operators go through the dispatcher: there its time is hidden, and profiles show them by name.
     """
-    if torch.compiler.is_compiling() or _is_watched():
+    if torch.compiler.is_compiling():
+        return False
+    if _together.facts is not None:
+        return True
+    if _is_watched():
         return False
     gradients = torch.is_grad_enabled()
     for argument in arguments:

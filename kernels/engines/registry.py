@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..direct import once
 from ..errors import UnsupportedKernelError
 from ..launch import interpreting, recording
 from .call import Call, requests
@@ -93,7 +94,11 @@ def choose(call: Call) -> Engine:
     Raises:
         UnsupportedKernelError: that engine cannot serve the call, or none can; the message has the reasons.
     """
-    return _choose(call, (interpreting(), recording()))
+    return _choose(call, _state())
+
+
+def _state() -> tuple[bool, bool]:
+    return interpreting(), recording()
 
 
 def serve(describe: Callable[..., Call], *arguments: Any) -> tuple[Engine, Call]:
@@ -107,7 +112,7 @@ def serve(describe: Callable[..., Call], *arguments: Any) -> tuple[Engine, Call]
         whatever `describe` raises. UnsupportedKernelError: see :func:`choose`.
     """
     alike = (
-        *(describe, requests[-1] if requests else "", interpreting(), recording()),
+        *(describe, requests[-1] if requests else "", *once(_state)),
         *[
             (a.shape, a.dtype, a.device, a.requires_grad) if isinstance(a, torch.Tensor) else a  # its kind
             for a in arguments

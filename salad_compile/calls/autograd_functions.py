@@ -8,10 +8,9 @@ and autograd follows what it does. Other calls of `apply` run as they are.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
-from salad_compile.calls.code_exchange import CodeExchange
+from salad_compile.calls.code_exchange import CodeExchange, Held
 
 # The code of `apply` is exchanged: whoever has a bound method of it has this function. It is public, that it is one in
 # Python is not: seen in torch 2.11 and 2.13; tests/salad_compile/calls/test_flash_family.py fails when it is not.
@@ -81,11 +80,9 @@ def leave_function() -> None:
         raise AttentionInsideError
 
 
-@contextlib.contextmanager
-def seen_by_modes() -> Iterator[None]:
-    """Let function modes see into autograd Functions. Other threads run theirs as ever."""
-    with _exchange_of_apply.hold(_exchange_code()):
-        yield
+def seen_by_modes() -> Held:
+    """A context: let function modes see into autograd Functions. Other threads run theirs as ever."""
+    return _exchange_of_apply.hold(_exchange_code())
 
 
 @functools.cache

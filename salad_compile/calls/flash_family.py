@@ -99,8 +99,8 @@ _WHOLE_WINDOW = ((-1, -1), (None, None))
 def find_family(*, in_graphs: bool = False) -> None:
     """Know the functions of the family that are imported by now. in_graphs: by Dynamo, too, which is then loaded."""
     for function in list(_imported()):
-        entry = know(function)
-        if entry.function not in _seen:
+        if function not in _seen:
+            entry = know(function)
             _seen.add(entry.function)
             _register(entry)
     operator = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_wrapped_flash_attn_3", None)
@@ -135,7 +135,8 @@ def _imported() -> Iterator[types.FunctionType]:
                 yield function
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
     for kernel in getattr(dispatch, "_HUB_KERNELS_REGISTRY", {}).values():  # loaded from the Hub by diffusers
-        if isinstance(function := getattr(kernel, "kernel_fn", None), types.FunctionType):
+        function = getattr(kernel, "kernel_fn", None)
+        if function is not None and isinstance(function, types.FunctionType):
             yield function
 
 

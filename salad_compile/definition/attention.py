@@ -20,6 +20,7 @@ from salad_compile.definition.tensors import BranchTensors, cast
 from salad_compile.definition.token_layout import Segments
 from salad_compile.errors import SiteLostError
 from salad_compile.kernels.block_sparse.api import attend
+from salad_compile.kernels.direct import call_together
 from salad_compile.kernels.exchange.api import place_in
 from salad_compile.kernels.selection import Selection
 
@@ -74,6 +75,14 @@ def salad_attention(
 
 def salad_of(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
     """:func:`salad_attention` of its operands."""
+    tensors = (given.query, given.key, given.value, given.gate, given.order, given.key_mask)
+    out: Tensor = call_together(
+        (*tensors, *given.branch.values(), *(given.mapped or ())), _salad_of, given, spec, scale
+    )
+    return out
+
+
+def _salad_of(given: Operands, spec: AttentionSpec, scale: float) -> Tensor:
     if spec.process_group:
         return _across_processes(given, spec, scale)
     arranged = patterns.find(spec.pattern).arrange(given, spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -44,38 +45,23 @@ def run_again(node: fx.Node, known: Mapping[fx.Node, Any], value_of: Callable[[f
     def value(argument: fx.Node) -> Any:
         return known[argument] if argument in known else value_of(argument)
 
-    call: _Call | None = node.meta.get("call")
-    if call is None:
-        call = node.meta["call"] = _Call(node)
-    target, args, kwargs, autocast = call.target, call.args, call.kwargs, call.autocast
-    if call.is_flat:
-        args = tuple(
-            [a if type(a) is not fx.Node else known[a] if a in known else value_of(a) for a in args]  # quicker so
-        )
-    else:
-        args, kwargs = fx.map_arg(args, value), fx.map_arg(kwargs, value)
-    if autocast is None:
-        return target(*args, **kwargs)
-    device, on, dtype = autocast
-    if torch.is_autocast_enabled(device) is on and (not on or torch.get_autocast_dtype(device) == dtype):
-        return target(*args, **kwargs)
-    with torch.autocast(device, enabled=on, dtype=dtype):
-        return target(*args, **kwargs)
+    target: Any = node.target
+    with under(node.meta.get("autocast")):
+        return target(*fx.map_arg(node.args, value), **fx.map_arg(dict(node.kwargs), value))
 
 
-class _Call:
-    """What a node calls, taken out of it once. is_flat: no node is within a container or has a keyword."""
+def under(state: Autocast | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast in this state."""
+    if state is None or is_on(state):
+        return contextlib.nullcontext()
+    device, on, dtype = state
+    return torch.autocast(device, enabled=on, dtype=dtype)
 
-    __slots__ = ("args", "autocast", "is_flat", "kwargs", "target")
 
-    def __init__(self, node: fx.Node) -> None:
-        self.target: Any = node.target
-        self.args: Any = node.args
-        self.kwargs: Any = dict(node.kwargs)
-        self.autocast: Autocast | None = node.meta.get("autocast")
-        within: list[fx.Node] = []
-        fx.map_arg(([a for a in node.args if not isinstance(a, fx.Node)], self.kwargs), within.append)
-        self.is_flat = not within
+def is_on(state: Autocast) -> bool:
+    """Whether autocast is in this state. Where it is off, its dtype does nothing."""
+    device, on, dtype = state
+    return torch.is_autocast_enabled(device) is on and (not on or torch.get_autocast_dtype(device) == dtype)
 
 
 def autocast_state(out: Any) -> Autocast | None:

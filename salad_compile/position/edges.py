@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.position.again import Autocast, autocast_state
+from salad_compile.position.again import Autocast, autocast_state, is_on
+from salad_compile.position.known_results import PLAIN, heeds_autocast, is_certain
 from salad_compile.position.operations import writes
 from salad_compile.position.recording import UNCOUNTED
 
@@ -38,18 +39,21 @@ class KnownArguments:
 
     Attributes:
         func: the function.
-        arguments: of each tensor that was known (number, writes, None), of each constant that is no float (_CONSTANT,
-            type, value), of numbers and slices in a tuple (_PLACES, 0, keys), of each other one (_OTHER, 0, key).
+        arguments: of each tensor that was known (number, writes, None), of each that was new (_NEW, 0, key), of each
+            constant that is no float (_CONSTANT, type, value), of numbers and slices in a tuple (_PLACES, their count,
+            what `_are_places` takes), of each other one (_OTHER, 0, key).
         keywords: what keyword arguments are compared by, None if there are none.
+        count: how many there are without keywords.
         seen: how many tensors were seen before.
     """
 
-    __slots__ = ("arguments", "func", "keywords", "seen")
+    __slots__ = ("arguments", "count", "func", "keywords", "seen")
 
     def __init__(self, key: tuple[Any, ...], seen: int) -> None:
         self.seen = seen
         self.func, *arguments, self.keywords = key
         self.arguments = [_taken_apart(key) for key in arguments]
+        self.count = len(arguments)
 
 
 class KnownStep(KnownArguments, Generic[Sequence]):
@@ -60,9 +64,17 @@ class KnownStep(KnownArguments, Generic[Sequence]):
         is_new: whether the result is one new tensor.
         is_plain: whether there are no keyword arguments, and the function writes into nothing.
         following: the sequence with this operation.
+        makes: which new tensors the operation returns where that follows from its arguments (known_results.py): none,
+            one or several. UNCERTAIN: it does not.
+        heeds_autocast: whether it follows only where autocast is as it was.
+        counted: whether torch counts the writes into those.
+        before: the arguments as they are before it runs. None: it writes, and they are not known.
     """
 
-    __slots__ = ("autocast", "edge", "following", "is_new", "is_plain", "result")
+    __slots__ = (
+        *("autocast", "before", "counted", "edge", "following", "heeds_autocast", "is_new", "is_plain", "makes"),
+        "result",
+    )
 
     def __init__(self, edge: tuple[Any, Any, Autocast | None], seen: int, following: Sequence) -> None:
         self.edge = edge
@@ -71,23 +83,50 @@ class KnownStep(KnownArguments, Generic[Sequence]):
         self.is_new = type(self.result[0]) is int and not _is_known(self.result)
         self.is_plain = self.keywords is None and not may_write(self.func)
         self.following = following
+        self.makes, self.heeds_autocast, self.counted = UNCERTAIN, False, True
+        writes = may_write(self.func) or (self.keywords is not None and "out" in dict(self.keywords[1:]))
+        self.before: KnownArguments | None = None if writes else self
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether nothing but its arguments needs to be compared."""
+        return self.makes != UNCERTAIN and self.before is not None
+
+    def is_under_its_autocast(self) -> bool:
+        """Whether autocast is as it was."""
+        return self.autocast is None or is_on(self.autocast)
+
+    def trust(self, args: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        """Look at the result no more if it follows from these arguments. tensors: all among them."""
+        if not is_certain(self.func, args, tensors):
+            return
+        self.heeds_autocast = heeds_autocast(self.func)
+        if _is_known(self.result[0]) or self.result[0] is type(None):
+            self.makes = NOTHING
+        elif self.is_new:
+            self.makes, self.counted = ONE, self.result[5]
+        elif self.result[0] in (tuple, list) and all(type(p[0]) is int and not _is_known(p) for p in self.result[1:]):
+            self.makes, self.counted = SEVERAL, all(part[5] for part in self.result[1:])
+
+
+UNCERTAIN, NOTHING, ONE, SEVERAL = -1, 0, 1, 2
 
 
 def _is_known(key: Any) -> bool:
     """Whether this is what a tensor is compared by that was seen before."""
-    return len(key) == 2 and type(key[0]) is int
+    return type(key) is tuple and len(key) == 2 and type(key[0]) is int
 
 
-_CONSTANT, _PLACES, _OTHER = -1, -2, -3
+_CONSTANT, _PLACES, _NEW, _OTHER = -1, -2, -3, -4
 
 
 def _taken_apart(key: Any) -> tuple[int, Any, Any]:
-    if _is_known(key):
-        return (*key, None)
+    if type(key[0]) is int:
+        return (*key, None) if _is_known(key) else (_NEW, 0, key)
     if len(key) == 2 and key[0] in _CONSTANTS and key[0] is not float:
         return (_CONSTANT, *key)
     if key[0] is tuple and all(_is_place(part) for part in key[1:]):
-        return (_PLACES, 0, key[1:])
+        return (_PLACES, len(key) - 1, tuple(_place(*part) for part in key[1:]))
     return (_OTHER, 0, key)
 
 
@@ -98,20 +137,24 @@ def _is_place(key: Any) -> bool:
     return key[0] in (int, bool, type(None), type(...))
 
 
-def _are_places(index: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
-    """Whether an index is compared by these."""
-    if len(index) != len(wanted):
-        return False
-    for place, (kind, *key) in zip(index, wanted, strict=True):
+def _place(kind: Any, *key: Any) -> tuple[Any, ...]:
+    """Type and value of a part of an index; of a slice also the types of its bounds."""
+    if kind is not slice:
+        return (kind, key[0], None, None, None)
+    return (slice, slice(*(value for _, value in key)), *(bound for bound, _ in key))
+
+
+def _are_places(index: tuple[Any, ...], wanted: tuple[tuple[Any, ...], ...]) -> bool:
+    """Whether an index of as many places is compared by these. 0 and False are equal, so types are compared first."""
+    for place, (kind, value, start, stop, step) in zip(index, wanted, strict=True):
         if type(place) is not kind:
             return False
-        if kind is not slice:
-            if place != key[0]:
-                return False
-            continue
-        for bound, (bound_kind, number) in zip((place.start, place.stop, place.step), key, strict=True):
-            if type(bound) is not bound_kind or bound != number:
-                return False
+        if kind is slice and (
+            type(place.start) is not start or type(place.stop) is not stop or type(place.step) is not step
+        ):
+            return False
+        if place != value:
+            return False
     return True
 
 
@@ -128,16 +171,41 @@ def may_write(func: Callable[..., Any]) -> bool:
         return writes(func, (), {})
 
 
+def version_of(tensor: Tensor) -> int:
+    """How many writes into a tensor torch has counted; UNCOUNTED for those of inference mode."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return UNCOUNTED
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    try:
+        return tensor.stride()
+    except RuntimeError:  # of sparse tensors
+        return None
+
+
 class SeenTensors:
     """The tensors of one forward, numbered by when they were first seen, and the edges that are made of them."""
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []  # kept alive: the id of a freed tensor would be reused
-        self._numbers: dict[int, int] = {}  # id -> place in `_tensors`
         self._first_versions: list[int] = []
-        self._storages: dict[int, int] = {}
         self._versions: dict[int, int] = {}  # of the tensors of the edge that is being made, by id
         self._unread: dict[int, int] = {}  # in its place where an edge is compared
+        # of the first of `_tensors`; of others where somebody asks
+        self._numbered: dict[int, int] = {}  # id -> place in `_tensors`
+        self._storages: dict[int, int] = {}
+        self._stored = 0  # how many
+
+    @property
+    def _numbers(self) -> dict[int, int]:
+        """id -> place in `_tensors`."""
+        numbers = self._numbered
+        for number in range(len(numbers), len(self._tensors)):
+            numbers[id(self._tensors[number])] = number
+        return numbers
 
     # ------------------------------------------------------------------------------------------------ making edges
 
@@ -179,27 +247,30 @@ class SeenTensors:
     def _tensor(self, tensor: Tensor) -> tuple[Any, ...]:
         identity = id(tensor)
         number = self._numbers.get(identity)
-        try:
-            version = tensor._version
-        except RuntimeError:  # of inference mode
-            version = UNCOUNTED
+        version = version_of(tensor)
         self._versions[identity] = version
         if number is not None:
             return (number, version - self._first_versions[number])
-        self._numbers[identity] = number = len(self._tensors)
+        number = len(self._tensors)
         self._tensors.append(tensor)
         self._first_versions.append(version)
-        # exactly a tensor: no parameter, and the check for parameters is slow
-        parameter = type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)
-        return (number, tensor.shape, tensor.dtype, self._storage(tensor), parameter, version != UNCOUNTED)
+        kind: Any = type(tensor)
+        kind = kind, kind is not Tensor and isinstance(tensor, nn.Parameter)  # which other types say of themselves
+        storage = self._storage()
+        return (number, tensor.shape, tensor.dtype, storage, kind, version != UNCOUNTED, _strides(tensor))
 
-    def _storage(self, tensor: Tensor) -> int | None:
-        """A number that only tensors of one memory share, in the order in which memories are met."""
-        try:
-            storage = tensor.untyped_storage()._cdata  # see `TensorInfo.of`
-        except (RuntimeError, NotImplementedError):
-            return None
-        return self._storages.setdefault(storage, len(self._storages))
+    def _storage(self) -> int | None:
+        """Of the latest tensor, a number that only tensors of one memory share, in the order in which they are met."""
+        storages, number = self._storages, None
+        for tensor in self._tensors[self._stored :]:
+            try:
+                storage = tensor.untyped_storage()._cdata  # see `TensorInfo.of`
+            except (RuntimeError, NotImplementedError):
+                number = None
+            else:
+                number = storages.setdefault(storage, len(storages))
+        self._stored = len(self._tensors)
+        return number
 
     def _result(self, out: Any) -> Any:
         if isinstance(out, Tensor):
@@ -213,7 +284,7 @@ class SeenTensors:
 
     def _fits(self, known: KnownArguments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether arguments of its function are the known ones. Notes the tensors if they are."""
-        if len(args) != len(known.arguments):
+        if len(args) != known.count:
             return False
         self._versions, tensors, first = self._unread, self._tensors, self._first_versions
         try:
@@ -228,7 +299,10 @@ class SeenTensors:
                     if type(value) is not wanted or value != key:
                         break
                 elif number == _PLACES:
-                    if type(value) is not tuple or not _are_places(value, key):
+                    if type(value) is not tuple or len(value) != wanted or not _are_places(value, key):
+                        break
+                elif number == _NEW:
+                    if not self._is_new(value, key):
                         break
                 elif self._key(value) != key:
                     break
@@ -239,6 +313,18 @@ class SeenTensors:
             pass
         self._forget_since(known.seen)
         return False
+
+    def _is_new(self, value: Any, key: Any) -> bool:
+        """Whether a value is a tensor that was not seen, and is compared by this. Notes it, if it is not known."""
+        _, shape, dtype, storage, (kind, _), counted, strides = key
+        if type(value) is not kind or kind not in PLAIN:
+            return bool(self._key(value) == key)
+        if value.shape != shape or value.dtype is not dtype or id(value) in self._numbers:
+            return False
+        version = version_of(value)
+        self._tensors.append(value)
+        self._first_versions.append(version)
+        return (version != UNCOUNTED) is counted and self._storage() == storage and _strides(value) == strides
 
     def _repeats(self, known: KnownStep[Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
         """Whether a call of the function of a known step is this step. Notes the tensors if it is."""
@@ -255,22 +341,7 @@ class SeenTensors:
     def _is_result(self, known: KnownStep[Any], out: Any) -> bool:
         if not known.is_new or type(out) is not Tensor:
             return bool(self._result(out) == known.result) and autocast_state(out) == known.autocast
-        number, shape, dtype, wanted, parameter, counted = known.result
-        identity, storages = id(out), self._storages
-        if out.shape != shape or out.dtype is not dtype or identity in self._numbers or parameter:
-            return False
-        try:
-            version = out._version
-        except RuntimeError:  # of inference mode
-            version = UNCOUNTED
-        self._numbers[identity] = number
-        self._tensors.append(out)
-        self._first_versions.append(version)
-        try:
-            storage = storages.setdefault(out.untyped_storage()._cdata, len(storages))  # as `_storage` has it
-        except (RuntimeError, NotImplementedError):
-            return False
-        if storage != wanted or (version != UNCOUNTED) is not counted:
+        if not self._is_new(out, known.result):
             return False
         if known.autocast is None:
             return autocast_state(out) is None
@@ -283,8 +354,9 @@ class SeenTensors:
     def _forget_since(self, count: int) -> None:
         """Forget all tensors but the first `count`. Memories stay, and are met in the same order again."""
         for tensor in self._tensors[count:]:
-            del self._numbers[id(tensor)]
+            self._numbered.pop(id(tensor), None)
         del self._tensors[count:], self._first_versions[count:]
+        self._stored = min(self._stored, count)
 
     def _versions_in(self, key: Any) -> dict[int, int]:
         """id of each tensor in an edge -> how many writes torch had counted when it was made."""

@@ -20,10 +20,20 @@ from torch import Tensor, fx
 
 from salad_compile.definition.operands import Mapped
 from salad_compile.position.again import autocast_state, replay
-from salad_compile.position.edges import KnownArguments, KnownStep, SeenTensors, UnknownArgumentError, may_write
+from salad_compile.position.edges import (
+    ONE,
+    KnownArguments,
+    KnownStep,
+    SeenTensors,
+    UnknownArgumentError,
+    may_write,
+    version_of,
+)
 from salad_compile.position.flow import TensorInfo
+from salad_compile.position.program import SliceProgram
 from salad_compile.position.recording import (
     OVERWRITTEN,
+    UNCOUNTED,
     Moment,
     PositionGraph,
     holds_tensors,
@@ -46,6 +56,11 @@ class _Found:
     slice: PositionSlice | None
     needed: Mapping[fx.Node, tuple[int, int | None]] = field(default_factory=dict)
 
+    @functools.cached_property
+    def program(self) -> SliceProgram | None:
+        """To run it again without looking at the graph; None without a slice."""
+        return None if self.slice is None else SliceProgram(self.slice)
+
 
 @dataclass
 class _Sequence:
@@ -55,12 +70,14 @@ class _Sequence:
         next: edge -> the sequence with that operation.
         writes: operations that write and need no copy of what they overwrite, as they are before they run.
         usual, usual_write: of these the ones that came last, which are compared first.
+        certain: the usual one, if its result follows from its arguments.
         calls: query and key of an attention call at this point -> how they got their position.
     """
 
     next: dict[Any, _Sequence] = field(default_factory=dict)
     writes: set[Any] = field(default_factory=set)
     usual: KnownStep[_Sequence] | None = None
+    certain: KnownStep[_Sequence] | None = None
     usual_write: KnownArguments | None = None
     calls: dict[Any, dict[str, _Found]] = field(default_factory=dict)
 
@@ -95,8 +112,11 @@ class PositionRecording(SeenTensors):
         super().__init__()
         self.all_projections = all_projections
         self.graph: PositionGraph | None = None  # once something is new
+        # the operation that came here before, if :meth:`follow` is the quick way to run it
+        self.expected: KnownStep[_Sequence] | None
         self._at: _Sequence | None = _trees.setdefault(all_projections, _Sequence())  # None: not to be remembered
         self._steps: list[_Step] = []
+        self.expected = self._at.certain
 
     # ------------------------------------------------------------------------------------------------- what happens
 
@@ -110,8 +130,8 @@ class PositionRecording(SeenTensors):
         if usual is not None and usual.func is func and usual.is_plain and not kwargs:
             out = func(*args)
             if self.graph is None and self._repeats(usual, args, kwargs, out):
-                self._at = usual.following
                 self._steps.append((func, args, kwargs, out, usual))
+                self._go_to(usual.following)
             else:
                 self._note(func, args, kwargs, out)
             return out
@@ -121,6 +141,30 @@ class PositionRecording(SeenTensors):
         if isinstance(out, Tensor) or holds_tensors(out):
             self._note(func, args, kwargs, out)
         return out
+
+    def follow(self, step: KnownStep[_Sequence], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """:meth:`run`, of a call of the function of `expected`: if its arguments are, so is what it returns."""
+        before = step.before or step
+        if (step.heeds_autocast and not step.is_under_its_autocast()) or not self._fits(before, args, kwargs):
+            return self.run(step.func, args, kwargs)
+        out = step.func(*args, **kwargs)
+        if step.makes:
+            for made in (out,) if step.makes == ONE else out:
+                version = version_of(made)
+                self._tensors.append(made)
+                self._first_versions.append(version)
+                if (version == UNCOUNTED) is step.counted:  # inference mode is another than it was
+                    self._forget_since(step.seen)
+                    self._note(step.func, args, kwargs, out)
+                    return out
+        self._steps.append((step.func, args, kwargs, out, step))
+        self._at = following = step.following
+        self.expected = following.certain
+        return out
+
+    def _go_to(self, following: _Sequence | None) -> None:
+        self._at = following
+        self.expected = None if following is None or self.graph is not None else following.certain
 
     def add_projection(self, x: Tensor, out: Tensor) -> None:
         """A projection returned `out` for `x`."""
@@ -144,6 +188,10 @@ class PositionRecording(SeenTensors):
         if self.graph is None and usual is not None and usual.func == func and self._fits(usual, args, kwargs):
             out = func(*args, **kwargs)
             self._note(func, args, kwargs, out)
+            step = at.usual
+            if step is not None and step.following is self._at and step.func == func:
+                step.before = usual
+                at.certain = step if step.is_certain else None
             return out
         self._versions, seen = {}, len(self._tensors)
         try:
@@ -178,8 +226,8 @@ class PositionRecording(SeenTensors):
         assert self._at is not None
         usual = self._at.usual
         if self.graph is None and usual is not None and usual.func == func and self._repeats(usual, args, kwargs, out):
-            self._at = usual.following
             self._steps.append((func, args, kwargs, out, usual))
+            self._go_to(usual.following)
             return
         moment = self._go_on(func, args, kwargs, out)
         if self.graph is not None and not in_graph:
@@ -209,19 +257,22 @@ class PositionRecording(SeenTensors):
                 forget_sequences()
             _edges += 1
             following = at.next.setdefault(edge, _Sequence())
-        at.usual = KnownStep(edge, seen, following)
-        self._at = following
+        at.usual = usual = KnownStep(edge, seen, following)
+        usual.trust(args, tensors_in((args, kwargs)))
+        at.certain = usual if usual.is_certain else None
+        self._go_to(following)
         return Moment(versions, autocast)
 
     def _forget(self) -> None:
         """From here on nothing of this forward is remembered."""
         self._graph()
-        self._at = None
+        self._go_to(None)
 
     def _graph(self) -> PositionGraph:
         """The operations so far, as a graph that from now on gets those that follow."""
         if self.graph is None:
             self.graph = graph = PositionGraph(self.all_projections)
+            self.expected = None
             for *step, when in self._steps:
                 moment = Moment(self._versions_in(when.edge), when.autocast) if isinstance(when, KnownStep) else when
                 graph.add_past(moment, functools.partial(_add, graph, *step))
@@ -270,7 +321,10 @@ class PositionRecording(SeenTensors):
             start_of = functools.partial(self._start_of, found.needed)
             value_of = functools.partial(self._value_of, found.needed)
             try:
-                pairs[role] = replay(found.slice, operand, feature_map, start_of, value_of)
+                if found.program is None:
+                    pairs[role] = replay(None, operand, feature_map, start_of, value_of)
+                else:
+                    pairs[role] = found.program.run(feature_map, start_of, value_of)
             except UndeterminedError as reason:
                 raise position_error(site, role, str(reason)) from reason
         return _mapped(pairs)

@@ -91,7 +91,7 @@ class PositionSlice:
         self, nodes: Sequence[fx.Node], known: dict[fx.Node, Any], again: Callable[[fx.Node, dict[fx.Node, Any]], Any]
     ) -> Any:
         for node in nodes:
-            known[node] = known[_scaled(node)] if node in self.scalings else again(node, known)
+            known[node] = known[passed_over(node)] if node in self.scalings else again(node, known)
         return known[self.operand]
 
 
@@ -333,5 +333,6 @@ def position_error(site: str, role: str, reason: str) -> PositionReplayError:
     )
 
 
-def _scaled(node: fx.Node) -> fx.Node:
+def passed_over(node: fx.Node) -> fx.Node:
+    """What a node multiplies by a number."""
     return node.all_input_nodes[0]

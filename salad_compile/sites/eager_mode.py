@@ -100,6 +100,8 @@ class SaladMode(Recorded, TorchFunctionMode):
         self.recording = PositionRecording(spec.text == "prefix") if spec.maps_before_position else None
         kind = site.record.call
         self.by_hand = of_tensors(self.permute) if kind in ("", "products") else None
+        # the recording, while nobody else looks at operations
+        self.follows = self.recording if self.by_hand is None else None
         find_family()
         self.functions = autograd_functions.seen_by_modes()
         self.flex = seen_by_modes(real_flex_attention) if kind in ("", "flex") else contextlib.nullcontext()
@@ -110,6 +112,9 @@ class SaladMode(Recorded, TorchFunctionMode):
         kwargs = kwargs or {}
         if self.is_passive:
             return func(*args, **kwargs)
+        follows = self.follows
+        if follows is not None and (step := follows.expected) is not None and step.func is func:
+            return follows.follow(step, args, kwargs)
         by_hand = None
         if not is_attention(func):
             if self.by_hand is None:
@@ -129,8 +134,10 @@ class SaladMode(Recorded, TorchFunctionMode):
 
         def run() -> Tensor:
             self._arm(x)
-            out = self._record_projection(x, updated())
-            return self.rows.start(x, out)
+            out = self.rows.start(x, self._record_projection(x, updated()))
+            if self.rows.tracker is not None:
+                self.follows = None
+            return out
 
         return self._run_unseen(x, run)
 
@@ -210,7 +217,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         self.is_passive = gate_input is self.armed or self.replaced == self.armed.shape[0]
         if self.is_passive:
             self.rows.remember(self.armed)
-            self.recording = None
+            self.recording = self.follows = None
         return in_place_of(func, call, result)
 
     def _require_gradients(self) -> None:
@@ -298,7 +305,9 @@ class SaladMode(Recorded, TorchFunctionMode):
         self.functions.__exit__(*error)
         self.flex.__exit__(*error)
         _running.reset(self._outer.pop())
-        self.armed = self.recording = None  # what this holds refers to it, and would keep the tensors alive
+        self.armed = self.recording = self.follows = (
+            None  # what this holds refers to it, and would keep the tensors alive
+        )
 
     def require_replaced(self) -> None:
         """Raises SiteLostError when the forward ran and its attention call was not met: never silently dense."""
