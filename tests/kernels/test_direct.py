@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from salad_compile.kernels.block_sparse.api import attend
-from salad_compile.kernels.direct import call_operator, is_direct
+from salad_compile.kernels.direct import call_operator, call_together, is_direct
 from salad_compile.kernels.engines import use_engine
 from salad_compile.kernels.errors import KernelArgumentError, UnsupportedKernelError
 from salad_compile.kernels.measure import capture_selections, measure_executions
@@ -150,3 +151,35 @@ def _keep(targets: list[Any]) -> Any:
         return graph
 
     return backend
+
+
+def test_calls_together_are_decided_once_and_in_one_thread() -> None:
+    def inside() -> tuple[bool, bool]:
+        elsewhere: list[bool] = []
+        mode = Called()
+        thread = threading.Thread(target=lambda: elsewhere.append(_is_direct_under(mode)))
+        thread.start()
+        thread.join()
+        return is_direct((values().requires_grad_(),)), elsewhere[0]
+
+    assert call_together((values(), None, 1), inside) == (True, False)
+    assert not is_direct((values().requires_grad_(),))  # it is over
+    with pytest.raises(ZeroDivisionError):
+        call_together((values(),), lambda: 1 // 0)
+    assert not is_direct((values().requires_grad_(),))
+
+
+def _is_direct_under(mode: Called) -> bool:
+    with mode:
+        return is_direct((values(),))
+
+
+def test_calls_are_together_only_where_each_would_be_direct() -> None:
+    def inside() -> bool:
+        return is_direct((values().requires_grad_(),))
+
+    assert not call_together((values().requires_grad_(),), inside)
+    with Called():
+        assert not call_together((values(),), inside)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not call_together((values(),), inside)

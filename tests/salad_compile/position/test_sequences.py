@@ -72,6 +72,46 @@ def test_a_known_sequence_is_not_searched_again(style: type[styles.Rotary], sear
         assert (one is None and two is None) or torch.equal(one, two)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_known_longer_is_the_same(style: type[styles.Rotary], searches: list[Tensor]) -> None:
+    """From the third forward on, operations that write are compared by their arguments alone, as all others are."""
+    model, x = converted(style), toys.tokens()
+    for _ in range(3):
+        model(x.flip(1))
+    before = len(searches)
+    with torch.no_grad():
+        actual = model(x)
+    assert len(searches) == before
+    with torch.inference_mode():
+        assert torch.equal(model(x), actual)
+        assert torch.equal(model(x), actual)
+    with torch.no_grad():
+        assert torch.equal(model(x), actual)
+        assert torch.equal(fresh(model, x), actual)
+
+
+class Given(styles.Halves):
+    """Its position lies in memory as it is told."""
+
+    is_transposed = False
+
+    def place(self, x: Tensor, angle: Tensor) -> Tensor:
+        if self.is_transposed:
+            with torch._C.DisableTorchFunction():
+                angle = angle.t().contiguous().t()
+        return super().place(x, angle)
+
+
+def test_other_strides_are_searched(searches: list[Tensor]) -> None:
+    model, x = converted(Given), toys.tokens()
+    for _ in range(3):
+        first = model(x)
+    before = len(searches)
+    model.is_transposed = True
+    assert torch.equal(model(x), first)
+    assert len(searches) > before
+
+
 def test_sites_with_one_sequence_share_what_was_found(searches: list[Tensor]) -> None:
     one, two = converted(styles.InPlace), converted(styles.InPlace)
     one(toys.tokens())
@@ -108,7 +148,8 @@ class Changing(styles.Rotary):
 )
 def test_other_operations_and_constants_are_searched(name: str, value: object, searches: list[Tensor]) -> None:
     model, x = converted(Changing), toys.tokens()
-    model(x)
+    for _ in range(3):
+        model(x)
     before = len(searches)
     setattr(model, name, value)
     actual = model(x)
@@ -190,10 +231,12 @@ class Silent(styles.Halves):
         return super().place(x, angle)
 
 
-def test_an_unseen_write_is_an_error_on_a_known_sequence_too() -> None:
+@pytest.mark.parametrize("forwards", [1, 3])
+def test_an_unseen_write_is_an_error_on_a_known_sequence_too(forwards: int) -> None:
     model, x = converted(Silent), toys.tokens()
     with torch.no_grad():
-        first = model(x)
+        for _ in range(forwards):
+            first = model(x)
         model.writes = True
         with pytest.raises(PositionReplayError, match="torch functions do not show"):
             model(x)
@@ -219,10 +262,12 @@ class Stale(styles.Halves):
         return x * self.angle + torch.cat([-second, first], dim=-1) * torch.cat([angle.sin()] * 2, -1)
 
 
-def test_overwritten_position_is_an_error_on_a_known_sequence_too() -> None:
+@pytest.mark.parametrize("forwards", [1, 3])
+def test_overwritten_position_is_an_error_on_a_known_sequence_too(forwards: int) -> None:
     model, x = converted(Stale), toys.tokens()
     with torch.no_grad():
-        model(x)
+        for _ in range(forwards):
+            model(x)
         model.writes = True
         with pytest.raises(PositionReplayError, match="has been overwritten by now"):
             model(x)
