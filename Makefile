@@ -39,13 +39,16 @@ test-wild: env  ## hold video DiTs of other projects' packages against the invar
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/wild $(PYTEST_ARGS)
 
 # What `make test` has time for; all of it in one process, which records the calls once and keeps both cores busy to the
-# end. It leaves out what differs from another kernel only in a constant that asks for no more of a GPU: for Hopper fp16
-# (compiled as bf16 is, with as many registers), head_dim 80 and 96 (d128 fills the same tiles of 128), and fp32 of
-# head_dim 64 (d128 is the harder one); for Ampere and Blackwell all but bf16 of head_dim 128. `make gate` compiles all.
+# end. It leaves out what differs from another kernel only in a constant that asks for no more of a GPU, or in one that
+# a third kernel has. For Hopper: fp16 (compiled as bf16 is, with as many registers), head_dim 80 and 96 (d128 fills the
+# same tiles of 128), fp32 of head_dim 64 (d128 is the harder one), d64 in blocks of 128 (d128 has them; d64 is compiled
+# in blocks of 64), d128 in blocks of 64 without a mask and unaligned. For Ampere and Blackwell all but bf16 of head_dim
+# 128, and of it unaligned rows and the softmax map (Hopper has both). `make gate` compiles all.
 quick-gate: env  ## compile most kernels of Hopper, and a part of those of Ampere and Blackwell
 	@echo "== compiling the Triton kernels that ship: for sm_90 most, for sm_80 and sm_100 those of bf16 and head_dim 128"
 	$(BIN)/python -m salad_compile.kernels.inspect --without float16 d80 d96 \
-		--filter "sm_90 bfloat16" "sm_90 float32 d128" "sm_80 bfloat16 d128" "sm_100 bfloat16 d128"
+		--filter "sm_90 bfloat16 d128 128x64" "sm_90 bfloat16 d128 64x64 mask !unaligned" "sm_90 bfloat16 d64 64x64" \
+		"sm_90 float32 d128" "sm_80 bfloat16 d128 !unaligned !softmax" "sm_100 bfloat16 d128 !unaligned !softmax"
 
 gate: env  ## compile every kernel that ships, for three GPU generations
 	@echo "== compiling every Triton kernel that ships for sm_80, sm_90 and sm_100"

@@ -140,7 +140,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m salad_compile.kernels.inspect", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, choices=SHARED_LIMIT, help="compute capabilities")
     parser.add_argument(
-        "--filter", nargs="+", default=[""], metavar="TEXT", help="only kernels whose line has all words of one text"
+        "--filter",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="only kernels whose line has all words of one text; !WORD in it: but not this one",
     )
     parser.add_argument("--without", nargs="+", default=[], metavar="WORD", help="no kernels whose line has the word")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
@@ -165,9 +169,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_chosen(title: str, texts: Sequence[str], without: Sequence[str]) -> bool:
-    """Whether all words of one text are somewhere in the title, and none of `without` is a word of it."""
-    some = any(all(word in title for word in text.split()) for text in texts)
-    return some and not set(without) & set(title.split())
+    """Whether a text suits the title, and none of `without` is a word of it."""
+    return any(_suits(title, text) for text in texts) and not set(without) & set(title.split())
+
+
+def _suits(title: str, text: str) -> bool:
+    """Whether all words of the text are somewhere in the title; but what follows a ! is no word of it."""
+    words = text.split()
+    refused = {word[1:] for word in words if word.startswith("!")}
+    wanted = [word for word in words if not word.startswith("!")]
+    return all(word in title for word in wanted) and not refused & set(title.split())
 
 
 def _compile_with_progress(jobs: Sequence[Job], workers: int) -> list[Result]:

@@ -333,6 +333,7 @@ def test_kernels_are_chosen_by_their_words(toy: Toy, monkeypatch: pytest.MonkeyP
     every = ["--arch", "80", "90"]
     assert inspect.main([*every, "--filter", "sm_80 M64", "sm_90 float16"]) == 0
     assert inspect.main([*every, "--filter", "sm_90 d64", "--without", "float16"]) == 0
+    assert inspect.main([*every, "--filter", "sm_90 !bfloat16", "sm_80 d64 !float16"]) == 0
     names = [[title.partition("product ")[2].partition(" warps")[0] for title in titles] for titles in seen]
     assert names[0] == [
         "bfloat16 d64 sm_80 M64",
@@ -341,6 +342,7 @@ def test_kernels_are_chosen_by_their_words(toy: Toy, monkeypatch: pytest.MonkeyP
         "bfloat16 d80 sm_90 M128",
     ]
     assert names[1] == ["bfloat16 d64 sm_90 M64"]
+    assert names[2] == ["bfloat16 d64 sm_80 M64", "float16 d64 sm_90 M32"]
 
 
 def test_a_filter_that_matches_nothing_is_an_error(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
