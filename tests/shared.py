@@ -16,6 +16,7 @@ from typing import TypeVar
 FOLDER = "SALAD_TESTS_SHARED"
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 VECTORS = "TORCHINDUCTOR_VEC_ISA_OK"
+COLLECT = "TORCH_DYNAMO_RUN_GC_AFTER_COMPILE"
 
 T = TypeVar("T")
 
@@ -24,11 +25,13 @@ def open_session() -> None:
     """Make the folder, and a new Inductor cache in it: what tests compile is compiled by this code, but once.
 
     Inductor takes the vector instructions that the processor names: a new cache would begin with ten CPU seconds in
-    which it compiles a program for each kind.
+    which it compiles a program for each kind. Dynamo looks for garbage after every compilation; here Python does it,
+    now and then.
     """
     os.environ[FOLDER] = tempfile.mkdtemp(prefix="salad-tests-")
     os.environ[INDUCTOR] = str(Path(os.environ[FOLDER]) / "inductor")
     os.environ.setdefault(VECTORS, "1")
+    os.environ.setdefault(COLLECT, "0")
 
 
 def close_session() -> None:
