@@ -83,7 +83,7 @@ class Model:
     def quick(self) -> Model:
         """The same at a size for tests."""
         frames, height, width = 3, self.latent[1] // 10 * 2, self.latent[2] // 10 * 2
-        small = replace(self, heads=2, layers=2, ffn_dim=128, head_dim=32, text_dim=64, text_tokens=16)
+        small = replace(self, heads=2, layers=1, ffn_dim=128, head_dim=32, text_dim=64, text_tokens=16)
         return replace(small, latent=(frames, height, width))
 
 

@@ -31,7 +31,7 @@ def test_quick_run_writes_complete_rows(tmp_path: Path) -> None:
     for row in rows:
         assert row["error"] is None
         assert len(row["timings_ms"]) == 2  # type: ignore[arg-type]
-        assert row["layers"] == 2
+        assert row["layers"] == 1
         assert row["first_call_s"] > 0  # type: ignore[operator]
         for name in ("command", "commit", "torch", "triton", "python", "device", "seed", "tokens", "weights"):
             assert name in row

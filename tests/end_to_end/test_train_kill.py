@@ -1,4 +1,4 @@
-"""`salad-compile train` on two processes, killed ten times: in the end nobody can tell."""
+"""`salad-compile train` on two processes, killed again and again: in the end nobody can tell."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from salad_compile.training import read_log
 from tests.end_to_end.train_life import forkserver, live
 from tests.salad_compile.training.tiny import SETTINGS, write_run
 
-KILLS = 5  # `python -m tests.fuzz kills --only train` is for many
+KILLS = 3  # `python -m tests.fuzz kills --only train` is for many
 EVERY = 3  # steps between checkpoints
 STEPS = 36  # of which a life takes at most 4, and what it does in the time of another two
 SEED = int(os.environ.get("KILL_SEED", "0"))

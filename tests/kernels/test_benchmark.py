@@ -1,22 +1,21 @@
 """The benchmarks of the kernels run on a CPU and leave complete rows."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.end_to_end import scripts
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def run_script(name: str, output: Path, *arguments: str) -> tuple[list[dict[str, Any]], str]:
-    command = [sys.executable, str(BENCHMARKS / name), "--quick", "--output", str(output), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert run.returncode == 0, run.stderr
+    options = ["--quick", "--output", str(output), *arguments]
+    printed = scripts.run_script(BENCHMARKS / name, *options, said=output.with_suffix(".said"))
     rows: list[dict[str, Any]] = json.loads(output.read_text())
-    return rows, run.stdout
+    return rows, printed
 
 
 def test_quick_cpu_run_writes_complete_rows(tmp_path: Path) -> None:

@@ -46,22 +46,15 @@ ROTATIONS = frozenset(
         "handwritten_rearrange",
     }
 )
-# Compiled whole. What is in RESOLUTIONS or CHECKPOINTS is compiled whole there; per block every rotation is.
-WHOLE = frozenset({"Wan", "LTX2Video", "handwritten_rearrange"})
-# One stream, a multi-head module, a joint stream, a call for each sample, a key prefix, graphs that break. A checkpoint
-# takes the block as it is: two streams and masks are two more arguments of it.
-CHECKPOINTS = frozenset(
-    {
-        "Wan",
-        "handwritten_multihead",
-        "CogVideoX",
-        "Mochi",
-        "Cosmos3Omni",
-        "WanAnimate2",
-    }
-)
-# A plain model, text in one stream, a key prefix.
-RESOLUTIONS = frozenset({"Wan", "CogVideoX", "Cosmos3Omni"})
+# Compiled block by block. Wan's blocks go through Inductor; those of the other two are compiled in CHECKPOINTS.
+PER_BLOCK = (KINDS | ROTATIONS) - {"Wan", "handwritten_multihead", "WanAnimate2"}
+# Compiled whole. What is in RESOLUTIONS or CHECKPOINTS is compiled whole there.
+WHOLE = frozenset({"LTX2Video", "handwritten_rearrange"})
+# One stream, a multi-head module, a joint stream, graphs that break. A checkpoint takes the block as it is: two
+# streams, masks, prefixes and a call for each sample are inside it, and PER_BLOCK compiles it.
+CHECKPOINTS = frozenset({"Wan", "handwritten_multihead", "CogVideoX", "WanAnimate2"})
+# A plain model, text in one stream.
+RESOLUTIONS = frozenset({"Wan", "CogVideoX"})
 
 Parametrise = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -17,7 +17,7 @@ from salad_compile.backend.dynamo import record_graphs
 from salad_compile.kernels import measure_executions
 from salad_compile.sites.branch import branches
 from tests.models.expectations import DENSE, GAPS, converted_sites, seen_as
-from tests.models.kinds import CHECKPOINTS, KINDS, RESOLUTIONS, ROTATIONS, WHOLE, by_default, every_case, marks_of
+from tests.models.kinds import CHECKPOINTS, PER_BLOCK, RESOLUTIONS, WHOLE, by_default, every_case, marks_of
 from tests.models.registry import ALL_CASES
 from tests.models.zoo import Case
 from tests.support import (
@@ -48,10 +48,18 @@ PER_BLOCK_INDUCTOR = {
 }
 # The graph that Inductor would get, with its functions made pure and its backward split off, but run as it is.
 PER_BLOCK_AOT = ("handwritten_inline", "CogVideoX")
-TRAINING_FREE = ("Wan", "handwritten_fused", "handwritten_inline", "LTXVideo", "Cosmos", "Latte")
+# The backend on a model that nobody converted; by default on an attention module, inline attention, and shared blocks.
+TRAINING_FREE = {
+    "Wan": True,
+    "handwritten_fused": False,
+    "handwritten_inline": True,
+    "LTXVideo": False,
+    "Cosmos": False,
+    "Latte": True,
+}
 
 
-def through_inductor(cases: dict[str, bool]) -> pytest.MarkDecorator:
+def named(cases: dict[str, bool]) -> pytest.MarkDecorator:
     """Parametrise by name; not by case, which would be a column of the support table."""
     default = [name for name, runs in cases.items() if runs]
     return pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name, default)) for name in cases])
@@ -139,7 +147,7 @@ def test_zero_projection_equals_pure_sparse(case: Case) -> None:
     assert relative_error(full.output, sparse.output) > 1e-3, "the branch changes nothing: the test is vacuous"
 
 
-@pytest.mark.parametrize("name", TRAINING_FREE)
+@named(TRAINING_FREE)
 def test_zero_projection_equals_training_free_compilation(name: str) -> None:
     """The backend, which sees a base model and knows no grid, computes what a fresh conversion in flat order does."""
     case = ALL_CASES[name]
@@ -173,7 +181,7 @@ def test_eager_equals_compiled(case: Case) -> None:
         assert recorder.after["salad.linear_state"] == len(executions)
 
 
-@by_default(KINDS | ROTATIONS)
+@by_default(PER_BLOCK)
 def test_eager_equals_compiled_per_block(case: Case) -> None:
     model, inputs = converted(case), case.inputs(0)
     expected = run(model, inputs, case.output)
@@ -187,7 +195,7 @@ def test_eager_equals_compiled_per_block(case: Case) -> None:
     _assert_distinct_gradients(actual, case)
 
 
-@through_inductor(PER_BLOCK_INDUCTOR)
+@named(PER_BLOCK_INDUCTOR)
 def test_eager_equals_compiled_per_block_through_inductor(name: str) -> None:
     case = ALL_CASES[name]
     model, inputs = converted(case), case.inputs(0)
@@ -215,7 +223,7 @@ def _assert_distinct_gradients(result: Result, case: Case) -> None:
         assert other.shape != gates[0].shape or relative_error(other, gates[0]) > 1e-2
 
 
-@through_inductor(WHOLE_MODEL_INDUCTOR)
+@named(WHOLE_MODEL_INDUCTOR)
 def test_eager_equals_whole_model_through_inductor(name: str) -> None:
     case = ALL_CASES[name]
     model, inputs = converted(case), case.inputs(0)

@@ -157,8 +157,9 @@ def check(model: nn.Module, want: dict[str, Tensor], lowering: str = "eager") ->
         assert got.keys() == want.keys()
         for name in want:
             torch.testing.assert_close(got[name], want[name], msg=lambda text, name=name: f"{name}: {text}")
+    # the graph without gradients is the forward that AOTAutograd splits off: one more compilation where it does
     with torch.no_grad():
-        for call in (model, compiled):
+        for call in (model, compiled) if lowering == "aot_eager" else (model,):
             torch.testing.assert_close(call(**inputs()), want[""])
 
 

@@ -88,7 +88,7 @@ def test_told_when_it_is_frozen_between_two_steps(way: Any, caplog: pytest.LogCa
     assert told(caplog) == (way is plain)  # compiled: the graph for frozen parameters is there already
 
 
-@WAYS
+@TWO_WAYS
 def test_silent_where_nobody_trains(way: Any, caplog: pytest.LogCaptureFixture) -> None:
     model = frozen(way(converted().train()))
     with torch.no_grad():  # inference, and the mode was forgotten
