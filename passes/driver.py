@@ -21,6 +21,8 @@ from salad_compile.passes import (
     check_rows,
     erase_markers,
     find_attention,
+    order_operands,
+    prepare_operands,
     replay_position,
     rewrite_attention,
     settle_calls,
@@ -35,8 +37,10 @@ PASSES: tuple[Pass, ...] = (
     find_attention.PASS,
     settle_calls.PASS,
     check_rows.PASS,
+    prepare_operands.PASS,
     replay_position.PASS,
     rewrite_attention.PASS,
+    order_operands.PASS,
     erase_markers.PASS,
 )
 

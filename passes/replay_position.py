@@ -51,20 +51,29 @@ def _replay(call: AttentionCall) -> AttentionCall:
     Raises:
         PositionReplayError: the position encoding of the model could not be determined.
     """
-    if call.status != CONVERTED or not call.spec.maps_before_position:
+    if call.status != CONVERTED or not call.spec.maps_before_position or call.mapped is not None:
         return call
-    flow = _flow_before(call)
     operands = {"query": call.arguments.query, "key": call.arguments.key}
-    found = {}
-    for role, operand in operands.items():
-        with told_of(call.module, role):
-            found[role] = find_slice(flow, operand, int(_info(operand).shape[-1]))  # type: ignore[union-attr]
+    found = find_slices(call)
     if all(slice_ is None for slice_ in found.values()):
         return call  # then the two placements are one
     replayer = _Replayer(call)
     with call.node.graph.inserting_before(call.node):
         (query, rotated_query), (key, rotated_key) = (replayer.run(found[role], operands[role]) for role in operands)
     return dataclasses.replace(call, mapped=Mapped(query, key, rotated_query, rotated_key))
+
+
+def find_slices(call: AttentionCall) -> dict[str, PositionSlice | None]:
+    """How the query and the key of a call got their position, by role.
+
+    Raises:
+        PositionReplayError: it could not be determined.
+    """
+    flow, found = _flow_before(call), {}
+    for role, operand in (("query", call.arguments.query), ("key", call.arguments.key)):
+        with told_of(call.module, role):
+            found[role] = find_slice(flow, operand, int(_info(operand).shape[-1]))  # type: ignore[union-attr]
+    return found
 
 
 class _Replayer:

@@ -15,9 +15,12 @@ from torch import fx
 
 from salad_compile.passes.provenance import example_value
 
-# Operator -> its arguments in order, and its results. A letter is the kind: f a floating tensor, i an int32 and b a
-# bool one, with the ranks that it may have; n an integer, maybe symbolic; s a Python float; t text. ? may be None.
+# Operator -> its arguments in order, and its results. A letter is the kind: f a floating tensor, F a list of them, i an
+# int32 and b a bool one, with the ranks that it may have; n an integer, maybe symbolic; s a Python float; t text. ? may
+# be None.
 OPERATORS = {
+    "prepare_operand": "x=f4 tables=F4 pairs=t norm=t over=t eps=s feature_map=t block=n weight=f1? bias=f1? "
+    "order=i1? inverse=i1? -> f4 f14 f14 f14",
     "take_rows": "x=f4 order=i1 inverse=i1 -> f4",
     "pool_blocks": "x=f4 block=n key_mask=b2? -> f4",
     "select_blocks": "pooled_query=f4 pooled_key=f4 query_block=n key_block=n density_permille=n "
@@ -41,6 +44,7 @@ ATTENTION, ROUTED, WINDOWS, STATE, OUTPUT = (
     *("block_sparse_attention", "select_blocks", "window_blocks", "linear_state", "linear_output"),
 )
 TAILED, COUNTED = "attend_with_tail", "tail_tokens"
+PREPARED = "prepare_operand"
 POOLED, LISTS = ("pooled_key", "pooled_value"), ("lut", "count", "key_block", "key_mask")
 # What holds for attention without pools and with them: a sentence for each call, and how that is seen.
 OF_ATTENTION: tuple[tuple[str, Callable[[Call], bool]], ...] = (
@@ -67,6 +71,11 @@ RULES: tuple[tuple[str, str, Callable[[Call], bool]], ...] = (
     (OUTPUT, "state and key_sum are the results of one linear_state", lambda c: c.state is not None),
     (OUTPUT, "it has the feature map of its state", lambda c: c.agrees(c.state, "feature_map")),
     (OUTPUT, "position is in its query and its keys, or in neither", lambda c: c.turns_both()),
+    (OUTPUT, "its query and features are of one preparation", lambda c: c.is_of_one_preparation("query")),
+    (STATE, "its key and features are of one preparation", lambda c: c.is_of_one_preparation("key")),
+    (PREPARED, "no gradient is needed of a preparation", lambda c: not c.needs_gradient("x")),
+    (PREPARED, "the rows of a preparation are put back", lambda c: c["order"] is None or c.is_put_back()),
+    (PREPARED, "a preparation has a norm for its weight and bias", lambda c: c["norm"] != "none" or not c.is_affine()),
 )
 
 
@@ -172,6 +181,9 @@ class Call:
     def order(self, argument: str) -> tuple[Any, Any] | None:
         """By which order and inverse the rows of an argument were moved (in some heads alone: `where`), or None."""
         value = self[argument]
+        made, result = self.prepared(argument)
+        if made is not None and result == 0 and made["order"] is not None:
+            return made["order"], made["inverse"]
         moved = Call.of(value.args[1] if getattr(value, "target", None) is torch.where else value)
         return (moved["order"], moved["inverse"]) if moved is not None and moved.name == "take_rows" else None
 
@@ -190,6 +202,9 @@ class Call:
 
     def pools(self, side: str) -> bool:
         """Whether the means of query or key blocks were made with this call's block size and mask."""
+        made, result = self.prepared(f"pooled_{side}")
+        if made is not None:
+            return (result, made["block"], self["key_mask"]) == (3, self[f"{side}_block"], None)
         means = self.maker(f"pooled_{side}", "pool_blocks")
         return means is not None and (means["block"], means["key_mask"]) == (self[f"{side}_block"], self["key_mask"])
 
@@ -198,10 +213,40 @@ class Call:
         if self.name == WINDOWS:
             return self["query"] is attention["query"]
         means = {side: self.maker(f"pooled_{side}", "pool_blocks") for side in ("query", "key")}
+        prepared = [(self.prepared(f"pooled_{side}")[0], attention.prepared(side)) for side in means]
+        if any(made is not None and (whose is None or whose.node is not made.node) for made, (whose, _) in prepared):
+            return False
         return all(
             made is None or not made.is_detached("x") or made["x"].args[0] is attention[side]
             for side, made in means.items()
         )
+
+    def prepared(self, argument: str) -> tuple[Call | None, Any]:
+        """The preparation that an argument is a result of, as it is or seen otherwise; and which result."""
+        value = self[argument]
+        while isinstance(value, fx.Node) and value.op == "call_method" and value.target in ("to", "transpose"):
+            value = value.args[0]
+        if getattr(value, "target", None) is not operator.getitem:
+            return None, None
+        made = Call.of(value.args[0])
+        return (made, value.args[1]) if made is not None and made.name == PREPARED else (None, None)
+
+    def is_of_one_preparation(self, argument: str) -> bool:
+        """Whether, if an operand of linear attention was prepared, its features were with it, by the same map."""
+        (plain, first), (features, second) = self.prepared(argument), self.prepared(f"rotated_{argument}")
+        if plain is None and features is None:
+            return True
+        same = plain is not None and features is not None and plain.node is features.node
+        return same and (first, second) == (1, 2) and self.agrees(plain, "feature_map")
+
+    def needs_gradient(self, argument: str) -> bool:
+        """Whether a gradient flows into an argument."""
+        value = example_value(self[argument]) if isinstance(self[argument], fx.Node) else None
+        return isinstance(value, torch.Tensor) and value.requires_grad
+
+    def is_affine(self) -> bool:
+        """Whether it has a weight or a bias."""
+        return self["weight"] is not None or self["bias"] is not None
 
     def turns_both(self) -> bool:
         """Whether position is in the query and in the keys of linear attention, or in neither."""
@@ -217,6 +262,8 @@ def _fits(kind: str, value: Any) -> bool:
     if letter in "nst":
         wanted = {"n": (int, torch.SymInt), "s": (float,), "t": (str,)}[letter]
         return isinstance(value, wanted) and not isinstance(value, bool)
+    if letter == "F":
+        return isinstance(value, (list, tuple)) and all(_fits(f"f{ranks}", part) for part in value)
     if not isinstance(value, torch.Tensor) or str(value.dim()) not in ranks:
         return False
     return value.is_floating_point() if letter == "f" else value.dtype == {"i": torch.int32, "b": torch.bool}[letter]

@@ -259,6 +259,8 @@ class BackendOptions:
         lowering: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         inductor: configuration patches for Inductor, as `torch._inductor.config` names them.
         dump_graphs: a folder; each graph gets a folder in it with the graph as captured and after each of our passes.
+        prepare_operands: whether inference graphs of converted models compute norm, position and features of a query or
+            key in one kernel of ours where its form is known (docs/kernels.md), instead of leaving them to `lowering`.
 
     Raises:
         ConfigError: a value is out of range or of the wrong kind.
@@ -275,13 +277,16 @@ class BackendOptions:
     lowering: str = "inductor"
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dump_graphs: str | PathLike[str] | None = None
+    prepare_operands: bool = False
     given: frozenset[str] = dataclasses.field(default=frozenset(), init=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_attention_options(self)
         reason = patterns.find(self.pattern).needs_conversion()
         require(not reason, f'pattern "{self.pattern}" cannot run without conversion: {reason}.')
-        require(isinstance(self.strict, bool), f"strict must be True or False, got {self.strict!r}.")
+        for name in ("strict", "prepare_operands"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"{name} must be True or False, got {value!r}.")
         check_choice("lowering", self.lowering, LOWERINGS)
         require(
             isinstance(self.inductor, Mapping), f"inductor is a dictionary of Inductor options, got {self.inductor!r}."

@@ -7,7 +7,7 @@ import torch
 
 from ..autocast import without_autocast
 from ..checks import accumulation_dtype, check_inverse
-from ..engines import Call, serve
+from ..engines import Call, engines, serve
 from ..layout import block_count, empty_bshd
 from ..linear.absent import absent
 from .checks import check_sizes, check_types
@@ -72,6 +72,10 @@ def _describe(*arguments: Any) -> Call:
     *tables, x, pairs, norm, over, _, feature_map, block, weight, bias, order, inverse = arguments
     check_types(x, tables, pairs, norm, over, feature_map, block, weight, bias, order, inverse)
     check_sizes(x, tables, order, inverse)
+    return _call(x, norm, over, feature_map, block, any(table.shape[1] > 1 for table in tables))
+
+
+def _call(x: torch.Tensor, norm: str, over: str, feature_map: str, block: int, tables_per_head: bool) -> Call:
     return Call(
         "prepare_operand",
         x.device,
@@ -79,9 +83,21 @@ def _describe(*arguments: Any) -> Call:
         head_dim=x.shape[-1],
         key_block=block or None,
         feature_map=feature_map,
-        tables_per_head=any(table.shape[1] > 1 for table in tables),
+        tables_per_head=tables_per_head,
         norm_width=x.shape[1] * x.shape[-1] if norm != "none" and over == "width" else None,
     )
+
+
+def why_unsupported(x: torch.Tensor, norm: str, over: str, feature_map: str, tables_per_head: bool) -> str:
+    """Why no engine prepares operands like x (B, H, S, D), which may be fake; the empty string if one does."""
+    call, reasons = _call(x, norm, over, feature_map, 0, tables_per_head), []
+    for engine in engines():
+        if call.operator in engine.operators:
+            reason = engine.supports(call)
+            if reason is None:
+                return ""
+            reasons.append(reason)
+    return reasons[0]
 
 
 @prepare_operand.register_fake

@@ -46,6 +46,7 @@ def check_types(
     if block:
         check_block("block", block)
     require(len(tables) in (2, 4), f"tables must be two, or four, got {len(tables)}")
+    require(x.shape[-1] % 2 == 0, f"x must have an even number of channels, got {x.shape[-1]}")
     width = tables[0].shape[-1]
     for table in tables:
         require(table.dim() == 4, f"a table must have 4 dimensions (B, H, S, P), got {table.dim()}")

@@ -22,6 +22,7 @@ GOLDEN = Path(__file__).with_name("golden")
 CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=0, min_tokens=64)
 CASES: dict[str, dict[str, Any]] = {
     "topk_map_then_rotate": {"rope_placement": "map-then-rotate"},
+    "topk_prepared": {"rope_placement": "map-then-rotate"},
     "topk_rotate_then_map": {"rope_placement": "rotate-then-map"},
     "stswa_map_then_rotate": {"pattern": "stswa", "rope_placement": "map-then-rotate"},
     "stswa_rotate_then_map": {"pattern": "stswa", "rope_placement": "rotate-then-map"},
@@ -44,7 +45,7 @@ def text_of(name: str) -> str:
     model = toys.Stack(toys.SelfAttention(toys.rotated_in_place))
     salad_compile.convert(model, config, example_inputs=inputs, grid=(3, 5, 7))
     with salad_compile.token_grid(model, (3, 5, 7)):  # its order is an input of the block's graph
-        return golden_text(emitted_graph(model.layers[0], *inputs))
+        return golden_text(emitted_graph(model.layers[0], *inputs, prepare_operands=name == "topk_prepared"))
 
 
 @pytest.mark.parametrize("name", [*CASES, "training_free"])

@@ -34,13 +34,14 @@ def masked_and_rotated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @functools.cache
 def _graph(pattern: str) -> fx.Graph:
     attend = toys.positional if pattern == "stswa" else masked_and_rotated
-    config = {**CONFIG.to_dict(), "pattern": "topk" if pattern == "tail" else pattern}
+    attend = toys.rotated_in_place if pattern == "prepared" else attend
+    config = {**CONFIG.to_dict(), "pattern": "topk" if pattern in ("tail", "prepared") else pattern}
     if pattern == "tail":
         config |= {"compensation": "tail", "compensation_pool": 64}
     model = salad_compile.convert(
         toys.SelfAttention(attend), config, example_inputs=(toys.tokens(105),), grid=(3, 5, 7)
     )
-    return emitted_graph(model, toys.tokens(105))
+    return emitted_graph(model, toys.tokens(105), prepare_operands=pattern == "prepared")
 
 
 def graph_of(pattern: str = "topk") -> fx.Graph:
@@ -136,6 +137,19 @@ def without_detach(graph: fx.Graph) -> None:
     put(graph, "pool_blocks", "x", detached.args[0])
 
 
+def swap_results(graph: fx.Graph, name: str) -> None:
+    """The features in the place of the rows without position."""
+    call = call_of(graph, name)
+    role = "query" if name == "linear_output" else "key"
+    put(graph, name, role, call[f"rotated_{role}"])
+
+
+def needs_gradient(graph: fx.Graph) -> None:
+    """As if it were made for training."""
+    rows = call_of(graph, "prepare_operand")["x"]
+    rows.meta["example_value"] = rows.meta["example_value"].detach().clone().requires_grad_()
+
+
 PLANTS: dict[tuple[str, str], Callable[[fx.Graph], None]] = {
     ("block_sparse_attention", "query, key and value have one dtype"): lambda g: as_half(
         g, "block_sparse_attention", "value"
@@ -164,6 +178,13 @@ PLANTS: dict[tuple[str, str], Callable[[fx.Graph], None]] = {
     ("attend_with_tail", "query, key, value and pools have one dtype"): lambda g: as_half(
         g, "attend_with_tail", "pooled_key"
     ),
+    ("linear_output", "its query and features are of one preparation"): lambda g: swap_results(g, "linear_output"),
+    ("linear_state", "its key and features are of one preparation"): lambda g: swap_results(g, "linear_state"),
+    ("prepare_operand", "no gradient is needed of a preparation"): needs_gradient,
+    ("prepare_operand", "the rows of a preparation are put back"): keep_moved,
+    ("prepare_operand", "a preparation has a norm for its weight and bias"): lambda g: put(
+        g, "prepare_operand", "weight", next(n for n in g.nodes if n.op == "placeholder")
+    ),
     ("attend_with_tail", "its pools are counted from its lists"): lambda g: put(g, "tail_tokens", "key_mask", None),
 }
 
@@ -172,7 +193,7 @@ PLANTS: dict[tuple[str, str], Callable[[fx.Graph], None]] = {
 def test_each_rule_names_its_violation(rule: tuple[str, str]) -> None:
     """A rule without a planted violation has no entry here, and fails."""
     name, says = rule
-    graph = graph_of("tail" if name == "attend_with_tail" else "topk")
+    graph = graph_of("tail" if name == "attend_with_tail" else "prepared" if "preparation" in says else "topk")
     PLANTS[rule if rule in PLANTS else ("block_sparse_attention", says)](graph)
     graph.lint()
     found = verify(graph)
@@ -198,7 +219,7 @@ def test_the_spec_names_the_arguments_of_the_operators(name: str) -> None:
     assert len(call.results) == len(schema.returns)
     for argument in schema.arguments:
         text, optional = str(argument.type), call.kinds[argument.name].endswith("?")
-        kind = {"f": "Tensor", "i": "Tensor", "b": "Tensor", "n": "int", "s": "float", "t": "str"}
+        kind = {"f": "Tensor", "F": "List[Tensor]", "i": "Tensor", "b": "Tensor", "n": "int", "s": "float", "t": "str"}
         wanted = kind[call.kinds[argument.name][0]]
         assert text == (f"Optional[{wanted}]" if optional else wanted)
 
@@ -208,6 +229,8 @@ def wrong(kind: str) -> list[Any]:
     letter = kind[0]
     if letter in "nst":
         return [{"n": 1.5, "s": 2, "t": 3}[letter], None, torch.zeros(())]
+    if letter == "F":
+        return [torch.zeros((2,) * 4), None, [torch.zeros(2)], [torch.zeros((2,) * 4, dtype=torch.int32)]]
     rank = int(kind[1])
     fits, other = torch.zeros((2,) * rank, dtype=DTYPES[letter]), torch.int64 if letter != "b" else torch.int32
     return [fits.to(other), fits.new_zeros((2,) * 6), 3, *([] if kind.endswith("?") else [None])]
@@ -221,7 +244,7 @@ def test_an_argument_of_a_wrong_kind_is_named(name: str) -> None:
             call.arguments = {argument: value}
             assert f"{argument} is of kind {kind}" in call.misfits(), value
     call.arguments = {"order": None}
-    assert ("it has no argument order" in call.misfits()) == (name != "take_rows")
+    assert ("it has no argument order" in call.misfits()) == ("order" not in call.kinds)
 
 
 def test_a_result_of_a_wrong_kind_is_named() -> None:
@@ -267,4 +290,4 @@ def test_the_suite_checks_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(Exception, match=r"after rewrite_attention: take_rows\w*: never"),
     ):
         emitted_graph(model, toys.tokens(105))
-    assert seen == ["find_attention", "settle_calls", "check_rows", "replay_position"]
+    assert seen == ["find_attention", "settle_calls", "check_rows", "prepare_operands", "replay_position"]
