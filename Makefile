@@ -78,6 +78,7 @@ bench: env  ## time the CPU engine
 bench-gpu: env  ## all measured numbers of a GPU, and the plots
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/transformer.py
+	$(BIN)/python benchmarks/rivals.py
 	$(BIN)/python benchmarks/tiles.py
 	$(BIN)/python benchmarks/forward_variants.py
 	$(BIN)/python benchmarks/plot.py
