@@ -220,7 +220,8 @@ class Stage:
             "head_dim": model.head_dim,
             "dtype": str(self.dtype).removeprefix("torch."),
             **{name: value if kind == "salad" else "" for name, value in self.settings.items()},
-            "compiled": f"each block, {self.options.compiler}",
+            "compiled": f"each block, {self.options.compiler}"
+            + ", prepared" * (kind == "salad" and self.options.prepare_operands),
             "weights": WEIGHTS,
             "dense_attention_ms": self.dense_times,
         }
@@ -246,7 +247,8 @@ class Stage:
         facts["branch_parameters"] = sum(p.numel() for b in branches(converted).values() for p in b.parameters())
         if self.training:
             facts["trains"] = "gate, projection and LoRA of every layer; gradients flow to the latents too"
-        converted.compile_repeated_blocks(backend="salad", options={"lowering": self.options.compiler})
+        backend = {"lowering": self.options.compiler, "prepare_operands": self.options.prepare_operands}
+        converted.compile_repeated_blocks(backend="salad", options=backend)
         with measure_executions() as executions:
             run = self._first(converted, facts)
         facts["measured_sparsity"] = overall_sparsity(executions)
@@ -410,6 +412,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--no-training", dest="training", action="store_false", help="denoising steps only")
     parser.add_argument("--compiler", default="inductor", choices=("inductor", "aot_eager", "eager"))
+    parser.add_argument("--prepare-operands", action="store_true", help="norm and position in a kernel of ours")
     parser.add_argument(
         "--budget-seconds", type=float, default=280, help="then no new row starts (default: %(default)s)"
     )
