@@ -120,6 +120,14 @@ def run(
     return Result(out.detach(), found)
 
 
+def differentiable(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Let the inputs have gradients: then the first block of a model is like the others, and all are one graph."""
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name:
+            value.requires_grad_()
+    return inputs
+
+
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """||value - reference|| / ||reference||."""
     assert value.shape == reference.shape

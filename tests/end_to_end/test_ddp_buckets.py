@@ -27,7 +27,7 @@ from salad_compile.backend.dynamo import record_graphs
 from salad_compile.errors import SiteLostError
 from tests.end_to_end.test_compile_matrix import AOT, EAGER, Video, converted, video
 from tests.end_to_end.train_life import forkserver
-from tests.support import Result, relative_error, run
+from tests.support import Result, differentiable, relative_error, run
 
 WORLD = 2
 EXACT, NAMED = "exact", "an error that names the mend"
@@ -87,7 +87,7 @@ def worker(rank: int, folder: str) -> None:
     )
     try:
         model = converted()
-        inputs = [video(3, 5, 7), video(3, 7, 5)]  # each process has its own
+        inputs = [differentiable(video(3, 5, 7)), differentiable(video(3, 7, 5))]  # each process has its own
         alone = [run(model, each) for each in inputs]
         mean = {name: (alone[0].gradients[name] + alone[1].gradients[name]) / 2 for name in alone[0].gradients}
         expected = Result(alone[rank].output, mean)

@@ -19,7 +19,7 @@ from tests.models.expectations import converted_sites
 from tests.models.kinds import marks_of
 from tests.models.registry import ALL_CASES
 from tests.models.test_zoo import _fresh_dynamo
-from tests.support import Recorder, assert_same, converted, relative_error, run
+from tests.support import Recorder, assert_same, converted, differentiable, relative_error, run
 
 FIXTURES = (_fresh_dynamo,)
 WITHOUT_WINDOWS = {"HunyuanVideo": "mask", "Cosmos3Omni": "token grid"}
@@ -56,19 +56,25 @@ BY_DEFAULT = [
 def test_compiled_equals_uncompiled_and_is_saved(name: str, variant: str, tmp_path: Path) -> None:
     case, settings = ALL_CASES[name], VARIANTS[variant]
     model = converted(case, **settings)
-    inputs = case.inputs(0)
+    inputs = differentiable(case.inputs(0))
     with measure_executions() as executions:
         expected = run(model, inputs, case.output)
     sites = len(converted_sites(case))
     assert len(executions) == sites
     assert all(0.2 < execution.sparsity < 0.8 for execution in executions)
-    recorder = Recorder({"lowering": "eager"})
-    actual = run(torch.compile(model, backend=recorder), inputs, case.output, parameters=model)
-    assert recorder.after["salad.block_sparse_attention"] == sites
-    assert_same(actual, expected, bound=1e-5, gradient_bound=1e-4)
     loaded = salad_compile.load(case.build(), salad_compile.save(model, tmp_path / "salad.safetensors"))
     again = run(loaded, inputs, case.output, gradients=False).output
     assert torch.equal(again, expected.output)
+    recorder = Recorder({"lowering": "eager"})
+    for block in case.repeated_blocks:
+        model.get_submodule(block).compile(backend=recorder)
+    with measure_executions() as executions:
+        actual = run(model, inputs, case.output)
+    assert len(executions) == sites
+    attention = "scaled_dot_product_attention"
+    assert recorder.before[attention] - recorder.after[attention] == recorder.after["salad.block_sparse_attention"] > 0
+    assert recorder.after["salad.tag"] == recorder.after["salad.site"] == 0
+    assert_same(actual, expected, bound=1e-5, gradient_bound=1e-4)
 
 
 @pytest.mark.parametrize("name", WITHOUT_WINDOWS)

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn as nn
 from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor.utils import run_and_get_code
 
 import salad_compile
 from salad_compile.backend import announcements, cpu_fusion
@@ -91,20 +90,6 @@ def test_modes_and_inductor_options_reach_inductor(monkeypatch: pytest.MonkeyPat
     assert seen[1]["max_autotune"] is True
     assert seen[2]["epilogue_fusion"] is False
     assert seen[3] == {}
-
-
-def test_the_order_of_tokens_is_lowered_to_plain_aten() -> None:
-    """Without the decomposition Inductor could not fuse the gather with what writes the rows.
-
-    What the code computes is what the other lowerings do (`test_lowerings_agree`).
-    """
-    model = salad_compile.convert(toys.SelfAttention(), CONFIG, example_inputs=(toys.tokens(),), grid=(2, 5, 7))
-    randomise_branches(model)
-    with torch.no_grad():
-        out, code = run_and_get_code(torch.compile(model, backend="salad", fullgraph=True), toys.tokens())
-        assert relative_error(out, model(toys.tokens())) < 1e-5
-    assert "ops.salad.block_sparse_attention" in "".join(code)
-    assert "ops.salad.take_rows" not in "".join(code)
 
 
 def test_unknown_modes_are_errors() -> None:
