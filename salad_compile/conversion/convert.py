@@ -12,6 +12,7 @@ from salad_compile.calls.multihead import in_projection_owner, projection, take_
 from salad_compile.common.foreign_hooks import forward_slot
 from salad_compile.common.logs import logger
 from salad_compile.common.sharding import reshard
+from salad_compile.common.undo import unchanged_on_failure
 from salad_compile.common.wrappers import base_layer, components, without_base_layer
 from salad_compile.config import SaladConfig
 from salad_compile.conversion.branch_building import build_branch, submodule, widths_of
@@ -182,31 +183,36 @@ def attach(
     Args:
         dense: query projections of self-attention that stays dense; the backend must not take it for unconverted.
         rule: how to read the video's token grid from the arguments of the model's forward.
+
+    Whatever is raised, the model is unchanged.
     """
     dense = tuple(dense)
     require_names(model, [branch.record for branch in prepared], dense)
     grid = None if rule is None else VideoGrid(rule, [branch.pattern.order for branch in prepared])
     switch = DenseSwitch()
-    if not config.train_base:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-    take_apart(model, [name for branch in prepared for name in branch.record.projections().values()])
-    for branch in prepared:
-        owner = model.get_submodule(branch.record.owner)
-        projections = branch.record.projections()
-        modules = {role: base_layer(model.get_submodule(projections[role])) for role in branch.record.shared_roles()}
-        branch.train(owner.training)
-        branch.grid, branch.switch = grid, switch
-        branch.attach(owner, modules)
-        join_hooks(model, branch, modules["query"])
-    remember_model(model)
-    if grid is not None:
-        root = RootForward(model, grid)
-        forward_slot(model).set(root)
-    for name in dense:
-        if in_projection_owner(model, name) is not None:
-            continue  # of an nn.MultiheadAttention that stays whole, which the passes leave alone
-        base_layer(model.get_submodule(name)).register_forward_hook(leave_dense, with_kwargs=True)
+    with unchanged_on_failure(model):
+        if not config.train_base:
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+        take_apart(model, [name for branch in prepared for name in branch.record.projections().values()])
+        for branch in prepared:
+            owner = model.get_submodule(branch.record.owner)
+            projections = branch.record.projections()
+            modules = {
+                role: base_layer(model.get_submodule(projections[role])) for role in branch.record.shared_roles()
+            }
+            branch.train(owner.training)
+            branch.grid, branch.switch = grid, switch
+            branch.attach(owner, modules)
+            join_hooks(model, branch, modules["query"])
+        remember_model(model)
+        if grid is not None:
+            root = RootForward(model, grid)
+            forward_slot(model).set(root)
+        for name in dense:
+            if in_projection_owner(model, name) is not None:
+                continue  # of an nn.MultiheadAttention that stays whole, which the passes leave alone
+            base_layer(model.get_submodule(name)).register_forward_hook(leave_dense, with_kwargs=True)
     logger.info("converted %d sites of %s at sparsity %s", len(prepared), type(model).__name__, config.sparsity)
 
 

@@ -22,6 +22,7 @@ from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.sharding import is_first_rank, shard_like, whole_state
 from salad_compile.common.tensor_files import with_digest
+from salad_compile.common.undo import unchanged_on_failure
 from salad_compile.common.wrappers import plain_key, single_model
 from salad_compile.conversion.convert import attach, prepare, require_names
 from salad_compile.errors import (
@@ -129,17 +130,19 @@ def load(
         dropping = _find_branches_to_drop(known, header, file)
         expected = _state_without(bare, dropping) if known else _plan_state(prepared)
         tensors = read_tensors(content, header, {file_name(name): t for name, t in expected.items()}, file)
-    for branch in dropping:
-        branch.drop_linear()
-    if not known:
-        rule = header.grid if grid is None else grid
-        if rule is None and any(site.on_grid for site in header.sites):
-            logger.warning(
-                "%s was made with a function as grid=, and is loaded without one: tokens stay in order", file
-            )
-        attach(bare, prepared, header.config, header.dense_projections, rule)
-    with torch.no_grad():
+    with unchanged_on_failure(bare) as undo, torch.no_grad():
+        for branch in dropping:
+            branch.drop_linear()
+        if not known:
+            rule = header.grid if grid is None else grid
+            if rule is None and any(site.on_grid for site in header.sites):
+                logger.warning(
+                    "%s was made with a function as grid=, and is loaded without one: tokens stay in order", file
+                )
+            attach(bare, prepared, header.config, header.dense_projections, rule)
         for name, parameter in branch_state(bare).items():
+            if known:
+                undo.callback(parameter.copy_, parameter.clone())
             parameter.copy_(shard_like(tensors[file_name(name)], parameter))
     logger.info("loaded %d tensors of %d sites from %s", len(tensors), len(header.sites), file)
     return model
