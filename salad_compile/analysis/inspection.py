@@ -47,6 +47,7 @@ def _summarise(component: str, branch: SaladBranch) -> SiteSummary:
         engine=branch.engine,
         cost=site_cost(branch),
         dropped=branch.record.dropped,
+        rotated_first=branch.record.rotated_first and branch.config.spec.maps_before_position,
     )
 
 

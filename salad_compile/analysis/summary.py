@@ -20,6 +20,8 @@ class SiteSummary:
     """One converted site: parameters, sparsity asked for and measured, FLOPs at the tokens of the conversion.
 
     engine: the one that computed block-sparse attention when the sparsity was measured; None before.
+    rotated_first: its linear branch sees query and key with position, because the position encoding cannot be run again
+        on their features.
     """
 
     component: str
@@ -35,6 +37,7 @@ class SiteSummary:
     engine: str | None
     cost: SiteCost
     dropped: bool = False
+    rotated_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,17 @@ class Summary(Report):
         share = 100 / self.base_parameters
         trainable = sum(site.trainable_parameters for site in self.sites)
         dense, salad = (sum(getattr(site.cost, name) for site in self.sites) for name in ("dense", "salad"))
+        rotated = [site_path(site.component, site.name) for site in self.sites if site.rotated_first]
         return [
             f"{len(self.sites)} sites; {self.branch_parameters:,} parameters added by gates and projections "
             f"({self.branch_parameters * share:+.2f} %), {self.lora_parameters:,} by LoRA "
             f"({self.lora_parameters * share:+.2f} %); {trainable:,} of them trainable.",
             f"Attention FLOPs per forward at the tokens of the conversion, computed: {dense / 1e12:.3f} T dense, "
             f"{salad / 1e12:.3f} T SALAD.",
+            *(
+                f"{len(rotated)} sites rotate before the feature map, {name} first; `plan` says why."
+                for name in rotated[:1]
+            ),
             *(
                 f"{device}: the Gluon forward computed {found.redone:,} of {found.tiles:,} tiles again "
                 f"({100 * found.redone / max(found.tiles, 1):.3f} %), in {found.calls:,} calls of this process."

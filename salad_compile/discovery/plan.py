@@ -85,9 +85,14 @@ class Plan(Report):
             of = f" of {component}" if component else ""
             known = grid if isinstance(grid, str) else ""
             lines.append(f"token grid{of}: {f'not known, flat order ({known})' if known else grid}")
-        faults = [site.position_fault for site in self.eligible if site.position_fault]
+        faults = [
+            (site.name or "the model", *site.position_fault)
+            for site in self.eligible
+            if site.position_fault and self.config.of_site(site.name).spec.maps_before_position
+        ]
         if faults:
-            lines.append(f"{len(faults)} sites would rotate before the feature map: {': '.join(faults[0])}.")
+            name, role, reason = faults[0]
+            lines.append(f"{len(faults)} sites would rotate before the feature map, {name} first: {role}: {reason}.")
         return [*lines, *self._forecast_notes()]
 
     def _forecast_notes(self) -> list[str]:
