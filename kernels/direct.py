@@ -6,6 +6,7 @@ tracing all that it does is to run the operator's function, so there the functio
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 from collections.abc import Callable
@@ -79,9 +80,22 @@ def call_together(tensors: tuple[Any, ...], function: Callable[..., Any], *argum
         return function(*arguments)
     _together.facts = {}
     try:
-        return function(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():  # private, as in `without_autograd`
+            return function(*arguments)
     finally:
         _together.facts = None
+
+
+def without_autograd() -> contextlib.AbstractContextManager[Any]:
+    """A context in which operators of torch do not pass by autograd, where it has nothing to do and nobody looks on.
+
+    A private class of torch._C. Seen in torch 2.13; tests/kernels/test_direct.py fails when it moves. It saves a fifth
+    of the time of a small operation. Writes are counted as ever.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or (_together.facts is None and _is_watched()):
+        return contextlib.nullcontext()
+    below: contextlib.AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
+    return below
 
 
 def once(ask: Callable[[], Any]) -> Any:

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, fx
 
 from salad_compile.definition.operands import Mapped
+from salad_compile.kernels.direct import without_autograd
 from salad_compile.position.again import autocast_state, replay
 from salad_compile.position.edges import (
     ONE,
@@ -324,7 +325,8 @@ class PositionRecording(SeenTensors):
                 if found.program is None:
                     pairs[role] = replay(None, operand, feature_map, start_of, value_of)
                 else:
-                    pairs[role] = found.program.run(feature_map, start_of, value_of)
+                    with without_autograd():
+                        pairs[role] = found.program.run(feature_map, start_of, value_of)
             except UndeterminedError as reason:
                 raise position_error(site, role, str(reason)) from reason
         return _mapped(pairs)

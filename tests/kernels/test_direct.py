@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from salad_compile.kernels.block_sparse.api import attend
-from salad_compile.kernels.direct import call_operator, call_together, is_direct
+from salad_compile.kernels.direct import call_operator, call_together, is_direct, without_autograd
 from salad_compile.kernels.engines import use_engine
 from salad_compile.kernels.errors import KernelArgumentError, UnsupportedKernelError
 from salad_compile.kernels.measure import capture_selections, measure_executions
 from salad_compile.kernels.selection import Selection
-from tests.kernels.helpers import make_qkv, make_selection
+from tests.kernels.helpers import FORWARD_BAR, make_qkv, make_selection, relative_l2
 
 TAKE_ROWS = torch.ops.salad.take_rows.default
 ORDER = torch.tensor([2, 0, 1], dtype=torch.int32)
@@ -75,7 +76,7 @@ def test_attention_without_its_lse_is_the_operators() -> None:
     selection = Selection(lut, count, 16, 16, 0.5)
     given = (query, key, value, selection)
     expected, lse = torch.ops.salad.block_sparse_attention.default(query, key, value, *selection)
-    assert torch.equal(attend(*given), expected)
+    assert relative_l2(attend(*given), expected.double()) < FORWARD_BAR[torch.float32]
     with capture_selections() as captured:
         attend(*given)
     assert torch.equal(captured[0].lse, lse)
@@ -83,7 +84,7 @@ def test_attention_without_its_lse_is_the_operators() -> None:
         attend(*given)
     assert len(executions) == 1
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(attend(*given), expected)
+        assert relative_l2(attend(*given), expected.double()) < FORWARD_BAR[torch.float32]
     query.requires_grad_()
     attend(*given).sum().backward()
     assert query.grad is not None
@@ -183,3 +184,24 @@ def test_calls_are_together_only_where_each_would_be_direct() -> None:
         assert not call_together((values(),), inside)
     with torch.autocast("cpu", torch.bfloat16):
         assert not call_together((values(),), inside)
+
+
+def test_autograd_is_passed_by_only_without_gradients_and_watchers() -> None:
+    x = torch.zeros(3, requires_grad=True)
+
+    def tracks() -> bool:
+        with without_autograd():
+            return bool((x.detach().requires_grad_() * 2).requires_grad)
+
+    assert tracks()
+    with torch.no_grad(), without_autograd():
+        base = torch.zeros(3)
+        base[1:].add_(1)
+        assert (base._version, base[1:]._version) == (1, 1)  # writes are counted
+        with torch.enable_grad():  # nobody sees to gradients in here
+            assert not (x * 2).requires_grad
+    with torch.no_grad(), Called() as mode:
+        assert isinstance(without_autograd(), contextlib.nullcontext)
+        assert not mode.seen
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), without_autograd():
+        assert nn.functional.linear(torch.zeros(2, 3), torch.zeros(4, 3)).dtype == torch.bfloat16
