@@ -120,7 +120,7 @@ class SaladBranch(Site):
             mode = running(self)
             if mode is not None:
                 self._require_gradients(mode)
-                return mode.run_query(x, lambda: self.add_updates(first, x, out))
+                return mode.run_query(self.add_updates, first, x, out)
             if not self.switch.dense and not self.detached:
                 self._require_owner()
             return self.add_updates(first, x, out)
@@ -159,14 +159,14 @@ class SaladBranch(Site):
         mode = running(self)
         if mode is None:
             return self.add_updates(first, x, out)
-        return mode.run_projection(x, lambda: self.add_updates(first, x, out))
+        return mode.run_projection(self.add_updates, first, x, out)
 
     def _add_updates(self, first: str, x: Tensor, out: Tensor) -> Tensor:
         """Add the updates of a projection in which position is not looked for."""
         mode = None if torch.compiler.is_compiling() else running(self)
         if mode is None:
             return self.add_updates(first, x, out)
-        return mode.run_updates(x, out, lambda: self.add_updates(first, x, out))
+        return mode.run_updates(self.add_updates, first, x, out)
 
     def on_key(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Forward hook of the key projection, unless it is the query's."""

@@ -46,6 +46,8 @@ from salad_compile.sites.outside_owner import require_reverse_mode, require_same
 from salad_compile.sites.row_check import RowCheck
 from salad_compile.sites.site import Site
 
+AddUpdates = Callable[[str, Tensor, Tensor], Tensor]  # first role, input and output of a projection -> its output
+
 _NOT_MEASURED: contextlib.AbstractContextManager[list[Execution]] = contextlib.nullcontext([])
 
 
@@ -129,17 +131,16 @@ class SaladMode(Recorded, TorchFunctionMode):
                 return out
         return self._attend(func, args, kwargs, by_hand)
 
-    def run_query(self, x: Tensor, updated: Callable[[], Tensor]) -> Tensor:
+    def run_query(self, add: AddUpdates, first: str, x: Tensor, out: Tensor) -> Tensor:
         """:meth:`run_projection` of the query: the next call of the size of `x` is the site's."""
+        return self._run_unseen(self._begin, add, first, x, out)
 
-        def run() -> Tensor:
-            self._arm(x)
-            out = self.rows.start(x, self._record_projection(x, updated()))
-            if self.rows.tracker is not None:
-                self.follows = None
-            return out
-
-        return self._run_unseen(x, run)
+    def _begin(self, add: AddUpdates, first: str, x: Tensor, out: Tensor) -> Tensor:
+        self._arm(x)
+        out = self.rows.start(x, self._project(add, first, x, out))
+        if self.rows.tracker is not None:
+            self.follows = None
+        return out
 
     def _arm(self, gate_input: Tensor) -> None:
         if self.armed is not None and not gate_input.is_set_to(self.armed):  # of one input there is one gate
@@ -154,40 +155,46 @@ class SaladMode(Recorded, TorchFunctionMode):
             self.rows.note(func, args, kwargs, out)
         return out
 
-    def run_projection(self, x: Tensor, updated: Callable[[], Tensor]) -> Tensor:
-        """The output of a projection of `x` with its updates, which are no part of what position is found in."""
-        return self._run_unseen(x, lambda: self._record_projection(x, updated()))
+    def run_projection(self, add: AddUpdates, first: str, x: Tensor, out: Tensor) -> Tensor:
+        """The output `out` of a projection of `x` with its updates, which are no part of what position is found in.
 
-    def _record_projection(self, x: Tensor, out: Tensor) -> Tensor:
+        Args:
+            add: adds the updates. first: the first role of the projection.
+        """
+        return self._run_unseen(self._project, add, first, x, out)
+
+    def _project(self, add: AddUpdates, first: str, x: Tensor, out: Tensor) -> Tensor:
+        out = add(first, x, out)
         if self.recording is not None:
             self.recording.add_projection(x, out)
         return out
 
-    def run_updates(self, x: Tensor, out: Tensor, updated: Callable[[], Tensor]) -> Tensor:
-        """The output `out` of a projection of `x` with its updates, where position is not looked for in it."""
+    def run_updates(self, add: AddUpdates, first: str, x: Tensor, out: Tensor) -> Tensor:
+        """:meth:`run_projection` where position is not looked for in the result."""
+        return self._run_unseen(self._update, add, first, x, out)
 
-        def run() -> Tensor:
-            result = updated()
-            if self.recording is not None:
-                self.recording.add_operation(add_updates, (x, out), result)
-            return result
+    def _update(self, add: AddUpdates, first: str, x: Tensor, out: Tensor) -> Tensor:
+        result = add(first, x, out)
+        if self.recording is not None:
+            self.recording.add_operation(add_updates, (x, out), result)
+        return result
 
-        return self._run_unseen(x, run)
-
-    def _run_unseen(self, x: Tensor, function: Callable[[], Tensor]) -> Tensor:
+    def _run_unseen(
+        self, function: Callable[..., Tensor], add: AddUpdates, first: str, x: Tensor, out: Tensor
+    ) -> Tensor:
         """Run a function of which this mode sees nothing. It sees one call instead, and is not active in that."""
         if not has_torch_function((x,)):  # somebody switched all modes off
-            return function()
+            return function(add, first, x, out)
         if _is_alone(self):
             # what `handle_torch_function` does, in a fifth of the time; private as in `_is_alone`
             torch._C._pop_torch_function_stack()
             try:
-                return function()
+                return function(add, first, x, out)
             finally:
                 torch._C._push_on_torch_function_stack(self)
         before, self.is_passive = self.is_passive, True
         try:
-            result: Tensor = handle_torch_function(_run, (x,), function)
+            result: Tensor = handle_torch_function(_run, (x,), lambda: function(add, first, x, out))
             return result
         finally:
             self.is_passive = before
@@ -252,7 +259,7 @@ class SaladMode(Recorded, TorchFunctionMode):
 
     def _replace(self, call: AttentionArguments, gate_input: Tensor) -> Tensor:
         site = self.site
-        query, key, value = (call.heads_first(tensor) for tensor in (call.query, call.key, call.value))
+        query, key, value = call.heads_first(call.query), call.heads_first(call.key), call.heads_first(call.value)
         spec, kind = site.decoded_spec(), mask_kind(call.attn_mask)
         padding = spec.square_mask and kind == "square"
         if padding and site.measured_sparsity is None:  # once: reading values waits for the device
@@ -279,7 +286,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         mapped = None
         if self.recording is not None:
             mapped = self.recording.mapped(call.query, call.key, spec.feature_map, site.record.owner)
-        if mapped is not None:
+        if mapped is not None and call.layout != "BHSD":
             mapped = Mapped(*(call.heads_first(operand) for operand in mapped))
         dtype, tensors = _result_dtype(value if call.by_hand else query), site.tensors()
         given = operands_of(query, key, value, gate_input, tensors, order, spec, dtype, mask, self.text, mapped)
