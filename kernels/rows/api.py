@@ -37,8 +37,10 @@ def take_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> to
         KernelArgumentError: on a wrong rank, dtype, device or length; on the CPU also if order is not a permutation, or
             inverse not its inverse.
     """
-    require(x.dim() == 4, f"x must have 4 dimensions (B, H, S, D), got {x.dim()}")
-    if not (x.is_cpu and x.shape[2] == len(order) and are_inverse(order, inverse)):
+    shape = x.shape
+    if len(shape) != 4:  # a message takes as long to write as a small operation
+        require(False, f"x must have 4 dimensions (B, H, S, D), got {len(shape)}")
+    if not (x.is_cpu and order.shape == shape[2:3] and are_inverse(order, inverse)):
         for permutation in (order, inverse):
             check_order(permutation, x.shape[2])
             require(permutation.device == x.device, f"order is on {permutation.device}, x on {x.device}")

@@ -98,17 +98,22 @@ _WHOLE_WINDOW = ((-1, -1), (None, None))
 
 def find_family(*, in_graphs: bool = False) -> None:
     """Know the functions of the family that are imported by now. in_graphs: by Dynamo, too, which is then loaded."""
+    global _latest
+    modules = list(map(sys.modules.get, _MODULES))
+    if not in_graphs and _latest is not None and _latest == (modules, _functions_of(modules)):
+        return  # nothing came since the latest forward
     for function in list(_imported()):
         if function not in _seen:
             entry = know(function)
             _seen.add(entry.function)
             _register(entry)
-    operator = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_wrapped_flash_attn_3", None)
+    operator = getattr(sys.modules.get(_DISPATCH), "_wrapped_flash_attn_3", None)
     if isinstance(operator, torch._library.custom_ops.CustomOpDef) and operator not in _seen:
         _seen.add(operator)
         register_adapter(operator, _flash_attn_3_of_diffusers)
     if in_graphs:
         keep_whole_in_graphs()
+    _latest = modules, _functions_of(modules)
 
 
 def run_or_stand_in(target: Any, arguments: AttentionArguments, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -123,7 +128,24 @@ def run_or_stand_in(target: Any, arguments: AttentionArguments, args: Sequence[A
     return in_place_of(target, arguments, out)
 
 
+_DISPATCH = "diffusers.models.attention_dispatch"
+_MODULES = (*_FAMILY, _DISPATCH)
+
 _seen: set[Any] = set()
+_latest: tuple[list[Any], list[Any]] | None = None  # modules and functions that were there
+
+
+def _functions_of(modules: Sequence[Any]) -> list[Any]:
+    """What may be functions of the family, in these of `_MODULES`."""
+    *family, dispatch = modules
+    found = [
+        getattr(module, name, None)
+        for module, names in zip(family, _FAMILY.values(), strict=True)
+        if module is not None
+        for name in names
+    ]
+    kernels = getattr(dispatch, "_HUB_KERNELS_REGISTRY", {}).values()
+    return [*found, *[getattr(kernel, "kernel_fn", None) for kernel in kernels]]
 
 
 def _imported() -> Iterator[types.FunctionType]:
@@ -133,7 +155,7 @@ def _imported() -> Iterator[types.FunctionType]:
             function = getattr(there, name, None)
             if isinstance(function, types.FunctionType):
                 yield function
-    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    dispatch = sys.modules.get(_DISPATCH)
     for kernel in getattr(dispatch, "_HUB_KERNELS_REGISTRY", {}).values():  # loaded from the Hub by diffusers
         function = getattr(kernel, "kernel_fn", None)
         if function is not None and isinstance(function, types.FunctionType):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -207,6 +207,17 @@ class SeenTensors:
             numbers[id(self._tensors[number])] = number
         return numbers
 
+    def _see(self, made: Iterable[Tensor], counted: bool) -> bool:
+        """Number new tensors. Returns whether torch counts the writes into them if, and only if, `counted`."""
+        tensors, versions = self._tensors, self._first_versions
+        for tensor in made:
+            tensors.append(tensor)
+            try:
+                versions.append(tensor._version)
+            except RuntimeError:  # of inference mode
+                versions.append(UNCOUNTED)
+        return (versions[-1] != UNCOUNTED) is counted
+
     # ------------------------------------------------------------------------------------------------ making edges
 
     def _arguments(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -259,6 +270,15 @@ class SeenTensors:
         storage = self._storage()
         return (number, tensor.shape, tensor.dtype, storage, kind, version != UNCOUNTED, _strides(tensor))
 
+    def _operand(self, tensor: Tensor) -> tuple[Any, ...]:
+        """:meth:`_tensor` of an operand of attention, which is among the latest that were seen."""
+        tensors = self._tensors
+        for number in range(len(tensors) - 1, max(-1, len(tensors) - 9), -1):
+            if tensors[number] is tensor:
+                self._versions[id(tensor)] = version = version_of(tensor)
+                return (number, version - self._first_versions[number])
+        return self._tensor(tensor)
+
     def _storage(self) -> int | None:
         """Of the latest tensor, a number that only tensors of one memory share, in the order in which they are met."""
         storages, number = self._storages, None
@@ -268,7 +288,9 @@ class SeenTensors:
             except (RuntimeError, NotImplementedError):
                 number = None
             else:
-                number = storages.setdefault(storage, len(storages))
+                number = storages.get(storage)
+                if number is None:
+                    number = storages[storage] = len(storages)
         self._stored = len(self._tensors)
         return number
 

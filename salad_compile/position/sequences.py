@@ -28,13 +28,11 @@ from salad_compile.position.edges import (
     SeenTensors,
     UnknownArgumentError,
     may_write,
-    version_of,
 )
 from salad_compile.position.flow import TensorInfo
 from salad_compile.position.program import SliceProgram
 from salad_compile.position.recording import (
     OVERWRITTEN,
-    UNCOUNTED,
     Moment,
     PositionGraph,
     holds_tensors,
@@ -149,15 +147,10 @@ class PositionRecording(SeenTensors):
         if (step.heeds_autocast and not step.is_under_its_autocast()) or not self._fits(before, args, kwargs):
             return self.run(step.func, args, kwargs)
         out = step.func(*args, **kwargs)
-        if step.makes:
-            for made in (out,) if step.makes == ONE else out:
-                version = version_of(made)
-                self._tensors.append(made)
-                self._first_versions.append(version)
-                if (version == UNCOUNTED) is step.counted:  # inference mode is another than it was
-                    self._forget_since(step.seen)
-                    self._note(step.func, args, kwargs, out)
-                    return out
+        if step.makes and not self._see((out,) if step.makes == ONE else out, step.counted):
+            self._forget_since(step.seen)
+            self._note(step.func, args, kwargs, out)
+            return out
         self._steps.append((step.func, args, kwargs, out, step))
         self._at = following = step.following
         self.expected = following.certain
@@ -291,11 +284,12 @@ class PositionRecording(SeenTensors):
             PositionReplayError: it cannot be told what the position encoding is.
         """
         self._versions = {}
-        at, call = self._at, (self._tensor(query), self._tensor(key))
+        at, call = self._at, (self._operand(query), self._operand(key))
         known = at.calls.get(call) if at is not None and self.graph is None else None
         operands = {"query": query, "key": key}
         if known is not None:
-            return self._replay_known(known, operands, feature_map, site)
+            with without_autograd():
+                return self._replay_known(known, operands, feature_map, site)
         graph, slices, found, pairs = self._graph(), {}, {}, {}
         for role, operand in operands.items():
             with told_of(site, role):
@@ -325,8 +319,7 @@ class PositionRecording(SeenTensors):
                 if found.program is None:
                     pairs[role] = replay(None, operand, feature_map, start_of, value_of)
                 else:
-                    with without_autograd():
-                        pairs[role] = found.program.run(feature_map, start_of, value_of)
+                    pairs[role] = found.program.run(feature_map, start_of, value_of)
             except UndeterminedError as reason:
                 raise position_error(site, role, str(reason)) from reason
         return _mapped(pairs)

@@ -19,7 +19,7 @@ from salad_compile.definition import branch_tensors, patterns
 from salad_compile.definition.pattern import Pattern
 from salad_compile.definition.spec import AttentionSpec, density_permille
 from salad_compile.definition.tensors import BranchSite, BranchTensors, TensorRow
-from salad_compile.kernels.direct import is_direct, without_autograd
+from salad_compile.kernels.direct import is_direct
 from salad_compile.sites.record import SiteRecord
 
 
@@ -207,8 +207,7 @@ class BranchParameters(nn.Module):
             down, up = self._pair(roles[0])
             scale = self.low_rank_scale
             if x.dtype == out.dtype == scale.dtype == down.dtype and is_direct((x, out, scale)):
-                with without_autograd():
-                    return torch.add(out, F.linear(F.linear(x, down), up), alpha=float(scale))
+                return torch.add(out, F.linear(F.linear(x, down), up), alpha=float(scale))
             return out + _cast(self._low_rank(roles[0], x), out.dtype)
         parts = torch.split(out, [width for _, width in slots], dim=-1)
         updated = [
