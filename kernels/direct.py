@@ -23,7 +23,7 @@ _PLAIN = frozenset({int, float, str, bool, type(None)})
 
 # name -> the function, and what of it is left without decorators
 _functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
-_plain: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+_plain: dict[int, Callable[..., Any]] = {}  # by the id of an overload, which lives as long as torch does
 
 
 class _Together(threading.local):
@@ -57,9 +57,9 @@ def call_operator(overload: torch._ops.OpOverload, *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         return overload(*arguments)
     if _together.facts is not None:
-        plain = _plain.get(overload)
+        plain = _plain.get(id(overload))
         if plain is None:
-            plain = _plain[overload] = _functions[overload.name()][1]  # type: ignore[no-untyped-call]
+            plain = _plain[id(overload)] = _functions[overload.name()][1]  # type: ignore[no-untyped-call]
         return plain(*arguments)
     if is_direct(arguments):
         function, plain = _functions[overload.name()]  # type: ignore[no-untyped-call]

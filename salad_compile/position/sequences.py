@@ -167,12 +167,14 @@ class PositionRecording(SeenTensors):
         elif self.graph is not None:
             self.graph.add_projection(x, out)
 
-    def add_operation(self, func: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
-        """Something of ours that ran unseen made `out` of `args`; `func` stands for it."""
+    def add_operation(
+        self, func: Callable[..., Any], args: tuple[Any, ...], out: Any, kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Something that ran unseen, and writes into nothing, made `out` of `args`; `func` stands for it."""
         if self._at is not None:
-            self._note(func, args, {}, out)
+            self._note(func, args, kwargs or {}, out)
         elif self.graph is not None:
-            self.graph.record(func, args, {}, lambda: out)
+            self.graph.record(func, args, kwargs or {}, lambda: out)
 
     def _run_write(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation that writes: whether a value is copied for it depends on nothing but what ran before it."""

@@ -12,6 +12,7 @@ from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
@@ -102,6 +103,8 @@ class SaladMode(Recorded, TorchFunctionMode):
         self.recording = PositionRecording(spec.text == "prefix") if spec.maps_before_position else None
         kind = site.record.call
         self.by_hand = of_tensors(self.permute) if kind in ("", "products") else None
+        # arguments and result of the latest linear map, until it is known whether a hook of ours reports it
+        self.unreported: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
         # the recording, while nobody else looks at operations
         self.follows = self.recording if self.by_hand is None else None
         find_family()
@@ -114,6 +117,11 @@ class SaladMode(Recorded, TorchFunctionMode):
         kwargs = kwargs or {}
         if self.is_passive:
             return func(*args, **kwargs)
+        if self.recording is not None and self.by_hand is None:
+            if self.unreported is not None:
+                self._record_unreported()
+            if func is F.linear:
+                return self._run_linear(args, kwargs)
         follows = self.follows
         if follows is not None and (step := follows.expected) is not None and step.func is func:
             return follows.follow(step, args, kwargs)
@@ -130,6 +138,29 @@ class SaladMode(Recorded, TorchFunctionMode):
                 self.by_hand.note(func, args, kwargs, out)
                 return out
         return self._attend(func, args, kwargs, by_hand)
+
+    def _run_linear(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """A linear map is recorded with the next operation, unless a hook says before that it was a projection's."""
+        out = F.linear(*args, **kwargs)
+        self.rows.note(F.linear, args, kwargs, out)
+        self.unreported = args, kwargs, out
+        return out
+
+    def _record_unreported(self) -> None:
+        if self.unreported is None or self.recording is None:
+            return
+        args, kwargs, out = self.unreported
+        self.unreported = None
+        self.recording.add_operation(F.linear, args, out, kwargs)
+
+    def _report(self, x: Tensor, out: Tensor) -> None:
+        """A projection of `x` returned `out`: what it ran inside is no part of what position is found in."""
+        if self.unreported is not None:
+            args, _, returned = self.unreported
+            if returned is out and args and args[0] is x:
+                self.unreported = None
+            else:
+                self._record_unreported()
 
     def run_query(self, add: AddUpdates, first: str, x: Tensor, out: Tensor) -> Tensor:
         """:meth:`run_projection` of the query: the next call of the size of `x` is the site's."""
@@ -164,6 +195,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         return self._run_unseen(self._project, add, first, x, out)
 
     def _project(self, add: AddUpdates, first: str, x: Tensor, out: Tensor) -> Tensor:
+        self._report(x, out)
         out = add(first, x, out)
         if self.recording is not None:
             self.recording.add_projection(x, out)
@@ -174,6 +206,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         return self._run_unseen(self._update, add, first, x, out)
 
     def _update(self, add: AddUpdates, first: str, x: Tensor, out: Tensor) -> Tensor:
+        self._report(x, out)
         result = add(first, x, out)
         if self.recording is not None:
             self.recording.add_operation(add_updates, (x, out), result)
@@ -224,7 +257,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         self.is_passive = gate_input is self.armed or self.replaced == self.armed.shape[0]
         if self.is_passive:
             self.rows.remember(self.armed)
-            self.recording = self.follows = None
+            self.recording = self.follows = self.unreported = None
         return in_place_of(func, call, result)
 
     def _require_gradients(self) -> None:
