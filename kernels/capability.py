@@ -16,24 +16,12 @@ LARGEST_HEAD_DIM = 128
 OLDEST_ARCH = (8, 0)
 # stands in where kernels are interpreted or recorded
 NEWEST_TUNED_ARCH = (9, 0)
-# channels of all heads that one program holds of a row; half as many where a channel takes twice the registers
-_WIDEST_TILE = 8192
 _OTHERWISE = "salad_compile.kernels.use_engine('torch') runs plain torch operators instead, more slowly"
 
 
 def next_power(number: int) -> int:
     """The next power of two."""
     return 1 << max(0, number - 1).bit_length()
-
-
-def why_too_wide(width: int, head_dim: int, dtype: torch.dtype, tables_per_head: bool) -> str | None:
-    """Why a norm over all of `width` channels does not fit into one program; None if it does."""
-    tile = next_power(width // head_dim) * 2 * next_power(head_dim // 2)
-    widest = _WIDEST_TILE // (1 + tables_per_head) // (1 + (dtype.itemsize > 2))
-    if tile <= widest:
-        return None
-    tables = " and tables for each head" * tables_per_head
-    return f"a norm over {width} channels takes tiles of {tile}; with {dtype}{tables} a program holds {widest}"
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -91,12 +91,11 @@ def _form_of(call: AttentionCall, at: int, found: PositionSlice | None) -> _Prep
     entry = found.entries[0]
     if found.scalings or entry.overwritten or any(entry.rewritten):
         raise UnknownFormError("it is scaled, or overwritten")
-    norm, chain = find_norm(entry.start.node, example_value)
-    rows = norm.rows if norm is not None else entry.start.node
+    norm, first, chain = find_norm(entry.start.node, example_value)
+    rows = norm.rows if norm is not None else first
     batch, heads, tokens, head_dim = call.shapes[at]
     value = _tensor(rows)
     form = Form.of_channels(_axes(value.shape, batch, heads, tokens, head_dim), value.shape)
-    first = norm.node if norm is not None else rows
     run = Interpreter(example_value, {first: form}, value.dtype)
     run.run(chain)
     start = run.form(entry.start.node)
@@ -110,7 +109,7 @@ def _form_of(call: AttentionCall, at: int, found: PositionSlice | None) -> _Prep
         raise UnknownFormError("a gradient is needed")
     rotation = rotation_of(plain, run.form(operand), run.tables, heads, head_dim)
     made = _Prepared(rows, form.axes, heads, norm, rotation)
-    if len({_tensor(node).dtype for node in (rows, first, entry.start.node, operand)}) != 1:
+    if len({_tensor(node).dtype for node in (rows, first, operand)}) != 1:
         raise UnknownFormError("it changes its dtype on the way")
     _require_unshared(call, {*([norm.node] if norm is not None else []), *chain, *found.mapped, *found.plain})
     _require_readable(call, made)
@@ -159,9 +158,7 @@ def _require_readable(call: AttentionCall, made: _Prepared) -> None:
         if any(info is not None and info.storage in held for info in written):
             raise UnknownFormError(f"{node} overwrites what it is made of")
         node = node.prev
-    settings = ("none", "head") if norm is None else (norm.kind, norm.over)
-    rows = _heads_first(_tensor(made.rows), made)
-    reason = why_unsupported(rows, *settings, call.spec.feature_map, any(None in view.index for view in tables))
+    reason = why_unsupported(_heads_first(_tensor(made.rows), made), call.spec.feature_map)
     if reason:
         raise UnknownFormError(reason)
 

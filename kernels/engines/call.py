@@ -25,8 +25,6 @@ class Call:
         masked: whether a key mask is given.
         feature_map: of the linear branch, "" elsewhere.
         rotated: whether the linear branch gets features that were rotated.
-        norm_width: how many channels one norm is over, where that is more than a head's.
-        tables_per_head: whether the tables of a rotation differ from head to head.
         needs_gradient: whether an argument requires a gradient. Compiled graphs have their backward outside, so in them
             this is False in training too.
         wants_lse: of `block_sparse_attention`, whether anybody reads its lse: if not, an engine may return None for it.
@@ -44,8 +42,6 @@ class Call:
     masked: bool = False
     feature_map: str = ""
     rotated: bool = False
-    norm_width: int | None = None
-    tables_per_head: bool = False
     needs_gradient: bool = False
     wants_lse: bool = True
     requested: str = field(default_factory=lambda: requests[-1] if requests else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..capability import why_too_wide, why_unsupported
+from ..capability import why_unsupported
 from ..launch import interpreting, recording
 from .call import Call
 from .engine import FOLDERS, GateCall, implementation
@@ -25,10 +25,6 @@ class TritonEngine:
                 f"the tensors are on {call.device}: move them to CUDA, or set TRITON_INTERPRET=1 before Triton is "
                 "imported to interpret the kernels, slowly"
             )
-        if call.norm_width is not None and call.head_dim is not None:
-            reason = why_too_wide(call.norm_width, call.head_dim, call.dtype, call.tables_per_head)
-            if reason is not None:
-                return reason
         return why_unsupported(
             call.device,
             call.dtype,

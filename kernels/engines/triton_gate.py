@@ -153,8 +153,7 @@ def _prepare(arch: int) -> Iterator[GateCall]:
         order = torch.empty((TOKENS,), dtype=torch.int32, device=META)
         settings = (pairs, norm, over, EPS, case.feature_map, block)
         arguments = (x, (table,) * count, *settings, weight, weight if norm == "layer" else None, order, order)
-        width = channels if over == "width" else None
-        call = Call("prepare_operand", META, case.dtype, head_dim=case.head_dim, norm_width=width)
+        call = Call("prepare_operand", META, case.dtype, head_dim=case.head_dim)
         words = f"{pairs} {norm}-{over} {heads} heads, {count} tables, means of {block}"
         yield GateCall(call, _name(f"prepare_operand {words}", case), arguments)
 

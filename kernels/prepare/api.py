@@ -72,25 +72,17 @@ def _describe(*arguments: Any) -> Call:
     *tables, x, pairs, norm, over, _, feature_map, block, weight, bias, order, inverse = arguments
     check_types(x, tables, pairs, norm, over, feature_map, block, weight, bias, order, inverse)
     check_sizes(x, tables, order, inverse)
-    return _call(x, norm, over, feature_map, block, any(table.shape[1] > 1 for table in tables))
+    return _call(x, feature_map, block)
 
 
-def _call(x: torch.Tensor, norm: str, over: str, feature_map: str, block: int, tables_per_head: bool) -> Call:
-    return Call(
-        "prepare_operand",
-        x.device,
-        x.dtype,
-        head_dim=x.shape[-1],
-        key_block=block or None,
-        feature_map=feature_map,
-        tables_per_head=tables_per_head,
-        norm_width=x.shape[1] * x.shape[-1] if norm != "none" and over == "width" else None,
-    )
+def _call(x: torch.Tensor, feature_map: str, block: int) -> Call:
+    name, head_dim = "prepare_operand", x.shape[-1]
+    return Call(name, x.device, x.dtype, head_dim=head_dim, key_block=block or None, feature_map=feature_map)
 
 
-def why_unsupported(x: torch.Tensor, norm: str, over: str, feature_map: str, tables_per_head: bool) -> str:
+def why_unsupported(x: torch.Tensor, feature_map: str) -> str:
     """Why no engine prepares operands like x (B, H, S, D), which may be fake; the empty string if one does."""
-    call, reasons = _call(x, norm, over, feature_map, 0, tables_per_head), []
+    call, reasons = _call(x, feature_map, 0), []
     for engine in engines():
         if call.operator in engine.operators:
             reason = engine.supports(call)

@@ -336,6 +336,14 @@ def _permuted(form: Form, order: Sequence[int]) -> Form:
     )
 
 
+def _repeated(run: Interpreter, node: fx.Node) -> Form:
+    """Once each: key heads as many as query heads."""
+    form, shape = run.form(node.args[0]), run.recorded(node).shape
+    if form.is_complex or len(shape) != len(form.shape) or not all(map(is_same, shape, form.shape)):
+        raise UnknownFormError("its heads are repeated")
+    return form
+
+
 def _transpose(run: Interpreter, node: fx.Node) -> Form:
     form = run.form(node.args[0])
     order = list(range(len(form.axes)))
@@ -377,6 +385,7 @@ _RULES: dict[str, Callable[[Interpreter, fx.Node], Any]] = {
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), _cat),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
     "permute": _permute,
+    **dict.fromkeys(("repeat_interleave", "expand", "repeat"), _repeated),
     "view_as_complex": _as_complex,
     "view_as_real": _as_real,
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 import salad_compile
 from tests import toys
 from tests.passes import rotary_styles as styles
+from tests.passes.emitted import emitted_graph
 from tests.passes.test_replay_position import CONFIG, inputs_of
 from tests.support import Recorder, assert_same, randomise_branches, relative_error, run
 
@@ -60,6 +61,24 @@ class FirstOfHeads(styles.Halves):
         return super().place(heads.transpose(1, 2).flatten(2), angle)
 
 
+class WrittenOut(WanForm):
+    """The same norm of single operations, as models write it."""
+
+    def place(self, x: Tensor, angle: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rows = x * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return styles.InPlace.place(self, rows.to(x.dtype) * self.norm.weight, angle)
+
+
+class Squared(styles.Halves):
+    """In fp32 with products, no weight, and in the other order."""
+
+    def place(self, x: Tensor, angle: Tensor) -> Tensor:
+        rows = styles.heads_of(x).transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(1e-3 + (rows * rows).mean(dim=-1, keepdim=True))
+        return super().place((scale * rows).type_as(x).flatten(2), angle)
+
+
 class Fused(styles.StackedFlat):
     """One projection of query, key and value."""
 
@@ -74,8 +93,20 @@ class Fused(styles.StackedFlat):
         return self.o(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+ON = {"prepare_operands": True}
 PREPARED = (
-    *(WanForm, HeadForm, FirstOfHeads, Fused, styles.InPlace, styles.StackedFlat, styles.Halves, styles.Complex),
+    *(
+        WanForm,
+        HeadForm,
+        FirstOfHeads,
+        WrittenOut,
+        Squared,
+        Fused,
+        styles.InPlace,
+        styles.StackedFlat,
+        styles.Halves,
+        styles.Complex,
+    ),
     *(styles.Partial, styles.Matrices, styles.Normed),
 )
 LEFT = {
@@ -160,6 +191,52 @@ def test_it_has_to_be_asked_for() -> None:
     _, recorder = compiled(model, inputs, prepare_operands=False)
     assert recorder.after["salad.prepare_operand"] == 0
     assert recorder.after["salad.linear_output"] == 1
+
+
+NORMS = {
+    WanForm: ["rms", "width", 1e-6, True],
+    HeadForm: ["layer", "head", 1e-5, True],
+    FirstOfHeads: ["rms", "head", 1e-3, False],
+    WrittenOut: ["rms", "width", 1e-6, True],
+    Squared: ["rms", "head", 1e-3, False],
+    styles.Halves: ["none", "head", 0.0, False],
+}
+
+
+@pytest.mark.parametrize("style", NORMS)
+def test_the_norm_is_in_the_kernel(style: type[styles.Rotary]) -> None:
+    graph = emitted_graph(converted(style, torch.float32), *inputs_of(style, torch.float32).values(), **ON)
+    calls = [node for node in graph.nodes if node.target is torch.ops.salad.prepare_operand.default]
+    assert len(calls) == 2
+    for call in calls:
+        norm, over, eps, weight = call.args[3], call.args[4], call.args[5], call.args[8]
+        assert [norm, over, eps, weight is not None] == NORMS[style]
+
+
+class FourthPower(WrittenOut):
+    """A norm that is none of ours."""
+
+    def place(self, x: Tensor, angle: Tensor) -> Tensor:
+        return styles.InPlace.place(self, x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-6), angle)
+
+
+class OfAnother(WrittenOut):
+    """Divided by the size of something else."""
+
+    def place(self, x: Tensor, angle: Tensor) -> Tensor:
+        return styles.InPlace.place(self, x * torch.rsqrt((x + 1).pow(2).mean(-1, keepdim=True) + 1e-6), angle)
+
+
+@pytest.mark.parametrize("style", [FourthPower, OfAnother])
+def test_another_norm_stays_before_the_kernel(style: type[styles.Rotary]) -> None:
+    model, inputs = converted(style, torch.float64), inputs_of(style)
+    with torch.no_grad():
+        expected = model(**inputs)
+    graph = emitted_graph(model, *inputs.values(), **ON)
+    calls = [node for node in graph.nodes if node.target is torch.ops.salad.prepare_operand.default]
+    assert [call.args[3] for call in calls] == ["none", "none"]
+    torch._dynamo.reset()
+    assert relative_error(compiled(model, inputs)[0], expected) < 1e-12
 
 
 class ReadTwice(WanForm):

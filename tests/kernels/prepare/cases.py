@@ -38,7 +38,8 @@ class Case:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         parts = 3 if self.fused else 1
-        x = (self.scale * draw(2, self.tokens, parts, self.heads, self.head_dim)).to(dtype)[:, :, -1].transpose(1, 2)
+        projected = (self.scale * draw(2, self.tokens, parts, self.heads, self.head_dim)).to(dtype).to(device)
+        x = projected[:, :, -1].transpose(1, 2)
         shape = (2 if self.table_batch else 1, self.heads if self.table_heads else 1, self.tokens, 2 * self.turned)
         # every second entry of tables that hold each twice, as models give them
         tables = tuple(draw(*shape).to(self.table_dtype)[..., i % 2 :: 2].to(device) for i in range(self.tables))
@@ -52,7 +53,7 @@ class Case:
             for given in (weight, bias, order, inverse)
         ]
         settings = (self.pairs, self.norm, self.over, 1e-6, self.feature_map, self.block)
-        return (x.to(device) if not self.fused else x, tables, *settings, *moved)
+        return (x, tables, *settings, *moved)
 
 
 CASES = (

@@ -9,9 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from salad_compile.kernels import KernelArgumentError, UnsupportedKernelError, pool_blocks, prepare_operand, take_rows
-from salad_compile.kernels.capability import target_arch
-from salad_compile.kernels.engines import Call, find
-from salad_compile.kernels.launch import record_launches
 from salad_compile.kernels.linear.feature_maps import find_feature_map
 from tests.kernels.prepare.cases import CASES, Case
 
@@ -81,13 +78,6 @@ def test_wrong_sizes_are_errors_that_say_so() -> None:
         prepare_operand(x, (cos, sin), *rest, weight, bias, order, None)
     with pytest.raises(KernelArgumentError, match="inverse is not the inverse"):
         prepare_operand(x, (cos, sin), *rest, weight, bias, order, order)
-
-
-def test_too_wide_a_norm_is_refused_with_the_reason() -> None:
-    sizes = {"head_dim": 128, "norm_width": 128 * 65}
-    with record_launches(), target_arch((9, 0)):
-        reason = find("triton").supports(Call("prepare_operand", torch.device("meta"), torch.bfloat16, **sizes))
-    assert reason == "a norm over 8320 channels takes tiles of 16384; with torch.bfloat16 a program holds 8192"
 
 
 def test_no_gradient_is_lost_silently() -> None:
