@@ -2,7 +2,8 @@
 
     python benchmarks/tail.py                 # benchmarks/results/tail_h200.json
 
-Forward, and forward with backward. All rows of a shape are timed in turn under load, see gluon_forward.py.
+Forward, and forward with backward. All rows of a shape are timed in turn under load, see gluon_forward.py,
+and behind enough of it that the host is ready with the last launch before the device begins.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def main() -> None:
     for shape, block in itertools.product(options.shapes, options.query_blocks):
         heads, tokens = map(int, shape.split("x"))
         rows: list[Facts] = []
-        for name, times in time_in_turns(calls_of(tokens, heads, block), options.rounds).items():
+        for name, times in time_in_turns(calls_of(tokens, heads, block), options.rounds, ahead=40).items():
             rows.append({"row": name, "query_block": block, "heads": heads, "tokens": tokens} | spread(times))
             base = next(row for row in rows if row["row"] == f"{name.split(',')[0]}, no compensation")
             rows[-1]["times_none"] = rows[-1]["median_ms"] / base["median_ms"]

@@ -16,7 +16,7 @@ if __name__ != "kernels":
     from .prepare import prepare_operand
     from .routing import kept_blocks, pool_blocks, select_blocks
     from .rows import take_rows
-    from .tail import attend_with_tail, tail_tokens
+    from .tail import attend_with_tail, tail_means, tail_tokens
     from .windows import window_blocks
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "pool_blocks",
     "prepare_operand",
     "select_blocks",
+    "tail_means",
     "tail_tokens",
     "take_rows",
     "use_engine",

@@ -29,6 +29,12 @@ class Selection(NamedTuple):
     scale: float
     key_mask: torch.Tensor | None = None
 
+    def contiguous(self) -> Selection:
+        """The same, all contiguous, with lists of a slot at least: kernels read the first entry of every list."""
+        key_mask = None if self.key_mask is None else self.key_mask.contiguous()
+        lut = self.lut.contiguous() if self.lut.shape[-1] else self.lut.new_zeros((*self.lut.shape[:3], 1))
+        return self._replace(lut=lut, count=self[1].contiguous(), key_mask=key_mask)
+
 
 class _Selected(NamedTuple):
     """What a list of selected blocks and its counts have in common: which of them belong together."""

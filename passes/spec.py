@@ -30,6 +30,7 @@ OPERATORS = {
     "block_sparse_attention": "query=f4 key=f4 value=f4 lut=i4 count=i3 query_block=n key_block=n scale=s "
     "key_mask=b2? -> f4 f3",
     "tail_tokens": "lut=i4 count=i3 tokens=n key_block=n pool=n begin=n end=n key_mask=b2? -> f4",
+    "tail_means": "x=f4 pool=n begin=n end=n key_mask=b2? block_means=f4? block=n -> f4",
     "attend_with_tail": "query=f4 key=f4 value=f4 pooled_key=f4 pooled_value=f4 pool_tokens=f4 log_weight=f1? "
     "lut=i4 count=i3 query_block=n key_block=n scale=s key_mask=b2? -> f4 f3",
     "linear_state": "key=f4 value=f4 feature_map=t key_mask=b2? rotated_key=f4? -> f4 f3",

@@ -15,7 +15,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_language import barrier, box, store_box
-from .gluon_lists import claim, first_key, following, list_of, mask_bits, place_of, tile_of
+from .gluon_lists import (
+    claim,
+    first_key,
+    following,
+    list_of,
+    mask_bits,
+    place_of,
+    pool_steps,
+    tile_of,
+)
 
 _LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
 _NONE: gl.constexpr = gl.constexpr(float("-inf"))
@@ -83,6 +92,51 @@ def store_tile(out, staged, values, batch, head, first_row, C: gl.constexpr):
 
 
 @gluon.jit
+def multiply_steps(
+    shared, lists, query, query_full, query_phase, zero, scale_log2, first_bits, second_bits, batch, row, entry, length,
+    everything, steps, left, acc, highest, reference, sums, slot, phase, STAGES: gl.constexpr,
+    POOLS: gl.constexpr, C: gl.constexpr,
+):  # fmt: skip
+    """The steps of a list after its first, or those of the pools: they have a bias, and no columns to hide."""
+    column_layout: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
+    row_layout: gl.constexpr = gl.SliceLayout(1, zero.type.layout)
+    out_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    weight_layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    for _ in range(steps):
+        key = shared.key.index(STAGES + slot).permute((1, 0))
+        scores = warpgroup_mma(query, key, zero, use_acc=False, is_async=True)
+        product = warpgroup_mma(left, shared.value.index(STAGES + slot), acc, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=(scores,))
+        if POOLS:
+            scores = scores + shared.bias.index(STAGES + slot).load(column_layout)[None, :]
+        elif C.masked:
+            scores = hide(scores, first_bits, second_bits, C.step, C)
+            entry -= C.entries
+            first_bits, second_bits = mask_bits(lists, batch, row, entry - C.entries, length, everything, C)
+        if not C.fixed:
+            before = highest
+            highest = gl.maximum(highest, row_maxima(scores, row_layout, C))
+            reference = scaled(highest, scale_log2)
+            correction = gl.exp2(before * scale_log2 - reference)
+            sums = sums * gl.convert_layout(correction, gl.SliceLayout(1, sums.type.layout))[:, None]
+        weights = gl.exp2(scores * scale_log2 - reference[:, None])
+        sums = sums + row_sums(weights, C)
+        read = slot
+        slot, phase = following(slot, phase, C.stages)
+        # Over already: it ends a basic block. Without it ptxas moves the wait for the products up over the
+        # exponentials, or the one for the next step, which must come late. Its next phase cannot complete before
+        # this tile is done.
+        mbarrier.wait(query_full, query_phase)
+        mbarrier.wait(shared.full.index(STAGES + slot), phase)
+        acc, left = warpgroup_mma_wait(0, deps=(product, left))
+        mbarrier.arrive(shared.free.index(STAGES + read), count=1)
+        if not C.fixed:
+            acc = acc * gl.convert_layout(correction, out_rows)[:, None]
+        left = gl.convert_layout(weights.to(gl.bfloat16), weight_layout)
+    return left, acc, highest, reference, sums, slot, phase
+
+
+@gluon.jit
 def multiply_tiles(results, shared, lists, scale_log2, total, GROUP: gl.constexpr, C: gl.constexpr):
     """Output and lse of this group's rows, tile by tile. total: all tiles, of which lists.items are to be computed."""
     RING: gl.constexpr = GROUP if C.rings == 2 else 0
@@ -126,38 +180,16 @@ def multiply_tiles(results, shared, lists, scale_log2, total, GROUP: gl.constexp
         first_bits, second_bits = mask_bits(lists, batch, row, entry - C.entries, length, everything, C)  # a step ahead
         slot, phase = following(slot, phase, C.stages)
         mbarrier.wait(shared.full.index(STAGES + slot), phase)
-        # Further columns of the same softmax (pooled keys with a bias, say) would be more steps of this loop: the
-        # loader fills their stages from other tensors, and the bias joins the scores before the exponentials.
-        for _ in range(1, steps):
-            key = shared.key.index(STAGES + slot).permute((1, 0))
-            scores = warpgroup_mma(query, key, zero, use_acc=False, is_async=True)
-            product = warpgroup_mma(left, shared.value.index(STAGES + slot), acc, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=(scores,))
-            if C.masked:
-                scores = hide(scores, first_bits, second_bits, C.step, C)
-                entry -= C.entries
-                first_bits, second_bits = mask_bits(lists, batch, row, entry - C.entries, length, everything, C)
-            if not C.fixed:
-                before = highest
-                highest = gl.maximum(highest, row_maxima(scores, row_layout, C))
-                reference = scaled(highest, scale_log2)
-                correction = gl.exp2(before * scale_log2 - reference)
-                sums = sums * gl.convert_layout(correction, gl.SliceLayout(1, sums.type.layout))[:, None]
-            weights = gl.exp2(scores * scale_log2 - reference[:, None])
-            sums = sums + row_sums(weights, C)
-            read = slot
-            slot, phase = following(slot, phase, C.stages)
-            # Over already: it ends a basic block. Without it ptxas moves the wait for the products up over the
-            # exponentials, or the one for the next step, which must come late. Its next phase cannot complete before
-            # this tile is done.
-            mbarrier.wait(query_full, query_phase)
-            mbarrier.wait(shared.full.index(STAGES + slot), phase)
-            acc, left = warpgroup_mma_wait(0, deps=(product, left))
-            mbarrier.arrive(shared.free.index(STAGES + read), count=1)
-            if not C.fixed:
-                acc = acc * gl.convert_layout(correction, out_rows)[:, None]
-            left = gl.convert_layout(weights.to(gl.bfloat16), weight_layout)
-
+        left, acc, highest, reference, sums, slot, phase = multiply_steps(
+            shared, lists, query, query_full, query_phase, zero, scale_log2, first_bits, second_bits, batch, row, entry,
+            length, everything, steps - 1, left, acc, highest, reference, sums, slot, phase, STAGES, False, C,
+        )  # fmt: skip
+        if C.pooled:
+            left, acc, highest, reference, sums, slot, phase = multiply_steps(
+                shared, lists, query, query_full, query_phase, zero, scale_log2, 0, 0, batch, row, entry, length,
+                everything, pool_steps(lists, everything, C), left, acc, highest, reference, sums, slot, phase,
+                STAGES, True, C,
+            )  # fmt: skip
         if not C.in_place:
             mbarrier.arrive(shared.query_free.index(QUERIES + query_slot), count=1)
         product = warpgroup_mma(left, shared.value.index(STAGES + slot), acc, is_async=True)
@@ -179,6 +211,9 @@ def multiply_tiles(results, shared, lists, scale_log2, total, GROUP: gl.constexp
         query_slot, query_phase = following(query_slot, query_phase, C.query_slots)
         if C.fixed:
             inside = (weight >= _LEAST) & (weight < _MOST)
-            if (gl.max(gl.where(inside, 0, 1), 0) > 0) & (length > 0):
+            outside = gl.max(gl.where(inside, 0, 1), 0) > 0
+            if not C.pooled:  # pools have weights where a list is empty
+                outside = outside & (length > 0)
+            if outside:
                 claim(lists, tile, total)
     tma.store_wait(0)

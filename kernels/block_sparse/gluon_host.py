@@ -35,6 +35,17 @@ def describe(x: torch.Tensor) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), descriptor_strides(x), [1, 1, BOX, BOX], _layout())
 
 
+def describe_rows(numbers: torch.Tensor, count: int) -> TensorDescriptor:
+    """(..., W) fp32, contiguous, as (N, W) in boxes of `count` numbers of a row."""
+    width = numbers.shape[-1]
+    return TensorDescriptor(numbers, [numbers.numel() // width, width], [width, 1], [1, count], _plain_layout())
+
+
+@lru_cache(maxsize=1)
+def _plain_layout() -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(0, 32, 2)
+
+
 @lru_cache(maxsize=1)
 def _layout() -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(128, 16, 4)

@@ -12,17 +12,20 @@ from .gluon_lists import Lists
 from .gluon_loader import load_tiles
 
 # Matrices in bf16, and a pair of barriers for every slot of a ring: filled, and free again
-Sources = namedtuple("Sources", ["query", "key", "value"])
+Sources = namedtuple("Sources", ["query", "key", "value", "pooled_key", "pooled_value", "bias"])
 Results = namedtuple("Results", ["out", "lse"])
-Shared = namedtuple("Shared", ["query", "key", "value", "out", "query_full", "query_free", "full", "free"])
+Shared = namedtuple("Shared", ["query", "key", "value", "out", "bias", "query_full", "query_free", "full", "free"])
 
 
-@gluon.jit(do_not_specialize=["tiles", "heads", "total", "slots", "tokens"])
+@gluon.jit(do_not_specialize=["tiles", "heads", "total", "slots", "tokens", "pools"])
 def gluon_forward_kernel(
     query,
     key,
     value,
     out,
+    pooled_key,
+    pooled_value,
+    bias,
     lse_ptr,
     lut_ptr,
     count_ptr,
@@ -34,14 +37,17 @@ def gluon_forward_kernel(
     total,
     slots,
     tokens,
+    pools,
     scale_log2,
     SETTINGS: gl.constexpr,
 ):
     """out (B, H, S, D) and lse (B, H, S); total tiles of query rows in all, spread over the programs.
 
-    query, key, value, out: descriptors of (B, H, S, D) in boxes of 64 x 64. redo (1 + 2 total) int32, zeros at first: a
-    launch with `fixed` lists the tiles whose sums left the safe range, and one with `repair` computes these tiles alone
-    and adds their number, and 1, to repairs (2) int64. Without `fixed` and `repair` both are None.
+    query, key, value, out: descriptors of (B, H, S, D) in boxes of 64 x 64. With `pooled`, else None: pooled_key and
+    pooled_value, of (B, H, P, D), and bias of (B * H * Mq, W) fp32, added to scores before they are scaled. redo
+    (1 + 2 total) int32, zeros at first: a launch with `fixed` lists the tiles whose sums left the safe range, and one
+    with `repair` computes these tiles alone and adds their number, and 1, to repairs (2) int64. Without `fixed` and
+    `repair` both are None.
     """
     C: gl.constexpr = SETTINGS
     items = total
@@ -57,13 +63,17 @@ def gluon_forward_kernel(
     out_buffer = query_buffer
     if not C.in_place:
         out_buffer = gl.allocate_shared_memory(gl.bfloat16, [2, 64, C.head_dim], layout)
+    bias_buffer = None
+    if C.pooled:
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        bias_buffer = gl.allocate_shared_memory(gl.float32, [C.rings * C.stages, C.step], plain)
     query_full, query_free = barriers(C.rings * C.query_slots, C.groups)
     full, free = barriers(C.rings * C.stages, C.groups)
     fence_async_shared()
-    shared = Shared(query_buffer, key_buffer, value_buffer, out_buffer, query_full, query_free, full, free)
-    lists = Lists(lut_ptr, count_ptr, redo_ptr, mask_ptr, tiles, heads, items, slots, tokens)
+    shared = Shared(query_buffer, key_buffer, value_buffer, out_buffer, bias_buffer, query_full, query_free, full, free)
+    lists = Lists(lut_ptr, count_ptr, redo_ptr, mask_ptr, tiles, heads, items, slots, tokens, pools)
     results = Results(out, lse_ptr)
-    sources = Sources(query, key, value)
+    sources = Sources(query, key, value, pooled_key, pooled_value, bias)
     if C.rings == 1:
         gl.warp_specialize(
             [

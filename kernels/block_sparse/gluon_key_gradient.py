@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_consumer import store_tile
-from .gluon_language import barrier, barriers, load_box, stats_box, stats_row
+from .gluon_language import barrier, barriers, load_box, numbers_box, stats_row
 from .gluon_lists import following
 from .gluon_loader import load_rows
 
@@ -99,7 +99,8 @@ def load_queries(sources, shared, lists, RING: gl.constexpr, C: gl.constexpr):
             mbarrier.wait(shared.free.index(STAGES + slot), phase)
             mbarrier.expect(full, 2 * C.tile_bytes + 512)
             load_rows(sources.query, batch, head, start, full, shared.query.index(STAGES + slot), C)
-            load_box(sources.stats, [stats, 0], full, stats_box(shared.stats.index(STAGES + slot), sources.stats))
+            numbers = numbers_box(shared.stats.index(STAGES + slot), 128, sources.stats)
+            load_box(sources.stats, [stats, 0], full, numbers)
             load_rows(sources.grad, batch, head, start, full, shared.grad.index(STAGES + slot), C)
             slot, phase = following(slot, phase, C.stages)
             if part == gl.minimum(steps, C.stages) - 1:
@@ -130,8 +131,10 @@ def issue_scores(shared, number, key, value):
 
 
 @gluon.jit
-def issue_sums(shared, number, scores, grads, grad_value, grad_key, scale_log2):
+def issue_sums(shared, number, scores, grads, grad_value, grad_key, scale_log2, bias, POOLS: gl.constexpr):
     """What a stage adds to both sums, from its scores; grads are in flight still, and grad_key is afterwards.
+
+    bias: with POOLS in the place of keys, what is added to the scores of each.
 
     The sum of values runs while the gradients of the scores are computed. The other sum is left to run beside the
     scores of the next step: its wait would stop the group once a step.
@@ -140,7 +143,10 @@ def issue_sums(shared, number, scores, grads, grad_value, grad_key, scale_log2):
     left_layout: gl.constexpr = gl.DotOperandLayout(0, grad_value.type.layout, 2)
     query, grad = shared.query.index(number), shared.grad.index(number)
     lse = stats_row(shared.stats.index(number), 0).load(columns)
-    weights = gl.exp2(scores * scale_log2 - lse[None, :])
+    if POOLS:
+        weights = gl.exp2(scores * scale_log2 + bias[:, None] - lse[None, :])
+    else:
+        weights = gl.exp2(scores * scale_log2 - lse[None, :])
     left = gl.convert_layout(weights.to(gl.bfloat16), left_layout)
     value_sum = warpgroup_mma(left, grad, grad_value, is_async=True)
     grads = warpgroup_mma_wait(1, deps=(grads,))
@@ -169,7 +175,9 @@ def multiply_queries(results, shared, lists, scale, scale_log2, RING: gl.constex
         mbarrier.wait(shared.full.index(STAGES + slot), phase)
         scores, grads = issue_scores(shared, STAGES + slot, key, value)
         scores = warpgroup_mma_wait(1, deps=(scores,))
-        grad_value, key_sum = issue_sums(shared, STAGES + slot, scores, grads, grad_value, grad_key, scale_log2)
+        grad_value, key_sum = issue_sums(
+            shared, STAGES + slot, scores, grads, grad_value, grad_key, scale_log2, 0.0, False
+        )
         for _ in range(1, steps):
             read = slot
             slot, phase = following(slot, phase, C.stages)
@@ -177,7 +185,9 @@ def multiply_queries(results, shared, lists, scale, scale_log2, RING: gl.constex
             scores, grads = issue_scores(shared, STAGES + slot, key, value)
             scores = warpgroup_mma_wait(1, deps=(scores,))  # with it the last product of the step before is done
             mbarrier.arrive(shared.free.index(STAGES + read), count=1)
-            grad_value, key_sum = issue_sums(shared, STAGES + slot, scores, grads, grad_value, key_sum, scale_log2)
+            grad_value, key_sum = issue_sums(
+                shared, STAGES + slot, scores, grads, grad_value, key_sum, scale_log2, 0.0, False
+            )
         grad_key = warpgroup_mma_wait(0, deps=(key_sum,))
         mbarrier.arrive(shared.free.index(STAGES + slot), count=1)
         slot, phase = following(slot, phase, C.stages)

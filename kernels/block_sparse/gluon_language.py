@@ -33,10 +33,10 @@ def box(matrix, number, BOXES: gl.constexpr, descriptor):
 
 
 @gluon.jit
-def stats_box(numbers, descriptor):
-    """128 numbers, as the bulk copy engine takes them."""
+def numbers_box(numbers, COUNT: gl.constexpr, descriptor):
+    """So many numbers, as the bulk copy engine takes them."""
     described: gl.constexpr = descriptor.layout
-    return _reinterpret(numbers, [1, 128], described)
+    return _reinterpret(numbers, [1, COUNT], described)
 
 
 @gluon.jit

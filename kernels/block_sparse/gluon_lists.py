@@ -10,8 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 # lut (B, H, Mq, K), count (B, H, Mq); redo: see `claim`; mask (B, ceil(S / 64)) int64, a bit for each key, or None;
-# tiles = Mq; items: tiles to compute; slots = K; tokens = S
-Lists = namedtuple("Lists", ["lut", "count", "redo", "mask", "tiles", "heads", "items", "slots", "tokens"])
+# tiles = Mq; items: tiles to compute; slots = K; tokens = S; pools = P
+Lists = namedtuple("Lists", ["lut", "count", "redo", "mask", "tiles", "heads", "items", "slots", "tokens", "pools"])
 
 
 @gluon.jit
@@ -62,6 +62,15 @@ def mask_bits(lists, batch, row, entry, length, everything, C: gl.constexpr):
         return first_bits, gl.load(mask + second, mask=(second >= 0) & (second < words), other=0)
     else:  # noqa: RET505
         return 0, 0
+
+
+@gluon.jit
+def pool_steps(lists, everything, C: gl.constexpr):
+    """Steps of pools after those of a list; none after one of all blocks, which leaves nothing out."""
+    if C.pooled:
+        return gl.where(everything, 0, (lists.pools + C.step - 1) // C.step)
+    else:  # noqa: RET505
+        return 0
 
 
 @gluon.jit

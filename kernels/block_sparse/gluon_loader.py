@@ -4,8 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .gluon_language import box, load_box
-from .gluon_lists import first_key, following, list_of, place_of, tile_of
+from .gluon_language import box, load_box, numbers_box
+from .gluon_lists import first_key, following, list_of, place_of, pool_steps, tile_of
 
 
 @gluon.jit
@@ -18,6 +18,25 @@ def load_entries(source, batch, head, first, second, full, matrix, C: gl.constex
         load_box(source, [batch, head, first, column * 64], full, box(matrix, number, BOXES, source))
         if C.entries == 2:
             load_box(source, [batch, head, second, column * 64], full, box(matrix, number + 1, BOXES, source))
+
+
+@gluon.jit
+def load_values(sources, batch, head, first, second, pool, full, matrix, C: gl.constexpr):
+    """The values of the step whose keys were the last: of the list, or, where `pool` > 0, of the pools before that."""
+    if C.pooled:
+        if pool > 0:
+            load_entries(sources.pooled_value, batch, head, pool - C.step, pool - C.step + 64, full, matrix, C)
+        else:
+            load_entries(sources.value, batch, head, first, second, full, matrix, C)
+    else:
+        load_entries(sources.value, batch, head, first, second, full, matrix, C)
+
+
+@gluon.jit
+def load_bias(source, tile, pool, full, numbers, C: gl.constexpr):
+    """What is added to the scores of a step of pools; -inf for those that stand for nothing."""
+    STEP: gl.constexpr = C.step
+    load_box(source, [tile, pool], full, numbers_box(numbers, STEP, source))
 
 
 @gluon.jit
@@ -83,8 +102,20 @@ def load_tiles(sources, shared, lists, RING: gl.constexpr, C: gl.constexpr):
             slot, phase = following(slot, phase, C.stages)
             first = next_first
             second = next_second
+        pool = 0
+        if C.pooled:
+            for _ in range(pool_steps(lists, everything, C)):
+                full = shared.full.index(stages + slot)
+                mbarrier.wait(shared.free.index(stages + slot), phase)
+                mbarrier.expect(full, 2 * C.step_bytes + C.step * 4)
+                matrix = shared.key.index(stages + slot)
+                load_entries(sources.pooled_key, batch, head, pool, pool + 64, full, matrix, C)
+                load_values(sources, batch, head, first, second, pool, full, shared.value.index(stages + slot), C)
+                load_bias(sources.bias, tile, pool, full, shared.bias.index(stages + slot), C)
+                slot, phase = following(slot, phase, C.stages)
+                pool += C.step
         full = shared.full.index(stages + slot)
         mbarrier.wait(shared.free.index(stages + slot), phase)
         mbarrier.expect(full, C.step_bytes)
-        load_entries(sources.value, batch, head, first, second, full, shared.value.index(stages + slot), C)
+        load_values(sources, batch, head, first, second, pool, full, shared.value.index(stages + slot), C)
         slot, phase = following(slot, phase, C.stages)

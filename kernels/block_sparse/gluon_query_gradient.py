@@ -17,16 +17,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_consumer import hide, store_tile
 from .gluon_language import barriers
-from .gluon_lists import Lists, first_key, following, list_of, mask_bits, place_of
-from .gluon_loader import load_entries, load_query
+from .gluon_lists import Lists, first_key, following, list_of, mask_bits, place_of, pool_steps
+from .gluon_loader import load_bias, load_entries, load_query
 
 _NONE: gl.constexpr = gl.constexpr(float("-inf"))
-Sources = namedtuple("Sources", ["query", "key", "value", "grad"])
+Sources = namedtuple("Sources", ["query", "key", "value", "grad", "pooled_key", "pooled_value", "bias"])
 Shared = namedtuple(
-    "Shared", ["query", "grad", "key", "value", "out", "query_full", "query_free", "full", "free", "over"]
+    "Shared", ["query", "grad", "key", "value", "out", "bias", "query_full", "query_free", "full", "free", "over"]
 )
-# stats: see gluon_stats.py; blocks: of 64 queries, for each head
-Results = namedtuple("Results", ["grad", "stats", "blocks"])
+# stats: see gluon_stats.py; sums (B, H, S) fp32: of the gradients of the scores of pools, or None; blocks: of 64
+# queries, for each head
+Results = namedtuple("Results", ["grad", "stats", "sums", "blocks"])
 
 
 @gluon.jit
@@ -57,6 +58,17 @@ def load_gradient_tiles(sources, shared, lists, RING: gl.constexpr, C: gl.conste
             load_entries(sources.key, batch, head, first, second, full, shared.key.index(stages + slot), C)
             load_entries(sources.value, batch, head, first, second, full, shared.value.index(stages + slot), C)
             slot, phase = following(slot, phase, C.stages)
+        if C.pooled:
+            for step in range(pool_steps(lists, everything, C)):
+                first = step * C.step
+                full = shared.full.index(stages + slot)
+                mbarrier.wait(shared.free.index(stages + slot), phase)
+                mbarrier.expect(full, 2 * C.step_bytes + C.step * 4)
+                keys, values = shared.key.index(stages + slot), shared.value.index(stages + slot)
+                load_entries(sources.pooled_key, batch, head, first, first + 64, full, keys, C)
+                load_entries(sources.pooled_value, batch, head, first, first + 64, full, values, C)
+                load_bias(sources.bias, item, first, full, shared.bias.index(stages + slot), C)
+                slot, phase = following(slot, phase, C.stages)
 
 
 @gluon.jit
@@ -70,6 +82,7 @@ def multiply_gradient_tiles(results, shared, lists, scale, scale_log2, GROUP: gl
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.step, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.head_dim, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
+    left_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     zero = gl.zeros([64, STEP], gl.float32, score_layout)
     slot, phase, query_phase = 0, 0, 0
     for item in range(gl.program_id(0) * C.rings + RING, lists.items, gl.num_programs(0) * C.rings):
@@ -97,16 +110,30 @@ def multiply_gradient_tiles(results, shared, lists, scale, scale_log2, GROUP: gl
         grads = warpgroup_mma_wait(0, deps=(grads,))
         grad_scores = weights * (grads - delta[:, None])
         acc = gl.zeros([64, HEAD_DIM], gl.float32, out_layout)
+        left = gl.convert_layout(grad_scores.to(gl.bfloat16), left_layout)
+        if not C.ahead:
+            product = warpgroup_mma(left, shared.key.index(STAGES + slot), acc, is_async=True)
+            acc, left = warpgroup_mma_wait(0, deps=(product, left))
+            mbarrier.arrive(shared.free.index(STAGES + slot), count=1)
+            slot, phase = following(slot, phase, C.stages)
+        sums = gl.zeros([64], gl.float32, row_layout)
+        left, acc, sums, slot, phase = walk(
+            shared, lists, query, grad, zero, lse, delta, scale_log2, batch, row, entry, length, everything,
+            steps - 1, left, acc, sums, slot, phase, STAGES, False, C,
+        )  # fmt: skip
+        if C.pooled:
+            left, acc, sums, slot, phase = walk(
+                shared, lists, query, grad, zero, lse, delta, scale_log2, batch, row, entry, length, everything,
+                pool_steps(lists, everything, C), left, acc, sums, slot, phase, STAGES, True, C,
+            )  # fmt: skip
+            place = first_row + gl.arange(0, 64, row_layout)
+            target = results.sums + (batch * lists.heads + head).to(gl.int64) * lists.tokens + place
+            gl.store(target, sums, mask=place < lists.tokens)
         if C.ahead:
-            acc, slot, phase = walk_ahead(
-                shared, lists, query, grad, grad_scores, acc, zero, lse, delta, scale_log2,
-                batch, row, entry, length, everything, steps, slot, phase, STAGES, C,
-            )  # fmt: skip
-        else:
-            acc, slot, phase = walk(
-                shared, lists, query, grad, grad_scores, acc, zero, lse, delta, scale_log2,
-                batch, row, entry, length, everything, steps, slot, phase, STAGES, C,
-            )  # fmt: skip
+            product = warpgroup_mma(left, shared.key.index(STAGES + slot), acc, is_async=True)
+            acc, left = warpgroup_mma_wait(0, deps=(product, left))
+            mbarrier.arrive(shared.free.index(STAGES + slot), count=1)
+            slot, phase = following(slot, phase, C.stages)
         mbarrier.arrive(shared.query_free.index(RING), count=1)
         query_phase ^= 1
         tma.store_wait(0)  # the tile before has left its buffer
@@ -116,85 +143,74 @@ def multiply_gradient_tiles(results, shared, lists, scale, scale_log2, GROUP: gl
 
 @gluon.jit
 def walk(
-    shared, lists, query, grad, grad_scores, acc, zero, lse, delta, scale_log2, batch, row, entry, length, everything,
-    steps, slot, phase, STAGES: gl.constexpr, C: gl.constexpr,
+    shared, lists, query, grad, zero, lse, delta, scale_log2, batch, row, entry, length, everything, steps, left,
+    acc, sums, slot, phase, STAGES: gl.constexpr, POOLS: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
-    """One step after the other; the other group fills the gaps."""
-    left_layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
-    left = gl.convert_layout(grad_scores.to(gl.bfloat16), left_layout)
-    product = warpgroup_mma(left, shared.key.index(STAGES + slot), acc, is_async=True)
-    acc, left = warpgroup_mma_wait(0, deps=(product, left))
-    mbarrier.arrive(shared.free.index(STAGES + slot), count=1)
-    slot, phase = following(slot, phase, C.stages)
-    for _ in range(1, steps):
-        if C.masked:
-            entry -= C.entries
-            first_bits, second_bits = mask_bits(lists, batch, row, entry, length, everything, C)
-        mbarrier.wait(shared.full.index(STAGES + slot), phase)
-        key, value = shared.key.index(STAGES + slot), shared.value.index(STAGES + slot)
-        scores = warpgroup_mma(query, key.permute((1, 0)), zero, use_acc=False, is_async=True)
-        grads = warpgroup_mma(grad, value.permute((1, 0)), zero, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=(scores,))
-        exponents = scores * scale_log2 - lse[:, None]
-        if C.masked:
-            exponents = hide(exponents, first_bits, second_bits, C.step, C)
-        weights = gl.exp2(exponents)
-        mbarrier.wait(shared.over.index(0), 0)
-        grads = warpgroup_mma_wait(0, deps=(grads,))
-        left = gl.convert_layout((weights * (grads - delta[:, None])).to(gl.bfloat16), left_layout)
-        product = warpgroup_mma(left, key, acc, is_async=True)
-        acc, left = warpgroup_mma_wait(0, deps=(product, left))
-        mbarrier.arrive(shared.free.index(STAGES + slot), count=1)
-        slot, phase = following(slot, phase, C.stages)
-    return acc, slot, phase
+    """The steps of a list after its first, or those of the pools: they have a bias, and no columns to hide.
 
-
-@gluon.jit
-def walk_ahead(
-    shared, lists, query, grad, grad_scores, acc, zero, lse, delta, scale_log2, batch, row, entry, length, everything,
-    steps, slot, phase, STAGES: gl.constexpr, C: gl.constexpr,
-):  # fmt: skip
-    """The product of a step is issued with the scores of the next, and runs while their exponentials are computed."""
+    With `ahead` the product of a step is issued with the scores of the next, and runs while their exponentials are
+    computed; without, it is issued in its own step, and the other group fills the gaps. sums: over pools, of the
+    gradients of their scores.
+    """
+    column_layout: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
     left_layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
-    left = gl.convert_layout(grad_scores.to(gl.bfloat16), left_layout)
-    for _ in range(1, steps):
-        if C.masked:
+    for _ in range(steps):
+        if C.masked and not POOLS:
             entry -= C.entries
             first_bits, second_bits = mask_bits(lists, batch, row, entry, length, everything, C)
         read = slot
-        slot, phase = following(slot, phase, C.stages)
+        if C.ahead:
+            slot, phase = following(slot, phase, C.stages)
         mbarrier.wait(shared.full.index(STAGES + slot), phase)
         key, value = shared.key.index(STAGES + slot), shared.value.index(STAGES + slot)
         scores = warpgroup_mma(query, key.permute((1, 0)), zero, use_acc=False, is_async=True)
         grads = warpgroup_mma(grad, value.permute((1, 0)), zero, use_acc=False, is_async=True)
-        product = warpgroup_mma(left, shared.key.index(STAGES + read), acc, is_async=True)
-        scores = warpgroup_mma_wait(2, deps=(scores,))
+        if C.ahead:
+            product = warpgroup_mma(left, shared.key.index(STAGES + read), acc, is_async=True)
+            scores = warpgroup_mma_wait(2, deps=(scores,))
+        else:
+            scores = warpgroup_mma_wait(1, deps=(scores,))
         exponents = scores * scale_log2 - lse[:, None]
-        if C.masked:
+        if POOLS:
+            exponents = exponents + shared.bias.index(STAGES + slot).load(column_layout)[None, :]
+        elif C.masked:
             exponents = hide(exponents, first_bits, second_bits, C.step, C)
         weights = gl.exp2(exponents)
         mbarrier.wait(shared.over.index(0), 0)
-        grads = warpgroup_mma_wait(1, deps=(grads,))
-        grad_scores = weights * (grads - delta[:, None])
-        mbarrier.wait(shared.over.index(1), 0)
-        acc, left = warpgroup_mma_wait(0, deps=(product, left))
-        mbarrier.arrive(shared.free.index(STAGES + read), count=1)
-        left = gl.convert_layout(grad_scores.to(gl.bfloat16), left_layout)
-    product = warpgroup_mma(left, shared.key.index(STAGES + slot), acc, is_async=True)
-    acc, left = warpgroup_mma_wait(0, deps=(product, left))
-    mbarrier.arrive(shared.free.index(STAGES + slot), count=1)
-    slot, phase = following(slot, phase, C.stages)
-    return acc, slot, phase
+        if C.ahead:
+            grads = warpgroup_mma_wait(1, deps=(grads,))
+            grad_scores = weights * (grads - delta[:, None])
+            if POOLS:
+                sums = sums + gl.sum(grad_scores, 1)
+            mbarrier.wait(shared.over.index(1), 0)
+            acc, left = warpgroup_mma_wait(0, deps=(product, left))
+            mbarrier.arrive(shared.free.index(STAGES + read), count=1)
+            left = gl.convert_layout(grad_scores.to(gl.bfloat16), left_layout)
+        else:
+            grads = warpgroup_mma_wait(0, deps=(grads,))
+            grad_scores = weights * (grads - delta[:, None])
+            if POOLS:
+                sums = sums + gl.sum(grad_scores, 1)
+            left = gl.convert_layout(grad_scores.to(gl.bfloat16), left_layout)
+            product = warpgroup_mma(left, key, acc, is_async=True)
+            acc, left = warpgroup_mma_wait(0, deps=(product, left))
+            mbarrier.arrive(shared.free.index(STAGES + slot), count=1)
+            slot, phase = following(slot, phase, C.stages)
+    return left, acc, sums, slot, phase
 
 
-@gluon.jit(do_not_specialize=["tiles", "heads", "total", "slots", "tokens", "blocks"])
+@gluon.jit(do_not_specialize=["tiles", "heads", "total", "slots", "tokens", "pools", "blocks"])
 def gluon_query_gradient_kernel(
     query,
     key,
     value,
     grad,
     grad_query,
+    pooled_key,
+    pooled_value,
+    bias,
     stats_ptr,
+    sums_ptr,
     lut_ptr,
     count_ptr,
     mask_ptr,
@@ -203,12 +219,17 @@ def gluon_query_gradient_kernel(
     total,
     slots,
     tokens,
+    pools,
     blocks,
     scale,
     scale_log2,
     SETTINGS: gl.constexpr,
 ):
-    """grad_query (B, H, S, D); query, key, value, grad, grad_query: descriptors of (B, H, S, D) in boxes of 64 x 64."""
+    """grad_query (B, H, S, D); query, key, value, grad, grad_query: descriptors of (B, H, S, D) in boxes of 64 x 64.
+
+    With `pooled`, else None: pooled_key, pooled_value: of (B, H, P, D), bias of (B * H * Mq, W) fp32 in base 2, and
+    sums (B, H, S) fp32, which get for each query the sum of the gradients of the scores of pools.
+    """
     C: gl.constexpr = SETTINGS
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     key_buffer = gl.allocate_shared_memory(gl.bfloat16, [C.rings * C.stages, C.step, C.head_dim], layout)
@@ -216,6 +237,10 @@ def gluon_query_gradient_kernel(
     query_buffer = gl.allocate_shared_memory(gl.bfloat16, [2, 64, C.head_dim], layout)
     grad_buffer = gl.allocate_shared_memory(gl.bfloat16, [2, 64, C.head_dim], layout)
     out_buffer = gl.allocate_shared_memory(gl.bfloat16, [2, 64, C.head_dim], layout)
+    bias_buffer = None
+    if C.pooled:
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        bias_buffer = gl.allocate_shared_memory(gl.float32, [C.rings * C.stages, C.step], plain)
     query_full, query_free = barriers(C.rings, C.groups)
     full, free = barriers(C.rings * C.stages, C.groups)
     over, _ = barriers(2, 1)
@@ -223,11 +248,21 @@ def gluon_query_gradient_kernel(
     mbarrier.arrive(over.index(1), count=1)
     fence_async_shared()
     shared = Shared(
-        query_buffer, grad_buffer, key_buffer, value_buffer, out_buffer, query_full, query_free, full, free, over
+        query_buffer,
+        grad_buffer,
+        key_buffer,
+        value_buffer,
+        out_buffer,
+        bias_buffer,
+        query_full,
+        query_free,
+        full,
+        free,
+        over,
     )
-    lists = Lists(lut_ptr, count_ptr, None, mask_ptr, tiles, heads, total, slots, tokens)
-    results = Results(grad_query, stats_ptr, blocks)
-    sources = Sources(query, key, value, grad)
+    lists = Lists(lut_ptr, count_ptr, None, mask_ptr, tiles, heads, total, slots, tokens, pools)
+    results = Results(grad_query, stats_ptr, sums_ptr, blocks)
+    sources = Sources(query, key, value, grad, pooled_key, pooled_value, bias)
     if C.rings == 1:
         gl.warp_specialize(
             [

@@ -8,6 +8,7 @@ KEY_BLOCK = 64
 QUERY_BLOCKS = (64, 128)
 HEAD_DIMS = (64, 128)
 GROUP_ROWS = 64  # query rows of one group of four warps: the height of one wgmma
+POOLS_WIDTH = 128  # rows of numbers of pools are padded to a multiple of the widest step
 BOX = 64  # rows and columns of the boxes that the bulk copy engine writes: 64 bf16 fill its 128-byte swizzle
 
 
@@ -22,6 +23,7 @@ class Tiles:
     head_dim: int
     query_block: int
     masked: bool
+    pooled: bool  # means of what a list leaves out join its softmax: further steps, after those of the list
     entries: int  # key blocks in one step
     stages: int  # steps on their way
 
@@ -104,18 +106,24 @@ class KeyGradientSettings:
         return BOX * self.head_dim * 2
 
 
-def settings_of(head_dim: int, query_block: int, *, masked: bool, repair: bool = False) -> Settings:
+def settings_of(
+    head_dim: int, query_block: int, *, masked: bool, pooled: bool = False, repair: bool = False
+) -> Settings:
     """The build for a call. A mask takes the online softmax: the first blocks of a list may be masked altogether."""
     fixed = not (masked or repair)
     if query_block == GROUP_ROWS and head_dim == 128:  # two steps of two blocks do not fit, for each group
-        return Settings(head_dim, query_block, masked, 1, 3, fixed, repair, query_slots=1, in_place=True)
-    return Settings(head_dim, query_block, masked, 2, 2, fixed, repair, query_slots=2, in_place=False)
+        return Settings(head_dim, query_block, masked, pooled, 1, 3, fixed, repair, query_slots=1, in_place=True)
+    if masked and pooled:  # steps of two blocks do not fit into the registers
+        return Settings(head_dim, query_block, masked, pooled, 1, 4, fixed, repair, query_slots=1, in_place=False)
+    return Settings(head_dim, query_block, masked, pooled, 2, 2, fixed, repair, query_slots=2, in_place=False)
 
 
-def query_gradient_settings(head_dim: int, query_block: int, *, masked: bool) -> QueryGradientSettings:
+def query_gradient_settings(
+    head_dim: int, query_block: int, *, masked: bool, pooled: bool = False
+) -> QueryGradientSettings:
     """The build for a call."""
     stages = 4 if query_block == 2 * GROUP_ROWS else 2
-    return QueryGradientSettings(head_dim, query_block, masked, 1, stages, ahead=stages > 2)
+    return QueryGradientSettings(head_dim, query_block, masked, pooled, 1, stages, ahead=stages > 2)
 
 
 def key_gradient_settings(head_dim: int, query_block: int, *, masked: bool) -> KeyGradientSettings:

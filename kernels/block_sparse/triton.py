@@ -27,7 +27,7 @@ def block_sparse_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, selection: Selection
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.block_sparse_attention`."""
-    kind, selection = _Kind.of(query, value, selection), _contiguous(selection)
+    kind, selection = _Kind.of(query, value, selection), selection.contiguous()
     lut, count, scale = selection.lut, selection.count, selection.scale
     if scale < 0:  # the kernels take the largest score before they scale it
         query, scale = -query, -scale
@@ -66,7 +66,7 @@ def block_sparse_attention_backward(
     selection: Selection,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the forward: one kernel over the lists of the query blocks, one over the lists of the key blocks."""
-    kind, selection = _Kind.of(query, value, selection), _contiguous(selection)
+    kind, selection = _Kind.of(query, value, selection), selection.contiguous()
     lut, scale = selection.lut, selection.scale
     batch, heads, tokens, _ = query.shape
     query_blocks, key_blocks = lut.shape[2], block_count(tokens, selection.key_block)
@@ -112,11 +112,6 @@ def block_sparse_attention_backward(
 
     run_key(kind.choose("key_gradient", described, run_key))
     return grad_query, grad_key, grad_value
-
-
-def _contiguous(selection: Selection) -> Selection:
-    key_mask = None if selection.key_mask is None else selection.key_mask.contiguous()
-    return selection._replace(lut=selection.lut.contiguous(), count=selection.count.contiguous(), key_mask=key_mask)
 
 
 @dataclass(frozen=True)

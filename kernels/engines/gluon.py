@@ -15,14 +15,18 @@ from .call import Call
 from .engine import GateCall, implementation
 
 _ARCH = (9, 0)
+_FORWARD = ("block_sparse_attention", "attend_with_tail")
 _KEY_BLOCK, _QUERY_BLOCKS, _HEAD_DIMS = 64, (64, 128), (64, 128)
+_POOLS = 5  # of the gate's calls
 
 
 class GluonEngine:
     """Kernels with specialised warps; what they do not take stays on the Triton kernels."""
 
     name = "gluon"
-    operators = frozenset({"block_sparse_attention", "block_sparse_attention_backward"})
+    operators = frozenset(
+        {"block_sparse_attention", "block_sparse_attention_backward", "attend_with_tail", "attend_with_tail_backward"}
+    )
 
     def supports(self, call: Call) -> str | None:
         """See `Engine`."""
@@ -39,7 +43,7 @@ class GluonEngine:
         if call.query_block not in _QUERY_BLOCKS or call.key_block != _KEY_BLOCK:
             blocks = f"{call.query_block} and {call.key_block}"
             return f"it takes query blocks of 64 and 128 tokens and key blocks of 64, and not {blocks}"
-        if call.masked and call.head_dim == 64 and call.operator == "block_sparse_attention":
+        if call.masked and call.head_dim == 64 and call.operator in _FORWARD:
             return "with a key mask and head_dim 64 the Triton kernel is faster"
         return None
 
@@ -60,10 +64,15 @@ class GluonEngine:
             sizes = (head_dim, head_dim, query_block, _KEY_BLOCK)
             words = f"bfloat16 d{head_dim} {query_block}x{_KEY_BLOCK}{' mask' * masked}"
             lse = torch.empty((batch, heads, tokens), device=meta)
+            means = torch.empty((batch, heads, _POOLS, head_dim), dtype=torch.bfloat16, device=meta)
+            weight = torch.empty(heads, device=meta)
+            pools = (means, means, torch.empty((*lut.shape[:3], _POOLS), device=meta), weight)
             for operator, arguments in (
                 ("block_sparse_attention", (x, x, x, selection)),
                 ("block_sparse_attention_backward", (x, x, x, x, x, lse, selection)),
+                ("attend_with_tail", (x, x, x, *pools, selection)),
+                ("attend_with_tail_backward", (x, x, x, x, x, lse, *pools, selection)),
             ):
                 call = Call(operator, meta, torch.bfloat16, *sizes, masked=masked)
-                if not (masked and head_dim == 64 and operator == "block_sparse_attention"):
+                if not (masked and head_dim == 64 and operator in _FORWARD):
                     yield GateCall(call, f"{operator} {words}", arguments)

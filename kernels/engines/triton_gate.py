@@ -191,13 +191,15 @@ def _tail(arch: int) -> Iterator[GateCall]:
         yield GateCall(call, name, (lut, lut[..., 0], TOKENS, KEY_BLOCK, pool, 0, TOKENS, mask))
     for case in _attention_cases(arch):
         x, query_blocks = case.tensor(), block_count(TOKENS, case.query_block)
+        lut = torch.empty((BATCH, HEADS, query_blocks, KEPT), dtype=torch.int32, device=META)
+        selection = Selection(lut, lut[..., 0], case.query_block, KEY_BLOCK, SCALE, case.mask_tensor())
         pools = torch.empty((BATCH, HEADS, block_count(TOKENS, POOL), case.head_dim), dtype=case.dtype, device=META)
-        bias = torch.empty((BATCH, HEADS, query_blocks, pools.shape[2]), device=META)
+        counted = torch.empty((BATCH, HEADS, query_blocks, pools.shape[2]), device=META)
         lse = torch.empty((BATCH, HEADS, TOKENS), device=META)
-        settings = (pools, pools, bias, case.query_block, SCALE)
+        settings = (pools, pools, counted, None, selection)
         for operator, arguments in (
-            ("merge_tail", (x, x, lse, *settings)),
-            ("merge_tail_backward", (x, x, x, lse, *settings, x)),
+            ("attend_with_tail", (x, x, x, *settings)),
+            ("attend_with_tail_backward", (x, x, x, x, x, lse, *settings)),
         ):
             call = Call(
                 operator,
@@ -206,6 +208,8 @@ def _tail(arch: int) -> Iterator[GateCall]:
                 head_dim=case.head_dim,
                 value_dim=case.head_dim,
                 query_block=case.query_block,
+                key_block=KEY_BLOCK,
+                masked=case.mask,
             )
             yield GateCall(call, _name(operator, case), arguments)
 

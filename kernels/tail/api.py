@@ -7,10 +7,13 @@ from typing import Any
 import torch
 
 from ..autocast import without_autocast
-from ..checks import accumulation_dtype, require
+from ..block_sparse.checks import check_arguments, check_contents, check_gradient
+from ..checks import require, valid_or_zero
 from ..differentiation import refuse_second_derivative, reverse_mode_only
 from ..engines import Call, choose
 from ..layout import block_count
+from ..measure import is_listening, record_execution
+from ..selection import Selection
 from .checks import check_pool_size, check_pools
 
 
@@ -86,12 +89,15 @@ def attend_with_tail(
         KernelArgumentError: on wrong ranks, shapes, dtypes or devices.
         UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, block size or GPU.
     """
-    check_pools(query, value, lut, pooled_key, pooled_value, pool_tokens, log_weight)
-    given = (query, key, value, lut, count, query_block, key_block, scale, key_mask)
-    out, lse = torch.ops.salad.block_sparse_attention.default(*given)
-    call, bias = _call("merge_tail", query, value, query_block), _bias(pool_tokens, log_weight, query)
-    joint: torch.Tensor = choose(call).run(call, query, out, lse, pooled_key, pooled_value, bias, query_block, scale)
-    return out, joint
+    selection = Selection(lut, count, query_block, key_block, scale, key_mask)
+    pools = (pooled_key, pooled_value, pool_tokens, log_weight)
+    call, key, value = _checked("attend_with_tail", query, key, value, pools, selection)
+    engine = choose(call)
+    record_execution(selection, query.shape[2], engine.name)
+    if is_listening():  # to the selection and to the softmax of its columns alone
+        torch.ops.salad.block_sparse_attention.default(query, key, value, *selection)
+    out, lse = engine.run(call, query, key, value, *pools, selection)
+    return out, lse
 
 
 @attend_with_tail.register_fake
@@ -101,15 +107,30 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *given: Any) 
     return out, lse  # its fake: pools change no shape
 
 
-def _call(operator: str, query: torch.Tensor, value: torch.Tensor, query_block: int) -> Call:
-    dims = query.shape[-1], value.shape[-1]
-    return Call(operator, query.device, query.dtype, head_dim=dims[0], value_dim=dims[1], query_block=query_block)
-
-
-def _bias(pool_tokens: torch.Tensor, log_weight: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """What is added to the scores of pools, (B, H, Mq, P); -inf where a pool stands for nothing."""
-    bias = pool_tokens.to(accumulation_dtype(like.dtype)).log()
-    return bias if log_weight is None else bias.add_(log_weight[:, None, None])
+def _checked(
+    operator: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pools: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    selection: Selection,
+) -> tuple[Call, torch.Tensor, torch.Tensor]:
+    """The call, after every check, and key and value with zeros in the place of what the mask leaves out."""
+    check_arguments(query, key, value, selection)
+    check_contents(selection, query.shape[2])
+    pooled_key, pooled_value, pool_tokens, log_weight = pools
+    check_pools(query, value, selection.lut, pooled_key, pooled_value, pool_tokens, log_weight)
+    call = Call(
+        operator,
+        query.device,
+        query.dtype,
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        query_block=selection.query_block,
+        key_block=selection.key_block,
+        masked=selection.key_mask is not None,
+    )
+    return call, valid_or_zero(key, selection.key_mask), valid_or_zero(value, selection.key_mask)
 
 
 @torch.library.custom_op("salad::attend_with_tail_backward", mutates_args=())
@@ -132,17 +153,12 @@ def attend_with_tail_backward(
     scale: float,
     key_mask: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """Gradients of query, key, value, pooled key and value, and, fp32 (H,), of the log weights.
-
-    With the result and the lse of all columns, the backward of block-sparse attention gives what its columns have in
-    the joint softmax.
-    """
-    settings = (lut, count, query_block, key_block, scale, key_mask)
-    grads = torch.ops.salad.block_sparse_attention_backward.default(grad_out, query, key, value, out, lse, *settings)
-    call, bias = _call("merge_tail_backward", query, value, query_block), _bias(pool_tokens, log_weight, query)
-    pools = (pooled_key, pooled_value, bias, query_block, scale)
-    *of_pools, of_rows = choose(call).run(call, grad_out, query, out, lse, *pools, grads[0])
-    return [*grads, *of_pools, of_rows.sum(dim=(0, 2))]
+    """Gradients of query, key, value, pooled key and value, and, fp32 (H,), of the log weights."""
+    selection = Selection(lut, count, query_block, key_block, scale, key_mask)
+    pools = (pooled_key, pooled_value, pool_tokens, log_weight)
+    call, key, value = _checked("attend_with_tail_backward", query, key, value, pools, selection)
+    check_gradient(grad_out, query, value, out, lse)
+    return [*choose(call).run(call, grad_out, query, key, value, out, lse, *pools, selection)]
 
 
 @attend_with_tail_backward.register_fake

@@ -6,6 +6,7 @@ from ..block_sparse.reference import block_mask, token_mask
 from ..checks import accumulation_dtype
 from ..layout import block_count
 from ..selection import Selection
+from .bias import bias_of
 
 
 def tail_tokens(
@@ -34,20 +35,23 @@ def attend_with_tail(
     value: torch.Tensor,
     pooled_key: torch.Tensor,
     pooled_value: torch.Tensor,
-    bias: torch.Tensor,
+    pool_tokens: torch.Tensor,
+    log_weight: torch.Tensor | None,
     selection: Selection,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One softmax over the selected tokens and the pools; differentiable by autograd.
 
     Args:
-        bias: (B, H, Mq, P), what is added to the score of a pool; -inf leaves it out.
+        pooled_key, pooled_value: (B, H, P, D), the pools.
+        pool_tokens: (B, H, Mq, P), of `tail_tokens`. log_weight: (H,), added to the scores of pools; None for 0.
     """
     dtype, tokens = accumulation_dtype(query.dtype), query.shape[2]
     scores = (query.to(dtype) @ key.to(dtype).transpose(-1, -2)) * selection.scale
     scores = scores.masked_fill(~token_mask(selection, tokens), float("-inf"))
     of_row = torch.arange(tokens, device=query.device) // selection.query_block
     pools = (query.to(dtype) @ pooled_key.to(dtype).transpose(-1, -2)) * selection.scale
-    joint = torch.cat((scores, pools + bias.to(dtype)[:, :, of_row]), dim=-1)
+    bias = bias_of(pool_tokens, log_weight, query.dtype)
+    joint = torch.cat((scores, pools + bias[:, :, of_row]), dim=-1)
     lse = joint.logsumexp(dim=-1)
     empty = (joint == float("-inf")).all(dim=-1, keepdim=True)
     weights = torch.softmax(joint.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)

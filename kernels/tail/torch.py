@@ -1,13 +1,16 @@
 """The plain-torch engine of the tail: a few query blocks at a time, so that scores stay in cache."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
+from ..block_sparse.torch import block_sparse_attention, block_sparse_attention_backward
 from ..checks import accumulation_dtype
+from . import composed
 from .counting import count_tail
 
-__all__ = ["count_tail", "merge_tail", "merge_tail_backward"]
+__all__ = ["attend_with_tail", "attend_with_tail_backward", "count_tail"]
 
 _CHUNK_BYTES = 4 << 20  # scores of the rows worked on together
 
@@ -68,7 +71,7 @@ def merge_tail_backward(
     scale: float,
     grad_query: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Adds to `grad_query`; returns the gradients of the pooled key and value and, (B, H, S), of a row's biases.
+    """Adds to `grad_query`; returns the gradients of the pooled key and value and, (H,), of the log weights.
 
     With g the gradient of out, delta = sum(g * out) and P the weights of the pools in the joint softmax:
     dS = P * (g V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dV = P^T g.
@@ -78,15 +81,19 @@ def merge_tail_backward(
     """
     dtype = accumulation_dtype(query.dtype)
     keys, values = pooled_key.to(dtype), pooled_value.to(dtype)
-    grad_key, grad_value, grad_row = torch.zeros_like(keys), torch.zeros_like(values), torch.empty_like(lse)
+    grad_key, grad_value, grad_weight = torch.zeros_like(keys), torch.zeros_like(values), keys.new_zeros(keys.shape[1])
     for rows, added in _chunks(query, bias, query_block):
         queries, grad = query[:, :, rows].to(dtype), grad_out[:, :, rows].to(dtype)
         scores = (queries @ keys.transpose(-1, -2)).mul_(scale).add_(added)
         weights = scores.sub_(_reference(lse[:, :, rows])[..., None]).exp_()
         delta = (grad * out[:, :, rows].to(dtype)).sum(dim=-1, keepdim=True)
         grad_scores = (grad @ values.transpose(-1, -2)).sub_(delta).mul_(weights)
-        grad_row[:, :, rows] = grad_scores.sum(dim=-1)
+        grad_weight += grad_scores.sum(dim=(0, 2, 3))
         grad_query[:, :, rows] += (grad_scores @ keys).mul_(scale).to(grad_query.dtype)
         grad_key += (grad_scores.transpose(-1, -2) @ queries).mul_(scale)
         grad_value += weights.transpose(-1, -2) @ grad
-    return grad_key.to(pooled_key.dtype), grad_value.to(pooled_value.dtype), grad_row
+    return grad_key.to(pooled_key.dtype), grad_value.to(pooled_value.dtype), grad_weight
+
+
+attend_with_tail = partial(composed.attend, block_sparse_attention, merge_tail)
+attend_with_tail_backward = partial(composed.gradients, block_sparse_attention_backward, merge_tail_backward)

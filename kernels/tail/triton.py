@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 
+from ..block_sparse.triton import block_sparse_attention, block_sparse_attention_backward
 from ..capability import arch_of, padded_head_dim
 from ..launch import launch
 from ..layout import block_count, has_aligned_rows, row_strides, with_dense_rows
+from . import composed
 from .triton_count import count_kernel
 from .triton_kernels import merge_kernel, pool_gradient_kernel, query_gradient_kernel
 
@@ -110,25 +113,52 @@ def merge_tail_backward(
     scale: float,
     grad_query: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `torch.merge_tail_backward`. The sums over queries are split, and the parts are added in a fixed order."""
-    batch, heads, tokens, head_dim = query.shape
-    pools, value_dim = pooled_value.shape[2:]
+    """See `torch.merge_tail_backward`."""
+    batch, heads, tokens, _ = query.shape
+    pools = pooled_value.shape[2]
     constants = _constants(query, pooled_value, query_block, warps=8)  # with 4 the sums do not fit into registers
     query, pooled_key, pooled_value, out, grad_out = (
         with_dense_rows(x) for x in (query, pooled_key, pooled_value, out, grad_out)
     )
     bias, lse = bias.contiguous(), lse.contiguous()
-    delta, grad_row = torch.empty_like(lse), torch.empty_like(lse)
+    delta = torch.empty_like(lse)
     tiles = block_count(tokens, constants["TILE_Q"])
     launch(
         query_gradient_kernel,
         (tiles, heads, batch),
         query.device,
-        *(query, pooled_key, pooled_value, bias, out, grad_out, lse, delta, grad_row, grad_query),
+        *(query, pooled_key, pooled_value, bias, out, grad_out, lse, delta, grad_query),
         *(row_strides(x) for x in (query, pooled_key, pooled_value, out, grad_out, grad_query)),
         *(heads, tokens, pools, bias.shape[2], scale),
         **constants,
     )
+    return pool_gradients(grad_out, query, lse, delta, pooled_key, pooled_value, bias, query_block, scale)
+
+
+def pool_gradients(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    bias: torch.Tensor,
+    query_block: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the pooled key and value and, fp32 (H,), of the log weights.
+
+    The sums over queries are split, and the parts are added in a fixed order.
+
+    Args:
+        lse, delta: fp32 (B, H, S) contiguous; delta is the sum of out times its gradient over the channels.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    pools, value_dim = pooled_value.shape[2:]
+    query, pooled_key, pooled_value, grad_out = (
+        with_dense_rows(x) for x in (query, pooled_key, pooled_value, grad_out)
+    )
+    constants = _constants(query, pooled_value, query_block, warps=8)
     constants["TILE_Q"] = min(32, constants["TILE_Q"])  # two sums are held at once
     tiles = block_count(tokens, constants["TILE_Q"])
     of_pools = block_count(pools, constants["TILE_P"])
@@ -136,13 +166,19 @@ def merge_tail_backward(
     splits = block_count(tiles, each)
     grad_key = query.new_empty((splits, batch, heads, pools, head_dim), dtype=torch.float32)
     grad_value = query.new_empty((splits, batch, heads, pools, value_dim), dtype=torch.float32)
+    grad_bias = query.new_empty((splits, batch, heads, pools), dtype=torch.float32)
     launch(
         pool_gradient_kernel,
         (of_pools, batch * heads, splits),
         query.device,
-        *(query, pooled_key, pooled_value, bias, grad_out, lse, delta, grad_key, grad_value),
+        *(query, pooled_key, pooled_value, bias, grad_out, lse, delta, grad_key, grad_value, grad_bias),
         *(row_strides(x) for x in (query, pooled_key, pooled_value, grad_out)),
         *(heads, tokens, pools, bias.shape[2], each, scale),
         **constants,
     )
-    return grad_key.sum(0).to(pooled_key.dtype), grad_value.sum(0).to(pooled_value.dtype), grad_row
+    grad_weight = grad_bias.sum(dim=(0, 1, 3))
+    return grad_key.sum(0).to(pooled_key.dtype), grad_value.sum(0).to(pooled_value.dtype), grad_weight
+
+
+attend_with_tail = partial(composed.attend, block_sparse_attention, merge_tail)
+attend_with_tail_backward = partial(composed.gradients, block_sparse_attention_backward, merge_tail_backward)

@@ -101,7 +101,6 @@ def query_gradient_kernel(
     grad_ptr,
     lse_ptr,
     delta_ptr,
-    grad_row_ptr,
     grad_query_ptr,
     query_strides,
     key_strides,
@@ -122,7 +121,7 @@ def query_gradient_kernel(
     TILE_Q: tl.constexpr,
     TILE_P: tl.constexpr,
 ):
-    """Adds to grad_query (B, H, S, D); writes delta and the gradient of a row's biases, (B, H, S)."""
+    """Adds to grad_query (B, H, S, D); writes delta (B, H, S)."""
     tile, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     query_ptr += batch * query_strides[0] + head * query_strides[1]
     key_ptr += batch * key_strides[0] + head * key_strides[1]
@@ -142,7 +141,6 @@ def query_gradient_kernel(
     tl.store(delta_ptr + per_query, delta, mask=in_range)
     reference = _load_reference(lse_ptr, per_query, in_range)
     acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
-    grad_row = tl.zeros([TILE_Q], tl.float32)
     columns = tl.arange(0, TILE_P)
     for first in tl.range(0, pools, TILE_P):
         pool = first + columns
@@ -153,9 +151,7 @@ def query_gradient_kernel(
         weights = tl.exp2(_scores(query, key, bias, scale * _LOG2E) - reference[:, None])
         grad_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
         grad_scores = weights * (grad_weights - delta[:, None])
-        grad_row += tl.sum(grad_scores, 1)
         acc = tl.dot(grad_scores.to(key.dtype), key, acc, input_precision="ieee")
-    tl.store(grad_row_ptr + per_query, grad_row, mask=in_range)
     channels = tl.arange(0, TILE_D)
     pointers = grad_query_ptr + rows[:, None] * grad_query_strides[2] + channels[None, :]
     writable = in_range[:, None] & (channels < HEAD_DIM)[None, :]
@@ -174,6 +170,7 @@ def pool_gradient_kernel(
     delta_ptr,
     grad_key_ptr,
     grad_value_ptr,
+    grad_bias_ptr,
     query_strides,
     key_strides,
     value_strides,
@@ -192,7 +189,10 @@ def pool_gradient_kernel(
     TILE_Q: tl.constexpr,
     TILE_P: tl.constexpr,
 ):
-    """grad_key and grad_value, fp32 (splits, B * H, P, D) contiguous: each split sums over `tiles_each` query tiles."""
+    """grad_key and grad_value, fp32 (splits, B * H, P, D), and grad_bias (splits, B * H, P), all contiguous.
+
+    Each split sums over `tiles_each` query tiles.
+    """
     head = tl.program_id(1).to(tl.int64) % heads
     batch = tl.program_id(1).to(tl.int64) // heads
     split = tl.program_id(2).to(tl.int64)
@@ -207,6 +207,7 @@ def pool_gradient_kernel(
     value = load_rows(value_ptr, pool.to(tl.int64), exists, value_strides[2], VALUE_DIM, TILE_V)
     grad_key = tl.zeros([TILE_P, TILE_D], tl.float32)
     grad_value = tl.zeros([TILE_P, TILE_V], tl.float32)
+    grad_bias = tl.zeros([TILE_P], tl.float32)
     for tile in tl.range(split * tiles_each, (split + 1) * tiles_each):
         rows = (tile * TILE_Q + tl.arange(0, TILE_Q)).to(tl.int64)
         in_range = rows < tokens
@@ -225,7 +226,10 @@ def pool_gradient_kernel(
         grad_weights = tl.dot(value, tl.trans(grad), input_precision="ieee")
         grad_scores = weights * (grad_weights - delta[None, :])
         grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision="ieee")
-    at = ((split * tl.num_programs(1) + tl.program_id(1)) * pools + pool)[:, None]
+        grad_bias += tl.sum(grad_scores, 1)
+    at = (split * tl.num_programs(1) + tl.program_id(1)) * pools + pool
+    tl.store(grad_bias_ptr + at, grad_bias, mask=exists)
+    at = at[:, None]
     channels, widths = tl.arange(0, TILE_D)[None, :], tl.arange(0, TILE_V)[None, :]
     tl.store(grad_key_ptr + at * HEAD_DIM + channels, grad_key * scale, mask=exists[:, None] & (channels < HEAD_DIM))
     tl.store(grad_value_ptr + at * VALUE_DIM + widths, grad_value, mask=exists[:, None] & (widths < VALUE_DIM))

@@ -124,7 +124,7 @@ def sparse_attention(
     """
     call = BlockCall(query, key, value, where, key_mask, branch or {})
     selected = patterns.find(spec.pattern).select(call, spec)
-    selection = Selection(*selected, spec.query_block, spec.key_block, scale, key_mask)
+    selection = Selection(selected.lut, selected.count, spec.query_block, spec.key_block, scale, key_mask)
     if spec.compensation == "tail":
         tail = tail_of(call, selected, spec)
         out: Tensor = torch.ops.salad.attend_with_tail.default(query, key, value, *tail, *selection)[0]

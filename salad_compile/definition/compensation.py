@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from salad_compile.definition.pattern import BlockCall, SelectedBlocks
@@ -44,39 +43,15 @@ class Tail(NamedTuple):
 def tail_of(call: BlockCall, selected: SelectedBlocks, spec: AttentionSpec) -> Tail:
     """The pools of a call whose blocks are selected. Text and masked keys are in none of them."""
     tokens, where = call.key.shape[2], call.where
-    counted = torch.ops.salad.tail_tokens.default(
-        selected.lut,
-        selected.count,
-        tokens,
-        spec.key_block,
-        spec.pool,
-        where.video_begin,
-        where.video_end,
-        call.key_mask,
-    )
-    valid = _valid_rows(call)
+    video = (where.video_begin, where.video_end)
+    lists = (selected.lut, selected.count, tokens, spec.key_block)
     weight = call.branch.get(TAIL_WEIGHT.name)
+    means = torch.ops.salad.tail_means.default
+    no_text = isinstance(where.sink_end, int) and where.sink_end == 0
+    known = selected.key_means if no_text and spec.pool % spec.key_block == 0 else None
     return Tail(
-        _means(call.key, spec.pool, valid),
-        _means(call.value, spec.pool, valid),
-        counted,
+        means(call.key, spec.pool, *video, call.key_mask, known, spec.key_block),
+        means(call.value, spec.pool, *video, call.key_mask, None, 0),
+        torch.ops.salad.tail_tokens.default(*lists, spec.pool, *video, call.key_mask),
         None if weight is None else weight.to(torch.float32),
     )
-
-
-def _valid_rows(call: BlockCall) -> Tensor:
-    """bool (1 or B, S), True for the tokens that pools are made of."""
-    where, tokens = call.where, call.key.shape[2]
-    rows = torch.ones((1, where.video_end - where.video_begin), dtype=torch.bool, device=call.key.device)
-    rows = F.pad(rows, (where.video_begin, tokens - where.video_end))
-    return rows if call.key_mask is None else rows & call.key_mask
-
-
-def _means(x: Tensor, pool: int, valid: Tensor) -> Tensor:
-    """(B, H, S, D) -> (B, H, P, D): means of the valid rows, 0 where a pool has none. Summed in fp32 or wider."""
-    missing = -x.shape[2] % pool
-    kept = x.masked_fill(valid.logical_not()[:, None, :, None], 0).to(torch.promote_types(x.dtype, torch.float32))
-    sums = torch.unflatten(F.pad(kept, (0, 0, 0, missing)), 2, (-1, pool)).sum(3)
-    counts = torch.unflatten(F.pad(valid, (0, missing)), 1, (-1, pool)).sum(2)
-    means: Tensor = (sums / counts.clamp(min=1)[:, None, :, None]).to(x.dtype)
-    return means

@@ -25,10 +25,12 @@ class SelectedBlocks(NamedTuple):
         lut: int32 (B, H, query blocks, K), ids of key blocks, ascending and unique.
         count: int32 (B, H, query blocks), how many entries of a row count; ALL_BLOCKS (-1) for all key blocks there
             are, whatever the row says.
+        key_means: (B, H, key blocks, D), what `salad::pool_blocks` gives for the keys, if the pattern needs it.
     """
 
     lut: Tensor
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    key_means: Tensor | None = None
 
 
 class BlockCall(NamedTuple):

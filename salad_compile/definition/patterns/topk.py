@@ -35,7 +35,7 @@ class TopK(Pattern):
             call.key_mask,
             call.branch.get("permille"),
         )
-        return SelectedBlocks(selected[0], selected[1])
+        return SelectedBlocks(selected[0], selected[1], pooled_key)
 
     def selection_flops(self, size: CallSize, spec: AttentionSpec) -> int:
         scores = block_count(size.tokens, spec.query_block) * block_count(size.tokens, spec.key_block)

@@ -247,6 +247,13 @@ def special_calls(head_dim: int, query_block: int) -> Iterator[tuple[str, Callab
 
     yield "empty lists beside lists of all blocks", empty_and_all
 
+    def no_slots() -> None:
+        call = ramp(1000, head_dim, query_block, 3.0)
+        call.lut, call.count = call.lut[..., :0], torch.zeros_like(call.count)
+        call.check()
+
+    yield "lists without a slot", no_slots
+
     def unlisted_nan() -> None:
         call = ramp(1024, head_dim, query_block, 3.0)
         call.count[:] = 0

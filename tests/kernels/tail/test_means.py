@@ -1,0 +1,64 @@
+"""The means of pools: against sums written out, with gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from salad_compile.kernels import KernelArgumentError, pool_blocks, tail_means
+from tests.kernels.helpers import make_qkv
+from tests.kernels.tail.cases import means
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("pool", "begin", "end"), [(1, 0, 203), (4, 3, 200), (16, 0, 203), (64, 70, 203), (192, 0, 9)])
+def test_means_and_their_gradients(pool: int, begin: int, end: int, masked: bool) -> None:
+    valid = torch.ones(2, 203, dtype=torch.bool)
+    valid[:, :begin] = valid[:, end:] = False
+    mask = torch.rand(2, 203, generator=torch.Generator().manual_seed(1)) < 0.6 if masked else None
+    kept = valid if mask is None else valid & mask
+    x = make_qkv(203, "fused")[1].requires_grad_()
+    ours, expected = tail_means(x, pool, begin, end, mask), means(x, pool, kept.to(x.dtype))
+    torch.testing.assert_close(ours, expected)
+    assert float(expected.detach().norm()) > 0
+    grad = torch.randn(expected.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, grad)[0] for out in (ours, expected)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_known_means_of_blocks_are_used(masked: bool) -> None:
+    mask = torch.rand(2, 203, generator=torch.Generator().manual_seed(1)) < 0.6 if masked else None
+    x = make_qkv(203, "fused")[1].requires_grad_()
+    plain = tail_means(x, 64, 0, 203, mask)
+    blocks = pool_blocks(x.detach(), 16, mask)
+    known = tail_means(x, 64, 0, 203, mask, blocks, 16)
+    torch.testing.assert_close(known, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (known, plain)))
+    assert not torch.equal(tail_means(x, 64, 0, 203, mask, blocks + 1, 16), known)
+
+
+def test_16_bits_are_summed_in_32() -> None:
+    x = (100 + torch.randn(1, 2, 512, 16, generator=torch.Generator().manual_seed(1))).bfloat16()
+    exact = torch.unflatten(x.double(), 2, (2, 256)).mean(3)
+    assert torch.equal(tail_means(x, 256, 0, 512), exact.bfloat16())
+
+
+def test_wrong_arguments_are_refused() -> None:
+    x = make_qkv(203)[1]
+    for given, match in (((0, 0, 203), "pool"), ((64, 0, 204), "within 203"), ((64, 5, 4), "within 203")):
+        with pytest.raises(KernelArgumentError, match=match):
+            tail_means(x, *given)
+    blocks = pool_blocks(x, 64)
+    for pool, means_of, size, match in ((96, blocks, 64, "divide"), (64, blocks[:, :, 1:], 64, "blocks of 64")):
+        with pytest.raises(KernelArgumentError, match=match):
+            tail_means(x, pool, 0, 203, None, means_of, size)
+    with pytest.raises(KernelArgumentError, match="key_mask"):
+        tail_means(x, 64, 0, 203, torch.ones(2, 200, dtype=torch.bool))
+
+
+def test_operator_passes_torchs_own_checks() -> None:
+    x = make_qkv(130, dtype=torch.float32, grad=True)[1]
+    torch.library.opcheck(torch.ops.salad.tail_means.default, (x, 64, 0, 130))
+    torch.library.opcheck(torch.ops.salad.tail_means.default, (x, 16, 3, 100, torch.rand(2, 130) < 0.5))
