@@ -34,7 +34,8 @@ TRAINING_FREE_SPARSITY = 0.5
 # Our choice (specification 4.4). On an H100 the whole operator is ahead from 5,120 tokens on (docs/kernels.md), by the
 # device's time alone; the margin is for the host's.
 MIN_TOKENS = 8192
-COMPENSATION_POOL = 64
+COMPENSATION_POOL = 256
+TRAINING_FREE_COMPENSATION = "tail"
 
 
 def _check_sparsity(value: object) -> None:
@@ -254,7 +255,7 @@ class BackendOptions:
 
     Attributes:
         sparsity, pattern, query_block, key_block, compensation, compensation_pool, min_tokens: see
-            :class:`SaladConfig`; sparsity defaults to 0.5 here, and a head's log-weight is 0.
+            :class:`SaladConfig`; sparsity defaults to 0.5 here, compensation to "tail", and a head's log-weight is 0.
         strict: for a converted model: a site that does not run as SALAD is an error (True) or a warning (False).
         lowering: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         inductor: configuration patches for Inductor, as `torch._inductor.config` names them.
@@ -270,7 +271,7 @@ class BackendOptions:
     pattern: str = "topk"
     query_block: int = 128
     key_block: int = 64
-    compensation: str = COMPENSATIONS[0]
+    compensation: str = TRAINING_FREE_COMPENSATION
     compensation_pool: int = COMPENSATION_POOL
     min_tokens: int = MIN_TOKENS
     strict: bool = True

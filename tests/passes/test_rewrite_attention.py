@@ -42,14 +42,18 @@ def test_only_converted_sites_of_a_stack_are_rewritten(recompute: bool) -> None:
     assert recorder.after["scaled_dot_product_attention"] == 2
 
 
-def test_an_unconverted_call_becomes_block_sparse_only() -> None:
+@pytest.mark.parametrize(
+    ("changes", "operator"), [({}, "attend_with_tail"), ({"compensation": "none"}, "block_sparse_attention")]
+)
+def test_an_unconverted_call_becomes_sparse_without_a_linear_branch(changes: dict[str, str], operator: str) -> None:
+    options = OPTIONS | changes
     model, x = toys.SelfAttention(toys.keywords), toys.tokens()
-    recorder = Recorder({"lowering": "eager", **OPTIONS})
+    recorder = Recorder({"lowering": "eager", **options})
     out = torch.compile(model, backend=recorder, fullgraph=True)(x)
-    assert recorder.after["salad.block_sparse_attention"] == 1
+    assert recorder.after[f"salad.{operator}"] == 1
     assert recorder.after["salad.linear_state"] == 0
     q, k, v = (toys.heads(projection(x)) for projection in (model.q, model.k, model.v))
-    by_hand = sparse_attention(q, k, v, Segments(0, 0, 0, 70), BackendOptions.from_options(OPTIONS).spec, 0.5)
+    by_hand = sparse_attention(q, k, v, Segments(0, 0, 0, 70), BackendOptions.from_options(options).spec, 0.5)
     assert relative_error(out, model.o(by_hand.transpose(1, 2).flatten(2))) < 1e-6
     assert relative_error(out, model(x)) > 1e-3
 
