@@ -38,14 +38,13 @@ VARIANTS: dict[str, dict[str, int]] = {
     "80 registers": {"registers": 80},
     "64 registers": {"registers": 64},
     "48 registers": {"registers": 48},
-    "2 rows": {"rows": 2},
+    "4 heads, 4 rows": {"heads": 4, "rows": 4},
     "8 rows": {"rows": 8},
     "8 rows, 8 warps": {"rows": 8, "warps": 8},
-    "8 heads, 2 rows": {"heads": 8, "rows": 2},
     "2 heads": {"heads": 2},
     "2 heads, 8 rows": {"heads": 2, "rows": 8},
     "8 warps": {"warps": 8},
-    "2 rows, 2 warps": {"rows": 2, "warps": 2},
+    "2 warps": {"warps": 2},
     "1 row, 2 warps, 8 heads": {"rows": 1, "warps": 2, "heads": 8},
 }
 

@@ -11,8 +11,8 @@ from ..capability import next_power
 # Channels that a thread holds at once: with more, registers run out, with fewer, addresses take the time.
 OF_A_THREAD = 16
 WARPS = 4
-_HEADS = (4, 2, 1)
-_ROWS = 8
+_HEADS = (8, 4, 2, 1)
+_ROWS = 2
 
 
 @dataclass(frozen=True)
