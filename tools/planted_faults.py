@@ -107,12 +107,9 @@ FAULTS = (
     ),
     _fault(
         "text is in pools",
-        "definition",
-        (
-            "F.pad(rows, (where.video_begin, tokens - where.video_end))",
-            "F.pad(rows, (where.video_begin, tokens - where.video_end), value=True)",
-        ),
-        tests="tests/salad_compile/**/test_compensation.py",
+        "kernels/tail",
+        ("((position >= begin) & (position < end))[None]", "(position >= 0)[None]"),
+        tests="tests/kernels/tail/test_means.py tests/salad_compile/**/test_compensation.py",
     ),
     _fault(
         "the first block of text is no sink",
