@@ -62,3 +62,6 @@ def test_operator_passes_torchs_own_checks() -> None:
     x = make_qkv(130, dtype=torch.float32, grad=True)[1]
     torch.library.opcheck(torch.ops.salad.tail_means.default, (x, 64, 0, 130))
     torch.library.opcheck(torch.ops.salad.tail_means.default, (x, 16, 3, 100, torch.rand(2, 130) < 0.5))
+    blocks = pool_blocks(x, 64)
+    torch.library.opcheck(torch.ops.salad.tail_means.default, (x, 64, 0, 130, None, blocks, 64))
+    assert tail_means(x, 64, 0, 130, None, blocks, 64).data_ptr() != blocks.data_ptr()
