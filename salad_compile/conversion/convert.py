@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch.nn as nn
 
 from salad_compile.calls.multihead import in_projection_owner, projection, take_apart
+from salad_compile.common.default_device import with_real_tensors
 from salad_compile.common.foreign_hooks import forward_slot
 from salad_compile.common.logs import logger
 from salad_compile.common.sharding import reshard
@@ -44,6 +45,7 @@ from salad_compile.sites.site import DenseSwitch
 ModelOrPipeline = TypeVar("ModelOrPipeline")
 
 
+@with_real_tensors
 def plan(
     model: Any, example_inputs: Any = None, *, config: SaladConfig | None = None, grid: Any = None, sites: Any = None
 ) -> Plan:
@@ -98,6 +100,7 @@ def _fitting(model: nn.Module, site: AttentionSite) -> AttentionSite:
     return site
 
 
+@with_real_tensors
 def convert(
     model: ModelOrPipeline,
     config: SaladConfig | Mapping[str, Any] | None = None,

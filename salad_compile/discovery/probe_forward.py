@@ -1,7 +1,7 @@
 """One forward of a model under a probe, without memory where possible, and the model afterwards as it was before.
 
-The forward runs on fake tensors (weights are neither copied nor read), on the meta device when the model is there, and
-on real tensors only when the model's forward reads values.
+The forward runs on fake tensors (weights are neither copied nor read) and, when the model's forward reads values, on
+real ones; on the meta device when the model is there, the second time with what the forward itself makes there, too.
 """
 
 from __future__ import annotations
@@ -41,27 +41,29 @@ def run_probe(model: nn.Module, example_inputs: Any, *, replay_position: bool = 
     find_family()
     device, dtype = placement(model)
     on_meta = device.type == "meta"
-    attempts: list[contextlib.AbstractContextManager[Any]] = [contextlib.nullcontext()]
-    if not on_meta:
-        attempts.insert(0, FakeTensorMode(allow_non_fake_inputs=True))
     failure: Exception | None = None
-    for attempt in attempts:
-        small = failure is not None  # real tensors: the smallest video that shows the structure
+    for last in (False, True):
+        small = last and not on_meta  # real tensors: the smallest video that shows the structure
+        fake = contextlib.nullcontext() if last or on_meta else FakeTensorMode(allow_non_fake_inputs=True)
+        default = torch.device("meta") if last and on_meta else contextlib.nullcontext()
         try:
-            with history(), keep_values(model), attempt:
+            with history(), keep_values(model), fake:
                 args, kwargs = _inputs(model, example_inputs, device, dtype, small=small)
-                with _without_hooks(model, device, real=attempt is attempts[-1] and not on_meta):
-                    return _forward(model, args, kwargs, replay_position)
+                with _without_hooks(model, device, real=small):
+                    return _forward(model, args, kwargs, replay_position, default)
         except (InputsError, AdapterError):
             raise
         except Exception as error:
             # whatever the model raises: on fake tensors anything that reads values fails, each in its own way
-            _warn_of_fallback(error, last=attempt is attempts[-1], synthetic=example_inputs is None)
-            failure = error
+            if not (last or on_meta):
+                _warn_of_fallback(error, synthetic=example_inputs is None)
+            if failure is None or not on_meta:
+                failure = error
     raise ProbeError(
         f"the forward of {type(model).__name__} failed while looking for attention: "
         f"{type(failure).__name__}: {failure}\nPass example_inputs that the model accepts, as a tuple of positional "
-        "or a dict of keyword inputs. A model on the meta device whose forward reads values needs real weights."
+        "or a dict of keyword inputs. Inputs belong on the device of the weights; a model on the meta device "
+        "whose forward reads values needs real weights."
     ) from failure
 
 
@@ -74,9 +76,7 @@ def _without_hooks(model: nn.Module, device: torch.device, *, real: bool) -> Ite
         yield
 
 
-def _warn_of_fallback(error: Exception, *, last: bool, synthetic: bool) -> None:
-    if last:
-        return
+def _warn_of_fallback(error: Exception, *, synthetic: bool) -> None:
     size = " with a small synthetic video, whose token counts mean nothing" if synthetic else ""
     logger.warning(
         "the forward on fake tensors failed (%s: %s); trying real tensors%s. example_inputs decide what is looked at.",
@@ -91,12 +91,30 @@ def _inputs(
     model: nn.Module, example_inputs: Any, device: torch.device, dtype: torch.dtype, *, small: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if example_inputs is not None:
-        return normalise_inputs(model, example_inputs)
+        args, kwargs = normalise_inputs(model, example_inputs)
+        return (args, kwargs) if device.type != "meta" else _features_to_meta((args, kwargs))
     size: dict[str, Any] = {"latent_size": _SMALL_LATENT, "text_tokens": _SMALL_TEXT} if small else {}
     return (), synthesise_inputs(model, device=device, dtype=dtype, **size)
 
 
-def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], replay_position: bool) -> Probe:
+def _features_to_meta(given: Any) -> Any:
+    """Where the weights have no values, features need none; sizes and positions, which it may read, keep theirs."""
+    if type(given) in (list, tuple):
+        return type(given)(_features_to_meta(item) for item in given)
+    if type(given) is dict:
+        return {name: _features_to_meta(item) for name, item in given.items()}
+    is_feature = isinstance(given, Tensor) and given.dim() > 0 and (given.is_floating_point() or given.is_complex())
+    return given.to("meta") if is_feature else given
+
+
+def _forward(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    replay_position: bool,
+    default: contextlib.AbstractContextManager[Any],
+) -> Probe:
+    """Args: default: within which the model's own forward runs, and nothing of ours."""
     probe = Probe(recording=OperationRecording() if replay_position else None)
     with (
         _install_hooks(model, probe),
@@ -112,7 +130,8 @@ def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         with probe.look_away():
             probe.axes.start(probe.inputs)
             probe.labels.start({name: _features(given) for name, given in probe.inputs.items()})
-        model(*args, **kwargs)
+        with default:
+            model(*args, **kwargs)
     warn_of_unmet()
     return probe
 

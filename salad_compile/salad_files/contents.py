@@ -72,6 +72,14 @@ def require_writable(model: nn.Module) -> None:
                 raise WrappedModelError(f"{name}.{key} is offloaded to a file: load first, then offload.")
 
 
+def leave_meta(model: nn.Module) -> None:
+    """Give the branches of a model on the meta device memory on the CPU, without values, for those of a file."""
+    for branch in branches(model).values():
+        kept = branch.state_dict(keep_vars=True).items()
+        if any(type(t.data) is Tensor and stored(model, branch, key, t).is_meta for key, t in kept):
+            branch.to_empty(device="cpu")
+
+
 def base_class(model: nn.Module) -> str:
     """The class's name; FSDP2 puts a generated subclass in front of it."""
     return type(model).__name__.removeprefix("FSDP")

@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from salad_compile.common.default_device import with_real_tensors
 from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.sharding import is_first_rank, shard_like, whole_state
@@ -37,6 +38,7 @@ from salad_compile.salad_files.contents import (
     base_digest,
     branch_state,
     describe,
+    leave_meta,
     require_writable,
     weight_sums,
 )
@@ -95,6 +97,7 @@ def write(state: Mapping[str, Tensor], header: Header, target: Path) -> None:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
+@with_real_tensors
 def load(
     model: Model, path: str | os.PathLike[str], *, grid: GridSource | None = None, example_inputs: Any = None
 ) -> Model:
@@ -140,6 +143,7 @@ def load(
                     "%s was made with a function as grid=, and is loaded without one: tokens stay in order", file
                 )
             attach(bare, prepared, header.config, header.dense_projections, rule)
+        leave_meta(bare)
         for name, parameter in branch_state(bare).items():
             if known:
                 undo.callback(parameter.copy_, parameter.clone())
