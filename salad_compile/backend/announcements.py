@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import fx
 
+from salad_compile.backend.disabled_attention import disabled_attention
 from salad_compile.backend.graph_break_reasons import Break, breaks_around
 from salad_compile.calls.adapters import is_attention, unmet_targets
 from salad_compile.common.logs import logger
@@ -22,6 +25,11 @@ from salad_compile.passes.whole_functions import hint_at_whole_functions
 from salad_compile.sites.converted_models import belongs_to_converted
 
 _announced: set[str | Break] = set()
+_told_disabled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of which it was said that attention is disabled."""
+_explained: list[str] = []
+"""What graphs of the frame that is compiled say for themselves: that there is attention, or why there is none."""
+_DISABLE = "torch.compiler.disable"
 _LIKE_ATTENTION = re.compile("attention|attn|transformer_encoder")
 _OF_TORCH = ("aten", "prims", "prim", "inductor", "higher_order", "salad")
 _MENDS = {
@@ -38,6 +46,8 @@ def announce(report: GraphReport, gm: fx.GraphModule, inputs: Sequence[Any], opt
     Args:
         report: of the passes. gm: the graph after them. inputs: what Dynamo passed beside it, parameters included.
     """
+    if report.calls:
+        _explained.append("attention")
     if count := report.count(TRAINING_FREE):
         _say_once(
             f"this model was never converted: {count} self-attention calls of this graph became block-sparse at "
@@ -51,7 +61,50 @@ def announce(report: GraphReport, gm: fx.GraphModule, inputs: Sequence[Any], opt
             return  # a graph of a converted model, of cross-attention alone say
         _announce_dense(list(reasons), gm)
     elif not report.calls and _has_projections(gm) and not belongs_to_converted(inputs):
-        _announce_none(gm)
+        _announce_none(gm, inputs)
+
+
+def announce_disabled(modules: Sequence[nn.Module]) -> None:
+    """Tell, once, of attention that no graph holds because it is disabled, where no graph of the frame tells more.
+
+    Args:
+        modules: of which Dynamo has just compiled, or given up, a frame.
+    """
+    explained = bool(_explained)
+    _explained.clear()
+    if explained or not _met_disabled():
+        return
+    new = []
+    for module in modules:
+        if module in _told_disabled or not (found := _find_disabled(module)):
+            continue
+        if belongs_to_converted([*module.parameters(), *module.buffers()]):
+            continue  # its sites run as SALAD between the graphs
+        _told_disabled.add(module)
+        new += [each for each in found if each not in _announced]
+        _announced.update(found)
+    if new:
+        _say_once(
+            f"nothing was rewritten: no attention call was seen in a graph. {'; '.join(dict.fromkeys(new))}: this "
+            f"attention is under {_DISABLE} (or torch._dynamo.disable), where the graph breaks, and stays dense. Take "
+            "that away, or salad_compile.convert(model): its sites run as SALAD all the same."
+        )
+
+
+def _find_disabled(module: nn.Module) -> list[str]:
+    try:
+        return disabled_attention(module)
+    except Exception as error:  # of attributes of somebody's objects; a guess must not stop a compilation
+        logger.debug("disabled attention of %s: %s: %s", type(module).__name__, type(error).__name__, error)
+        return []
+
+
+def _met_disabled() -> bool:
+    """Whether Dynamo broke a graph at a disabled function.
+
+    Private: its counters. Seen in torch 2.11 and 2.13; tests/salad_compile/backend/test_disabled_attention.py.
+    """
+    return any(_DISABLE in str(reason) for reason in torch._dynamo.utils.counters["graph_break"])
 
 
 def _announce_dense(reasons: Sequence[str], gm: fx.GraphModule) -> None:
@@ -73,17 +126,21 @@ def _has_projections(gm: fx.GraphModule) -> bool:
     return any(node.target in PROJECTIONS for node in nodes) or bool(_unknown(gm))
 
 
-def _announce_none(gm: fx.GraphModule) -> None:
+def _announce_none(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Say why a graph may hold no attention call; of graph breaks those that were not said before."""
     seen_none = "nothing was rewritten in this graph: no attention call was seen in it."
     if unknown := _unknown(gm):
+        _explained.append("unknown")
         _say_once(
             f"{seen_none} It calls {', '.join(unknown)}, which may be attention that salad_compile does not know: "
             "salad_compile.attention_adapter teaches it; attention inside of torch's own layers is reached by "
             "salad_compile.convert(model), and in training mode."
         )
+    elif _was_told_disabled(inputs):
+        return
     elif breaks := breaks_around(gm):
         if new := [each for each in breaks if each not in _announced]:
+            _explained.append("breaks")
             _announced.update(new)
             _say_once(f"{seen_none} {_tell_breaks(new)}")
     else:
@@ -93,6 +150,11 @@ def _announce_none(gm: fx.GraphModule) -> None:
             f"salad_compile.attention_adapter, and see what salad_compile.plan(model) finds.{registered}"
             + hint_at_whole_functions(module.graph for module in graph_modules(gm))
         )
+
+
+def _was_told_disabled(inputs: Sequence[Any]) -> bool:
+    known = {id(parameter) for module in _told_disabled for parameter in module.parameters()}
+    return any(id(given) in known for given in inputs)
 
 
 def _tell_breaks(breaks: Sequence[Break]) -> str:

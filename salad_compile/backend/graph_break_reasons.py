@@ -69,6 +69,9 @@ def _function(frame: Any) -> tuple[str, str] | None:
 
 def _outside_torch(file: str, name: str) -> tuple[str, str] | None:
     """Containers of torch run everybody's modules."""
-    return (
-        None if file.startswith(_TORCH) else (file, name.removeprefix("torch_dynamo_resume_in_").partition("_at_")[0])
-    )
+    return None if of_torch(file) else (file, name.removeprefix("torch_dynamo_resume_in_").partition("_at_")[0])
+
+
+def of_torch(file: str) -> bool:
+    """Whether a file of code is one of torch's own."""
+    return file.startswith(_TORCH)
