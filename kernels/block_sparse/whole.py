@@ -32,11 +32,8 @@ def attend_whole(
     dtype = accumulation_dtype(query.dtype)
     # see `torch.block_sparse_attention` for the dtype of values, and for what becomes of the largest weight
     value_dtype = torch.bfloat16 if value.dtype == torch.bfloat16 else dtype
-    hidden, all_see_keys = _hidden(selection, tokens, dtype)
-    if all_see_keys and not wants_lse and query.dtype == key.dtype == value.dtype == dtype:
-        return _attend_in_one(query, key, value, hidden.view(batch, heads, tokens, tokens), selection.scale)
     queries, keys, values = _rows(query, dtype), _rows(key, dtype), _rows(value, value_dtype)
-    scores = torch.baddbmm(hidden, queries, keys.transpose(1, 2), alpha=selection.scale)
+    scores = torch.baddbmm(_hidden(selection, tokens, dtype), queries, keys.transpose(1, 2), alpha=selection.scale)
     lse = scores.amax(dim=-1) if wants_lse else None
     weights = torch.softmax(scores, dim=-1, out=scores)  # in a row without a key, or with a NaN, all are NaN
     if lse is not None:
@@ -48,33 +45,18 @@ def attend_whole(
     return out.copy_(attended.view(batch, heads, tokens, -1)), lse
 
 
-def _attend_in_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, None] | None:
-    """torch's own attention, where every row has a key and sums are kept in the dtype that all tensors have."""
-    # the operator, because models exchange torch.nn.functional.scaled_dot_product_attention for functions of their own
-    attended = torch.ops.aten.scaled_dot_product_attention.default(query, key, value, hidden, scale=scale)
-    if not math.isfinite(float(attended.sum())):
-        return None
-    _, heads, tokens, width = attended.shape
-    if attended.stride() == (tokens * heads * width, width, heads * width, 1):  # as `empty_bshd` has it
-        return attended, None
-    return empty_bshd(query, *attended.shape).copy_(attended), None
-
-
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(B, H, S, D) -> (B * H, S, D) in this dtype."""
     return (x if x.dtype == dtype else x.to(dtype)).flatten(0, 1)
 
 
-def _hidden(selection: Selection, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
-    """(B * H, S, S): -inf where a query must not attend to a key, else 0. And whether every query surely has a key."""
+def _hidden(selection: Selection, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """(B * H, S, S): -inf where a query token must not attend to a key token, else 0."""
     lut, count, query_block, key_block, _, key_mask = selection
     batch, heads, query_blocks, slots = lut.shape
     key_blocks = block_count(tokens, key_block)
     hidden = torch.full((*lut.shape[:3], key_blocks), float("-inf"), dtype=dtype)
-    lists_are_full = int(count.amin()) == slots
-    if lists_are_full:
+    if int(count.amin()) == slots:  # every list is full
         hidden.scatter_(-1, lut.long(), 0)
     else:
         hidden.masked_fill_(block_mask(lut, count, key_blocks), 0)
@@ -83,5 +65,4 @@ def _hidden(selection: Selection, tokens: int, dtype: torch.dtype) -> tuple[torc
     if key_mask is not None:
         keys[..., :tokens].masked_fill_(~key_mask[:, None, None, :], float("-inf"))
     pairs = keys[:, :, :, None].expand(-1, -1, -1, min(query_block, tokens), -1)
-    pairs = pairs.reshape(batch * heads, -1, keys.shape[-1])[:, :tokens, :tokens]
-    return pairs, lists_are_full and key_mask is None
+    return pairs.reshape(batch * heads, -1, keys.shape[-1])[:, :tokens, :tokens]

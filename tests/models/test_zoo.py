@@ -163,7 +163,7 @@ def test_zero_projection_equals_training_free_compilation(name: str) -> None:
     assert relative_error(salad.output, sparse.output) <= 1e-5
 
 
-SPARSE_OPTIONS = ("sparsity", "query_block", "key_block", "min_tokens")
+SPARSE_OPTIONS = ("sparsity", "query_block", "key_block", "compensation", "min_tokens")
 
 
 @by_default(WHOLE)
