@@ -43,7 +43,7 @@ class CalibratedHeads:
     through_time: tuple[bool, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HeadCalibration(Report):
     """What :func:`calibrate_heads` measured and chose."""
 
@@ -166,7 +166,7 @@ class CalibratedSite:
         return dict(self.curve).get(self.sparsity)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibration(Report):
     """A proposal of :func:`calibrate`: give `overrides` to a SaladConfig, or :meth:`apply` it to the model."""
 

@@ -158,7 +158,7 @@ def diagnose_call(call: SiteCall, step: int) -> SiteDiagnosis:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis(Report):
     """What :func:`diagnose` measured. `calls` holds everything; `detail` says what the table shows."""
 

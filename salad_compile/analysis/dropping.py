@@ -28,7 +28,7 @@ class RankedSite:
     dropped: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DroppingReport(Report):
     """What :func:`drop_branches` measured and did; the sites in the order of the model."""
 

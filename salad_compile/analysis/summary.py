@@ -40,7 +40,7 @@ class SiteSummary:
     rotated_first: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary(Report):
     """What a conversion added to a model."""
 
@@ -122,7 +122,7 @@ class Summary(Report):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation(Report):
     """What the backend rewrote, graph by graph, and how often sparse attention really ran."""
 

@@ -29,7 +29,7 @@ class Finding:
     mend: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkup(Report):
     """All findings."""
 

@@ -19,7 +19,7 @@ from salad_compile.sites.branch import BRANCH_NAME
 from salad_compile.sites.record import SiteRecord
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FileReport(Report):
     """The header of one file, and names, shapes and dtypes of its tensors.
 

@@ -39,7 +39,7 @@ class Timings:
         return ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BenchReport(Report):
     """Dense and SALAD beside each other."""
 

@@ -24,7 +24,7 @@ _COUNTS = re.compile(r"num_(\w+_)?(layers|blocks)|depth(_\w+)?|(\w+_)?n?layers")
 FEWEST = 2  # of fewer blocks nothing is saved
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VideoReport(Report):
     """Seconds of the denoising of one video, dense and as SALAD, scaled from single blocks.
 

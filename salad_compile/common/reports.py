@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from salad_compile.common.table_layout import lay_out
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+WIDTH = 160
 
 Row = tuple[str, ...]
 
 
 class Report(ABC):
-    """A titled table that also prints as JSON and Markdown."""
+    """A titled table that also prints as JSON and Markdown; its `repr` is the table.
+
+    Dataclasses that derive from it say `repr=False`: theirs would hide it.
+    """
 
     title: str
     columns: Row
@@ -40,29 +52,28 @@ class Report(ABC):
         return "\n".join([f"**{self.title}**", "", *table, "", *self.notes()])
 
     def to_text(self, *, width: int | None = None) -> str:
-        """The table for a terminal; wide enough for all cells unless `width` says otherwise."""
+        """The table as plain text; with None as wide as the terminal, or 160 columns where stdout is none."""
         from io import StringIO
 
         from rich.console import Console
 
+        if width is None:
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
         buffer = StringIO()
-        Console(file=buffer, width=width or 160, color_system=None).print(self.__rich__())
+        Console(file=buffer, width=width, color_system=None).print(self)
         return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
-    def __rich__(self) -> Any:
-        from rich import box
-        from rich.console import Group
-        from rich.table import Table
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.text import Text
 
-        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in self.columns:
-            table.add_column(column, overflow="fold")
-        for row in fold(self.rows()):
-            table.add_row(*row)
-        return Group(table, *self.notes())
+        yield from lay_out(self.title, self.columns, fold(self.rows()), options.max_width)
+        yield from map(Text, self.notes())
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.to_text()
+
+    def _repr_markdown_(self) -> str:  # what notebooks show
+        return self.to_markdown()
 
 
 def fold(rows: Sequence[Row]) -> list[Row]:

@@ -43,7 +43,7 @@ class SiteForecast:
         return self.follows_sparsity and self.reachable < self.sparsity - NEARLY
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(Report):
     """What `convert` would do: every attention call with its kind, size, fate and reason."""
 

@@ -40,7 +40,7 @@ class SiteCastError:
     cast_error: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportReport(Report):
     """What :func:`salad_compile.export` did."""
 
