@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from os import PathLike
 from typing import Any
 
-from salad_compile.common.checks import check_choice, check_names, is_int, require
+from salad_compile.common.checks import check_choice, check_names, checked_names, is_int, require
 from salad_compile.definition import patterns
 from salad_compile.definition.spec import (
     BLOCK_SIZES,
@@ -69,6 +69,7 @@ def _pool(options: SaladConfig | BackendOptions) -> int:
     return options.compensation_pool if options.compensation != COMPENSATIONS[0] else 0
 
 
+@checked_names("setting")
 @dataclass(frozen=True)
 class SaladConfig:
     """How :func:`salad_compile.convert` converts a model.
@@ -109,7 +110,7 @@ class SaladConfig:
         train_base: leave the base parameters as they are instead of freezing them.
 
     Raises:
-        ConfigError: a value is out of range or of the wrong kind.
+        ConfigError: an unknown name, or a value out of range or of the wrong kind.
     """
 
     sparsity: float = TRAINED_SPARSITY
@@ -245,6 +246,7 @@ class SaladConfig:
         return ", ".join(f"{name}: {ours!r} != {theirs!r}" for name, ours, theirs in pairs if ours != theirs)
 
 
+@checked_names("option")
 @dataclass(frozen=True)
 class BackendOptions:
     """`options=` of `torch.compile(model, backend="salad", options={...})`.
@@ -264,7 +266,7 @@ class BackendOptions:
             key in one kernel of ours where its form is known (docs/kernels.md), instead of leaving them to `lowering`.
 
     Raises:
-        ConfigError: a value is out of range or of the wrong kind.
+        ConfigError: an unknown name, or a value out of range or of the wrong kind.
     """
 
     sparsity: float = TRAINING_FREE_SPARSITY

@@ -167,7 +167,12 @@ def require_conversion(converted: bool, subject: str, mend: str = "call salad_co
         raise NotConvertedError(f"{subject} is not converted: {mend}")
 
 
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The valid name that is spelled most like `name`, or the empty string when none is near."""
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)), "")
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the nearest valid name, or the empty string when nothing is near."""
-    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, valid)
+    return f" Did you mean {near!r}?" if near else ""

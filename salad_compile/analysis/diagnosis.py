@@ -12,6 +12,7 @@ from torch import Tensor
 
 from salad_compile.analysis.forwards import converted_branches, forward_inputs, run_observed
 from salad_compile.analysis.site_call import Dense, SiteCall, Sparse
+from salad_compile.common.checks import check_choice
 from salad_compile.common.reports import Report, Row
 
 DETAILS = ("site", "head", "step")
@@ -182,10 +183,7 @@ class Diagnosis(Report):
 
     def by(self, detail: str) -> Diagnosis:
         """The same with another table: a row for each "site", for each "head" of it, or for each "step" of it."""
-        if detail not in DETAILS:
-            from salad_compile.errors import ConfigError
-
-            raise ConfigError(f"a diagnosis is shown by {', '.join(map(repr, DETAILS))}, not by {detail!r}.")
+        check_choice("the detail of a diagnosis", detail, DETAILS)
         return dataclasses.replace(self, detail=detail)
 
     @property

@@ -19,7 +19,7 @@ from salad_compile.backend.cpu_fusion import inner_compile, own_cache_keys
 from salad_compile.calls import autograd_functions
 from salad_compile.calls.flash_family import find_family
 from salad_compile.config import BackendOptions
-from salad_compile.errors import ConfigError
+from salad_compile.errors import ConfigError, did_you_mean
 from salad_compile.kernels.listening import listen
 from salad_compile.kernels.rows import decompositions
 from salad_compile.passes.driver import run_passes
@@ -91,7 +91,8 @@ def _lower(
     try:
         patches = {**(list_mode_options(mode) if mode else {}), **options.inductor}
     except RuntimeError as error:
-        raise ConfigError(f"unknown mode {mode!r}: {error}") from error
+        hint = did_you_mean(str(mode), list_mode_options())
+        raise ConfigError(f"unknown mode {mode!r}: {error}{hint}") from error
     with own_cache_keys():
         compiled: Any = compile_fx(
             gm, list(example_inputs), inner_compile=inner_compile, config_patches=patches or None

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from salad_compile.command_line.logging_setup import logs_on_stderr
+from salad_compile.command_line.parser import Parser
 from salad_compile.common.progress import quiet
 from salad_compile.common.version import __version__
 from salad_compile.errors import MissingPackageError, SaladError
@@ -101,7 +102,7 @@ def _run(given: list[str]) -> int:
 
 def build_parser(*commands: str | None) -> argparse.ArgumentParser:
     """The parser of everything, with the arguments of `commands` filled in; the others have their name and line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description=DESCRIPTION,
         epilog=EPILOG,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from salad_compile.errors import ConfigError, did_you_mean
+
+Settings = TypeVar("Settings")
 
 
 def require(condition: bool, message: str) -> None:
@@ -32,3 +35,24 @@ def check_names(cls: type, given: Mapping[str, Any], what: str) -> None:
     valid = [field.name for field in dataclasses.fields(cls) if field.init]
     for name in given:
         require(name in valid, f"unknown {what} {name!r}.{did_you_mean(name, valid)} Valid: {', '.join(valid)}.")
+
+
+def checked_names(what: str) -> Callable[[type[Settings]], type[Settings]]:
+    """A decorator of dataclasses: keywords that the constructor does not have raise ConfigError, as `check_names` does.
+
+    Args:
+        what: what a keyword is, for the message.
+    """
+
+    def decorate(cls: type[Settings]) -> type[Settings]:
+        made: Callable[..., None] = cls.__init__
+
+        @functools.wraps(made)
+        def construct(self: Settings, *values: Any, **named: Any) -> None:
+            check_names(cls, named, what)
+            made(self, *values, **named)
+
+        cls.__init__ = construct  # type: ignore[method-assign, assignment]
+        return cls
+
+    return decorate

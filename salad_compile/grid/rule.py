@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from salad_compile.common.checks import check_names
+from salad_compile.common.checks import check_choice, check_names
 from salad_compile.errors import ConfigError, GridMismatchError
 from salad_compile.grid.sizes import HINT, Grid, check_grid, three_sizes
 
@@ -50,8 +50,7 @@ class GridRule:
             "sizes": (1, ("patch",)),
             "fixed": (0, ("size",)),
         }
-        if self.kind not in needed:
-            raise ConfigError(f"kind of a grid rule must be one of {', '.join(KINDS)}, got {self.kind!r}.")
+        check_choice("kind of a grid rule", self.kind, KINDS)
         count, fields = needed[self.kind]
         names = self.names
         if not isinstance(names, tuple | list) or len(names) != count or not all(isinstance(n, str) for n in names):

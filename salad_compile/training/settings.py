@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from salad_compile.common.checks import check_choice, check_names
+from salad_compile.common.checks import check_choice, check_names, checked_names
 from salad_compile.common.files import read_json
 from salad_compile.errors import ConfigError
 
@@ -34,6 +34,7 @@ _COUNTS = ("sparsity_warmup", "distillation_steps", "validation_every", "warmup_
 _POSITIVE_COUNTS = ("steps", "batch", "checkpoint_every", "keep_last", "text_tokens", "validation_points")
 
 
+@checked_names("training setting")
 @dataclass(frozen=True)
 class TrainSettings:
     """The recipe of a run. Steps and batch are those of arXiv 2601.16515; so is the sparsity, see `SaladConfig`.
@@ -74,7 +75,7 @@ class TrainSettings:
         log_every: steps between lines on stderr where it is no terminal, beside one a minute; 0: none.
 
     Raises:
-        ConfigError: a value is not valid.
+        ConfigError: an unknown name, or a value that is not valid.
     """
 
     steps: int = 1600

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from salad_compile.config import BackendOptions, SaladConfig
 from salad_compile.definition.spec import AttentionSpec, density_permille
 from salad_compile.errors import ConfigError
+from salad_compile.training.settings import TrainSettings
 
 
 def test_json_round_trip() -> None:
@@ -41,6 +43,29 @@ def test_json_round_trip() -> None:
 def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SaladConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        (SaladConfig, {"sparsty": 0.9}, "unknown setting 'sparsty'. Did you mean 'sparsity'"),
+        (BackendOptions, {"lowring": "eager"}, "unknown option 'lowring'. Did you mean 'lowering'"),
+        (BackendOptions, {"given": frozenset()}, "unknown option 'given'"),
+        (
+            TrainSettings,
+            {"learning_rat": 1e-4},
+            "unknown training setting 'learning_rat'. Did you mean 'learning_rate'",
+        ),
+        (TrainSettings, {"compile": "block"}, "Did you mean 'blocks'"),
+    ],
+)
+def test_constructors_name_the_nearest(cls: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cls(**values)
+    with pytest.raises(ConfigError, match="unknown"):
+        dataclasses.replace(cls(), sparsityy=1)
+    fields = [field.name for field in dataclasses.fields(cls) if field.init]
+    assert list(inspect.signature(cls).parameters) == fields  # what editors and help() show
 
 
 def test_densities_are_integers() -> None:

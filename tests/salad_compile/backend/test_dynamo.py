@@ -93,8 +93,12 @@ def test_modes_and_inductor_options_reach_inductor(monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_modes_are_errors() -> None:
-    with pytest.raises(BackendCompilerFailed, match="unknown mode 'fastest'") as caught:
-        torch.compile(converted(), backend=lambda gm, inputs: backend.salad(gm, inputs, mode="fastest"))(toys.tokens())
+    with pytest.raises(
+        BackendCompilerFailed, match=r"unknown mode 'max-autotun'.*Did you mean 'max-autotune'"
+    ) as caught:
+        torch.compile(converted(), backend=lambda gm, inputs: backend.salad(gm, inputs, mode="max-autotun"))(
+            toys.tokens()
+        )
     assert isinstance(caught.value.inner_exception, ConfigError)
 
 
