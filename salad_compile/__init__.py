@@ -11,12 +11,16 @@ compiled, and diffusers never.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from salad_compile.common.lazy import lazy_names
 from salad_compile.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from salad_compile import errors as errors
+    from salad_compile import kernels as kernels
+    from salad_compile import latents as latents
+    from salad_compile import training as training
     from salad_compile.analysis.calibration import calibrate as calibrate
     from salad_compile.analysis.calibration import calibrate_heads as calibrate_heads
     from salad_compile.analysis.diagnosis import diagnose as diagnose
@@ -68,12 +72,15 @@ _HOMES = {
     "sites.token_grid": ("token_grid",),
 }
 
-_get, __dir__, __all__ = lazy_names(__name__, _HOMES)
+if not TYPE_CHECKING:
+    _get, _names, __all__ = lazy_names(__name__, _HOMES, ("errors", "kernels", "latents", "training"))
 
+    def __getattr__(name):
+        if name.endswith("Error"):
+            errors = importlib.import_module(".errors", __name__)
+            if hasattr(errors, name):
+                return getattr(errors, name)
+        return _get(name)
 
-def __getattr__(name: str) -> Any:
-    if name.endswith("Error"):
-        errors = importlib.import_module(".errors", __name__)
-        if hasattr(errors, name):
-            return getattr(errors, name)
-    return _get(name)
+    def __dir__():
+        return [*_names(), "__version__"]

@@ -4,6 +4,15 @@ The entry point `torch_dynamo_backends` names `salad` here, so that it works in 
 salad_compile.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from salad_compile.common.lazy import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_names(__name__, {"dynamo": ("record_graphs", "salad")})
+if TYPE_CHECKING:
+    from salad_compile.backend.dynamo import record_graphs as record_graphs
+    from salad_compile.backend.dynamo import salad as salad
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__, __all__ = lazy_names(__name__, {"dynamo": ("record_graphs", "salad")})

@@ -25,4 +25,5 @@ _HOMES = {
     ".salad_files.naming": ("to_diffusers_names", "to_original_names"),
 }
 
-__getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)

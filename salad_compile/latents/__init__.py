@@ -31,4 +31,5 @@ _HOMES = {
     "statistics": ("LatentStatistics", "WAN_2_1"),
 }
 
-__getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)

@@ -27,4 +27,5 @@ _HOMES = {
     "settings": ("TrainSettings",),
 }
 
-__getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__, __all__ = lazy_names(__name__, _HOMES)
