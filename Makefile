@@ -63,6 +63,7 @@ lint: env  ## ruff, mypy, the import law, spelling, and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_use.py
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	@$(MAKE) --no-print-directory docs

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from salad_compile.common.checks import check_choice, check_names, checked_names, is_int, require
 from salad_compile.definition import patterns
@@ -19,13 +19,22 @@ from salad_compile.definition.spec import (
     SCALINGS,
     TOKEN_ORDERS,
     AttentionSpec,
+    Compensation,
+    FeatureMap,
+    Gate,
+    Scaling,
+    TokenOrder,
     density_permille,
 )
 
-ROPE_PLACEMENTS = ("auto", "map-then-rotate", "rotate-then-map")
+RopePlacement: TypeAlias = Literal["auto", "map-then-rotate", "rotate-then-map"]
+Projection: TypeAlias = Literal["query", "key", "value", "out"]
+Lowering: TypeAlias = Literal["inductor", "aot_eager", "eager"]
+
+ROPE_PLACEMENTS: tuple[RopePlacement, ...] = get_args(RopePlacement)
 OVERRIDES = ("sparsity", "pattern", "linear_branch")
-PROJECTIONS = ("query", "key", "value", "out")
-LOWERINGS = ("inductor", "aot_eager", "eager")
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)
 
 # arXiv 2601.16515 trains at about 90 % sparsity. Without training there is nothing that repairs the quality, hence the
 # cautious default for models that were never converted (our choice).
@@ -35,7 +44,7 @@ TRAINING_FREE_SPARSITY = 0.5
 # device's time alone; the margin is for the host's.
 MIN_TOKENS = 8192
 COMPENSATION_POOL = 256
-TRAINING_FREE_COMPENSATION = "tail"
+TRAINING_FREE_COMPENSATION: Compensation = "tail"
 
 
 def _check_sparsity(value: object) -> None:
@@ -114,25 +123,25 @@ class SaladConfig:
     """
 
     sparsity: float = TRAINED_SPARSITY
-    pattern: str = "topk"
+    pattern: str = "topk"  # others can be registered
     query_block: int = 128
     key_block: int = 64
     window: int | None = None
-    compensation: str = COMPENSATIONS[0]
+    compensation: Compensation = COMPENSATIONS[0]
     compensation_pool: int = COMPENSATION_POOL
     linear_branch: bool = True
-    feature_map: str = "relu"
-    rope_placement: str = ROPE_PLACEMENTS[0]
-    gate: str = GATES[0]
-    scaling: str = SCALINGS[0]
+    feature_map: FeatureMap = "relu"
+    rope_placement: RopePlacement = ROPE_PLACEMENTS[0]
+    gate: Gate = GATES[0]
+    scaling: Scaling = SCALINGS[0]
     lora_rank: int = 64
     lora_alpha: float | None = None
-    lora_targets: tuple[str, ...] = PROJECTIONS
+    lora_targets: tuple[Projection, ...] = PROJECTIONS
     min_tokens: int = MIN_TOKENS
     dense_layers: int = 0
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     lowest_sparsity: float | None = None
-    token_order: str = "tiles"
+    token_order: TokenOrder = "tiles"
     train_base: bool = False
 
     def __post_init__(self) -> None:
@@ -273,11 +282,11 @@ class BackendOptions:
     pattern: str = "topk"
     query_block: int = 128
     key_block: int = 64
-    compensation: str = TRAINING_FREE_COMPENSATION
+    compensation: Compensation = TRAINING_FREE_COMPENSATION
     compensation_pool: int = COMPENSATION_POOL
     min_tokens: int = MIN_TOKENS
     strict: bool = True
-    lowering: str = "inductor"
+    lowering: Lowering = "inductor"
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dump_graphs: str | PathLike[str] | None = None
     prepare_operands: bool = False

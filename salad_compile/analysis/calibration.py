@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn as nn
@@ -24,7 +24,8 @@ from salad_compile.conversion.schedules import set_sparsity
 from salad_compile.errors import ConfigError
 from salad_compile.sites.branch import SaladBranch, branches
 
-MEASURES = ("error", "recall")
+Measure: TypeAlias = Literal["error", "recall"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 # Our choice: fine where the paper works (0.9), coarse where training-free methods do (0.5).
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 
@@ -48,7 +49,7 @@ class HeadCalibration(Report):
     """What :func:`calibrate_heads` measured and chose."""
 
     sites: tuple[CalibratedHeads, ...]
-    measure: str
+    measure: Measure
 
     title = "windows of heads"
     columns = ("site", "through time", "changed", "measure before", "measure now")
@@ -81,7 +82,7 @@ def _mean_of(site: CalibratedHeads, through_time: Sequence[bool]) -> float:
     return sum(chosen) / len(chosen)
 
 
-def calibrate_heads(model: Any, inputs: Any, *, measure: str = "error") -> HeadCalibration:
+def calibrate_heads(model: Any, inputs: Any, *, measure: Measure = "error") -> HeadCalibration:
     """Choose for each head of the sites with sliding windows whether its window runs in space or through time.
 
     The order of lower relative MSE of O_s against dense attention, mean over the inputs (specification 4.3); a tie
@@ -171,7 +172,7 @@ class Calibration(Report):
     """A proposal of :func:`calibrate`: give `overrides` to a SaladConfig, or :meth:`apply` it to the model."""
 
     sites: tuple[CalibratedSite, ...]
-    measure: str
+    measure: Measure
     target: float
 
     title = "proposed sparsity"
@@ -243,7 +244,7 @@ def calibrate(
     inputs: Any,
     *,
     target: float,
-    measure: str = "error",
+    measure: Measure = "error",
     sparsities: Sequence[float] = SPARSITIES,
     config: SaladConfig | Mapping[str, Any] | None = None,
 ) -> Calibration:

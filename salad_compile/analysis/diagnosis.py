@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from salad_compile.analysis.site_call import Dense, SiteCall, Sparse
 from salad_compile.common.checks import check_choice
 from salad_compile.common.reports import Report, Row
 
-DETAILS = ("site", "head", "step")
+Detail: TypeAlias = Literal["site", "head", "step"]
+DETAILS: tuple[Detail, ...] = get_args(Detail)
 
 
 class Distance(NamedTuple):
@@ -164,7 +165,7 @@ class Diagnosis(Report):
     """What :func:`diagnose` measured. `calls` holds everything; `detail` says what the table shows."""
 
     calls: tuple[SiteDiagnosis, ...]
-    detail: str = "site"
+    detail: Detail = "site"
 
     title = "attention against dense"
     columns = (
@@ -181,7 +182,7 @@ class Diagnosis(Report):
         "contribution",
     )
 
-    def by(self, detail: str) -> Diagnosis:
+    def by(self, detail: Detail) -> Diagnosis:
         """The same with another table: a row for each "site", for each "head" of it, or for each "step" of it."""
         check_choice("the detail of a diagnosis", detail, DETAILS)
         return dataclasses.replace(self, detail=detail)

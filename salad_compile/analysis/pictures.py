@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from salad_compile.analysis.diagnosis import Diagnosis, SiteDiagnosis, diagnose_call
+from salad_compile.analysis.diagnosis import Detail, Diagnosis, SiteDiagnosis, diagnose_call
 from salad_compile.analysis.forwards import converted_branches, forward_inputs, run_observed
 from salad_compile.analysis.site_call import SiteCall
 from salad_compile.common.files import write_at_once
@@ -285,7 +285,9 @@ def _page(model: str, diagnosis: Diagnosis, images: Mapping[str, bytes]) -> str:
         for name, content in images.items()
     ]
     several = len({call.step for call in diagnosis.calls}) > 1
-    details = [("head", "Each head")] + ([("step", "Each forward")] if several else [])
+    details: list[tuple[Detail, str]] = [("head", "Each head")]
+    if several:
+        details.append(("step", "Each forward"))
     tables = [
         f"<details><summary>{title}</summary>{_table(diagnosis.by(detail))}</details>" for detail, title in details
     ]

@@ -13,7 +13,7 @@ import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from salad_compile.common.logs import logger
 from salad_compile.errors import AdapterError, did_you_mean
 
 # How query, key and value lie: batch, heads, sequence (tokens), head_dim. "SHD" is packed: (batch * tokens, H, D).
-LAYOUTS = ("BHSD", "BSHD", "HSD", "SHD")
+Layout: TypeAlias = Literal["BHSD", "BSHD", "HSD", "SHD"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class AttentionArguments:
     is_causal: Any = False
     scale: Any = None
     enable_gqa: Any = False
-    layout: str = "BHSD"
+    layout: Layout = "BHSD"
     batch: Any = None
     key_batch: Any = None
     output: int | None = None

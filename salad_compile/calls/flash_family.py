@@ -18,7 +18,7 @@ from torch import Tensor
 # Private. Seen in torch 2.11 and 2.13; tests/salad_compile/discovery/test_discover.py fails when it moves.
 from torch._subclasses.fake_tensor import is_fake
 
-from salad_compile.calls.adapters import Adapter, AttentionArguments, in_place_of, register_adapter
+from salad_compile.calls.adapters import Adapter, AttentionArguments, Layout, in_place_of, register_adapter
 from salad_compile.calls.python_functions import KnownFunction, Unpack, keep_whole_in_graphs, know, known
 
 _FLASH = (
@@ -195,7 +195,7 @@ def _adapter(entry: KnownFunction, *, always_several: bool) -> Adapter:
         several = 0 if always_several or _asks_for_several(given) else None
         batch, key_batch = roles.pop("batch", None), roles.pop("key_batch", None)
         packed = batch is not None
-        layout = "SHD" if packed else "BSHD"
+        layout: Layout = "SHD" if packed else "BSHD"
         if "tensor_layout" in defaults or entry.real.__name__ == "sageattn3_blackwell":
             layout = "BSHD" if given.get("tensor_layout", "HND") == "NHD" else "BHSD"
         return AttentionArguments(

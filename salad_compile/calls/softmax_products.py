@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
-from salad_compile.calls.adapters import AttentionArguments
+from salad_compile.calls.adapters import AttentionArguments, Layout
 
 _PRODUCTS = frozenset({"matmul", "bmm"})
 _CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone"})
@@ -89,7 +89,8 @@ class ManualAttention:
             rank = len(weights.axes)
             if weights.axes[-2:] != "qk" or self.rank(operands[1]) != rank:
                 return None
-            value, layout = operands[1], "BHSD" if rank == 4 else "HSD"
+            layout: Layout = "BHSD" if rank == 4 else "HSD"
+            value = operands[1]
         else:
             read = _read_weighted_sum(equation, weights.axes)
             if read is None:
@@ -292,7 +293,7 @@ def _read_scores(equation: str, query: Any, key: Any) -> Scores | None:
     )
 
 
-def _read_weighted_sum(equation: str, axes: str) -> tuple[tuple[int, ...], str] | None:
+def _read_weighted_sum(equation: str, axes: str) -> tuple[tuple[int, ...], Layout] | None:
     """The permutation that makes the value of an einsum (..., S, D), and the layout of the result."""
     parsed = _parse(equation)
     if parsed is None or len(parsed[0]) != len(axes):
@@ -302,7 +303,7 @@ def _read_weighted_sum(equation: str, axes: str) -> tuple[tuple[int, ...], str] 
     width = [letter for letter in parsed[1] if letter not in parsed[0]]
     if len(width) != 1 or sorted(parsed[1]) != sorted([*shared, letters["k"], *width]):
         return None
-    layouts = {"".join([*shared, letters["q"], *width]): "BHSD" if len(shared) == 2 else "HSD"}
+    layouts: dict[str, Layout] = {"".join([*shared, letters["q"], *width]): "BHSD" if len(shared) == 2 else "HSD"}
     if len(shared) == 2:
         layouts["".join([shared[0], letters["q"], shared[1], *width])] = "BSHD"
     layout = layouts.get(parsed[2])

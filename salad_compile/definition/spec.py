@@ -6,14 +6,21 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
-GATES = ("token", "head", "none")
-SCALINGS = ("v1", "v2")
-TOKEN_ORDERS = ("tiles", "flat")
-COMPENSATIONS = ("none", "tail")
+# Types, so that type checkers and editors know the choices.
+Gate: TypeAlias = Literal["token", "head", "none"]
+Scaling: TypeAlias = Literal["v1", "v2"]
+TokenOrder: TypeAlias = Literal["tiles", "flat"]
+Compensation: TypeAlias = Literal["none", "tail"]
 # What the kernels have (tests/salad_compile/definition/test_spec.py compares): importing them would load torch.
-FEATURE_MAPS = ("relu", "elu", "softmax")
+FeatureMap: TypeAlias = Literal["relu", "elu", "softmax"]
+
+GATES: tuple[Gate, ...] = get_args(Gate)
+SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
+TOKEN_ORDERS: tuple[TokenOrder, ...] = get_args(TokenOrder)
+COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation)
+FEATURE_MAPS: tuple[FeatureMap, ...] = get_args(FeatureMap)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from salad_compile.grid.sizes import HINT, Grid, check_grid, three_sizes
 GridSource: TypeAlias = "GridRule | Sequence[int] | Callable[[Mapping[str, Any]], Sequence[int]]"
 """What gives the grid: a rule, the user's (T, H, W), or the user's function of forward's arguments by name."""
 
-KINDS = ("arguments", "latent", "sizes", "fixed")
+Kind: TypeAlias = Literal["arguments", "latent", "sizes", "fixed"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class GridRule:
         ConfigError: the fields do not fit the kind.
     """
 
-    kind: str
+    kind: Kind
     names: tuple[str, ...] = ()
     axes: Grid | None = None
     patch: Grid | None = None

@@ -12,7 +12,7 @@ from pathlib import Path
 from salad_compile.common.logs import logger
 from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import ConfigError, LatentItemError, did_you_mean
-from salad_compile.latents.dataset import StoredLatents, summary_of
+from salad_compile.latents.dataset import OnError, StoredLatents, summary_of
 from salad_compile.latents.fastvideo_writing import FastVideoWriter
 from salad_compile.latents.item import LatentItem
 from salad_compile.latents.layouts import WRITABLE
@@ -62,7 +62,7 @@ def convert_latents(
     to: str = "salad",
     normalized: bool | None = None,
     statistics: LatentStatistics | None = None,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
     progress: bool = True,
 ) -> ConversionReport:
     """Write a dataset in another format. Run again after an interruption, it resumes where it stopped.

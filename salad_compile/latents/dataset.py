@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal, TypeAlias, get_args
 
+from salad_compile.common.checks import check_choice
 from salad_compile.common.logs import logger
 from salad_compile.errors import ConfigError, LatentItemError
 from salad_compile.latents.item import LATENT_EXTRAS, LatentDataset, LatentItem
 from salad_compile.latents.source import LatentSource, Problem, check_item
 from salad_compile.latents.statistics import LatentStatistics
 
+OnError: TypeAlias = Literal["raise", "skip"]
+ON_ERROR: tuple[OnError, ...] = get_args(OnError)
 _SHOWN = 5  # names in a message
 
 
@@ -37,11 +41,10 @@ class StoredLatents(LatentDataset):
         normalized: bool | None = None,
         statistics: LatentStatistics | None = None,
         vae: LatentStatistics | None = None,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
     ) -> None:
         """Raises ConfigError: options that do not fit. LatentItemError: damaged items, with on_error="raise"."""
-        if on_error not in ("raise", "skip"):
-            raise ConfigError(f'on_error is "raise" or "skip", got {on_error!r}.')
+        check_choice("on_error", on_error, ON_ERROR)
         self._source = source
         self._skips = on_error == "skip"
         self._announced: set[str] = set()

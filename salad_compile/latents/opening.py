@@ -11,7 +11,7 @@ from typing import Any
 from salad_compile.common.logs import logger
 from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError, did_you_mean
 from salad_compile.latents.checking import check, doubt_reading, evenly_spaced
-from salad_compile.latents.dataset import StoredLatents, summary_of
+from salad_compile.latents.dataset import OnError, StoredLatents, summary_of
 from salad_compile.latents.layouts import LAYOUTS
 from salad_compile.latents.source import LatentSource
 from salad_compile.latents.statistics import LatentStatistics
@@ -29,7 +29,7 @@ def open_latents(
     normalized: bool | None = None,
     statistics: LatentStatistics | None = None,
     vae: LatentStatistics | None = None,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
     sample: int = 8,
 ) -> StoredLatents:
     """Open precomputed latents and texts. Latents are read when they are asked for.

@@ -8,18 +8,25 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from salad_compile.common.checks import check_choice, check_names, checked_names
 from salad_compile.common.files import read_json
 from salad_compile.errors import ConfigError
 
 SCHEMA_VERSION = 1
-TIMESTEP_SAMPLINGS = ("uniform", "logit-normal")
-COMPILE_MODES = ("blocks", "model", "none")
-PRECISIONS = ("bf16", "fp32")
-NON_FINITE = ("raise", "skip")
-TRACKERS = ("tensorboard", "trackio")
+
+TimestepSampling: TypeAlias = Literal["uniform", "logit-normal"]
+CompileMode: TypeAlias = Literal["blocks", "model", "none"]
+Precision: TypeAlias = Literal["bf16", "fp32"]
+NonFinite: TypeAlias = Literal["raise", "skip"]
+Tracker: TypeAlias = Literal["tensorboard", "trackio"]
+
+TIMESTEP_SAMPLINGS: tuple[TimestepSampling, ...] = get_args(TimestepSampling)
+COMPILE_MODES: tuple[CompileMode, ...] = get_args(CompileMode)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+NON_FINITE: tuple[NonFinite, ...] = get_args(NonFinite)
+TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
 
 # Settings that may change when a run is resumed: how long it runs and what it writes, not what a step computes.
 MAY_CHANGE = frozenset(
@@ -87,7 +94,7 @@ class TrainSettings:
     weight_decay: float = 1e-4
     clip: float = 1.0
     flow_shift: float = 5.0
-    timestep_sampling: str = "uniform"
+    timestep_sampling: TimestepSampling = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
     lowest_noise: float = 0.0
@@ -99,18 +106,18 @@ class TrainSettings:
     sparsity_warmup: int = 0
     distillation_steps: int = 0
     ema_decay: float = 0.0
-    precision: str = "bf16"
+    precision: Precision = "bf16"
     gradient_checkpointing: bool = True
-    compile: str = "blocks"
+    compile: CompileMode = "blocks"
     compile_options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    on_non_finite: str = "raise"
+    on_non_finite: NonFinite = "raise"
     checkpoint_every: int = 100
     keep_last: int = 3
     validation_every: int = 0
     validation_points: int = 4
     workers: int = 2
-    trackers: tuple[str, ...] = ()
+    trackers: tuple[Tracker, ...] = ()
     log_every: int = 0
 
     def __post_init__(self) -> None:

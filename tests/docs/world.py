@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,9 +248,10 @@ def small_defaults(patch: pytest.MonkeyPatch) -> None:
     """Change what differs from a user's environment; nothing else does."""
     for cls, changes in ((salad_compile.SaladConfig, CONVERSION), (BackendOptions, BACKEND), (TrainSettings, TRAINING)):
         fields = [field.name for field in dataclasses.fields(cls) if field.init]
-        patched = dict(zip(fields, cls.__init__.__defaults__, strict=True)) | changes
+        made = inspect.unwrap(cls.__init__)
+        patched = dict(zip(fields, made.__defaults__, strict=True)) | changes
         assert patched.keys() == set(fields), "a default that is changed here has another name now"
-        patch.setattr(cls.__init__, "__defaults__", tuple(patched.values()))
+        patch.setattr(made, "__defaults__", tuple(patched.values()))
     _small_pipelines(patch)
     _without_inductor(patch)
     patch.setattr("huggingface_hub.HfApi", Hub)
