@@ -4,7 +4,7 @@ Every class derives from :class:`SaladError`. Errors are raised before anything 
 converted and a file is never left half written.
 
 Torch wraps what a backend raises in `torch._dynamo.exc.BackendCompilerFailed`; the class below is its
-`inner_exception`, and the message is shown in full.
+`inner_exception`, and the message is shown in full. Wrong options of the backend arrive as themselves.
 """
 
 from __future__ import annotations

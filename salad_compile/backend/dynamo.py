@@ -19,6 +19,7 @@ from salad_compile.backend.cpu_fusion import inner_compile, own_cache_keys
 from salad_compile.calls import autograd_functions
 from salad_compile.calls.flash_family import find_family
 from salad_compile.config import BackendOptions
+from salad_compile.definition import patterns
 from salad_compile.errors import ConfigError, did_you_mean
 from salad_compile.kernels.listening import listen
 from salad_compile.kernels.rows import decompositions
@@ -53,10 +54,16 @@ def salad(
         options: see :class:`salad_compile.config.BackendOptions`.
 
     Raises:
-        ConfigError, SiteLostError: inside torch's BackendCompilerFailed, as its `inner_exception`.
+        ConfigError: wrong options or mode; when the compiled graph is called, as itself. Whatever else is wrong is
+            raised here, inside torch's BackendCompilerFailed, as its `inner_exception`.
     """
     know_functions()  # what was imported since then
-    parsed = BackendOptions.from_options(options)
+    try:
+        parsed = BackendOptions.from_options(options)
+    except ConfigError as error:
+        if dict(options or {}).get("pattern", "topk") not in patterns.names():
+            raise  # it may be registered before the next call
+        return _refuse(error)
     frozen_warning.tell_of_inputs(example_inputs)
     report = run_passes(gm, parsed, example_inputs)
     for recorder in _recorders:
@@ -66,6 +73,20 @@ def salad(
 
 
 when_frames_end(salad, announce_disabled)
+
+
+def _refuse(error: ConfigError) -> Callable[..., Any]:
+    """Stands for the compiled graph and raises the error whenever it is called.
+
+    Raised by the backend, it would reach the user inside BackendCompilerFailed and some thirty lines of torch's. Only
+    for what depends on mode and options alone, which stay with the backend: torch keeps this graph, and an error about
+    the model's state would be raised again after the user has mended it.
+    """
+
+    def refuse(*_: Any) -> Any:
+        raise ConfigError(f'torch.compile(backend="salad"): {error}')
+
+    return refuse
 
 
 @contextlib.contextmanager
@@ -91,8 +112,7 @@ def _lower(
     try:
         patches = {**(list_mode_options(mode) if mode else {}), **options.inductor}
     except RuntimeError as error:
-        hint = did_you_mean(str(mode), list_mode_options())
-        raise ConfigError(f"unknown mode {mode!r}: {error}{hint}") from error
+        return _refuse(ConfigError(f"unknown mode {mode!r}: {error}{did_you_mean(str(mode), list_mode_options())}"))
     with own_cache_keys():
         compiled: Any = compile_fx(
             gm, list(example_inputs), inner_compile=inner_compile, config_patches=patches or None

@@ -15,6 +15,7 @@ import salad_compile
 from salad_compile.backend import announcements, cpu_fusion
 from salad_compile.backend import dynamo as backend
 from salad_compile.backend.dynamo import record_graphs
+from salad_compile.definition import patterns
 from salad_compile.errors import ConfigError, WrongBackendError
 from salad_compile.kernels.rows import decompositions
 from tests import toys
@@ -44,7 +45,6 @@ def converted() -> nn.Module:
         ({"sparsty": 0.5}, "Did you mean 'sparsity'"),
         ({"sparsity": 1}, r"\[0, 1\)"),
         ({"sparsity": "0.5"}, r"\[0, 1\)"),
-        ({"pattern": "top-k"}, "'topk'"),
         ({"query_block": 100}, "query_block must be one of"),
         ({"min_tokens": -1}, "0 or more"),
         ({"lowering": "inductr"}, "Did you mean 'inductor'"),
@@ -53,9 +53,21 @@ def converted() -> nn.Module:
     ],
 )
 def test_wrong_options_are_errors(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(BackendCompilerFailed, match=message) as caught:
-        torch.compile(toys.SelfAttention(), backend="salad", options=options)(toys.tokens())
+    model = torch.compile(toys.SelfAttention(), backend="salad", options=options)
+    for _ in range(2):  # the graph is kept, and goes on refusing
+        with pytest.raises(ConfigError, match=message) as caught:  # and not torch's BackendCompilerFailed
+            model(toys.tokens())
+        assert str(caught.value).startswith('torch.compile(backend="salad"): ')
+
+
+def test_an_unknown_pattern_is_looked_up_again_at_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"pattern": "top-k", "lowering": "eager", "min_tokens": 0}
+    model = torch.compile(toys.SelfAttention(), backend="salad", options=options)
+    with pytest.raises(BackendCompilerFailed, match="'topk'") as caught:
+        model(toys.tokens())
     assert isinstance(caught.value.inner_exception, ConfigError)
+    monkeypatch.setitem(patterns._loaded, "top-k", patterns.find("topk"))
+    assert model(toys.tokens()).isfinite().all()
 
 
 @pytest.mark.parametrize("lowering", ["eager", "aot_eager"])
@@ -93,13 +105,9 @@ def test_modes_and_inductor_options_reach_inductor(monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_modes_are_errors() -> None:
-    with pytest.raises(
-        BackendCompilerFailed, match=r"unknown mode 'max-autotun'.*Did you mean 'max-autotune'"
-    ) as caught:
-        torch.compile(converted(), backend=lambda gm, inputs: backend.salad(gm, inputs, mode="max-autotun"))(
-            toys.tokens()
-        )
-    assert isinstance(caught.value.inner_exception, ConfigError)
+    model = torch.compile(converted(), backend=lambda gm, inputs: backend.salad(gm, inputs, mode="max-autotun"))
+    with pytest.raises(ConfigError, match=r"unknown mode 'max-autotun'.*Did you mean 'max-autotune'"):
+        model(toys.tokens())
 
 
 def test_an_unconverted_model_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
