@@ -22,6 +22,8 @@ def mistakes(model: nn.Module, diagnosis: Diagnosis) -> None:
     salad_compile.SaladConfig(lora_targets=("to_q",))  # type: ignore[arg-type]
     salad_compile.calibrate_heads(model, {}, measure="recal")  # type: ignore[arg-type]
     salad_compile.latents.open_latents("data", on_error="skipped")  # type: ignore[arg-type]
+    salad_compile.latents.open_latents("data", layout="mussubi")  # type: ignore[arg-type]
+    salad_compile.latents.convert_latents("data", "new", to="ltx")  # type: ignore[arg-type]
     TrainSettings(compile="block")  # type: ignore[arg-type]
     TrainSettings(trackers=("wandb",))  # type: ignore[arg-type]
     diagnosis.by("heads")  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from salad_compile.common.logs import logger
 from salad_compile.common.wrappers import bare_components
+from salad_compile.config import BackendOptions
 from salad_compile.errors import require_conversion
 from salad_compile.sites.branch import branches
 
@@ -37,8 +38,9 @@ def compile_pipeline(
         `pipe`.
 
     Raises:
-        NotConvertedError: no model of it is converted. ConfigError: neither a pipeline nor a model.
+        NotConvertedError: no model of it is converted. ConfigError: neither a pipeline nor a model, or wrong options.
     """
+    BackendOptions.from_options(options)  # else the first run would say it
     modules = bare_components(pipe)
     converted = {name: module for name, module in modules.items() if branches(module)}
     require_conversion(

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from salad_compile.common.logs import logger
 from salad_compile.common.progress import ProgressBar
@@ -15,7 +16,7 @@ from salad_compile.errors import ConfigError, LatentItemError, did_you_mean
 from salad_compile.latents.dataset import OnError, StoredLatents, summary_of
 from salad_compile.latents.fastvideo_writing import FastVideoWriter
 from salad_compile.latents.item import LatentItem
-from salad_compile.latents.layouts import WRITABLE
+from salad_compile.latents.layouts import WRITABLE, Readable, Writable
 from salad_compile.latents.musubi import MusubiWriter
 from salad_compile.latents.native import NativeWriter
 from salad_compile.latents.opening import open_latents
@@ -58,8 +59,8 @@ def convert_latents(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
-    layout: str = "auto",
-    to: str = "salad",
+    layout: Readable | Literal["auto"] = "auto",
+    to: Writable = "salad",
     normalized: bool | None = None,
     statistics: LatentStatistics | None = None,
     on_error: OnError = "raise",

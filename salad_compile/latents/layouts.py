@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+Readable: TypeAlias = Literal[
+    "salad", "fastvideo", "musubi", "finetrainers", "aitoolkit", "diffsynth", "diffusionpipe", "ltx"
+]
+Writable: TypeAlias = Literal["salad", "fastvideo", "musubi"]
 
 
 @dataclass(frozen=True)

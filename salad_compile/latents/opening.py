@@ -6,13 +6,13 @@ import importlib
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from salad_compile.common.logs import logger
 from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError, did_you_mean
 from salad_compile.latents.checking import check, doubt_reading, evenly_spaced
 from salad_compile.latents.dataset import OnError, StoredLatents, summary_of
-from salad_compile.latents.layouts import LAYOUTS
+from salad_compile.latents.layouts import LAYOUTS, Readable
 from salad_compile.latents.source import LatentSource
 from salad_compile.latents.statistics import LatentStatistics
 
@@ -25,7 +25,7 @@ SOURCES: dict[str, Any] = {
 def open_latents(
     path: str | os.PathLike[str],
     *,
-    layout: str = "auto",
+    layout: Readable | Literal["auto"] = "auto",
     normalized: bool | None = None,
     statistics: LatentStatistics | None = None,
     vae: LatentStatistics | None = None,

@@ -103,3 +103,8 @@ def test_what_was_never_converted_is_an_error() -> None:
         compile_pipeline(pipe)
     with pytest.raises(ConfigError):
         compile_pipeline(object())
+
+
+def test_wrong_options_are_an_error_before_the_first_run() -> None:
+    with pytest.raises(ConfigError, match=r"unknown option 'lowring'.* Did you mean 'lowering'"):
+        compile_pipeline(base(), options={"lowring": "eager"})

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError
 from salad_compile.latents import WAN_2_1, LatentItem, open_latents, write_latents
+from salad_compile.latents.layouts import LAYOUTS, WRITABLE, Readable, Writable
 from tests.salad_compile.latents.data import (
     SHAPE,
     make_item,
@@ -159,3 +161,8 @@ def test_statistics_of_the_user_win(tmp_path: Path) -> None:
 def test_importing_the_package_is_light() -> None:
     code = "import sys, salad_compile.latents, salad_compile.command_line.latents; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_type_checkers_know_the_layouts() -> None:
+    assert get_args(Readable) == tuple(LAYOUTS)
+    assert get_args(Writable) == WRITABLE
