@@ -48,8 +48,8 @@ class Report(ABC):
     def to_markdown(self) -> str:
         """A Markdown table with its notes."""
         lines = [self.columns, tuple("---" for _ in self.columns), *fold(self.rows())]
-        table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-        return "\n".join([f"**{self.title}**", "", *table, "", *self.notes()])
+        table = ["| " + " | ".join(_markdown(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+        return "\n".join([f"**{self.title}**", "", *table, "", "\n\n".join(map(_markdown, self.notes()))])
 
     def to_text(self, *, width: int | None = None) -> str:
         """The table as plain text; with None as wide as the terminal, or 160 columns where stdout is none."""
@@ -74,6 +74,11 @@ class Report(ABC):
 
     def _repr_markdown_(self) -> str:  # what notebooks show
         return self.to_markdown()
+
+
+def _markdown(text: str) -> str:
+    """On one line, and with nothing in it that Markdown would swallow: "<locals>" is a tag, and "*" emphasis."""
+    return " ".join(text.split("\n")).replace("<", "&lt;").replace("*", "\\*")
 
 
 def fold(rows: Sequence[Row]) -> list[Row]:

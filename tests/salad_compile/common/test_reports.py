@@ -70,6 +70,19 @@ def test_tables_fit_the_width_and_lose_nothing(width: int) -> None:
     assert ("mask" in text) == (width == 220)  # the empty column goes first
 
 
+def test_markdown_swallows_nothing() -> None:
+    class Odd(Sample):
+        def rows(self) -> list[Row]:
+            return [("a.<locals>.b", "*args | **kwargs", "two\nlines", *[""] * 7)]
+
+        def notes(self) -> list[str]:
+            return ["first", "second of <lambda>"]
+
+    lines = Odd().to_markdown().splitlines()
+    assert lines[4].startswith("| a.&lt;locals>.b | \\*args \\| \\*\\*kwargs | two lines | ")
+    assert lines[5:] == ["", "first", "", "second of &lt;lambda>"]
+
+
 def test_a_terminal_says_how_wide_the_table_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "70")
