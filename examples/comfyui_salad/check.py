@@ -55,12 +55,18 @@ def import_comfyui(path: Path) -> None:
     import comfy.sd
 
 
-def make_wan() -> Any:
+def make_wan(**changes: Any) -> Any:
+    """diffusers' class. changes: of its configuration."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
     model = WanTransformer3DModel(
-        num_attention_heads=WIDTH // 128, attention_head_dim=128, text_dim=4096, ffn_dim=2 * WIDTH, num_layers=2
+        num_attention_heads=WIDTH // 128,
+        attention_head_dim=128,
+        text_dim=4096,
+        ffn_dim=2 * WIDTH,
+        num_layers=2,
+        **changes,
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -79,15 +85,17 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 class Inputs:
-    """Of one forward."""
+    """Of one forward. image: what the image encoder says of a first frame, or None."""
 
-    def __init__(self) -> None:
-        self.video, self.text = torch.randn(1, 16, 3, 16, 24), torch.randn(1, 20, 4096)
-        self.time = torch.tensor([500.0])
+    def __init__(self, channels: int = 16, image: Tensor | None = None) -> None:
+        # as many tokens of text as the pipelines have: diffusers finds those of the image by it
+        self.video, self.text = torch.randn(1, channels, 3, 16, 24), torch.randn(1, 512, 4096)
+        self.time, self.image = torch.tensor([500.0]), image
 
     @torch.inference_mode()
     def of_diffusers(self, model: Any) -> Tensor:
-        return model(hidden_states=self.video, timestep=self.time, encoder_hidden_states=self.text).sample
+        image = {} if self.image is None else {"encoder_hidden_states_image": self.image}
+        return model(hidden_states=self.video, timestep=self.time, encoder_hidden_states=self.text, **image).sample
 
     @torch.inference_mode()
     def of_comfyui(self, patcher: Any, memory: int = 0) -> Tensor:
@@ -100,7 +108,8 @@ class Inputs:
         else:
             comfy.model_management.load_models_gpu([patcher])
         options = dict(patcher.model_options["transformer_options"])
-        return patcher.model.diffusion_model(self.video, self.time, context=self.text, transformer_options=options)
+        model = patcher.model.diffusion_model
+        return model(self.video, self.time, context=self.text, clip_fea=self.image, transformer_options=options)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -152,6 +161,8 @@ def check_models(nodes: dict[str, type], folder: Path) -> tuple[Any, Any]:
     say("Compile with SALAD", difference(inputs.of_comfyui(compiled), expected))
     check_lora(nodes["LoadSalad"], base, file, wan, inputs)
     check_fp8(nodes["LoadSalad"], file, weights, inputs)
+    check_exported(base, wan, inputs, folder)
+    check_image_to_video(nodes["LoadSalad"], folder)
     return base, compiled
 
 
@@ -188,6 +199,33 @@ def check_fp8(node: type, file: Path, weights: dict[str, Tensor], inputs: Inputs
     assert narrow.model.diffusion_model.blocks[0].self_attn.q.weight.dtype == torch.float8_e4m3fn
     narrow = run_node(node, narrow, str(file))
     say("weights in fp8", difference(inputs.of_comfyui(narrow), inputs.of_comfyui(wide)))
+
+
+def check_exported(base: Any, wan: Any, inputs: Inputs, folder: Path) -> None:
+    """The LoRA alone, through ComfyUI's loader: dense attention with the low-rank updates."""
+    import comfy.sd
+    import comfy.utils
+
+    salad_compile.export(wan, folder / "exported", formats=["comfyui"])
+    weights = comfy.utils.load_torch_file(str(folder / "exported" / "lora" / "comfyui_lora.safetensors"))
+    with torch.inference_mode():
+        model, _ = comfy.sd.load_lora_for_models(base, None, weights, 1.0, 0.0)
+    with salad_compile.dense(wan):
+        expected = inputs.of_diffusers(wan)
+    say("the exported LoRA is the dense model with its updates", difference(inputs.of_comfyui(model), expected))
+
+
+def check_image_to_video(node: type, folder: Path) -> None:
+    inputs = Inputs(36, torch.randn(1, 257, 1280))
+    wan = make_wan(in_channels=36, out_channels=16, image_dim=1280, added_kv_proj_dim=WIDTH)
+    base = load_comfyui_model({name: tensor.clone() for name, tensor in to_original_names(wan.state_dict()).items()})
+    dense = inputs.of_diffusers(wan)
+    say("image-to-video, dense", difference(inputs.of_comfyui(base), dense))
+    convert(wan)
+    file = salad_compile.save(wan, folder / "image.safetensors")
+    expected = inputs.of_diffusers(wan)
+    say("image-to-video", difference(inputs.of_comfyui(run_node(node, base, str(file))), expected))
+    say("... and that is not the dense model", difference(expected, dense), same=False)
 
 
 def check_sampler(nodes: dict[str, type], base: Any, model: Any) -> None:

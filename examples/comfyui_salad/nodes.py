@@ -25,6 +25,7 @@ from salad_compile.errors import (
 )
 
 from .patching import diffusion_model_of, release, require_unpatched, salad_in, use_instead, weights_dtype
+from .rotation import plain_rotation
 from .steering import KEY, Settings, steer
 from .wan import example_inputs, require_wan
 
@@ -184,7 +185,7 @@ def load_into(model: nn.Module, path: Path, dtype: torch.dtype) -> None:
     """`salad_compile.load`, with what it says about files and models told to users of ComfyUI, in one line."""
     try:
         # as ComfyUI runs nodes: tensors made in inference mode cannot be written outside of it
-        with torch.inference_mode():
+        with torch.inference_mode(), plain_rotation(model):
             salad_compile.load(model, path, example_inputs=example_inputs(model, dtype))
     except NotASaladFileError as error:
         raise NotASaladFileError(

@@ -19,9 +19,12 @@ import salad_compile
 from salad_compile.errors import ConfigError, SiteLostError
 from salad_compile.sites.branch import SaladBranch, branches
 
+from . import rotation
+
 KEY = "salad"  # in ComfyUI's transformer_options
 _SITES = "salad_sites"  # attributes of the diffusion model
 _SPARSITY = "salad_sparsity"
+_ROTATES = "salad_rotates"  # while its forward runs
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ def steer(model: nn.Module) -> None:
     """Let a converted model follow the settings of each call."""
     setattr(model, _SITES, len(branches(model)))
     setattr(model, _SPARSITY, None)
+    setattr(model, _ROTATES, False)
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    model.register_forward_hook(_after_forward, always_call=True)
 
 
 @torch.compiler.disable
@@ -66,6 +71,17 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     _set_sparsity(model, known, settings.sparsity)
     is_dense = settings.dense or (settings.dense_first_steps > 0 and step_of(options) < settings.dense_first_steps)
     salad_compile.set_dense(model, is_dense)
+    if not getattr(model, _ROTATES):  # still set if a forward was interrupted
+        rotation.enter(model)
+        setattr(model, _ROTATES, True)
+
+
+@torch.compiler.disable
+def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Also after a forward, or a hook before it, that raised."""
+    if getattr(model, _ROTATES):
+        rotation.leave(model)
+        setattr(model, _ROTATES, False)
 
 
 def place(known: list[SaladBranch], device: torch.device) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.models.original_wan import NodeWanModel
+from tests.models.original_wan import HEADS, NodeAttention, NodeWanModel, choose_attention
 
 
 class CastLinear(nn.Linear):
@@ -25,8 +25,37 @@ class CastLinear(nn.Linear):
         return F.linear(x, self.weight.to(x), bias)
 
 
+@torch.library.custom_op("comfyui_stand_in::rotate", mutates_args=())
+def _rotate(x: Tensor, matrices: Tensor) -> Tensor:
+    pairs = x.float().unflatten(-1, (-1, 1, 2))
+    return (matrices[..., 0] * pairs[..., 0] + matrices[..., 1] * pairs[..., 1]).flatten(-2).type_as(x)
+
+
+@_rotate.register_fake
+def _(x: Tensor, matrices: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def apply_rope1(x: Tensor, matrices: Tensor) -> Tensor:
+    return _rotate(x, matrices)
+
+
+class FusedAttention(NodeAttention):
+    """Rotation in one operator, which nobody sees through."""
+
+    def forward(self, x: Tensor, context: Tensor, angles: Tensor | None) -> Tensor:
+        query, key, value = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
+        if angles is not None:
+            cos, sin = angles.cos(), angles.sin()
+            matrices = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2)).float()
+            query, key = (apply_rope1(t.unflatten(2, (HEADS, -1)), matrices).flatten(2) for t in (query, key))
+        return self.o(choose_attention(query, key, value, heads=HEADS))
+
+
 class WanModel(NodeWanModel):
-    """Named as ComfyUI names it. Options go to no layer, but what they say is kept in them."""
+    """Named as ComfyUI names it."""
+
+    attention = FusedAttention
 
     def __init__(self) -> None:
         super().__init__()

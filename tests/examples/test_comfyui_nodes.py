@@ -28,6 +28,7 @@ from salad_compile.errors import (
 )
 from salad_compile.exchange import to_original_names
 from salad_compile.sites.branch import branches
+from tests.examples import comfyui_stand_in
 from tests.examples.comfyui_stand_in import BaseModel, ModelPatcher, ShorterModel, WanModel
 from tests.models.zoo import WAN, from_diffusers, randomise
 from tests.support import randomise_branches, relative_error, seeded
@@ -265,6 +266,26 @@ def test_offloaded(node: Callable[..., Any], trained: tuple[str, Any]) -> None:
         options = {"transformer_options": {}}
         out = module(draw(1, 4, 3, 14, 14).cuda(), TIME.cuda(), context=draw(1, 6, 16).cuda(), **options)
     assert relative_error(out.cpu(), expected_of(trained[1])) < 1e-3
+
+
+def test_rotation_is_put_back(node: Callable[..., Any], trained: tuple[str, Any]) -> None:
+    """While SALAD runs, and never else, ComfyUI's rotation is one that can be seen through."""
+    original, base = comfyui_stand_in.apply_rope1, make_patcher()
+    model = node("LoadSalad", base, trained[0])
+    assert comfyui_stand_in.apply_rope1 is original
+    seen: list[Any] = []
+    for patcher in (base, model):
+        patcher.get_model_object("diffusion_model").head.register_forward_pre_hook(
+            lambda *_: seen.append(comfyui_stand_in.apply_rope1)
+        )
+    output(model)
+    output(base)
+    assert seen[0] is not original
+    assert seen[1] is comfyui_stand_in.apply_rope1 is original
+    model.get_model_object("diffusion_model").head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        output(model)
+    assert comfyui_stand_in.apply_rope1 is original
 
 
 def test_inputs_of_image_to_video(pack: ModuleType) -> None:
