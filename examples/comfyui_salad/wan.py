@@ -11,6 +11,9 @@ from salad_compile.errors import BaseModelMismatchError
 
 TOKENS = (3, 6, 8)  # of the video: frames, rows, columns, no two the same
 TEXT_TOKENS = 20
+# of ComfyUI's Wan; derived models have more, and read inputs that are not made up here
+PARTS = {"patch_embedding", "text_embedding", "time_embedding", "time_projection", "blocks", "head", "img_emb"}
+PARTS |= {"rope_embedder"}
 IMAGE_TOKENS = 257  # of the image encoder that Wan's image-to-video reads
 
 
@@ -20,6 +23,12 @@ def require_wan(model: nn.Module) -> None:
         raise BaseModelMismatchError(
             f"Load SALAD takes a Wan model, and this MODEL is a {type(model).__name__}: SALAD files of other families "
             "go into diffusers (docs/inference.md)."
+        )
+    derived = sorted(set(dict(model.named_children())) - PARTS)
+    if derived:
+        raise BaseModelMismatchError(
+            f"Load SALAD takes Wan for text-to-video and image-to-video, and this MODEL is one with {derived[0]!r} "
+            "besides: VACE, camera, audio and other derived models are not supported in ComfyUI."
         )
 
 

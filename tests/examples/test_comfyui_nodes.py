@@ -314,6 +314,12 @@ def _with_object(name: str, value: Any) -> ModelPatcher:
     return model
 
 
+def _derived() -> ModelPatcher:
+    model = WanModel()
+    model.vace_blocks = nn.ModuleList([nn.Linear(4, 4)])
+    return make_patcher(model=model)
+
+
 def _compiled_elsewhere() -> ModelPatcher:
     model = make_patcher()
     model.model_options["torch_compile_kwargs"] = {}
@@ -324,6 +330,7 @@ def _compiled_elsewhere() -> ModelPatcher:
     ("make", "file", "error", "said"),
     [
         (lambda: make_patcher(model=ShorterModel()), None, BaseModelMismatchError, "this MODEL is a ShorterModel"),
+        (_derived, None, BaseModelMismatchError, "is one with 'vace_blocks' besides"),
         (make_patcher, _wide_file, BaseModelMismatchError, "with other widths or heads"),
         (make_patcher, _lora_file, NotASaladFileError, "an exported LoRA alone is not the SALAD model"),
         (make_patcher, lambda folder: str(folder / "gone"), FileNotFoundError, "no SALAD file at .*gone"),
