@@ -12,7 +12,7 @@ from salad_compile.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from salad_compile.backend.dynamo import record_graphs as record_graphs
-    from salad_compile.backend.dynamo import salad as salad
+    from salad_compile.backend.entry import salad as salad
 
 if not TYPE_CHECKING:
-    __getattr__, __dir__, __all__ = lazy_names(__name__, {"dynamo": ("record_graphs", "salad")})
+    __getattr__, __dir__, __all__ = lazy_names(__name__, {"dynamo": ("record_graphs",), "entry": ("salad",)})

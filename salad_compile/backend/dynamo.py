@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from salad_compile.backend.announcements import announce, announce_disabled
-from salad_compile.backend.compile_ends import when_frames_end
+from salad_compile.backend.announcements import announce
 from salad_compile.backend.cpu_fusion import inner_compile, own_cache_keys
 from salad_compile.calls import autograd_functions
 from salad_compile.calls.flash_family import find_family
@@ -70,9 +69,6 @@ def salad(
         recorder.append(report)
     announce(report, gm, example_inputs, parsed)
     return _lower(gm, example_inputs, parsed, mode)
-
-
-when_frames_end(salad, announce_disabled)
 
 
 def _refuse(error: ConfigError) -> Callable[..., Any]:
