@@ -89,14 +89,15 @@ def _attend(
 def _describe(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *selected: Any) -> Call:
     selection = Selection(*selected)
     check_arguments(query, key, value, selection)
-    return _call("block_sparse_attention", query, key, value, selection)
+    return call_of("block_sparse_attention", query, key, value, selection)
 
 
 def _describe_without_lse(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *selected: Any) -> Call:
     return dataclasses.replace(_describe(query, key, value, *selected), wants_lse=False)
 
 
-def _call(operator: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, selection: Selection) -> Call:
+def call_of(operator: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, selection: Selection) -> Call:
+    """What an engine is asked about, of an operator over selected blocks."""
     return Call(
         operator,
         query.device,
@@ -154,7 +155,7 @@ def block_sparse_attention_backward(
     check_contents(selection, query.shape[2])
     check_gradient(grad_out, query, value, out, lse)
     key, value = valid_or_zero(key, key_mask), valid_or_zero(value, key_mask)
-    call = _call("block_sparse_attention_backward", query, key, value, selection)
+    call = call_of("block_sparse_attention_backward", query, key, value, selection)
     grad_query, grad_key, grad_value = choose(call).run(call, grad_out, query, key, value, out, lse, selection)
     return grad_query, grad_key, grad_value
 

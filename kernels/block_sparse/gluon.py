@@ -10,13 +10,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..launch import launch, recording
 from ..layout import block_count, empty_bshd
+from ..pools import Pools
 from ..repairs import count_tiles
 from ..selection import Selection
 from .deferred import check_selection
 from .gluon_backward import block_sparse_attention_backward
 from .gluon_host import describe, describe_rows, multiprocessors, pack_mask
 from .gluon_kernel import gluon_forward_kernel
-from .gluon_pools import Pools, bias_of
+from .gluon_pools import bias_of
 from .gluon_settings import KEY_BLOCK, Settings, settings_of
 
 __all__ = ["attend", "block_sparse_attention", "block_sparse_attention_backward"]

@@ -10,11 +10,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..launch import launch
 from ..layout import block_count, empty_bshd, row_strides, with_dense_rows
+from ..pools import Pools
 from ..selection import Selection
 from .gluon_host import describe, describe_rows, multiprocessors, pack_mask
 from .gluon_key_gradient import gluon_key_gradient_kernel
 from .gluon_pool_gradient import gluon_pool_gradient_kernel
-from .gluon_pools import Pools
 from .gluon_query_gradient import gluon_query_gradient_kernel
 from .gluon_settings import BOX, KEY_BLOCK, key_gradient_settings, query_gradient_settings
 from .gluon_stats import stats_kernel

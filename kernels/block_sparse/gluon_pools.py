@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from ..launch import launch
+from ..pools import Pools
 from .gluon_settings import POOLS_WIDTH
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-
-class Pools(NamedTuple):
-    """See `tail.api.attend_with_tail`.
-
-    Attributes:
-        key, value: (B, H, P, D).
-        tokens: fp32 (B, H, Mq, P), for how many tokens a pool stands in a query block.
-        log_weight: (H,) or None.
-    """
-
-    key: torch.Tensor
-    value: torch.Tensor
-    tokens: torch.Tensor
-    log_weight: torch.Tensor | None
 
 
 @triton.jit(do_not_specialize=["query_blocks", "heads", "pools", "width"])

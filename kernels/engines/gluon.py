@@ -10,6 +10,7 @@ import torch
 
 from ..launch import interpreting, recording
 from ..layout import block_count
+from ..pools import Pools
 from ..selection import Selection
 from .call import Call
 from .engine import GateCall, implementation
@@ -66,12 +67,12 @@ class GluonEngine:
             lse = torch.empty((batch, heads, tokens), device=meta)
             means = torch.empty((batch, heads, _POOLS, head_dim), dtype=torch.bfloat16, device=meta)
             weight = torch.empty(heads, device=meta)
-            pools = (means, means, torch.empty((*lut.shape[:3], _POOLS), device=meta), weight)
+            pools = Pools(means, means, torch.empty((*lut.shape[:3], _POOLS), device=meta), weight)
             for operator, arguments in (
                 ("block_sparse_attention", (x, x, x, selection)),
                 ("block_sparse_attention_backward", (x, x, x, x, x, lse, selection)),
-                ("attend_with_tail", (x, x, x, *pools, selection)),
-                ("attend_with_tail_backward", (x, x, x, x, x, lse, *pools, selection)),
+                ("attend_with_tail", (x, x, x, pools, selection)),
+                ("attend_with_tail_backward", (x, x, x, x, x, lse, pools, selection)),
             ):
                 call = Call(operator, meta, torch.bfloat16, *sizes, masked=masked)
                 if not (masked and head_dim == 64 and operator in _FORWARD):

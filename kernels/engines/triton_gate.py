@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..layout import block_count
+from ..pools import Pools
 from ..selection import Selection
 from .call import Call
 from .engine import GateCall
@@ -196,7 +197,7 @@ def _tail(arch: int) -> Iterator[GateCall]:
         pools = torch.empty((BATCH, HEADS, block_count(TOKENS, POOL), case.head_dim), dtype=case.dtype, device=META)
         counted = torch.empty((BATCH, HEADS, query_blocks, pools.shape[2]), device=META)
         lse = torch.empty((BATCH, HEADS, TOKENS), device=META)
-        settings = (pools, pools, counted, None, selection)
+        settings = (Pools(pools, pools, counted, None), selection)
         for operator, arguments in (
             ("attend_with_tail", (x, x, x, *settings)),
             ("attend_with_tail_backward", (x, x, x, x, x, lse, *settings)),

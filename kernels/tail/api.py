@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from ..autocast import without_autocast
+from ..block_sparse.api import call_of
 from ..block_sparse.checks import check_arguments, check_contents, check_gradient
 from ..checks import require, valid_or_zero
 from ..differentiation import refuse_second_derivative, reverse_mode_only
 from ..engines import Call, choose
 from ..layout import block_count
 from ..measure import is_listening, record_execution
+from ..pools import Pools
 from ..selection import Selection
 from .checks import check_pool_size, check_pools
 
@@ -90,13 +92,13 @@ def attend_with_tail(
         UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, block size or GPU.
     """
     selection = Selection(lut, count, query_block, key_block, scale, key_mask)
-    pools = (pooled_key, pooled_value, pool_tokens, log_weight)
+    pools = Pools(pooled_key, pooled_value, pool_tokens, log_weight)
     call, key, value = _checked("attend_with_tail", query, key, value, pools, selection)
     engine = choose(call)
     record_execution(selection, query.shape[2], engine.name)
     if is_listening():  # to the selection and to the softmax of its columns alone
         torch.ops.salad.block_sparse_attention.default(query, key, value, *selection)
-    out, lse = engine.run(call, query, key, value, *pools, selection)
+    out, lse = engine.run(call, query, key, value, pools, selection)
     return out, lse
 
 
@@ -112,24 +114,14 @@ def _checked(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pools: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    pools: Pools,
     selection: Selection,
 ) -> tuple[Call, torch.Tensor, torch.Tensor]:
     """The call, after every check, and key and value with zeros in the place of what the mask leaves out."""
     check_arguments(query, key, value, selection)
     check_contents(selection, query.shape[2])
-    pooled_key, pooled_value, pool_tokens, log_weight = pools
-    check_pools(query, value, selection.lut, pooled_key, pooled_value, pool_tokens, log_weight)
-    call = Call(
-        operator,
-        query.device,
-        query.dtype,
-        head_dim=query.shape[-1],
-        value_dim=value.shape[-1],
-        query_block=selection.query_block,
-        key_block=selection.key_block,
-        masked=selection.key_mask is not None,
-    )
+    check_pools(query, value, selection.lut, pools)
+    call = call_of(operator, query, key, value, selection)
     return call, valid_or_zero(key, selection.key_mask), valid_or_zero(value, selection.key_mask)
 
 
@@ -155,10 +147,10 @@ def attend_with_tail_backward(
 ) -> list[torch.Tensor]:
     """Gradients of query, key, value, pooled key and value, and, fp32 (H,), of the log weights."""
     selection = Selection(lut, count, query_block, key_block, scale, key_mask)
-    pools = (pooled_key, pooled_value, pool_tokens, log_weight)
+    pools = Pools(pooled_key, pooled_value, pool_tokens, log_weight)
     call, key, value = _checked("attend_with_tail_backward", query, key, value, pools, selection)
     check_gradient(grad_out, query, value, out, lse)
-    return [*choose(call).run(call, grad_out, query, key, value, out, lse, *pools, selection)]
+    return [*choose(call).run(call, grad_out, query, key, value, out, lse, pools, selection)]
 
 
 @attend_with_tail_backward.register_fake

@@ -3,6 +3,7 @@
 import torch
 
 from ..checks import check_block, check_float_4d, check_same_device, require
+from ..pools import Pools
 
 
 def check_pool_size(pool: int, key_block: int) -> None:
@@ -18,12 +19,10 @@ def check_pools(
     query: torch.Tensor,
     value: torch.Tensor,
     lut: torch.Tensor,
-    pooled_key: torch.Tensor,
-    pooled_value: torch.Tensor,
-    pool_tokens: torch.Tensor,
-    log_weight: torch.Tensor | None,
+    given: Pools,
 ) -> None:
     """Every check of what `attend_with_tail` takes beyond block-sparse attention."""
+    pooled_key, pooled_value, pool_tokens, log_weight = given
     check_float_4d(query=query, pooled_key=pooled_key, pooled_value=pooled_value)
     check_same_device(
         query=query, pooled_key=pooled_key, pooled_value=pooled_value, pool_tokens=pool_tokens, log_weight=log_weight

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..pools import Pools
 from ..selection import Selection
 from .bias import bias_of
 
@@ -19,16 +20,13 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pooled_key: torch.Tensor,
-    pooled_value: torch.Tensor,
-    pool_tokens: torch.Tensor,
-    log_weight: torch.Tensor | None,
+    pools: Pools,
     selection: Selection,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.attend_with_tail`; with an engine's sparse attention, and its `merge` over the pools."""
     out, lse = attention(query, key, value, selection)
-    bias = bias_of(pool_tokens, log_weight, query.dtype)
-    return out, merge(query, out, lse, pooled_key, pooled_value, bias, selection.query_block, selection.scale)
+    settings = (pools.key, pools.value, bias_of(pools, query.dtype), selection.query_block, selection.scale)
+    return out, merge(query, out, lse, *settings)
 
 
 def gradients(
@@ -40,10 +38,7 @@ def gradients(
     value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    pooled_key: torch.Tensor,
-    pooled_value: torch.Tensor,
-    pool_tokens: torch.Tensor,
-    log_weight: torch.Tensor | None,
+    pools: Pools,
     selection: Selection,
 ) -> Gradients:
     """Of query, key, value, pooled key and value, and, fp32 (H,), of the log weights.
@@ -56,6 +51,5 @@ def gradients(
         out, lse: of all columns.
     """
     grad_query, grad_key, grad_value = attention(grad_out, query, key, value, out, lse, selection)
-    bias = bias_of(pool_tokens, log_weight, query.dtype)
-    pools = (pooled_key, pooled_value, bias, selection.query_block, selection.scale)
-    return (grad_query, grad_key, grad_value, *merge(grad_out, query, out, lse, *pools, grad_query))
+    settings = (pools.key, pools.value, bias_of(pools, query.dtype), selection.query_block, selection.scale)
+    return (grad_query, grad_key, grad_value, *merge(grad_out, query, out, lse, *settings, grad_query))

@@ -5,6 +5,7 @@ import torch
 from ..block_sparse.reference import block_mask, token_mask
 from ..checks import accumulation_dtype
 from ..layout import block_count
+from ..pools import Pools
 from ..selection import Selection
 from .bias import bias_of
 
@@ -33,27 +34,19 @@ def attend_with_tail(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    pooled_key: torch.Tensor,
-    pooled_value: torch.Tensor,
-    pool_tokens: torch.Tensor,
-    log_weight: torch.Tensor | None,
+    pools: Pools,
     selection: Selection,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One softmax over the selected tokens and the pools; differentiable by autograd.
-
-    Args:
-        pooled_key, pooled_value: (B, H, P, D), the pools.
-        pool_tokens: (B, H, Mq, P), of `tail_tokens`. log_weight: (H,), added to the scores of pools; None for 0.
-    """
+    """One softmax over the selected tokens and the pools; differentiable by autograd."""
     dtype, tokens = accumulation_dtype(query.dtype), query.shape[2]
     scores = (query.to(dtype) @ key.to(dtype).transpose(-1, -2)) * selection.scale
     scores = scores.masked_fill(~token_mask(selection, tokens), float("-inf"))
     of_row = torch.arange(tokens, device=query.device) // selection.query_block
-    pools = (query.to(dtype) @ pooled_key.to(dtype).transpose(-1, -2)) * selection.scale
-    bias = bias_of(pool_tokens, log_weight, query.dtype)
-    joint = torch.cat((scores, pools + bias[:, :, of_row]), dim=-1)
+    of_pools = (query.to(dtype) @ pools.key.to(dtype).transpose(-1, -2)) * selection.scale
+    bias = bias_of(pools, query.dtype)
+    joint = torch.cat((scores, of_pools + bias[:, :, of_row]), dim=-1)
     lse = joint.logsumexp(dim=-1)
     empty = (joint == float("-inf")).all(dim=-1, keepdim=True)
     weights = torch.softmax(joint.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)
-    values = torch.cat((value, pooled_value.to(value.dtype)), dim=2).to(dtype)
+    values = torch.cat((value, pools.value.to(value.dtype)), dim=2).to(dtype)
     return (weights @ values).to(query.dtype), lse.detach()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from salad_compile.definition.pattern import BlockCall, SelectedBlocks
 from salad_compile.definition.spec import AttentionSpec
 from salad_compile.definition.tensors import BranchSite, TensorRow
+from salad_compile.kernels.pools import Pools
 
 
 def _start_weight(tensor: Tensor, site: BranchSite) -> None:
@@ -25,22 +24,7 @@ TAIL_WEIGHT = TensorRow(
 """What is added to each head's scores with the pools, (H,); a mean of keys scores higher than its keys deserve."""
 
 
-class Tail(NamedTuple):
-    """The pools of one call, as `salad::attend_with_tail` takes them.
-
-    Attributes:
-        key, value: (B, H, P, head_dim), means over the valid tokens of the video.
-        tokens: fp32 (B, H, query blocks, P), how many tokens of a pool each query block leaves out.
-        log_weight: fp32 (H,), or None for 0.
-    """
-
-    key: Tensor
-    value: Tensor
-    tokens: Tensor
-    log_weight: Tensor | None
-
-
-def tail_of(call: BlockCall, selected: SelectedBlocks, spec: AttentionSpec) -> Tail:
+def tail_of(call: BlockCall, selected: SelectedBlocks, spec: AttentionSpec) -> Pools:
     """The pools of a call whose blocks are selected. Text and masked keys are in none of them."""
     tokens, where = call.key.shape[2], call.where
     video = (where.video_begin, where.video_end)
@@ -49,7 +33,7 @@ def tail_of(call: BlockCall, selected: SelectedBlocks, spec: AttentionSpec) -> T
     means = torch.ops.salad.tail_means.default
     no_text = isinstance(where.sink_end, int) and where.sink_end == 0
     known = selected.key_means if no_text and spec.pool % spec.key_block == 0 else None
-    return Tail(
+    return Pools(
         means(call.key, spec.pool, *video, call.key_mask, known, spec.key_block),
         means(call.value, spec.pool, *video, call.key_mask, None, 0),
         torch.ops.salad.tail_tokens.default(*lists, spec.pool, *video, call.key_mask),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from salad_compile.kernels import tail_tokens
+from salad_compile.kernels.pools import Pools
 from salad_compile.kernels.selection import Selection
 from salad_compile.kernels.tail import gluon, reference, triton
 from tests.kernels.gpu.gluon_cases import DEVICE, KEY_BLOCK, Tensors, on_device, ramp, random_lists, redone, run_cases
@@ -34,7 +35,7 @@ class TailCall:
     pool: int
     end: int
 
-    def pools(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def pools(self) -> Pools:
         """pooled key and value, the tokens that they stand for, and log weights."""
         (_, key, value), tokens = self.qkv, self.qkv[0].shape[2]
         lut, count, _, key_block, _, mask = self.selection
@@ -42,16 +43,18 @@ class TailCall:
         valid = torch.ones(key.shape[0], tokens, device=DEVICE) if mask is None else mask.float()
         valid[:, self.end :] = 0
         pooled = [means(x.float(), self.pool, valid).bfloat16() for x in (key, value)]
-        return pooled[0], pooled[1], counted, torch.linspace(-0.5, 0.7, key.shape[1], device=DEVICE)
+        return Pools(pooled[0], pooled[1], counted, torch.linspace(-0.5, 0.7, key.shape[1], device=DEVICE))
 
     def check(self) -> None:
         """Raise AssertionError unless the kernels give what the definition gives, or are as close as Triton's."""
         pools = self.pools()
         grad = torch.randn(self.qkv[2].shape, generator=torch.Generator().manual_seed(3)).bfloat16().to(DEVICE)
-        wide = [x.double().requires_grad_() for x in (*self.qkv, *pools[:2], pools[3])]
-        want, want_lse = reference.attend_with_tail(*wide[:5], pools[2], wide[5], self.selection)
+        assert pools.log_weight is not None
+        wide = [x.double().requires_grad_() for x in (*self.qkv, pools.key, pools.value, pools.log_weight)]
+        wide_pools = Pools(wide[3], wide[4], pools.tokens, wide[5])
+        want, want_lse = reference.attend_with_tail(*wide[:3], wide_pools, self.selection)
         want_grads = torch.autograd.grad(want, wide, grad.double())
-        out, lse = gluon.attend_with_tail(*self.qkv, *pools, self.selection)
+        out, lse = gluon.attend_with_tail(*self.qkv, pools, self.selection)
         torch.cuda.synchronize()
         seen = want_lse > -torch.inf
         assert bool(torch.isfinite(out).all()), "out has entries that are not finite"
@@ -61,9 +64,9 @@ class TailCall:
         assert off < FORWARD_BAR[torch.bfloat16], f"out is off by {off:.2e}"
         away = ((lse.double() - want_lse).abs() / (1 + want_lse.abs()))[seen].max().item() if bool(seen.any()) else 0
         assert away < 2e-4, f"lse is off by {away:.2e} of its size"
-        again = gluon.attend_with_tail(*self.qkv, *pools, self.selection)
+        again = gluon.attend_with_tail(*self.qkv, pools, self.selection)
         assert torch.equal(out, again[0]), "two runs differ"
-        given = (grad, *self.qkv, out, lse, *pools, self.selection)
+        given = (grad, *self.qkv, out, lse, pools, self.selection)
         grads, repeated = (gluon.attend_with_tail_backward(*given) for _ in range(2))
         other = triton.attend_with_tail_backward(*given)
         for name, ours, twice, exact, theirs in zip(NAMES, grads, repeated, want_grads, other, strict=True):

@@ -8,6 +8,7 @@ import torch
 
 from salad_compile.kernels import attend_with_tail, tail_tokens
 from salad_compile.kernels.layout import ALL_BLOCKS
+from salad_compile.kernels.pools import Pools
 from salad_compile.kernels.selection import Selection
 from salad_compile.kernels.tail import reference
 from tests.kernels.helpers import make_qkv, make_selection
@@ -79,8 +80,8 @@ def run_both(case: Case, dtype: torch.dtype, device: str = "cpu") -> list[tuple[
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).to(device)
     grads = torch.autograd.grad(out, leaves, grad.to(dtype))
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    pools = (pooled(exact[1]), pooled(exact[2]), counted, exact[3])
-    expected, expected_lse = reference.attend_with_tail(*exact[:3], *pools, selection)
+    pools = Pools(pooled(exact[1]), pooled(exact[2]), counted, exact[3])
+    expected, expected_lse = reference.attend_with_tail(*exact[:3], pools, selection)
     expected_grads = torch.autograd.grad(expected, exact, grad)
     return [(out, expected), (lse, expected_lse), *zip(grads, expected_grads, strict=True)]
 
@@ -102,7 +103,7 @@ def brute_force(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     counted = reference.tail_tokens(lut, count, case.tokens, key_block, case.pool, 0, case.tokens)
     ones = torch.ones(2, case.tokens, dtype=torch.float64)
     pools = means(key, case.pool, ones), means(value, case.pool, ones)
-    ours, _ = reference.attend_with_tail(query, key, value, *pools, counted, None, selection)
+    ours, _ = reference.attend_with_tail(query, key, value, Pools(*pools, counted, None), selection)
     rows = []
     for b in range(2):
         for h in range(3):

@@ -11,6 +11,7 @@ from salad_compile.kernels.aot import specialise
 from salad_compile.kernels.block_sparse.gluon_backward import queries_each
 from salad_compile.kernels.launch import Launch, interpreting, record_launches
 from salad_compile.kernels.layout import block_count
+from salad_compile.kernels.pools import Pools
 from salad_compile.kernels.selection import Selection
 from salad_compile.kernels.tail import gluon
 
@@ -31,14 +32,14 @@ def launches(tokens: int = 1001, pools: int = 5, *, backward: bool = False, **op
     mask = torch.empty((BATCH, tokens), dtype=torch.bool, device=META) if options.get("masked") else None
     selection = Selection(lut, lut.new_empty(lut.shape[:3]), query_block, 64, options.get("scale", 0.125), mask)
     weight = torch.empty(HEADS, device=META) if options.get("weight", True) else None
-    of_pools = (means, means, torch.empty((*lut.shape[:3], pools), device=META), weight)
+    pools_of_call = Pools(means, means, torch.empty((*lut.shape[:3], pools), device=META), weight)
     lse = torch.empty((BATCH, HEADS, tokens), device=META)
     with record_launches() as recorded:
         if not backward:
-            out, joint = gluon.attend_with_tail(x, x, x, *of_pools, selection)
+            out, joint = gluon.attend_with_tail(x, x, x, pools_of_call, selection)
             assert (out.shape, joint.shape) == (x.shape, x.shape[:3])
             return recorded
-        grads = gluon.attend_with_tail_backward(x, x, x, x, x, lse, *of_pools, selection)
+        grads = gluon.attend_with_tail_backward(x, x, x, x, x, lse, pools_of_call, selection)
     assert [grad.shape for grad in grads] == [x.shape] * 3 + [means.shape] * 2 + [(HEADS,)]
     return recorded
 
