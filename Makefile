@@ -75,7 +75,7 @@ docs: env  ## the documentation, into build/site
 bench: env  ## time the CPU engine
 	$(BIN)/python benchmarks/attention_cpu.py
 
-# everything that docs/kernels.md and the README say of a GPU; about twelve minutes
+# everything that docs/kernels.md, docs/speed.md and the README say of a GPU; about twelve minutes
 bench-gpu: env  ## all measured numbers of a GPU, and the plots
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/transformer.py

@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--support-table",
         action="store_true",
-        help="write docs/models.md and the table in README.md from the outcomes of tests/models",
+        help="write docs/models.md and the names in README.md from the outcomes of tests/models",
     )
     parser.addoption(
         "--update-golden", action="store_true", help="write the golden graphs of tests/passes/golden as they are now"
@@ -90,7 +90,7 @@ class _SupportTable:
         terminal = session.config.pluginmanager.getplugin("terminalreporter")
         try:
             write(_models(), self.outcomes, _versions(), _dense())
-            terminal.write_line("\nwrote docs/models.md and the table in README.md")
+            terminal.write_line("\nwrote docs/models.md and the names in README.md")
         except UnusableError as error:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
             terminal.write_line(f"\nthe support table was not written: {error}")

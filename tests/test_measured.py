@@ -1,4 +1,4 @@
-"""No number in the README's "Measured" block that is not in benchmarks/results/."""
+"""No number in the tables of speed that is not in benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def kernel_row(name: str, kind: str, step: str, ms: float, **facts: Any) -> dict
 
 
 def test_the_block_is_what_the_raw_rows_say(measured: ModuleType) -> None:
-    assert measured.render() in (ROOT / "README.md").read_text(), "run: python tools/measured.py"
+    assert measured.render() in (ROOT / "docs" / "speed.md").read_text(), "run: python tools/measured.py"
+    assert measured.render_videos() in (ROOT / "README.md").read_text(), "run: python tools/measured.py"
 
 
 def test_bursts_are_a_column_of_their_own(measured: ModuleType, results: Path) -> None:
@@ -137,7 +138,7 @@ def test_the_kernel_table(measured: ModuleType, results: Path) -> None:
     assert "| 1.3B-480p | routing + linear branch | 0.12 (0.11 to 0.14) |  |  | 81.00x |" in block
     assert "SDPA flash" not in block, "only the best dense kernel"
     assert "Without a timing there: 1 not installed, 1 failed." in block
-    assert measured.render(RESULTS) in (ROOT / "README.md").read_text(), "other folders change nothing"
+    assert measured.render(RESULTS) in (ROOT / "docs" / "speed.md").read_text(), "other folders change nothing"
 
 
 def test_the_table_of_whole_steps(measured: ModuleType, results: Path) -> None:
@@ -174,3 +175,32 @@ def test_rows_of_several_runs_name_each_run(measured: ModuleType, results: Path)
     block = measured.render(results)
     assert "denoising step: `python a.py`, " in block
     assert "training step: `python b.py`, " in block
+
+
+def test_a_video_is_derived_from_the_forward_that_was_timed(measured: ModuleType, results: Path) -> None:
+    def step(kind: str, ms: float, name: str = "denoising step", **facts: Any) -> dict[str, Any]:
+        sizes = {"parameter_bytes": 3 * 2**30, "working_bytes": 2**30, "sparsity": 0.9}
+        return kernel_row(kind, kind, name, ms, **sizes, **facts)
+
+    assert "Not measured on a GPU yet." in measured.render_videos(results)
+    rows = [
+        step("dense", 2000.0, dense_attention="FlashAttention-4"),
+        step("salad", 800.0, speedup=2.5),
+        step("salad", 900.0, "training step", speedup=2.0),
+    ]
+    (results / "transformer_imaginary.json").write_text(json.dumps(rows))
+    block = measured.render_videos(results)
+    assert "| transformer, one forward, dense (measured) | 2.00 s, FlashAttention-4 |" in block
+    assert "| **dense / SALAD** (measured) | **2.50x** |" in block
+    assert "| a video, dense (derived) | 3 min 20 s |" in block, "50 steps with two forwards each"
+    assert "| a video, SALAD (derived) | 80 s |" in block
+    assert "| 4.0, 4.0 GiB |" in block
+    assert "| fine-tuning (derived) | 3.2 h |" in block, "1,600 steps of 8 clips"
+    (results / "transformer_imaginary.json").write_text(json.dumps(rows[:2]))
+    assert "| fine-tuning (derived) | not measured |" in measured.render_videos(results)
+
+
+def test_a_fine_tuning_is_the_trainers_default(measured: ModuleType) -> None:
+    from salad_compile.training import TrainSettings
+
+    assert (TrainSettings().steps, TrainSettings().batch) == (measured.TUNING_STEPS, measured.TUNING_BATCH)

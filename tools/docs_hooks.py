@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "build" / "docs_package"
-# <!-- README: Limitations --> becomes the section under that heading
+# <!-- README: What you get --> becomes the section under that heading
 INCLUDE = re.compile(r"<!-- README: (?P<heading>.+?) -->")
 LINK = re.compile(r"(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?P<target>(?!\w+:|#)[^)\s]+)\)")
 

@@ -1,6 +1,6 @@
-"""The README's "Measured" block, and the rivals in docs/kernels.md, from the raw rows in benchmarks/results/ alone.
+"""The tables of measured speed, from the raw rows in benchmarks/results/ alone.
 
-python tools/measured.py            rewrite both blocks
+python tools/measured.py            rewrite the README's table, docs/speed.md, and the rivals in docs/kernels.md
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+VIDEOS_BEGIN, VIDEOS_END = "<!-- videos:begin -->", "<!-- videos:end -->"
+SPEED = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 KERNELS = ROOT / "docs" / "kernels.md"
 RIVALS_BEGIN, RIVALS_END = "<!-- rivals:begin -->", "<!-- rivals:end -->"
@@ -36,7 +38,7 @@ KERNEL_ROWS = {
 
 
 def render(results: Path = RESULTS) -> str:
-    """The block's text, markers included, from the raw rows in `results`."""
+    """The block of docs/speed.md, markers included, from the raw rows in `results`."""
     gpu = [part for path in _gpu_files(results, "attention") for part in (*_kernels(path), "")]
     gpu += [part for path in _gpu_files(results, "transformer") for part in (*_transformers(path), "")]
     return "\n".join([BEGIN, *gpu, *_operators(results), "", *_demo(results), END])
@@ -210,6 +212,68 @@ def _memory(row: Row) -> str:
     return f"{row['working_bytes'] / 2**30:.1f}" if row.get("working_bytes") else "-"
 
 
+# ---------------------------------------------------------------- whole videos, for the README
+
+VIDEO_STEPS, GUIDANCE = 50, 2  # forwards of the transformer: with and without the prompt in each step
+VIDEO_CASES = {"1.3B-480p": "Wan2.1 1.3B, 480p", "14B-720p": "Wan2.1 14B, 720p"}
+TUNING_STEPS, TUNING_BATCH = 1600, 8  # the trainer's defaults
+
+
+def render_videos(results: Path = RESULTS) -> str:
+    """The README's table, markers included: what the steps that were timed make of a video and of a fine-tuning."""
+    files = _gpu_files(results, "transformer")
+    if not files:
+        return "\n".join([VIDEOS_BEGIN, "Not measured on a GPU yet.", VIDEOS_END])
+    rows = _timed(json.loads(files[0].read_text()))
+    found: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        found.setdefault((row["case"], row["pass"], row["kind"]), row)
+    cases = [case for case in VIDEO_CASES if (case, "denoising step", "salad") in found]
+    pairs = [tuple(found[case, "denoising step", kind] for kind in ("dense", "salad")) for case in cases]
+    tuning = [found.get((case, "training step", "salad")) for case in cases]
+    (device,) = {row["device"] for pair in pairs for row in pair}
+    columns = {
+        "transformer, one forward, dense (measured)": [
+            f"{dense['median_ms'] / 1000:.2f} s, {dense['dense_attention']}" for dense, _ in pairs
+        ],
+        "the same, SALAD (measured)": [f"{salad['median_ms'] / 1000:.2f} s" for _, salad in pairs],
+        "**dense / SALAD** (measured)": [f"**{_ratio(salad)}**" for _, salad in pairs],
+        "a video, dense (derived)": [_video(dense) for dense, _ in pairs],
+        "a video, SALAD (derived)": [_video(salad) for _, salad in pairs],
+        "peak memory, dense and SALAD (measured)": [f"{_peak(dense)}, {_peak(salad)} GiB" for dense, salad in pairs],
+        "fine-tuning (derived)": [
+            f"{row['median_ms'] * TUNING_STEPS * TUNING_BATCH / 3.6e6:.1f} h" if row else "not measured"
+            for row in tuning
+        ],
+    }
+    head = f"| one {device}, 81 frames | " + " | ".join(VIDEO_CASES[case] for case in cases) + " |"
+    return "\n".join(
+        [
+            VIDEOS_BEGIN,
+            head,
+            "| --- |" + " --- |" * len(cases),
+            *(f"| {name} | {' | '.join(cells)} |" for name, cells in columns.items()),
+            "",
+            f"bf16, {pairs[0][1]['sparsity']:.0%} of the key blocks left out, random weights of the real sizes. Beside "
+            "the dense time: the kernel, the",
+            f"fastest in the same run. A video: {VIDEO_STEPS} steps with guidance, {VIDEO_STEPS * GUIDANCE} forwards, "
+            "without text encoder and VAE. Memory: weights and",
+            f"one forward. Fine-tuning: {TUNING_STEPS:,} steps of {TUNING_BATCH} clips on one GPU. "
+            f"All rows: `benchmarks/results/{files[0].name}`.",
+            VIDEOS_END,
+        ]
+    )
+
+
+def _video(row: Row) -> str:
+    seconds = round(row["median_ms"] * VIDEO_STEPS * GUIDANCE / 1000)
+    return f"{seconds} s" if seconds < 120 else f"{seconds // 60} min {seconds % 60} s"
+
+
+def _peak(row: Row) -> str:
+    return f"{(row['parameter_bytes'] + row['working_bytes']) / 2**30:.1f}"
+
+
 # ---------------------------------------------------------------- CPU
 
 
@@ -308,8 +372,9 @@ def _replace(path: Path, begin: str, end: str, block: str) -> None:
 
 
 def main() -> None:
-    """Rewrite the block of the README and that of docs/kernels.md."""
-    _replace(README, BEGIN, END, render())
+    """Rewrite the blocks of the README, of docs/speed.md and of docs/kernels.md."""
+    _replace(README, VIDEOS_BEGIN, VIDEOS_END, render_videos())
+    _replace(SPEED, BEGIN, END, render())
     _replace(KERNELS, RIVALS_BEGIN, RIVALS_END, render_rivals())
 
 

@@ -1,4 +1,4 @@
-"""The support table: what the tests of tests/models/test_zoo.py found, as docs/models.md and as a block of README.md.
+"""The support table: what the tests of tests/models/test_zoo.py found, as docs/models.md and the names in README.md.
 
 `tests/conftest.py` collects the outcomes when pytest is run with `--support-table`, and calls :func:`write`.
 `tests/test_support_table.py` holds the checked-in tables against the zoo and against `COLUMNS`.
@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,41 +118,64 @@ def write(
             raise UnusableError(f"{len(unusable)} of {len(cells)} tests {what}: {names}")
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{_short(models, outcomes, dense)}\n{END}{after}")
+    README.write_text(f"{before}{BEGIN}\n{short(models, outcomes, dense)}\n{END}{after}")
     from tools.wild_table import kept_block  # imports this module
 
     TABLE.write_text(_full(models, outcomes, versions, dense) + kept_block(TABLE.read_text()))
 
 
-def _short(models: list[Model], outcomes: Mapping[tuple[str, str], str], dense: list[DenseModel]) -> str:
-    rows = []
-    for model in models:
-        passed = sum(outcomes[model.name, test] == "yes" for test in COLUMNS)
-        rows.append((model.name, shown_sites(model.sites), f"{passed} of {len(COLUMNS)}"))
-    left = "; ".join(f"{model.name}: {model.reason}" for model in dense if model.tested)
-    rendered = table(("model", "converted sites", "checks passed"), rows)
-    return f"{rendered}\n\nChecks: {', '.join(_HEADINGS)}." + (f"\n\nLeft dense: {left}." if left else "")
+def short(models: list[Model], outcomes: Mapping[tuple[str, str], str], dense: list[DenseModel]) -> str:
+    """What the README says: diffusers' models by name, without the models that the tests write themselves."""
+    right = [model for model in models if all(outcomes[model.name, test] == "yes" for test in COLUMNS)]
+    partly = [model for model in models if model not in right and _is_foreign(model)]
+    names = dict.fromkeys(stem(model.class_name) for model in right if _is_foreign(model))
+    left = dict.fromkeys(stem(model.class_name) for model in dense if model.tested)
+    lines = [f"Converted, with all {len(COLUMNS)} checks passed: {', '.join(names)}."]
+    lines += [f"With some checks failed: {', '.join(stem(model.class_name) for model in partly)}."] if partly else []
+    lines += [f"Left dense in at least one of their forms, and told so: {', '.join(left)}."]
+    return "\n".join(textwrap.fill(line, 120, break_long_words=False, break_on_hyphens=False) for line in lines)
+
+
+def _is_foreign(model: Model) -> bool:
+    return not model.class_name.endswith("(tests)")
+
+
+def stem(class_name: str) -> str:
+    """`Wan` of "`WanTransformer3DModel` (diffusers)"."""
+    return re.sub(r"(Transformer(3DModel)?)?` .*", "", class_name).strip("`")
+
+
+def status(model: Model, outcomes: Mapping[tuple[str, str], str]) -> str:
+    """`8 of 8`, or how many and which not, with the reasons."""
+    failed = [
+        f"{COLUMNS[test][0]}: {outcomes[model.name, test]}" for test in COLUMNS if outcomes[model.name, test] != "yes"
+    ]
+    return "; ".join([f"{len(COLUMNS) - len(failed)} of {len(COLUMNS)}", *failed])
+
+
+HEAD = ("model", "class", "checks", "converted sites", "note")
 
 
 def _full(models: list[Model], outcomes: Mapping[tuple[str, str], str], versions: str, dense: list[DenseModel]) -> str:
-    rows = [
-        (m.name, m.class_name, *(outcomes[m.name, test] for test in COLUMNS), shown_sites(m.sites), m.note or "-")
-        for m in models
-    ]
+    def rows(members: Iterable[Model]) -> list[tuple[str, ...]]:
+        return [(m.name, m.class_name, status(m, outcomes), shown_sites(m.sites), m.note or "-") for m in members]
+
     left = [(m.name, m.class_name, m.reason, "yes" if m.tested else "no") for m in dense]
     meanings = "\n".join(f"- **{heading}** (`{test}`): {text}." for test, (heading, text) in COLUMNS.items())
-    return f"""# Models that the tests hold SALAD against
+    return f"""# Supported models
 
 <!-- Generated, do not edit: {COMMAND} -->
 
 Written from the outcomes of `{TESTS}` on {versions}.
-Each model is built tiny, with random weights, in fp32 on the CPU: the table shows that the mechanics are right on this
-architecture. It says nothing about speed, about trained weights or about the quality of videos. What the table does not
+Each model is built tiny, with random weights, in fp32 on the CPU: the tables show that the mechanics are right on this
+architecture. They say nothing about speed, about trained weights or about the quality of videos. What they do not
 list may work or not; `salad_compile.plan(model)` tells which sites it finds, and an error tells when one is lost.
 
-{table(("model", "class", *_HEADINGS, "converted sites", "note"), rows)}
+## Models of diffusers
 
-A "yes" means that the test passed:
+{table(HEAD, rows(filter(_is_foreign, models)))}
+
+{len(COLUMNS)} checks are made of each. They are
 
 {meanings}
 
@@ -159,11 +183,17 @@ A "yes" means that the test passed:
 
 Cases and classes that are not converted. "Tested" (`{DENSE_TEST}`): `convert` refuses the model with that reason and
 leaves it as it was. Classes of diffusers that make video are found by rule (`tests/models/registry.py`): a new one
-fails `tests/models/test_registry.py` until it is in one of the two tables.
+fails `tests/models/test_registry.py` until it is in one of the tables.
 
 {table(("model", "class", "reason", "tested"), left)}
 
-To write this file and the block in README.md again: `{COMMAND}`.
+## Ways to write attention
+
+Models that the tests write themselves, one for each way in which code calls attention. The same checks.
+
+{table(HEAD, rows(model for model in models if not _is_foreign(model)))}
+
+To write this file and the names in README.md again: `{COMMAND}`.
 """
 
 

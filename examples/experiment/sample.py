@@ -51,18 +51,26 @@ def models() -> dict[str, nn.Module]:
 
 
 def draw_strip(clips: dict[str, Tensor], path: Path) -> None:
-    """One row of frames for each clip, fp32 (1, 3, T, S, S)."""
-    count = min(FRAMES_SHOWN, next(iter(clips.values())).shape[2])
-    figure, axes = pyplot.subplots(len(clips), 1, figsize=(count, 1.2 * len(clips)), squeeze=False)
-    for (title, clip), axis in zip(clips.items(), axes[:, 0], strict=True):
+    """One row of frames for each clip, fp32 (1, 3, T, S, S), and beside it a quarter of its last frame, enlarged."""
+    first = next(iter(clips.values()))
+    count, crop = min(FRAMES_SHOWN, first.shape[2]), first.shape[-1] // 2
+    sizes = {"width_ratios": [count, 1.05], "wspace": 0.03, "hspace": 0.28}
+    figure, axes = pyplot.subplots(
+        len(clips), 2, figsize=(count + 1.2, 1.22 * len(clips)), squeeze=False, gridspec_kw=sizes
+    )
+    for (title, clip), (strip, detail) in zip(clips.items(), axes, strict=True):
         chosen = torch.linspace(0, clip.shape[2] - 1, count).round().long()
-        frames = F.pad((clip[0, :, chosen].clamp(-1, 1) + 1) / 2, (1, 1), value=1.0)  # (3, frames, S, S + 2)
-        axis.imshow(frames.permute(2, 1, 3, 0).flatten(1, 2).numpy(), interpolation="nearest")
-        axis.set_title(title, fontsize=9, loc="left", pad=3)
-        axis.axis("off")
-    figure.tight_layout(pad=0.3)
+        shown = (clip[0].clamp(-1, 1) + 1) / 2
+        frames = F.pad(shown[:, chosen], (1, 1), value=1.0)  # (3, frames, S, S + 2)
+        strip.imshow(frames.permute(2, 1, 3, 0).flatten(1, 2).numpy(), interpolation="nearest")
+        strip.set_title(title, fontsize=9, loc="left", pad=3)
+        # below the bar, where sprites meet the background: chosen once, not for what a model does there
+        detail.imshow(shown[:, -1, -crop:, -crop:].permute(1, 2, 0).numpy(), interpolation="nearest")
+        for axis in (strip, detail):
+            axis.axis("off")
+    axes[0, 1].set_title("last frame, corner", fontsize=7, loc="left", pad=3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.05, pil_kwargs={"optimize": True})
     pyplot.close(figure)
 
 
@@ -83,14 +91,17 @@ def main(given: Sequence[str] | None = None) -> int:
         seen = {"hidden_states": noised, "timestep": torch.tensor([options.level]), "label": clip.labels}
         print(f"wrote {salad_compile.save_pictures(models()['90 % sparse, SALAD'], seen, options.look)}")
         return 0
-    rows = {"clip": clip.video} if options.level < 1 else {}  # pure noise has no original
+    compared = {"clip": clip.video} if options.level < 1 else {}  # pure noise has no original
+    rows = {**compared, f"what the models are given: noise level {options.level:g}": noised}
     print(f"held-out clip {options.clip}, noise level {options.level:g}, {options.steps} Euler steps", flush=True)
     for title, model in models().items():
         start = time.perf_counter()
-        rows[title] = sample(model, noised, clip.labels, options.steps, options.level)
-        names = [name for name in ("clip", "dense") if name in rows and name != title]
-        alike = ", ".join(f"PSNR against {name} {psnr(rows[title], rows[name]):.1f} dB" for name in names)
-        print(f"{title}: {time.perf_counter() - start:.1f} s. {alike}", flush=True)
+        restored = sample(model, noised, clip.labels, options.steps, options.level)
+        alike = ", ".join(f"{psnr(restored, other):.1f} dB to {name}" for name, other in compared.items())
+        print(f"{title}: {time.perf_counter() - start:.1f} s. PSNR: {alike}", flush=True)
+        rows[f"{title}: {alike}" if alike else title] = restored
+        if title == "dense":
+            compared["dense"] = restored
     draw_strip(rows, options.output)
     print(f"wrote {options.output}")
     return 0

@@ -22,6 +22,7 @@ from tools.docs_hooks import in_repository, mend_links, readme_section
 
 DOCS = ROOT / "docs"
 OURS = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, errors.SaladError)}
+EVIDENCE = (DOCS / "evidence.md").read_text(encoding="utf-8")
 REFERENCE = (DOCS / "reference.md").read_text(encoding="utf-8")
 
 
@@ -112,13 +113,25 @@ def test_a_link_to_a_file_that_is_gone_is_a_warning(caplog: pytest.LogCaptureFix
 
 
 def test_sections_of_the_readme_are_taken_over() -> None:
-    text = readme_section("Limitations")
-    assert text.startswith("- ")
+    text = readme_section("What you get")
+    assert "| **dense / SALAD** (measured) |" in text
     assert "](docs/" not in text
-    assert "](kernels.md)" in text
-    assert "<!-- README: Limitations -->" in (DOCS / "limitations.md").read_text(encoding="utf-8")
+    assert "](speed.md)" in text
+    assert "<!-- README: What you get -->" in (DOCS / "index.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="no heading"):
         readme_section("No such heading")
+
+
+def test_the_readme_is_short_and_its_numbers_of_quality_are_those_of_the_evidence() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) < 150
+    said = re.search(r"at 90 % sparsity fine-tuning closes (\d+) to (\d+) % of the gap", " ".join(readme.split()))
+    closed = re.findall(r"^\| `(salad|rope-16-long)` .* \| ([\d.]+)% \| [\d.]+% \|", EVIDENCE, re.MULTILINE)
+    assert said
+    assert [(name, round(float(share))) for name, share in closed] == [
+        ("salad", int(said[1])),
+        ("rope-16-long", int(said[2])),
+    ]
 
 
 def test_docstrings_as_mkdocstrings_reads_them() -> None:

@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # docs/command_line.md is written from the parsers; the other pages have no snippets to run
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("index", "getting_started", "how_it_works", "fine_tuning")),
-    *(ROOT / "docs" / f"{name}.md" for name in ("inference", "formats", "troubleshooting")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("index", "getting_started", "how_it_works", "settings")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("fine_tuning", "inference", "formats", "troubleshooting")),
 ]
+SETTINGS = ROOT / "docs" / "settings.md"
 MOST_NOT_RUN = 4
 
 
@@ -71,7 +72,7 @@ def test_snippets(page: Path) -> None:
 
 def run_python(block: Block, known: dict[str, Any]) -> None:
     for fragment, made in world.FRESH.items():
-        if block.page.name == "README.md" and fragment in block.code:
+        if block.page.name == SETTINGS.name and fragment in block.code:
             known.update(made())
     # the traceback of a failure shows the page and its line
     code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec")
@@ -186,7 +187,7 @@ def test_blocks_have_a_language() -> None:
             assert block.language in ("python", "bash", "text", "json"), f"{block}: {block.language!r}"
 
 
-def test_blocks_with_fresh_names_are_in_the_readme() -> None:
-    blocks = [block.code for block in blocks_of(PAGES[0]) if block.language == "python"]
+def test_blocks_with_fresh_names_are_among_the_settings() -> None:
+    blocks = [block.code for block in blocks_of(SETTINGS) if block.language == "python"]
     for fragment in world.FRESH:
-        assert sum(fragment in code for code in blocks) == 1, f"README.md has no block, or several, with {fragment!r}"
+        assert sum(fragment in code for code in blocks) == 1, f"settings.md has no block, or several, with {fragment!r}"

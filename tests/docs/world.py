@@ -185,7 +185,7 @@ def names() -> dict[str, Any]:
     }
 
 
-# The README has alternatives one after the other. A fragment of a block -> names that are made afresh for it.
+# docs/settings.md has alternatives one after the other. A fragment of a block -> names that are made afresh for it.
 FRESH: dict[str, Callable[[], dict[str, Any]]] = {
     "salad_compile.plan(model)": lambda: {"model": base()},
     "salad_compile.set_sparsity(model, 0.8)": lambda: {"model": convert_base(sparsity=0.9, lowest_sparsity=0.5)},
@@ -195,16 +195,7 @@ FRESH: dict[str, Callable[[], dict[str, Any]]] = {
         "model": fine_tune(base(num_layers=2), overrides={"blocks.1.*": {"pattern": "stswa"}}),
         "inputs": inputs(),
     },
-    'salad_compile.save(model, "salad.safetensors")': lambda: {"model": convert_base()},
-    "compile_pipeline(salad_compile.convert(pipe))": lambda: another_file(),
-    "torch.export.export(model": lambda: {"model": convert_base(), "inputs": inputs()},
 }
-
-
-def another_file() -> dict[str, Any]:
-    """A pipeline that was never converted, and a file for it."""
-    salad_compile.save(salad_compile.convert(base()), "other.safetensors")
-    return {"pipe": pipeline(base())}
 
 
 def handwritten() -> dict[str, Any]:
@@ -215,7 +206,7 @@ def handwritten() -> dict[str, Any]:
 
 
 def my_operators() -> dict[str, Any]:
-    """torch.ops.my_ops.varlen_attention, the operator that the README adapts."""
+    """torch.ops.my_ops.varlen_attention, the operator that docs/settings.md adapts."""
     if hasattr(torch.ops.my_ops, "varlen_attention"):
         return {}
 
