@@ -7,8 +7,6 @@ import dataclasses
 import os
 import shutil
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,27 +15,16 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from salad_compile.common.sharding import reshard
 from salad_compile.common.wrappers import single_model
 from salad_compile.config import SaladConfig
 from salad_compile.latents import LatentDataset
-from salad_compile.sites.branch import branches
 from salad_compile.training.families import family_of
-from salad_compile.training.feeding import Placed
-from salad_compile.training.flow_matching import Forward, validation_sample
-from salad_compile.training.interrupts import StopRequest
+from salad_compile.training.flow_matching import Forward
 from salad_compile.training.loop import Run, prepare
 from salad_compile.training.outcome import duration
-from salad_compile.training.preparation import DTYPES
 from salad_compile.training.records import peak_memory
-from salad_compile.training.reference_states import as_base
+from salad_compile.training.rehearsal import COUNTED_STEPS, Rehearsal, clock
 from salad_compile.training.settings import TrainSettings
-
-MEASURED_STEPS = 3  # of each size, of which the first compiles
-MEASURED_SIZES = 3
-COUNTED_STEPS = 1000  # of which the sizes are counted
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +33,8 @@ class Estimate:
 
     Attributes:
         steps, batch: of the run. step_seconds: of one step, the mean over the sizes of the data.
-        compile_seconds: beyond that, once. validation_seconds, checkpoint_seconds: in all.
+        compile_seconds: beyond that, once: a run that follows finds in its caches what was compiled for this estimate.
+        validation_seconds, checkpoint_seconds: in all.
         peak_memory: bytes, of the device, or of the process on the CPU. memory: that there is.
         disk: bytes of all that the run writes. free: bytes that are free where it writes.
     """
@@ -119,11 +107,14 @@ def estimate(
         family=family_of(bare, wanted, forward),
     )
     parameters = run.engine.parameters
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    keep = torch.clone if run.accelerator.is_fsdp2 else _on_the_host  # so that the peak is that of the run
+    before = {name: keep(parameter.detach()) for name, parameter in parameters.items()}
     run.engine.bare.train()
-    step_seconds, first = _steps(run, settings)
-    validation_seconds = 0.0 if validation is None else _validation(run, settings, validation)
-    checkpoint_seconds, disk, free = _checkpoints(run, settings, Path(directory))
+    with contextlib.closing(Rehearsal(run, settings)) as rehearsal:
+        step_seconds = rehearsal.step_seconds()
+        validation_seconds = 0.0 if validation is None else rehearsal.validation_seconds(validation)
+        checkpoint_seconds, disk, free = _checkpoints(run, settings, Path(directory))
+        first = rehearsal.first_seconds + rehearsal.compile_seconds()
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(before[name])
@@ -142,103 +133,8 @@ def estimate(
     )
 
 
-def _steps(run: Run, settings: TrainSettings) -> tuple[float, float]:
-    """Seconds of one step, the mean over the whole run; and what first steps take beyond theirs."""
-    distilled = min(settings.distillation_steps, settings.steps)
-    stages = {0: distilled, distilled: settings.steps - distilled}  # first step -> number of steps
-    total = first = 0.0
-    with StopRequest() as stop:
-        for start, count in stages.items():
-            if count:
-                mean, extra = _stage(run, start, stop)
-                total, first = total + count * mean, first + extra
-    return total / settings.steps, first
-
-
-def _stage(run: Run, start: int, stop: StopRequest) -> tuple[float, float]:
-    """As :func:`_steps`, of one stage of the run. start: its first step."""
-    warmup = run.settings.sparsity_warmup
-    number = start if start < run.settings.distillation_steps else max(start, warmup + 1)  # sparse as in the end
-    sizes = _sizes(run)
-    seconds: dict[int, float] = {}
-    extra = 0.0
-    for shape in _to_measure(sizes):
-        step = next(step for step in range(start, start + COUNTED_STEPS) if _shape(run, step) == shape)
-        times = []
-        for _ in range(MEASURED_STEPS):
-            began = _clock(run)
-            batches = _micro_batches(run, step)
-            if run.settings.workers:  # other processes read ahead
-                began = _clock(run)
-            run.take_step(number, batches, stop)
-            times.append(_clock(run) - began)
-        seconds[_elements(shape)] = min(times[1:])
-        extra += max(times[0] - min(times[1:]), 0.0)
-    total = sum(sizes.values())
-    return sum(count * _between(seconds, _elements(shape)) for shape, count in sizes.items()) / total, extra
-
-
-def _sizes(run: Run) -> Counter[Shape]:
-    """How often each shape comes."""
-    return Counter(_shape(run, step) for step in range(COUNTED_STEPS))  # of the first steps
-
-
-def _shape(run: Run, step: int) -> Shape:
-    return tuple(run.feed.latents.shapes[run.feed.batches.at(step)[0]])
-
-
-def _to_measure(sizes: Counter[Shape]) -> list[Shape]:
-    """The most frequent one, the largest and the smallest; the largest first, which takes the memory."""
-    wanted = {sizes.most_common(1)[0][0], max(sizes, key=_elements), min(sizes, key=_elements)}
-    return sorted(wanted, key=_elements, reverse=True)[:MEASURED_SIZES]
-
-
-def _elements(shape: Shape) -> int:
-    return torch.Size(shape).numel()
-
-
-def _between(known: Mapping[int, float], wanted: int) -> float:
-    """Linear between the two known neighbours."""
-    if wanted in known:
-        return known[wanted]
-    low = max(size for size in known if size < wanted)
-    high = min(size for size in known if size > wanted)
-    return known[low] + (known[high] - known[low]) * (wanted - low) / (high - low)
-
-
-def _micro_batches(run: Run, step: int) -> list[list[Placed]]:
-    """The items of one step, read in this process."""
-    indices = run.feed.batches.at(step)
-    return [
-        [(place, run.feed.latents[indices[place]]) for place in places] for places in run.feed.places(run.feed.rank)
-    ]
-
-
-def _validation(run: Run, settings: TrainSettings, latents: LatentDataset) -> float:
-    """Seconds of all validations: those between steps and the last, and the three before the first step."""
-    world = int(run.accelerator.num_processes)
-    forwards = -(-len(latents) * settings.validation_points // world)
-    every = settings.validation_every
-    later = -(-settings.steps // every) if every else 1
-    run.engine.bare.eval()
-    sparse = _forward_seconds(run, settings, latents)
-    with as_base(branches(run.engine.bare).values()):
-        dense = _forward_seconds(run, settings, latents)
-    run.engine.bare.train()
-    return forwards * ((later + 2) * sparse + dense)
-
-
-@torch.no_grad()
-def _forward_seconds(run: Run, settings: TrainSettings, latents: LatentDataset) -> float:
-    sample = validation_sample(latents[0], settings, 0, 0, run.family.add_noise)
-    sample = sample.to(run.accelerator.device, DTYPES[settings.precision])
-    seconds = 0.0
-    for _ in range(2):  # the first one compiles
-        began = _clock(run)
-        run.family.predict(run.engine.wrapped, sample)
-        seconds = _clock(run) - began
-    reshard(run.engine.bare)
-    return seconds
+def _on_the_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", copy=True)
 
 
 def _checkpoints(run: Run, settings: TrainSettings, directory: Path) -> tuple[float, int, int]:
@@ -247,9 +143,9 @@ def _checkpoints(run: Run, settings: TrainSettings, directory: Path) -> tuple[fl
     writer = run.writer
     with _shared_folder(run, there) as folder:
         writer.directory = folder
-        began = _clock(run)
+        began = clock(run.accelerator.device)
         path = writer.write(0)
-        seconds = _clock(run) - began
+        seconds = clock(run.accelerator.device) - began
         run.accelerator.wait_for_everyone()
         sizes = [file.stat().st_size for file in sorted(path.glob("*.safetensors"))]  # the branches, the optimizer
         run.accelerator.wait_for_everyone()
@@ -273,12 +169,6 @@ def _shared_folder(run: Run, parent: Path) -> Iterator[Path]:
     finally:
         if main:
             shutil.rmtree(name, ignore_errors=True)
-
-
-def _clock(run: Run) -> float:
-    if run.accelerator.device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def _memory(device: torch.device) -> int:

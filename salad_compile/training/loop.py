@@ -230,8 +230,8 @@ class Run:
         distils = step < settings.distillation_steps
         if not distils:
             self.engine.checkpoint_activations()
-        samples = [self._add_noise(micro, step) for micro in micro_batches]
-        own = self._distil(samples) if distils else self._match_flow(samples)
+        samples = [self.add_noise(micro, step) for micro in micro_batches]
+        own = self._distil(samples) if distils else self.match_flow(samples)
         each, stopped = self._gather(own, stop)
         norm = self.engine.clip()
         finite = bool(each.isfinite().all()) and math.isfinite(norm)
@@ -252,11 +252,11 @@ class Run:
         }
         return values, stopped
 
-    def _add_noise(self, micro: list[Placed], step: int) -> Noised:
+    def add_noise(self, micro: list[Placed], step: int) -> Noised:
         batch = stack([training_sample(i, self.settings, step, place, self.family.add_noise) for place, i in micro])
         return batch.to(self.accelerator.device, DTYPES[self.settings.precision])
 
-    def _match_flow(self, samples: list[Noised]) -> torch.Tensor:
+    def match_flow(self, samples: list[Noised]) -> torch.Tensor:
         """Gradients of the mean over the global batch; the losses of this process's samples."""
         found = []
         for number, batch in enumerate(samples):
@@ -269,7 +269,7 @@ class Run:
         return torch.cat(found)
 
     def _distil(self, samples: list[Noised]) -> torch.Tensor:
-        """As :meth:`_match_flow`, of the sites' own errors."""
+        """As :meth:`match_flow`, of the sites' own errors."""
         found = []
         # what is compiled runs as it was: the hooks that compare are not there when it is traced
         with self.distillation.watching(), torch.compiler.set_stance("force_eager"):

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,16 +165,16 @@ class Records:
         outcome = self._outcome(loss)
         if step < self.settings.sparsity_warmup:
             outcome = Outcome(None, loss, None, outcome.seconds)
-        self._log({"step": step, "validation_loss": loss, "gap_closed": outcome.gap_closed})
+        seconds = round(outcome.seconds, 3)
+        self._log({"step": step, "validation_loss": loss, "gap_closed": outcome.gap_closed, "seconds": seconds})
         self.bar.say(f"step {step}: {outcome.verdict()}")
 
     def result(self, step: int) -> None:
-        """At the end of a run with validation, once: the last line of the log."""
+        """At the end of a run, once: the last line of the log, and the time of all of it."""
         if self.main:
-            outcome = outcome_of(read_log(self.log.path.parent))
-            if outcome.now is None:
-                return
-            self.log.write({"step": step, "gap_closed": outcome.gap_closed, RESULT: outcome.sentence()})
+            outcome = replace(outcome_of(read_log(self.log.path.parent)), seconds=round(self._seconds(), 3))
+            line = {"step": step, "gap_closed": outcome.gap_closed, "seconds": outcome.seconds}
+            self.log.write({**line, RESULT: outcome.sentence()})
 
     def _seconds(self) -> float:
         return self.log.seconds + time.perf_counter() - self._began

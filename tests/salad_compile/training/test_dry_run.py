@@ -10,9 +10,11 @@ import torch
 
 from salad_compile.errors import ConfigError
 from salad_compile.latents import LatentItem, open_latents, write_latents
-from salad_compile.training import Estimate, TrainSettings, estimate, train
-from salad_compile.training import dry_run as dry_run_module
+from salad_compile.sites.branch import branches
+from salad_compile.training import Estimate, TrainSettings, estimate, rehearsal, train
+from salad_compile.training.engine import Engine
 from salad_compile.training.flow_matching import Forward
+from salad_compile.training.preparation import mean_sparsity
 from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, items, latents, wan_forward
 
 RUN = dataclasses.replace(
@@ -45,7 +47,7 @@ def seconds_by_size(monkeypatch: pytest.MonkeyPatch, asked: list[torch.Size]) ->
         asked.append(noisy.shape[1:])
         return wan_forward(model, noisy, *rest)
 
-    monkeypatch.setattr(dry_run_module, "_clock", lambda run: time[0])
+    monkeypatch.setattr(rehearsal, "clock", lambda device: time[0])
     return forward
 
 
@@ -78,6 +80,46 @@ def test_both_stages_of_a_distilled_run_are_measured(tmp_path: Path) -> None:
     )
     assert len(seen) == 2 * 3 * 2  # stages, steps, micro-batches
     assert found.validation_seconds == 0
+
+
+def test_compilation_is_timed_as_the_run_will_find_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which forwards take a second, and ten more where something was forgotten before."""
+    data, held_out = latents(tmp_path / "latents"), latents(tmp_path / "held-out", 2, prefix="held", seed=9)
+    time, fresh, resets = [0.0], [True], []
+
+    def forward(model: torch.nn.Module, noisy: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        time[0] += 11.0 if fresh[0] else 1.0
+        fresh[0] = False
+        return wan_forward(model, noisy, *rest)
+
+    def reset() -> None:
+        resets.append(time[0])
+        fresh[0] = True
+
+    monkeypatch.setattr(rehearsal, "clock", lambda device: time[0])
+    monkeypatch.setattr(torch.compiler, "reset", reset)
+    monkeypatch.setattr(Engine, "compile", lambda self: None)
+    settings = dataclasses.replace(RUN, compile="model", validation_every=20)
+    found = estimate(converted(), data, settings, tmp_path / "run", validation=held_out, forward=forward)
+    assert (found.step_seconds, found.compile_seconds) == (2.0, 10.0)  # two micro-batches
+    assert found.validation_seconds == 2 * 2 * 5  # items, noise levels; three at first and two later
+    assert len(resets) == 1
+
+
+def test_steps_while_the_sparsity_grows_are_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which a step takes as long as its density: 0.8 at first, 0.3 in the end."""
+    time, model = [0.0], converted()
+
+    def forward(wan: torch.nn.Module, *arguments: torch.Tensor) -> torch.Tensor:
+        time[0] += (1 - mean_sparsity(branches(model))) / 2  # two micro-batches
+        return wan_forward(wan, *arguments)
+
+    monkeypatch.setattr(rehearsal, "clock", lambda device: time[0])
+    data = latents(tmp_path / "latents")
+    settings = dataclasses.replace(RUN, steps=40, sparsity_warmup=10)
+    found = estimate(model, data, settings, tmp_path / "run", forward=forward)
+    assert found.step_seconds == pytest.approx((10 * (0.8 + 0.3) / 2 + 30 * 0.3) / 40)
+    assert mean_sparsity(branches(model)) == pytest.approx(0.7)
 
 
 def test_mistakes_are_those_of_train(tmp_path: Path) -> None:
