@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,12 +110,7 @@ def statistics_of(source: str | os.PathLike[str]) -> LatentStatistics | None:
 
     from salad_compile.latents.encoding.vae import statistics_of_config
 
-    path = Path(source)
-    if not path.is_dir():
-        return None
-    around = path.resolve().parent
-    places = (path, path / "vae", *((around / "vae",) if (around / PIPELINE_INDEX).is_file() else ()))
-    vae = next((place for place in places if _is_vae(place)), None)
+    vae = _vae_of(source)
     if vae is None:
         return None
     config = dict(read_json(vae / CONFIG))
@@ -127,6 +122,58 @@ def statistics_of(source: str | os.PathLike[str]) -> LatentStatistics | None:
         except SafetensorError as error:
             raise ModelSourceError(f"{file} is not a complete safetensors file: {error}") from error
     return statistics_of_config(config)
+
+
+def load_decoder(source: str | os.PathLike[str]) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """A function that decodes normalised latents, (C, T, H, W) -> frames (F, height, width, 3) uint8, on the CPU.
+
+    The VAE is found as by :func:`statistics_of`, and is on the device of the latents only while it decodes. None: there
+    is none.
+
+    Raises:
+        ModelSourceError: it cannot be read. ConfigError: it does not say how latents are normalised.
+    """
+    directory = _vae_of(source)
+    if directory is None:
+        return None
+    import diffusers
+    import torch
+
+    from salad_compile.latents.encoding.vae import decode_latent, vae_statistics
+
+    name = str(read_json(directory / CONFIG).get("_class_name"))
+    cls: Any = getattr(diffusers, name, None) if name.isidentifier() else None
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise ModelSourceError(f"{directory / CONFIG} says {name[:80]!r}, no VAE of diffusers {diffusers.__version__}.")
+    silence_progress()
+    try:
+        read: Any = cls.from_pretrained
+        vae = read(str(directory), torch_dtype=torch.float32, local_files_only=True)
+    except Exception as error:  # of readers of others, which may raise anything
+        raise ModelSourceError(f"the VAE in {directory} cannot be read: {type(error).__name__}: {error}") from error
+    vae.eval().requires_grad_(False)
+    if hasattr(vae, "enable_tiling"):
+        vae.enable_tiling()
+    statistics = vae_statistics(vae)
+
+    def decode(latent: torch.Tensor) -> torch.Tensor:
+        vae.to(latent.device)
+        try:
+            return decode_latent(vae, statistics, latent)
+        finally:
+            vae.to("cpu")
+
+    return decode
+
+
+def _vae_of(source: str | os.PathLike[str]) -> Path | None:
+    """The directory of the VAE of a pipeline here, of which `source` is the directory, or that of one of its models."""
+    path = Path(source)
+    if not path.is_dir():
+        return None
+    around = path.resolve().parent
+    places = (path, path / "vae", *((around / "vae",) if (around / PIPELINE_INDEX).is_file() else ()))
+    return next((place for place in places if _is_vae(place)), None)
 
 
 def _is_vae(directory: Path) -> bool:

@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run_one(arguments: argparse.Namespace, expert: Expert, config: SaladConfig | None) -> int:
     """Train one transformer, or estimate what that would take."""
     from salad_compile.command_line.model_source import import_name
-    from salad_compile.command_line.pipeline_source import statistics_of
+    from salad_compile.command_line.pipeline_source import load_decoder, statistics_of
     from salad_compile.latents import open_latents
     from salad_compile.training import estimate, train
 
@@ -100,7 +100,8 @@ def _run_one(arguments: argparse.Namespace, expert: Expert, config: SaladConfig 
     validation = open_latents(arguments.validation, vae=vae) if arguments.validation else None
     forward = import_name(arguments.forward) if arguments.forward else None
     model, latents = _model(arguments, expert), open_latents(arguments.latents, vae=vae)
-    more: dict[str, Any] = {"validation": validation, "config": config, "forward": forward}
+    decode = load_decoder(arguments.model) if expert.settings.sample_every else None
+    more: dict[str, Any] = {"validation": validation, "config": config, "forward": forward, "decode": decode}
     if arguments.dry_run:
         expected = estimate(model, latents, expert.settings, expert.output, **more)
         if _is_first():

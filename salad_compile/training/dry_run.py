@@ -20,10 +20,11 @@ from salad_compile.config import SaladConfig
 from salad_compile.latents import LatentDataset
 from salad_compile.training.families import family_of
 from salad_compile.training.flow_matching import Forward
-from salad_compile.training.loop import Run, prepare
+from salad_compile.training.loop import Given, Run, prepare
 from salad_compile.training.outcome import duration
 from salad_compile.training.records import peak_memory
 from salad_compile.training.rehearsal import COUNTED_STEPS, Rehearsal, clock
+from salad_compile.training.samples import Decode
 from salad_compile.training.settings import TrainSettings
 
 
@@ -34,7 +35,7 @@ class Estimate:
     Attributes:
         steps, batch: of the run. step_seconds: of one step, the mean over the sizes of the data.
         compile_seconds: beyond that, once: a run that follows finds in its caches what was compiled for this estimate.
-        validation_seconds, checkpoint_seconds: in all.
+        validation_seconds, checkpoint_seconds, sample_seconds: in all.
         peak_memory: bytes, of the device, or of the process on the CPU. memory: that there is.
         disk: bytes of all that the run writes. free: bytes that are free where it writes.
     """
@@ -45,6 +46,7 @@ class Estimate:
     compile_seconds: float
     validation_seconds: float
     checkpoint_seconds: float
+    sample_seconds: float
     peak_memory: int
     memory: int
     disk: int
@@ -53,7 +55,8 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """Of the whole run."""
-        return self.steps * self.step_seconds + self.compile_seconds + self.validation_seconds + self.checkpoint_seconds
+        more = self.compile_seconds + self.validation_seconds + self.checkpoint_seconds + self.sample_seconds
+        return self.steps * self.step_seconds + more
 
     def sentence(self) -> str:
         """Three lines: time, memory, disk."""
@@ -61,6 +64,7 @@ class Estimate:
             "to compile": self.compile_seconds,
             "of validation": self.validation_seconds,
             "for checkpoints": self.checkpoint_seconds,
+            "for samples": self.sample_seconds,
         }
         named = ", ".join(f"{duration(seconds)} {what}" for what, seconds in parts.items() if seconds)
         disk = f"{_size(self.disk)} on the disk, where {_size(self.free)} are free"
@@ -87,6 +91,7 @@ def estimate(
     validation: LatentDataset | None = None,
     config: SaladConfig | Mapping[str, Any] | None = None,
     forward: Forward | None = None,
+    decode: Decode | None = None,
 ) -> Estimate:
     """Take three steps, one validation forward and one checkpoint, and tell what a whole run would take.
 
@@ -96,16 +101,8 @@ def estimate(
     """
     bare = single_model(model, "train")
     wanted = dataclasses.replace(settings, trackers=(), steps=max(settings.steps, COUNTED_STEPS))
-    run = prepare(
-        bare,
-        latents,
-        wanted,
-        Path(directory),
-        validation=validation,
-        found=None,
-        config=config,
-        family=family_of(bare, wanted, forward),
-    )
+    given = Given(latents, validation, family_of(bare, wanted, forward), decode)
+    run = prepare(bare, given, wanted, Path(directory), found=None, config=config)
     parameters = run.engine.parameters
     keep = torch.clone if run.accelerator.is_fsdp2 else _on_the_host  # so that the peak is that of the run
     before = {name: keep(parameter.detach()) for name, parameter in parameters.items()}
@@ -113,6 +110,7 @@ def estimate(
     with contextlib.closing(Rehearsal(run, settings)) as rehearsal:
         step_seconds = rehearsal.step_seconds()
         validation_seconds = 0.0 if validation is None else rehearsal.validation_seconds(validation)
+        sample_seconds = rehearsal.sample_seconds()
         checkpoint_seconds, disk, free = _checkpoints(run, settings, Path(directory))
         first = rehearsal.first_seconds + rehearsal.compile_seconds()
     with torch.no_grad():
@@ -126,6 +124,7 @@ def estimate(
         first,
         validation_seconds,
         checkpoint_seconds,
+        sample_seconds,
         peak_memory(device),
         _memory(device),
         disk,

@@ -93,13 +93,13 @@ def validation_sample(
     item: LatentItem, settings: TrainSettings, index: int, point: int, noising: Noising = flow_noise
 ) -> Noised:
     """As :func:`training_sample`, with the same noise every time and noise level number `point` of a fixed grid."""
-    first, last = _range(settings)
+    first, last = noise_range(settings)
     u = first + (last - first) * (point + 0.5) / settings.validation_points
     drawing = generator(settings.seed, "validation", index, point)
     return _add_noise(item, settings, shift_level(u, settings.flow_shift), drawing, False, noising)
 
 
-def _range(settings: TrainSettings) -> tuple[float, float]:
+def noise_range(settings: TrainSettings) -> tuple[float, float]:
     """Of u, for the noise levels that the settings allow: the shift, undone."""
     shift = settings.flow_shift
     low, high = (s / (shift - (shift - 1) * s) for s in (settings.lowest_noise, settings.highest_noise))
@@ -108,7 +108,7 @@ def _range(settings: TrainSettings) -> tuple[float, float]:
 
 def _draw_level(settings: TrainSettings, drawing: torch.Generator) -> float:
     """u, as it is distributed, within the range: an expert never sees noise of the other."""
-    first, last = _range(settings)
+    first, last = noise_range(settings)
     if settings.timestep_sampling == "uniform":
         return first + (last - first) * float(torch.rand((), generator=drawing))
     if (first, last) == (0.0, 1.0):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ from salad_compile.training.flow_matching import Forward, Noised, losses, stack,
 from salad_compile.training.interrupts import StopRequest
 from salad_compile.training.outcome import TrainResult, outcome_of
 from salad_compile.training.preparation import DTYPES, make_trainable, mean_sparsity, require_converted
-from salad_compile.training.records import Records, read_log, require_trackers
+from salad_compile.training.records import EMA_FILE_NAME, Records, flat, read_log, require_trackers, set_aside
+from salad_compile.training.samples import Decode, SampleStrips, require_decode
 from salad_compile.training.seeds import derive_seed
 from salad_compile.training.settings import TrainSettings
 from salad_compile.training.validation import first_losses, validation_loss
 
-EMA_FILE_NAME = "salad_ema.safetensors"
 WAIT_SECONDS = 15.0  # for another run in the directory: processes that read ahead outlive a killed one for some seconds
 
 
@@ -55,6 +56,7 @@ def train(
     resume: bool = True,
     config: SaladConfig | Mapping[str, Any] | None = None,
     forward: Forward | None = None,
+    decode: Decode | None = None,
 ) -> TrainResult:
     """Fine-tune a converted model in place. Under `accelerate launch` or torchrun every process calls it.
 
@@ -68,6 +70,7 @@ def train(
         config: converts a model that is not converted, with the largest latent as example.
         forward: f(model, latents, timesteps, texts) -> predicted velocity, for models of no family that is known here:
             Wan, LTX-Video, HunyuanVideo and CogVideoX. A fifth parameter gets conditions of the data, by name.
+        decode: of the VAE, for `sample_every`: a normalised latent (C, T, H, W) -> frames (F, height, width, 3) uint8.
 
     Raises:
         ConfigError: settings, model and engine do not fit each other. NotConvertedError: no branch and no `config`.
@@ -79,35 +82,45 @@ def train(
     family = family_of(bare, settings, forward)
     require_trackers(settings.trackers)
     found = _newest(target, settings, resume)
-    run = prepare(bare, latents, settings, target, validation=validation, found=found, config=config, family=family)
+    given = Given(latents, validation, family, decode)
+    run = prepare(bare, given, settings, target, found=found, config=config)
     with StopRequest() as stop:
         return run.run(found, stop)
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a run is given beside model and settings; as of :func:`train`."""
+
+    latents: LatentDataset
+    validation: LatentDataset | None
+    family: Family
+    decode: Decode | None = None
+
+
 def prepare(
     bare: nn.Module,
-    latents: LatentDataset,
+    given: Given,
     settings: TrainSettings,
     directory: Path,
     *,
-    validation: LatentDataset | None,
     found: Checkpoint | None,
     config: SaladConfig | Mapping[str, Any] | None,
-    family: Family,
 ) -> Run:
     """Model, data and engine of a run, which writes nothing yet; arguments and errors as of :func:`train`.
 
     Args:
         found: the checkpoint that the run is to go on from.
     """
+    require_decode(settings, given.decode)
     accelerator = make_accelerator(settings, directory)
-    feed = Feed(latents, settings, accelerator.process_index, accelerator.num_processes)
-    require_converted(bare, latents, settings, config, family)
+    feed = Feed(given.latents, settings, accelerator.process_index, accelerator.num_processes)
+    require_converted(bare, given.latents, settings, config, given.family)
     make_trainable(bare, settings.precision)
-    fingerprint = Fingerprint.of(bare, latents)
+    fingerprint = Fingerprint.of(bare, given.latents)
     if found is not None:
         require_same(found, settings, fingerprint)
-    return Run(Engine.prepare(accelerator, bare, settings), feed, family, directory, fingerprint, validation)
+    return Run(Engine.prepare(accelerator, bare, settings), feed, given, directory, fingerprint)
 
 
 def _newest(directory: Path, settings: TrainSettings, resume: bool) -> Checkpoint | None:
@@ -123,18 +136,13 @@ def _newest(directory: Path, settings: TrainSettings, resume: bool) -> Checkpoin
 class Run:
     """One run from its first or from a later step to its end."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        feed: Feed,
-        family: Family,
-        directory: Path,
-        fingerprint: Fingerprint,
-        validation: LatentDataset | None,
-    ) -> None:
-        self.engine, self.feed, self.family = engine, feed, family
+    def __init__(self, engine: Engine, feed: Feed, given: Given, directory: Path, fingerprint: Fingerprint) -> None:
+        self.engine, self.feed, self.family = engine, feed, given.family
         self.accelerator, self.settings = engine.accelerator, engine.settings
-        self.directory, self.validation = directory, validation
+        self.directory, self.validation = directory, given.validation
+        shown = given.validation or given.latents
+        strips = self.settings.sample_every
+        self.strips = SampleStrips(engine, given.family, shown, given.decode, directory) if strips else None
         self.known = branches(engine.bare)
         decay = self.settings.ema_decay
         self.average = MovingAverage(engine.parameters, decay) if decay else None
@@ -178,6 +186,8 @@ class Run:
         step, stopped = first, 0
         try:
             self._measure_first(first, records)
+            if self.strips is not None and first == 0:
+                records.samples(0, self.strips.write(0))
             loader = self.feed.micro_batches(first)
             while step < self.settings.steps and not stopped:
                 values, stopped = self.take_step(step, [next(loader) for _ in range(self.feed.accumulation)], stop)
@@ -196,26 +206,14 @@ class Run:
             self.writer.remove_leftovers()
             self.writer.require_room()
         if self.settings.trackers:
-            self.accelerator.init_trackers("trackers", config=_flat(self.settings))
+            self.accelerator.init_trackers("trackers", config=flat(self.settings))
         if found is None:
             return 0
         self.writer.read(found)
         logger.info("resuming from %s", found.path)
         if main and found.step < self.settings.steps:
-            self._set_aside(found.step)
+            set_aside(self.directory, found.step)
         return found.step
-
-    def _set_aside(self, step: int) -> None:
-        """The results of a run that goes on are no longer those of its newest state: they get their step's name."""
-        if not (self.directory / SUMMARY_FILE).exists():
-            return
-        for name in (SUMMARY_FILE, FILE_NAME, EMA_FILE_NAME):
-            file = self.directory / name
-            if file.exists():
-                aside = file.with_stem(f"{file.stem}-{checkpoint_name(step)}")
-                with name_failures(aside):
-                    file.replace(aside)
-                logger.warning("%s is of step %d, and the run goes on: it is called %s now", file, step, aside.name)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -324,6 +322,8 @@ class Run:
         due = settings.validation_every and step % settings.validation_every == 0
         if self.validation is not None and (due or last):
             records.validation(step, validation_loss(self.engine, self.validation, self.family))
+        if self.strips is not None and (last or step % settings.sample_every == 0):
+            records.samples(step, self.strips.write(step))
         if last or stopped or step % settings.checkpoint_every == 0:
             records.sync()
             self._checkpoint(step)
@@ -374,11 +374,3 @@ class Run:
         }
         with write_at_once(self.directory / SUMMARY_FILE) as temporary:
             temporary.write_text(json.dumps(stamp(summary), indent=1))
-
-
-def _flat(settings: TrainSettings) -> dict[str, Any]:
-    """For trackers, which take numbers and strings."""
-    return {
-        name: value if isinstance(value, (int, float, str)) else json.dumps(value)
-        for name, value in settings.to_dict().items()
-    }

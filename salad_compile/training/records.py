@@ -17,10 +17,13 @@ from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import MissingPackageError
+from salad_compile.salad_files.location import FILE_NAME
+from salad_compile.salad_files.runs import SUMMARY_FILE, checkpoint_name
 from salad_compile.training.outcome import Outcome, outcome_of
 from salad_compile.training.settings import TrainSettings
 
 LOG_FILE = "log.jsonl"
+EMA_FILE_NAME = "salad_ema.safetensors"
 RESULT = "result"  # of a finished run, in the last line of its log
 _LARGEST = 1e300
 _TEXTS = ("stage", "validation_data", RESULT)
@@ -169,6 +172,11 @@ class Records:
         self._log({"step": step, "validation_loss": loss, "gap_closed": outcome.gap_closed, "seconds": seconds})
         self.bar.say(f"step {step}: {outcome.verdict()}")
 
+    def samples(self, step: int, files: list[Path]) -> None:
+        """After clips were sampled, in the process that wrote them."""
+        for file in files:
+            self.bar.say(f"step {step}: dense beside SALAD in {file}")
+
     def result(self, step: int) -> None:
         """At the end of a run, once: the last line of the log, and the time of all of it."""
         if self.main:
@@ -209,3 +217,24 @@ def require_trackers(trackers: tuple[str, ...]) -> None:
             raise MissingPackageError(
                 f'the tracker {tracker!r} needs the package {tracker}: pip install "salad-compile[train]" {tracker}'
             )
+
+
+def set_aside(directory: Path, step: int) -> None:
+    """The results of a run that goes on are no longer those of its newest state: they get their step's name."""
+    if not (directory / SUMMARY_FILE).exists():
+        return
+    for name in (SUMMARY_FILE, FILE_NAME, EMA_FILE_NAME):
+        file = directory / name
+        if file.exists():
+            aside = file.with_stem(f"{file.stem}-{checkpoint_name(step)}")
+            with name_failures(aside):
+                file.replace(aside)
+            logger.warning("%s is of step %d, and the run goes on: it is called %s now", file, step, aside.name)
+
+
+def flat(settings: TrainSettings) -> dict[str, Any]:
+    """For trackers, which take numbers and strings."""
+    return {
+        name: value if isinstance(value, (int, float, str)) else json.dumps(value)
+        for name, value in settings.to_dict().items()
+    }

@@ -75,6 +75,20 @@ class Rehearsal:
             dense = self._forward(latents, True)
         return forwards * ((later + 2) * self._forward(latents, False) + dense)
 
+    def sample_seconds(self) -> float:
+        """Of all sampled clips: the base model's once, SALAD's at the start, every so many steps and at the end."""
+        strips, every, steps = self.run.strips, self.settings.sample_every, self.settings.steps
+        if strips is None:
+            return 0.0
+        forwards = self.settings.sample_steps * (1 if self.settings.sample_guidance == 1.0 else 2)
+        with as_base(branches(self.run.engine.bare).values()):
+            dense = self._forward(strips.latents, True)
+        sparse, latent = self._forward(strips.latents, False), strips.latents[0].latent
+        decoding = self._time(lambda: strips.decode(latent.to(self.run.accelerator.device)))
+        times = 1 + -(-steps // every)
+        one = times * (forwards * sparse + decoding) + forwards * dense + decoding
+        return len(strips.indices) * one
+
     def compile_seconds(self) -> float:
         """What the run will wait for compilation, which finds in the caches what was compiled here."""
         if not self._compiled:

@@ -33,12 +33,18 @@ MAY_CHANGE = frozenset(
     {
         *("steps", "checkpoint_every", "keep_last", "validation_every", "micro_batch", "gradient_checkpointing"),
         *("compile", "compile_options", "on_non_finite", "workers", "trackers"),
-        "log_every",
+        *("log_every", "sample_every", "sample_steps", "sample_guidance", "sample_items"),
     }
 )
 
-_COUNTS = ("sparsity_warmup", "distillation_steps", "validation_every", "warmup_steps", "workers", "seed", "log_every")
-_POSITIVE_COUNTS = ("steps", "batch", "checkpoint_every", "keep_last", "text_tokens", "validation_points")
+_COUNTS = (
+    *("sparsity_warmup", "distillation_steps", "validation_every", "warmup_steps", "workers", "seed", "log_every"),
+    "sample_every",
+)
+_POSITIVE_COUNTS = (
+    *("steps", "batch", "checkpoint_every", "keep_last", "text_tokens", "validation_points"),
+    *("sample_steps", "sample_items"),
+)
 
 
 @checked_names("training setting")
@@ -77,6 +83,8 @@ class TrainSettings:
         checkpoint_every, keep_last: steps between checkpoints, and how many of them stay.
         validation_every: steps between validations; 0: only at the end.
         validation_points: noise levels for each validation item, spread evenly over u.
+        sample_every: steps between sampled clips, dense beside SALAD, beside those of the start and the end; 0: none.
+        sample_steps, sample_guidance: of the denoising of such a clip. sample_items: how many clips.
         workers: processes that read ahead, for each training process; 0 reads between steps.
         trackers: of accelerate's, beside the log that is always written: "tensorboard", "trackio".
         log_every: steps between lines on stderr where it is no terminal, beside one a minute; 0: none.
@@ -116,6 +124,10 @@ class TrainSettings:
     keep_last: int = 3
     validation_every: int = 0
     validation_points: int = 4
+    sample_every: int = 0
+    sample_steps: int = 20
+    sample_guidance: float = 1.0
+    sample_items: int = 1
     workers: int = 2
     trackers: tuple[Tracker, ...] = ()
     log_every: int = 0
@@ -161,6 +173,7 @@ class TrainSettings:
         _require(self.lowest_noise < self.highest_noise, "lowest_noise", "below highest_noise", self.lowest_noise)
         within("guidance", 0.0, float("inf"), "a number of at least 0")
         within("snr_shift_scale", 1e-9, float("inf"), "a number above 0")
+        within("sample_guidance", 0.0, float("inf"), "a number of at least 0")
         within("text_dropout", 0.0, 1.0 + 1e-12, "a share in [0, 1]")
         within("ema_decay", 0.0, 1.0, "a number in [0, 1)")
         pair = isinstance(self.betas, tuple) and len(self.betas) == 2

@@ -85,6 +85,15 @@ def encode_video(vae: Any, video: Tensor) -> Tensor:
     return latent[0].cpu()
 
 
+def decode_latent(vae: Any, statistics: LatentStatistics, latent: Tensor) -> Tensor:
+    """(C, T, h, w), normalised, on the VAE's device -> frames (F, H, W, 3) uint8 on the CPU."""
+    more = (torch.zeros(1, device=latent.device),) if vae.config.get("timestep_conditioning") else ()  # LTX-Video's
+    with torch.no_grad():
+        video = vae.decode(statistics.denormalize(latent)[None].to(vae.dtype), *more, return_dict=False)[0]
+    frames: Tensor = (video[0].permute(1, 2, 3, 0).float() + 1) * 127.5
+    return frames.round().clamp(0, 255).to(torch.uint8).cpu()
+
+
 def _stated(module: Any, names: tuple[str, ...], what: str) -> int:
     for name in names:
         value = module.config.get(name) or vars(module).get(name)  # diffusers warns of configuration as attributes

@@ -28,10 +28,26 @@ class CogVideoX(Family):
         self.kept: Tensor = scheduler.alphas_cumprod.double()
 
     def add_noise(self, clean: Tensor, noise: Tensor, s: float) -> tuple[Tensor, float, Tensor]:
-        timestep = min(int(s * len(self.kept)), len(self.kept) - 1)
-        kept = float(self.kept[timestep])
-        signal, level = kept**0.5, (1 - kept) ** 0.5
+        timestep = self._timestep(s)
+        signal, level = self._shares(timestep)
         return signal * clean + level * noise, float(timestep), signal * noise - level * clean
+
+    def step(self, noisy: Tensor, prediction: Tensor, s: float, after: float) -> Tensor:
+        """As DDIM does it."""
+        signal, level = self._shares(self._timestep(s))
+        clean, noise = signal * noisy - level * prediction, signal * prediction + level * noisy
+        if after == 0.0:
+            return clean
+        signal, level = self._shares(self._timestep(after))
+        return signal * clean + level * noise
+
+    def _timestep(self, s: float) -> int:
+        return min(int(s * len(self.kept)), len(self.kept) - 1)
+
+    def _shares(self, timestep: int) -> tuple[float, float]:
+        """Of the clean latents and of the noise in noisy ones."""
+        kept = float(self.kept[timestep])
+        return kept**0.5, (1 - kept) ** 0.5
 
     def inputs(self, batch: Noised) -> dict[str, Any]:
         self.require_channels(batch)

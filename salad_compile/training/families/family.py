@@ -33,6 +33,10 @@ class Family(ABC):
         """Noisy latents, the timestep, and what the model is to predict; here flow matching."""
         return flow_noise(clean, noise, s)
 
+    def step(self, noisy: Tensor, prediction: Tensor, s: float, after: float) -> Tensor:
+        """Noisy latents at noise level `after`, from those at `s` and the model's prediction; here Euler's method."""
+        return noisy + (after - s) * prediction
+
     @abstractmethod
     def inputs(self, batch: Noised) -> dict[str, Any] | None:
         """Keyword arguments of the forward; None if nobody knows them.

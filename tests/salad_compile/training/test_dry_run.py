@@ -130,7 +130,7 @@ def test_mistakes_are_those_of_train(tmp_path: Path) -> None:
 
 
 def test_the_sentence_says_when_the_disk_is_too_small() -> None:
-    found = Estimate(1600, 8, 7.2, 60.0, 240.0, 0.0, 61 * 2**30, 80 * 2**30, 5 * 2**30, 100 * 2**30)
+    found = Estimate(1600, 8, 7.2, 60.0, 240.0, 0.0, 0.0, 61 * 2**30, 80 * 2**30, 5 * 2**30, 100 * 2**30)
     assert found.sentence().splitlines() == [
         "1,600 steps of 8 samples take 3 h 17 min: 7.2 s a step, 1 min to compile, 4 min of validation",
         "peak memory 61.0 GiB of 80.0 GiB",

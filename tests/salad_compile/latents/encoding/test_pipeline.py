@@ -12,7 +12,7 @@ from torch import Tensor
 
 from salad_compile.errors import ConfigError, MissingPackageError
 from salad_compile.latents.encoding.pipeline import Encoded, PipelineEncoder
-from salad_compile.latents.encoding.vae import statistics_of_config, vae_statistics
+from salad_compile.latents.encoding.vae import decode_latent, statistics_of_config, vae_statistics
 from tests.salad_compile.latents.encoding import families, world
 
 CAPTION = "a dog runs in the snow"
@@ -70,6 +70,23 @@ def test_latents_are_what_the_pipeline_would_decode(make: Make) -> None:
     given = denoised_to(pipe, latent)
     torch.testing.assert_close(given, raw, rtol=1e-4, atol=1e-4)
     assert found.latent.std() > 1e-3
+
+
+@pytest.mark.parametrize("make", families.TEXT_TO_VIDEO, ids=lambda make: make.__name__)
+def test_decoded_latents_are_the_frames_of_the_pipeline(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, latent = pipeline(make), encoded(make).latent
+    given = latent
+    if make is families.ltx:
+        given = pipe._pack_latents(latent[None], 1, 1)[0]
+    elif make is families.cogvideo:
+        given = latent.transpose(0, 1)
+    monkeypatch.setattr(pipe.scheduler, "step", lambda *_, **__: (given[None],))
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 64, "width": 96, "num_frames": 9}
+    frames = pipe(prompt=CAPTION, **size, num_inference_steps=1, guidance_scale=1.0, output_type="np").frames[0]
+    found = decode_latent(pipe.vae, vae_statistics(pipe.vae), latent)
+    assert found.shape == frames.shape
+    assert (found.float() / 255 - torch.from_numpy(frames)).abs().max() <= 0.5 / 255 + 1e-3
 
 
 def test_texts_are_those_of_the_pipeline() -> None:

@@ -194,6 +194,24 @@ def test_a_step_of_the_scheduler_with_the_target_leads_to_the_clean_latents(name
     torch.testing.assert_close(found.double(), clean, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["Wan", "CogVideoX"])
+def test_a_step_of_sampling_is_that_of_the_scheduler(name: str) -> None:
+    model = model_of(name)
+    family = family_of(model, SETTINGS)
+    scheduler = pipeline_of(name, model).scheduler
+    scheduler.set_timesteps(4)
+    noisy, predicted = draw(1, 4, 3, 8, 12, seed=1), draw(1, 4, 3, 8, 12, seed=2)
+    for number, timestep in enumerate(scheduler.timesteps):
+        last = number == 3
+        if name == "Wan":
+            s, after = (float(scheduler.sigmas[n]) for n in (number, number + 1))
+        else:
+            s, after = (float(timestep) + 0.5) / 1000, (float(timestep) - 250 + 0.5) / 1000
+        expected = scheduler.step(predicted, timestep, noisy).prev_sample
+        found = family.step(noisy, predicted, s, 0.0 if last else after)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 if last and name != "Wan" else 1e-5)
+
+
 @pytest.mark.parametrize("name", ["Wan image", "LTXVideo", "HunyuanVideo", "CogVideoXRope"])
 def test_every_family_trains(name: str, tmp_path: Path) -> None:
     model = model_of(name)
