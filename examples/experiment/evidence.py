@@ -67,10 +67,22 @@ def render(rows: Sequence[Row], rate: float = FULL.tune.rate) -> str:
     if lacking:
         raise MissingRowsError(f"no rows of {', '.join(lacking)} at learning rate {rate}: run them first.")
     lines = [BEGIN, *_where(main), ""]
-    for group in dict.fromkeys(arm.group for arm in ARMS):
-        lines += _table(group, [arm for arm in ARMS if arm.group == group and arm.name in found], found)
-    lines += [*_missing(found), *_predictions(found), *_claims(found), *_levels(main, found), *_rates(rows), END]
-    return "\n".join(lines)
+    groups = [
+        _table(group, [arm for arm in ARMS if arm.group == group and arm.name in found], found)
+        for group in dict.fromkeys(arm.group for arm in ARMS)
+    ]
+    lines += [*groups[0], *_claims(found), *_missing(found)]
+    for part in (*groups[1:], _predictions(found), _levels(main, found), _rates(rows)):
+        lines += _fold(part)
+    return "\n".join([*lines, END])
+
+
+def _fold(lines: list[str]) -> list[str]:
+    """A part of the page that opens at a click on its first line, `**title**` and what stands behind it."""
+    if not lines:
+        return []
+    title = lines[0].replace("**", "")
+    return [f'<details markdown="1"><summary>{title}</summary>', *lines[1:], "</details>", ""]
 
 
 def _where(rows: Sequence[Row]) -> list[str]:
@@ -183,7 +195,7 @@ def _rates(rows: Sequence[Row]) -> list[str]:
     lines += [f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} |", "| --- |" + " --- |" * len(rates)]
     for arm, own in swept.items():
         lines.append(f"| `{arm}` | {' | '.join(f'{own[rate]:.5f}' if rate in own else '-' for rate in rates)} |")
-    return lines
+    return [*lines, ""]
 
 
 def newest_rows() -> list[Row]:

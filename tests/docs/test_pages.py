@@ -18,6 +18,7 @@ from salad_compile.latents.layouts import WRITABLE
 from salad_compile.latents.opening import SOURCES
 from salad_compile.training import TrainSettings
 from tests.docs.test_snippets import PAGES, ROOT
+from tools.absolute_links import make_absolute
 from tools.docs_hooks import in_repository, mend_links, readme_section
 
 DOCS = ROOT / "docs"
@@ -132,6 +133,22 @@ def test_the_readme_is_short_and_its_numbers_of_quality_are_those_of_the_evidenc
         ("salad", int(said[1])),
         ("rope-16-long", int(said[2])),
     ]
+
+
+def test_a_release_has_absolute_links() -> None:
+    text = make_absolute(
+        "[a](docs/a.md#b) ![p](docs/p.png) [w](https://w.org/x) [h](#here)", "https://r.org/v1/", "https://raw.org"
+    )
+    assert text == (
+        "[a](https://r.org/v1/docs/a.md#b) ![p](https://raw.org/docs/p.png) [w](https://w.org/x) [h](#here)"
+    )
+    readme = make_absolute((ROOT / "README.md").read_text(encoding="utf-8"), "https://r.org/v1", "https://raw.org")
+    targets = re.findall(r"\]\((.+?)\)", readme)
+    assert targets
+    assert all(target.startswith("https://") for target in targets)
+    for target in targets:
+        path = re.sub(r"^https://(r.org/v1|raw.org)/", "", target)
+        assert path.startswith("https://") or (ROOT / path.partition("#")[0]).exists(), target
 
 
 def test_docstrings_as_mkdocstrings_reads_them() -> None:

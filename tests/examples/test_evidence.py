@@ -55,6 +55,9 @@ def test_tables_from_fake_rows(evidence: ModuleType, load: Load, tmp_path: Path)
     assert "| `salad` | 0.19000 | 0.11000 |" in text  # the sweep
     assert "Not run: " in text
     assert "NVIDIA Imaginary" in text
+    assert text.index("80% is reached") < text.index("<details"), "what matters most is not folded"
+    assert text.count("<details") == text.count("</details>") > 2
+    assert '<details markdown="1"><summary>Learning rate, held-out loss of seed 0</summary>\n\n| arm |' in text
 
 
 def test_rows_that_cannot_be_compared_are_an_error(evidence: ModuleType, load: Load, tmp_path: Path) -> None:
