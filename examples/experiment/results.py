@@ -20,13 +20,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
 
 
-def default_path(device: torch.device) -> Path:
-    """experiment_<gpu>.jsonl. A CPU run only checks that the scripts work, and is not kept."""
+def default_path(device: torch.device, name: str = "experiment") -> Path:
+    """<name>_<gpu>.jsonl. A CPU run only checks that the scripts work, and is not kept."""
     if device.type != "cuda":
-        return ROOT / "out" / "experiment_cpu.jsonl"
+        return ROOT / "out" / f"{name}_cpu.jsonl"
     words = re.split(r"[^A-Za-z0-9]+", torch.cuda.get_device_name(device).replace("NVIDIA", ""))
     kind = next((word for word in words if re.search(r"\d", word)), "gpu").lower()
-    return RESULTS / f"experiment_{kind}.jsonl"
+    return RESULTS / f"{name}_{kind}.jsonl"
 
 
 def about_this_run(device: torch.device) -> Row:

@@ -101,10 +101,14 @@ class Training:
         self.mean = {name: p.detach().clone() for name, p in self.trained.items()} if recipe.average else {}
         self.step = 0
 
+    def rate(self) -> float:
+        """The learning rate of this step."""
+        return self.recipe.rate_at(self.step)
+
     def advance(self, loss: Tensor) -> None:
         """One step of the optimiser, and of the running mean."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate_at(self.step)
+            group["lr"] = self.rate()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.trained.values(), self.recipe.largest_gradient)
         self.optimizer.step()
@@ -122,13 +126,15 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write a temporary file and rename it."""
-        state = {"step": self.step, "mean": self.mean, "optimizer": self.optimizer.state_dict()}
-        state["trained"] = {name: p.detach() for name, p in self.trained.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_at_once(path) as temporary:
-            torch.save({"recipe": vars(self.recipe), **state}, temporary)
+            torch.save({"recipe": vars(self.recipe), **self.state()}, temporary)
 
-    @torch.no_grad()
+    def state(self) -> dict[str, Any]:
+        """Weights, running mean, optimiser and step."""
+        state = {"step": self.step, "mean": self.mean, "optimizer": self.optimizer.state_dict()}
+        return {**state, "trained": {name: p.detach() for name, p in self.trained.items()}}
+
     def load(self, path: Path) -> None:
         """Continue where :meth:`save` left off.
 
@@ -140,6 +146,11 @@ class Training:
             raise ValueError(f"{path} was written with another recipe: {state['recipe']}. Remove it to start anew.")
         if set(state["trained"]) != set(self.trained):
             raise ValueError(f"{path} holds other parameters than this model trains. Remove it to start anew.")
+        self.restore(state)
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state`."""
         for name, value in state["trained"].items():
             self.trained[name].copy_(value)
         for name, value in state["mean"].items():

