@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from train import Training, train
 
 import salad_compile
+from salad_compile.backend import salad
 from salad_compile.common.files import write_at_once
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -73,7 +74,8 @@ def compile_blocks(model: nn.Module, arm: Arm | None, place: Place) -> None:
     """Compile each block, through our backend where the model is converted. One graph serves all blocks and seeds."""
     if place.compiled:
         for block in model.blocks:  # type: ignore[union-attr]
-            block.compile(backend="salad" if arm is not None and arm.kind == "salad" else "inductor", dynamic=False)
+            # not by its name, which only an installation makes known
+            block.compile(backend=salad if arm is not None and arm.kind == "salad" else "inductor", dynamic=False)
 
 
 def pretrain(place: Place) -> None:
