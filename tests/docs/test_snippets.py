@@ -60,6 +60,8 @@ def _in_small_world(small_world: Path, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_snippets(page: Path) -> None:
     known = world.names()
+    for made in world.MADE.get(page.stem, ()):
+        shutil.rmtree(made)
     for block in blocks_of(page):
         if block.not_run is not None:
             continue

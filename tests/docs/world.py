@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import salad_compile
+from salad_compile.command_line import latents_encode
 from salad_compile.config import BackendOptions
 from salad_compile.latents import WAN_2_1, LatentItem, convert_latents, write_latents
 from salad_compile.training import TrainSettings
 from tests.models.zoo import CASES, from_diffusers, randomise
+from tests.salad_compile.latents.encoding import world as encoders
 from tests.support import TINY, randomise_branches, seeded
 from tests.trainers import tiny
 
@@ -49,7 +51,6 @@ CALL = {
     "num_frames": 1 + 4 * (LATENT[1] - 1),
     "num_inference_steps": 3,
     "guidance_scale": 1.0,
-    "output_type": "latent",
 }
 
 # Defaults that are smaller here than for users; snippets that set a value keep it.
@@ -106,6 +107,14 @@ def fine_tune(model: Any, **changes: Any) -> Any:
     return model
 
 
+def whole_pipeline() -> Any:
+    """With a VAE and a text encoder, which have random weights."""
+    from diffusers import WanPipeline
+
+    parts = encoders.wan().components
+    return WanPipeline(**{**parts, "transformer": base(), "scheduler": pipeline(base()).scheduler})
+
+
 def pipeline(transformer: Any, transformer_2: Any = None) -> Any:
     """A pipeline without text encoder and VAE; :func:`small_defaults` lets it take a prompt."""
     return tiny.pipeline(transformer, transformer_2, boundary_ratio=None if transformer_2 is None else 0.5)
@@ -116,7 +125,8 @@ def pipeline(transformer: Any, transformer_2: Any = None) -> Any:
 
 def build(directory: Path) -> None:
     """Write the files that snippets find in their working directory."""
-    pipeline(base()).save_pretrained(directory / "Wan2.1-T2V-1.3B-Diffusers")
+    whole_pipeline().save_pretrained(directory / "Wan2.1-T2V-1.3B-Diffusers")
+    encoders.write_clips(directory / "clips", [f"clip{number}.mp4" for number in range(5)])
     pipeline(base(), base(1)).save_pretrained(directory / "Wan2.2-T2V-A14B-Diffusers")
     write_latents(_clips(8, "clip"), directory / "data", statistics=WAN_2_1)
     write_latents(_clips(2, "held-out"), directory / "held_out", statistics=WAN_2_1)
@@ -232,6 +242,9 @@ class Hub:
         return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}/commit/1")
 
 
+# What a page makes by itself, and is not there before.
+MADE = {"getting_started": ("data", "run"), "fine_tuning": ("data", "run")}
+
 # --- defaults ---------------------------------------------------------------------------------------------------------
 
 
@@ -249,18 +262,24 @@ def small_defaults(patch: pytest.MonkeyPatch) -> None:
 
 
 def _small_pipelines(patch: pytest.MonkeyPatch) -> None:
-    """A text encoder and a size of video that take no time."""
+    """Sizes of video that take no time; pipelines without text encoder and VAE get a text, and make latents."""
     from diffusers import WanPipeline
 
     call, from_pretrained = WanPipeline.__call__, WanPipeline.from_pretrained
+    encode = WanPipeline.encode_prompt
+    patch.setattr(latents_encode, "DEFAULT_PIXELS", (CALL["num_frames"], CALL["height"], CALL["width"]))
 
-    def small_from_pretrained(*given: Any, **named: Any) -> Any:
-        return from_pretrained(*given, **named, vae=None, text_encoder=None, tokenizer=None)
+    def small_from_pretrained(path: Any, **named: Any) -> Any:
+        bare = {} if (Path(path) / "vae").is_dir() else {"vae": None, "text_encoder": None, "tokenizer": None}
+        return from_pretrained(path, **named, **bare)
 
     def small_call(pipe: Any, prompt: Any = None, **given: Any) -> Any:
-        return call(pipe, prompt=prompt, **{**given, **CALL})
+        output = {} if pipe.vae is not None else {"output_type": "latent"}
+        return call(pipe, prompt=prompt, **{**given, **CALL, **output})
 
-    def encode_prompt(pipe: Any, **given: Any) -> tuple[Tensor, None]:
+    def encode_prompt(pipe: Any, *given: Any, **named: Any) -> Any:
+        if pipe.text_encoder is not None:
+            return encode(pipe, *given, **named)
         return inputs()["encoder_hidden_states"].to(pipe.transformer.dtype), None
 
     patch.setattr(WanPipeline, "from_pretrained", small_from_pretrained)
