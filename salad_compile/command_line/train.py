@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run_one(arguments: argparse.Namespace, expert: Expert, config: SaladConfig | None) -> int:
     """Train one transformer, or estimate what that would take."""
     from salad_compile.command_line.model_source import import_name
+    from salad_compile.command_line.noise_schedule import with_schedule
     from salad_compile.command_line.pipeline_source import load_decoder, statistics_of
     from salad_compile.latents import open_latents
     from salad_compile.training import estimate, train
@@ -99,7 +100,10 @@ def _run_one(arguments: argparse.Namespace, expert: Expert, config: SaladConfig 
     vae = statistics_of(arguments.model)
     validation = open_latents(arguments.validation, vae=vae) if arguments.validation else None
     forward = import_name(arguments.forward) if arguments.forward else None
-    model, latents = _model(arguments, expert), open_latents(arguments.latents, vae=vae)
+    latents = open_latents(arguments.latents, vae=vae)
+    told = _is_first() and not arguments.quiet
+    expert = expert._replace(settings=with_schedule(arguments, expert.settings, latents.shapes, told=told))
+    model = _model(arguments, expert)
     decode = load_decoder(arguments.model) if expert.settings.sample_every else None
     more: dict[str, Any] = {"validation": validation, "config": config, "forward": forward, "decode": decode}
     if arguments.dry_run:

@@ -112,6 +112,42 @@ def test_both_experts_are_trained_on_their_own_noise(command: Run, given: Path, 
     assert f"next: salad-compile export --model {experts} {both} --output" in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "more", "said", "shift"),
+    [
+        ({"shift": 7.0}, [], "flow_shift 7, of {pipe}/scheduler/scheduler_config.json; --set flow_shift=", 7.0),
+        ({"shift": 7.0}, ["--set", "flow_shift=2"], "flow_shift 2, as it was set", 2.0),
+        (None, [], "flow_shift 5, the default, since no scheduler", 5.0),
+        ({"shift": -1}, [], "{pipe}/scheduler/scheduler_config.json: the scheduler's shift is -1, and no number", None),
+    ],
+)
+def test_the_shift_is_that_of_the_scheduler(
+    command: Run,
+    given: Path,
+    experts: Path,
+    tmp_path: Path,
+    scheduler: dict[str, float] | None,
+    more: list[str],
+    said: str,
+    shift: float | None,
+) -> None:
+    if scheduler is not None:
+        (experts / "scheduler").mkdir()
+        (experts / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    free = {key: value for key, value in SETTINGS.to_dict().items() if key != "flow_shift"}
+    (tmp_path / "free.json").write_text(json.dumps(free))
+    rest = ("--conversion", given / "conversion.json", "--settings", tmp_path / "free.json", "--steps", 1, *more)
+    model = experts / "transformer" if more else experts  # a model of a pipeline finds it as well
+    outcome = command("train", *words(given, tmp_path / "run"), *rest, "--model", model, "--component", "transformer")
+    assert said.format(pipe=experts) in outcome.err
+    assert outcome.code == (0 if shift else WRONG)
+    if shift is None:
+        assert not (tmp_path / "run").exists()
+    else:
+        settings = json.loads((tmp_path / "run" / "training.json").read_text())["settings"]
+        assert settings["flow_shift"] == shift
+
+
 def test_one_expert_by_a_word(command: Run, given: Path, experts: Path, tmp_path: Path) -> None:
     more = ("--conversion", given / "conversion.json", "--steps", 1, "--component", "transformer_2")
     assert command("train", *words(given, tmp_path / "run", *more), "--model", experts).code == 0
