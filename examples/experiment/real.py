@@ -59,12 +59,17 @@ def tune_arms(place: Place, names: Sequence[str], seed: int, minutes: float) -> 
         torch._dynamo.reset()
 
 
-def judge_arms(place: Place, arms: Sequence[Arm], seed: int) -> int:
-    """Write the rows that are missing; report an arm that fails and go on. Returns how many failed."""
-    done = {(row["arm"], row["seed"]) for row in results.read(place.rows)}
+def open_judge(place: Place) -> Judge:
+    """What measures the arms of a run."""
     films = Films(place.films, torch.device("cpu"))
     dense = load_dense(place.base, place.preset.sizes.model).to(place.device)
-    judge, strips, failed = Judge(films, dense, place.preset, place.device), Strips(place.rows.parent), 0
+    return Judge(films, dense, place.preset, place.device)
+
+
+def judge_arms(place: Place, judge: Judge, arms: Sequence[Arm], seed: int) -> int:
+    """Write the rows that are missing; report an arm that fails and go on. Returns how many failed."""
+    done = {(row["arm"], row["seed"]) for row in results.read(place.rows)}
+    strips, failed = Strips(place.rows.parent), 0
     step = common_step(arms, place, seed)
     for arm in arms:
         if (arm.name, seed) in done:
@@ -74,6 +79,7 @@ def judge_arms(place: Place, arms: Sequence[Arm], seed: int) -> int:
         except Exception as error:  # the rows of the other arms do not depend on this one
             failed += 1
             print(f"{arm.name}: FAILED, {type(error).__name__}: {error}", flush=True)
+    strips.write()
     return failed
 
 
@@ -91,15 +97,16 @@ def run_all(place: Place, names: Sequence[str], seed: int, minutes: float, judgi
     left = seconds_left(minutes - judging) / 60
     tail = ["--seed", str(seed), "--minutes", f"{left:.3f}"]
     running = {arm.name: subprocess.Popen([*script, arm.name, *tail]) for arm in arms if arm.trained}
-    failed = judge_arms(place, [arm for arm in arms if not arm.trained], seed)
+    judge = open_judge(place)
+    failed = judge_arms(place, judge, [arm for arm in arms if not arm.trained], seed)
     for name, process in running.items():
         if process.wait():
             print(f"{name}: its fine-tuning ended with status {process.returncode}", flush=True)
-    return failed + judge_arms(place, [arm for arm in arms if arm.trained], seed)
+    return failed + judge_arms(place, judge, [arm for arm in arms if arm.trained], seed)
 
 
 class Strips:
-    """The clips of the arms of one run, in one file, and pictures of them beside it."""
+    """Some clips of every arm, in one file, and pictures of them beside it."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "clips.npz"
@@ -109,33 +116,32 @@ class Strips:
                 self.kept = {name: arrays[name] for name in arrays}
 
     def add(self, arm: str, clips: dict[str, Tensor]) -> None:
-        """Keep the first clip of each held-out part as uint8 (clips, 3, T, S, S), and draw what there is."""
+        """Keep the first clip of each held-out part, and every second frame of a sample: uint8 (clips, 3, T, S, S)."""
         count = len(clips["samples"])
-        for kind, tensor in clips.items():
-            chosen = tensor[[0, count // 2]] if count > 1 else tensor
-            self.kept[f"{kind}.{arm}"] = ((chosen.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-        np.savez_compressed(self.path, **self.kept)  # type: ignore[arg-type]
-        self.draw()
+        both = [0, count // 2] if count > 1 else [0]
+        self.kept["original"] = _bytes(clips["original"][both])
+        self.kept[f"restored.{arm}"] = _bytes(clips["restored"][both])
+        self.kept[f"samples.{arm}"] = _bytes(clips["samples"][:1, :, ::2])
 
-    def draw(self) -> None:
-        """restored-later.png, restored-other.png, samples.png: a row for each arm of SHOWN that is there."""
+    def write(self) -> None:
+        """clips.npz; restored-later.png, restored-other.png, samples.png: a row for each arm of SHOWN that is there."""
+        if not self.kept:
+            return
+        np.savez_compressed(self.path, **self.kept)  # type: ignore[arg-type]
         try:
             from sample import draw_strip
         except ImportError:  # no matplotlib: the clips are kept, and drawn elsewhere
             return
-        for kind, number, name in (
-            ("restored", 0, "restored-later"),
-            ("restored", 1, "restored-other"),
-            ("samples", 0, "samples"),
-        ):
-            rows = {"clip": self.kept["original.dense"]} if kind == "restored" and "original.dense" in self.kept else {}
+        pictures = (("restored", 0, "restored-later"), ("restored", -1, "restored-other"), ("samples", 0, "samples"))
+        for kind, number, name in pictures:
+            rows = {"clip": self.kept["original"]} if kind == "restored" else {}
             rows |= {arm: self.kept[f"{kind}.{arm}"] for arm in SHOWN if f"{kind}.{arm}" in self.kept}
-            clips = {
-                title: torch.from_numpy(clip[min(number, len(clip) - 1)]).float()[None] / 127.5 - 1
-                for title, clip in rows.items()
-            }
-            if clips:
-                draw_strip(clips, self.path.with_name(f"{name}.png"))
+            shown = {arm: torch.from_numpy(clips[number]).float()[None] / 127.5 - 1 for arm, clips in rows.items()}
+            draw_strip(shown, self.path.with_name(f"{name}.png"))
+
+
+def _bytes(clips: Tensor) -> np.ndarray:
+    return ((clips.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -190,7 +196,8 @@ def main(given: Sequence[str] | None = None) -> int:
         elif options.command == "tune":
             tune_arms(place, options.names, options.seed, options.minutes)
         elif options.command == "judge":
-            return 1 if judge_arms(place, [real_arm_named(name) for name in options.names], options.seed) else 0
+            arms = [real_arm_named(name) for name in options.names]
+            return 1 if judge_arms(place, open_judge(place), arms, options.seed) else 0
         elif options.command == "all":
             own = sys.argv[1:] if given is None else list(given)
             own = own[: own.index("all")]

@@ -68,8 +68,8 @@ REAL = RealPreset(
         evaluation_batch=8,
     ),
     stages=(
-        Stage(ClipSize(frames=16, edge=64), 0.4, batch=32, rate=1.5e-3, warm_up=100, falls=False),
-        Stage(_CLIP, 0.6, batch=8, rate=1e-3, warm_up=50),
+        Stage(ClipSize(frames=16, edge=64), 0.4, batch=32, rate=1.2e-3, warm_up=100, falls=False),
+        Stage(_CLIP, 0.6, batch=8, rate=8e-4, warm_up=50),
     ),
     micro_batch=4,
     chunk=20,

@@ -168,8 +168,14 @@ def attention_of(size: ModelSize, batch: int, device: torch.device) -> Iterator[
 
 
 def _seconds_of(backend: SDPBackend, shape: tuple[int, ...], device: torch.device) -> float:
-    query, key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    gradient = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    """Of a forward and backward pass, on operands that lie in memory as those of the model do."""
+    batch, heads, tokens, head_dim = shape
+
+    def rows() -> Tensor:
+        return torch.randn(batch, tokens, heads, head_dim, device=device, dtype=torch.bfloat16).transpose(1, 2)
+
+    query, key = (rows().contiguous().requires_grad_() for _ in range(2))
+    value, gradient = rows().requires_grad_(), rows()
     with sdpa_kernel(backend):
         for number in range(4):
             if number == 1:  # the first call plans

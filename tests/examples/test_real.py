@@ -111,7 +111,7 @@ def test_rows_of_every_kind_at_one_step(load: Load, place: Any) -> None:
     arms.tune_arm(lora, films, place, 0, seconds=600.0)
     assert sorted(arms.tunings(place.folder_of(lora, 0))) == [2, 4]
     assert arms.common_step(chosen, place, 0) == 2
-    assert real.judge_arms(place, chosen, 0) == 0
+    assert real.judge_arms(place, real.open_judge(place), chosen, 0) == 0
     rows = {row["arm"]: row for row in load("results").read(place.rows)}
     assert set(rows) == {arm.name for arm in chosen}
     for row in rows.values():
@@ -127,11 +127,12 @@ def test_rows_of_every_kind_at_one_step(load: Load, place: Any) -> None:
 
 def test_an_arm_that_was_not_tuned_is_said(load: Load, place: Any, capsys: pytest.CaptureFixture[str]) -> None:
     arms, elsewhere = load("real_arms"), dataclasses.replace(place, rows=place.rows.with_name("other.jsonl"))
-    assert load("real").judge_arms(elsewhere, [arms.real_arm_named("tail-lora")], 0) == 1
+    real = load("real")
+    assert real.judge_arms(elsewhere, real.open_judge(place), [arms.real_arm_named("tail-lora")], 0) == 1
     assert "real.py tune tail-lora" in capsys.readouterr().out
     with pytest.raises(load("arms").UnknownArmError, match="salad-tail"):
         arms.real_arm_named("nobody")
-    assert load("real").main(["--tiny", "--device", "cpu", "--films", "absent", "tune", "salad"]) == 2
+    assert real.main(["--tiny", "--device", "cpu", "--films", "absent", "tune", "salad"]) == 2
     assert "real.py prepare" in capsys.readouterr().err
 
 
