@@ -16,12 +16,18 @@ import torch
 from torch import Tensor
 
 from salad_compile.errors import ConfigError, MissingPackageError
+from salad_compile.latents.encoding.fitting import (
+    require_known_channels,
+    require_known_conditions,
+    require_own_vae,
+)
 from salad_compile.latents.encoding.vae import compression, encode_video, latent_channels, vae_statistics
 from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, POOLED_TEXT
 from salad_compile.latents.source import strip_padding
 from salad_compile.latents.statistics import LatentStatistics
 
 _TEXT_WIDTH = ("text_dim", "caption_channels", "text_embed_dim")  # of the configurations of transformers
+_INTERLEAVE = {"latent_concat": 2, "token_replace": 4}  # one of so many tokens of HunyuanVideo's image is kept
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class PipelineEncoder:
             ConfigError: a part is missing, or VAE and transformer are not of one model.
         """
         module = getattr(pipeline, "transformer", None)
-        config = transformer or (dict(module.config) if module is not None else {})
+        named = {} if module is None else {"_class_name": type(module).__name__, **module.config}
+        config = transformer or named
         self.name = type(pipeline).__name__
         for part, there in (("VAE", "vae"), ("text encoder", "text_encoder"), ("tokenizer", "tokenizer")):
             if getattr(pipeline, there, None) is None:
@@ -61,6 +68,8 @@ class PipelineEncoder:
         if not hasattr(pipeline, "encode_prompt"):
             raise ConfigError(f"{self.name} has no encode_prompt: it cannot be asked for its texts.")
         self.pipeline, self.config = pipeline, config
+        require_own_vae(pipeline)
+        require_known_conditions(self.name, config)
         self.statistics: LatentStatistics = vae_statistics(pipeline.vae)
         self.temporal, spatial = compression(pipeline)
         self.time_patch, patch = _patches(config)
@@ -78,6 +87,7 @@ class PipelineEncoder:
                 f"{self.config.get('in_channels')} and predicts {self.config.get('out_channels')}: it is the VAE of "
                 "another model."
             )
+        require_known_channels(self.name, self.config, channels, self.temporal, takes_image=self.takes_image)
         self._padded = self.takes_image and self.config.get("in_channels") == 2 * channels + self.temporal
         if self.takes_image and self.config.get("image_dim") and getattr(self.pipeline, "image_encoder", None) is None:
             raise ConfigError(f"the transformer of {self.name} takes image features, and it has no image encoder.")
@@ -118,6 +128,8 @@ class PipelineEncoder:
             "device": self.pipeline.text_encoder.device,
             "image": image,
         }
+        # which of them, HunyuanVideo's call decides by the kind of its transformer
+        options["image_embed_interleave"] = _INTERLEAVE.get(str(self.config.get("image_condition_type")), 1)
         if "max_sequence_length" in usual:  # encode_prompt's own default is another one, in Wan's pipelines
             options["max_sequence_length"] = usual["max_sequence_length"].default
         given = {name: value for name, value in options.items() if name in known}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.salad_compile.latents.encoding.world import TEXT_WIDTH, t5, tokenizer, wan_transformer, wan_vae
+from tests.salad_compile.latents.encoding.world import TEXT_WIDTH, WORDS, t5, tokenizer, wan_transformer, wan_vae
 from tests.support import seeded
 
 IMAGE_WIDTH = 8
@@ -128,6 +128,64 @@ def ltx_image() -> Any:
     from diffusers import LTXImageToVideoPipeline
 
     return LTXImageToVideoPipeline(**_ltx_parts())
+
+
+def _words() -> Any:
+    """A tokenizer of whole words, for the template of HunyuanVideo's image-to-video pipeline, whose image is sixth."""
+    import re
+
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "<unk>", "<image>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    words = re.findall(r"\w+|[^\w\s]", " ".join([str(DEFAULT_PROMPT_TEMPLATE["template"]), *WORDS]))
+    known = dict.fromkeys([*special, *words])
+    model = Tokenizer(models.WordLevel({word: number for number, word in enumerate(known)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.add_special_tokens(special)
+    model.post_processor = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
+
+
+def _llava(words: Any) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"intermediate_size": 16, "num_attention_heads": 2}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    vision = CLIPVisionConfig(
+        hidden_size=IMAGE_WIDTH, num_hidden_layers=2, image_size=336, patch_size=14, projection_dim=8, **sizes
+    )
+    text = LlamaConfig(
+        hidden_size=TEXT_WIDTH,
+        num_hidden_layers=3,
+        vocab_size=len(words),
+        max_position_embeddings=2048,
+        **sizes,
+        **ends,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, pad_token_id=0)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def hunyuan_image(kind: str = "latent_concat", in_channels: int = 9) -> Any:
+    from diffusers import HunyuanVideoImageToVideoPipeline
+    from transformers import CLIPImageProcessor
+
+    parts, words = hunyuan().components, _words()
+    config = {name: value for name, value in parts["transformer"].config.items() if not name.startswith("_")}
+    config |= {"in_channels": in_channels, "image_condition_type": kind}
+    own = {
+        "transformer": type(parts["transformer"])(**config),
+        "tokenizer": words,
+        "text_encoder": _llava(words),
+        "image_processor": CLIPImageProcessor(size=336, crop_size=336),
+    }
+    return HunyuanVideoImageToVideoPipeline(**{**parts, **own})
+
+
+def hunyuan_image_replacing() -> Any:
+    return hunyuan_image("token_replace", in_channels=4)
 
 
 def hunyuan() -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from salad_compile.errors import ConfigError, MissingPackageError
@@ -131,6 +132,41 @@ def test_the_first_frame_is_what_the_pipeline_makes_of_it(make: Make) -> None:
         assert "clip_feature" not in found.extras
 
 
+@pytest.mark.parametrize(
+    ("make", "image_tokens"),
+    [(families.hunyuan_image, 288), (families.hunyuan_image_replacing, 144)],
+    ids=["concatenated", "replaced"],
+)
+def test_hunyuan_gives_its_text_encoder_the_first_frame(make: Make, image_tokens: int) -> None:
+    """And as many of its tokens as the pipeline does, which follows from the kind of its transformer."""
+    pipe, found = pipeline(make), encoded(make)
+    seen: dict[str, Any] = {}
+
+    class Stop(Exception):
+        pass
+
+    def forward(**given: Any) -> None:
+        seen.update(given)
+        raise Stop
+
+    pipe.transformer.forward, before = forward, pipe.transformer.forward
+    pipe.set_progress_bar_config(disable=True)
+    options = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 1, "max_sequence_length": 256}
+    try:
+        with pytest.raises(Stop):
+            pipe(Image.fromarray(world.moving(9, 64, 96)[0]), CAPTION, generator=torch.Generator(), **options)
+    finally:
+        pipe.transformer.forward = before
+    texts, mask = seen["encoder_hidden_states"][0], seen["encoder_attention_mask"][0].bool()
+    torch.testing.assert_close(found.text, texts[mask])
+    assert image_tokens < len(found.text) < image_tokens + 20
+    first, given = found.extras["first_frame_latent"], seen["hidden_states"][0]
+    if make is families.hunyuan_image:
+        torch.testing.assert_close(given[4:8], torch.cat([first, torch.zeros(4, 2, *first.shape[2:])], dim=1))
+    else:
+        torch.testing.assert_close(given[:, :1], first)
+
+
 def test_cogvideo_scales_its_first_frame_as_its_pipeline_does() -> None:
     """The posterior is drawn from there, and its mode is taken here: with a variance of zero they are the same."""
     pipe = families.build(families.cogvideo_image)
@@ -174,6 +210,33 @@ def test_parts_that_are_missing_or_of_another_model() -> None:
     with pytest.raises(ConfigError, match="has no VAE: load the whole pipeline"):
         PipelineEncoder(pipe)
     assert statistics_of_config({"latent_channels": 4}) is None
+    pipe = families.build(families.hunyuan)
+    pipe.vae = world.wan_vae(z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    with pytest.raises(
+        ConfigError, match=r"is of class AutoencoderKLWan, and it takes one of class AutoencoderKLHunyuan"
+    ):
+        PipelineEncoder(pipe)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"_class_name": "WanVACETransformer3DModel"},
+            r"takes control_hidden_states.*conditions of the first frame only",
+        ),
+        ({"_class_name": "WanAnimateTransformer3DModel"}, "takes pose_hidden_states, face_pixel_values"),
+        ({"pos_embed_seq_len": 514}, "features of a first and of a last frame"),
+        ({"in_channels": 52}, "takes 36 channels beside the 16 of the latents, which are no first frame of 16"),
+    ],
+)
+def test_conditions_that_nobody_makes_are_refused(config: dict[str, Any], message: str) -> None:
+    pipe = pipeline(families.wan_image)
+    with pytest.raises(ConfigError, match=message):
+        PipelineEncoder(pipe, {**dict(pipe.transformer.config), **config})
+
+
+def test_a_vae_without_statistics() -> None:
     vae = world.wan_vae()
     vae.register_to_config(latents_mean=None)
     with pytest.raises(ConfigError, match="how its latents are normalised is not known"):
