@@ -28,9 +28,11 @@ def experts_of(arguments: argparse.Namespace, settings: TrainSettings) -> list[E
     """One run for each transformer that the arguments ask for; of a pipeline with two, both unless --component says.
 
     Raises:
-        ConfigError: nothing says which noise an expert is for.
+        ConfigError: nothing says which noise an expert is for, or a first frame is for another model.
     """
     output, names = Path(arguments.output), pipeline_components(arguments.model)
+    if names and settings.first_frame_conditioning_p:
+        _require_first_frame(arguments.model)
     if len(names) < 2:
         return [Expert(arguments.component or FIRST, settings, output)]
     chosen = [arguments.component] if arguments.component else names
@@ -50,6 +52,16 @@ def experts_of(arguments: argparse.Namespace, settings: TrainSettings) -> list[E
         Expert(name, settings.with_changes(ranges[name]), output if len(chosen) == 1 else output / name)
         for name in chosen
     ]
+
+
+def _require_first_frame(model: str) -> None:
+    """Raises ConfigError: it is a pipeline of Wan that gives no first frame in the place of a noisy one."""
+    index = read_json(Path(model) / PIPELINE_INDEX)
+    if str(index.get("_class_name")).startswith("Wan") and not index.get("expand_timesteps"):
+        raise ConfigError(
+            f"{model} is no TI2V (its {PIPELINE_INDEX} does not say expand_timesteps): it knows one timestep for all "
+            "frames, so leave first_frame_conditioning_p out."
+        )
 
 
 def _require_one(chosen: list[str], arguments: argparse.Namespace, what: str) -> None:

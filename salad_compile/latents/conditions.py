@@ -12,7 +12,8 @@ MASK_CHANNELS = 4  # of Wan's image-to-video models: one for each frame that a l
 
 
 def conditions_of(item: LatentItem) -> dict[str, Tensor]:
-    """`latents_image`, (C', T, H, W) fp32, and `clip_feature`, (tokens, width) fp32, as far as the extras have them.
+    """`latents_image`, (C', T, H, W), or `first_frame_latent`, (C, 1, H, W), and `clip_feature`, (tokens, width), all
+    fp32, as far as the extras have them.
 
     `latents_image` is as Wan's pipelines make it: a mask that is 1 where a frame is given, the first one, and behind it
     the latents of that frame followed by empty ones.
@@ -32,6 +33,12 @@ def conditions_of(item: LatentItem) -> dict[str, Tensor]:
                 item.name, f"its {LATENTS_IMAGE} is {tuple(image.shape)}, and the latent {tuple(item.latent.shape)}"
             )
         found[LATENTS_IMAGE] = image.float()
+    elif first is not None:
+        if first.ndim != 4 or (*first.shape[:1], *first.shape[2:]) != (*item.latent.shape[:1], *item.latent.shape[2:]):
+            raise item_error(
+                item.name, f"its {FIRST_FRAME} is {tuple(first.shape)}, and the latent {tuple(item.latent.shape)}"
+            )
+        found[FIRST_FRAME] = first[:, :1].float()
     if CLIP_FEATURE in item.extras:
         found[CLIP_FEATURE] = item.extras[CLIP_FEATURE].float()
     return found

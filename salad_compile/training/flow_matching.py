@@ -46,6 +46,7 @@ class Noised:
         latents: x_s, (B, C, T, H, W). timesteps: 1000 s, (B,), fp32. texts: (B, text_tokens, D).
         target: e - x_0, (B, C, T, H, W), fp32.
         conditions: what the extras of the items make, see :mod:`salad_compile.latents.conditions`; and `pooled_text`.
+        given: whether the first frame is given, without noise and without loss, (B,) bool; empty: of none.
         lengths: of each text, (B,) int64. fps: of each video, (B,), NaN where it is not known.
     """
 
@@ -56,6 +57,7 @@ class Noised:
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
     lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     fps: Tensor = field(default_factory=lambda: torch.zeros(0))
+    given: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Noised:
         """On a device; latents, texts and conditions in the dtype of the model."""
@@ -67,6 +69,7 @@ class Noised:
             {name: tensor.to(device, dtype) for name, tensor in self.conditions.items()},
             self.lengths.to(device),
             self.fps,
+            self.given.to(device),
         )
 
 
@@ -76,27 +79,28 @@ def shift_level(u: float, shift: float) -> float:
 
 
 def training_sample(
-    item: LatentItem, settings: TrainSettings, step: int, place: int, noising: Noising = flow_noise
+    item: LatentItem, settings: TrainSettings, step: int, place: int, noising: Noising = flow_noise, share: float = 0.0
 ) -> Noised:
     """One sample as a batch of one, in fp32 on the CPU.
 
     Args:
         place: of the sample in the global batch of this step.
+        share: of the samples whose first frame is given.
     """
     drawing = generator(settings.seed, "step", step, place)
     u = _draw_level(settings, drawing)
     dropped = float(torch.rand((), generator=drawing)) < settings.text_dropout
-    return _add_noise(item, settings, shift_level(u, settings.flow_shift), drawing, dropped, noising)
+    return _add_noise(item, settings, shift_level(u, settings.flow_shift), drawing, dropped, noising, share)
 
 
 def validation_sample(
-    item: LatentItem, settings: TrainSettings, index: int, point: int, noising: Noising = flow_noise
+    item: LatentItem, settings: TrainSettings, index: int, point: int, noising: Noising = flow_noise, share: float = 0.0
 ) -> Noised:
     """As :func:`training_sample`, with the same noise every time and noise level number `point` of a fixed grid."""
     first, last = noise_range(settings)
     u = first + (last - first) * (point + 0.5) / settings.validation_points
     drawing = generator(settings.seed, "validation", index, point)
-    return _add_noise(item, settings, shift_level(u, settings.flow_shift), drawing, False, noising)
+    return _add_noise(item, settings, shift_level(u, settings.flow_shift), drawing, False, noising, share)
 
 
 def noise_range(settings: TrainSettings) -> tuple[float, float]:
@@ -121,11 +125,20 @@ def _draw_level(settings: TrainSettings, drawing: torch.Generator) -> float:
 
 
 def _add_noise(
-    item: LatentItem, settings: TrainSettings, s: float, drawing: torch.Generator, dropped: bool, noising: Noising
+    item: LatentItem,
+    settings: TrainSettings,
+    s: float,
+    drawing: torch.Generator,
+    dropped: bool,
+    noising: Noising,
+    share: float,
 ) -> Noised:
     clean = item.latent.float()
     noise = torch.randn(clean.shape, generator=drawing)
     noisy, timestep, target = noising(clean, noise, s)
+    given_first = share > 0 and float(torch.rand((), generator=drawing)) < share
+    if given_first:
+        noisy[:, 0] = clean[:, 0]  # the VAEs of these models are causal: it is that of the first frame alone
     texts = pad_text(item, settings.text_tokens)
     texts = torch.zeros_like(texts) if dropped else texts
     given = {name: item.extras[name].float() for name in (POOLED_TEXT,) if name in item.extras} | conditions_of(item)
@@ -137,6 +150,7 @@ def _add_noise(
         {name: tensor[None] for name, tensor in given.items()},
         torch.tensor([len(item.text)]),
         torch.tensor([float("nan") if item.fps is None else item.fps]),
+        torch.tensor([given_first]),
     )
 
 
@@ -175,12 +189,19 @@ def _takes_conditions(forward: Forward) -> bool:
     return len(positional) > 4 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
 
 
-def losses(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample, (B,), in fp32."""
+def losses(prediction: Tensor, target: Tensor, given: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample, (B,), in fp32.
+
+    Args:
+        given: of each sample, whether its first frame is left out, (B,) bool; None or empty: of none.
+    """
     if prediction.shape != target.shape:
         raise ConfigError(
             f"the model predicted {tuple(prediction.shape)} for latents {tuple(target.shape)}: flow matching needs the "
             "shape of the latents. Other models than Wan with more input than output channels need a forward= of their "
             "own."
         )
-    return (prediction.float() - target).square().flatten(1).mean(1)
+    errors = (prediction.float() - target).square()
+    if given is None or not given.any():
+        return errors.flatten(1).mean(1)
+    return torch.where(given, errors[:, :, 1:].flatten(1).mean(1), errors.flatten(1).mean(1))

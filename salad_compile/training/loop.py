@@ -33,7 +33,7 @@ from salad_compile.training.ema import MovingAverage
 from salad_compile.training.engine import Engine, make_accelerator
 from salad_compile.training.families import Family, family_of
 from salad_compile.training.feeding import Feed, Placed
-from salad_compile.training.flow_matching import Forward, Noised, losses, stack, training_sample
+from salad_compile.training.flow_matching import Forward, Noised, losses, stack
 from salad_compile.training.interrupts import StopRequest
 from salad_compile.training.outcome import TrainResult, outcome_of
 from salad_compile.training.preparation import DTYPES, make_trainable, mean_sparsity, require_converted
@@ -251,7 +251,7 @@ class Run:
         return values, stopped
 
     def add_noise(self, micro: list[Placed], step: int) -> Noised:
-        batch = stack([training_sample(i, self.settings, step, place, self.family.add_noise) for place, i in micro])
+        batch = stack([self.family.sample(item, step, place) for place, item in micro])
         return batch.to(self.accelerator.device, DTYPES[self.settings.precision])
 
     def match_flow(self, samples: list[Noised]) -> torch.Tensor:
@@ -261,7 +261,7 @@ class Run:
             last = number == len(samples) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.engine.wrapped):
                 prediction = self.family.predict(self.engine.wrapped, batch)
-                each = losses(prediction, batch.target)
+                each = losses(prediction, batch.target, batch.given)
                 self.accelerator.backward(each.mean() / len(samples))
             found.append(each.detach())
         return torch.cat(found)

@@ -16,7 +16,6 @@ from salad_compile.errors import ConfigError, require_conversion
 from salad_compile.latents import LatentDataset
 from salad_compile.sites.branch import SaladBranch, branches
 from salad_compile.training.families import Family
-from salad_compile.training.flow_matching import validation_sample
 from salad_compile.training.seeds import derive_seed
 from salad_compile.training.settings import TrainSettings
 from salad_compile.training.tensors import trained_parameters
@@ -47,7 +46,7 @@ def require_converted(
     if config is not None:
         wanted = config if isinstance(config, SaladConfig) else SaladConfig.from_dict(config)
         _require_fit(wanted, settings)
-        example = None if known else _example(model, latents, settings, family)
+        example = None if known else _example(model, latents, family)
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(settings.seed, "branches"))
             convert(model, wanted, example_inputs=example)
@@ -67,13 +66,11 @@ def _require_fit(config: SaladConfig, settings: TrainSettings) -> None:
         )
 
 
-def _example(
-    model: nn.Module, latents: LatentDataset, settings: TrainSettings, family: Family
-) -> dict[str, Any] | None:
+def _example(model: nn.Module, latents: LatentDataset, family: Family) -> dict[str, Any] | None:
     """The inputs for the largest item; None for a forward of the user's, whose inputs nobody knows."""
     index = max(range(len(latents.shapes)), key=lambda i: torch.Size(latents.shapes[i]).numel())
     device, dtype = placement(model)  # not that of the first parameter: diffusers keeps some in fp32
-    sample = validation_sample(latents[index], settings, index, 0, family.add_noise)
+    sample = family.validation_sample(latents[index], index, 0)
     return family.inputs(sample.to(device, dtype))
 
 

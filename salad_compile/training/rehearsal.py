@@ -20,7 +20,6 @@ from salad_compile.common.sharding import reshard
 from salad_compile.latents import LatentDataset
 from salad_compile.sites.branch import branches
 from salad_compile.training.feeding import Placed
-from salad_compile.training.flow_matching import validation_sample
 from salad_compile.training.interrupts import StopRequest
 from salad_compile.training.loop import Run
 from salad_compile.training.preparation import DTYPES
@@ -28,7 +27,9 @@ from salad_compile.training.reference_states import as_base
 from salad_compile.training.settings import TrainSettings
 
 MEASURED_STEPS = 3  # of each size; the first compiles, and makes the optimizer's state
-MEASURED_FORWARDS = 3  # of a validation, likewise
+MOST_STEPS = 6  # where the others differ: other programs were in the way of one
+ALIKE = 0.05
+MEASURED_FORWARDS = 4  # of a validation, likewise
 MEASURED_SIZES = 3
 COUNTED_STEPS = 1000  # of which the sizes are counted
 
@@ -107,15 +108,15 @@ class Rehearsal:
 
     def _steps(self, number: int, shape: Shape) -> float:
         step = next(step for step in range(COUNTED_STEPS) if self._shape(step) == shape)
-        times = []
-        for _ in range(MEASURED_STEPS):
+        times: list[float] = []
+        while len(times) < MEASURED_STEPS or (len(times) < MOST_STEPS and self._differ(times[1:])):
             read = self._clock()
             batches = self._micro_batches(step)
             began = self._clock() if self.settings.workers else read  # other processes read ahead
             self.run.take_step(number, batches, self._stop)
             times.append(self._clock() - began)
             self.bar.advance(note=f"{times[-1]:.3g} s")
-        seconds = statistics.fmean(times[1:])
+        seconds = statistics.median(times[1:])
         distils = number < self.settings.distillation_steps
         if self.settings.compile == "none" or distils:
             self.first_seconds += max(times[0] - seconds, 0.0)
@@ -137,7 +138,7 @@ class Rehearsal:
             index = list(map(tuple, latents.shapes)).index(shape)
             call = partial(self._validate, latents, index)
             times = [self._time(call) for _ in range(MEASURED_FORWARDS)]
-            found[shape] = statistics.fmean(times[1:])
+            found[shape] = statistics.median(times[1:])
             if self.settings.compile == "none":
                 self.first_seconds += max(times[0] - found[shape], 0.0)
             else:
@@ -149,7 +150,7 @@ class Rehearsal:
         """One forward of a validation. dense: as the base model, where the branches are not so already."""
         run, model = self.run, self.run.engine.bare
         model.eval()
-        sample = validation_sample(latents[index], self.settings, index, 0, run.family.add_noise)
+        sample = run.family.validation_sample(latents[index], index, 0)
         sample = sample.to(run.accelerator.device, DTYPES[self.settings.precision])
         with as_base(branches(model).values()) if dense else contextlib.nullcontext():
             run.family.predict(run.engine.wrapped, sample)
@@ -164,6 +165,12 @@ class Rehearsal:
 
     def _shape(self, step: int) -> Shape:
         return tuple(self.run.feed.latents.shapes[self.run.feed.batches.at(step)[0]])
+
+    def _differ(self, times: list[float]) -> bool:
+        """Whether times are not alike, in any process: all of them take the same steps."""
+        accelerator = self.run.accelerator
+        found = torch.tensor([float(max(times) - min(times) > ALIKE * min(times))], device=accelerator.device)
+        return bool(accelerator.gather(found).any())
 
     def _time(self, call: Callable[[], object]) -> float:
         began = self._clock()

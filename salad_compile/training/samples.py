@@ -23,7 +23,7 @@ from salad_compile.salad_files.runs import checkpoint_name
 from salad_compile.sites.branch import branches
 from salad_compile.training.engine import Engine
 from salad_compile.training.families import Family
-from salad_compile.training.flow_matching import Noised, noise_range, shift_level, validation_sample
+from salad_compile.training.flow_matching import Noised, noise_range, shift_level
 from salad_compile.training.preparation import DTYPES
 from salad_compile.training.reference_states import as_base
 from salad_compile.training.seeds import generator
@@ -120,17 +120,21 @@ def denoise(engine: Engine, family: Family, item: LatentItem, index: int) -> Ten
     low, high = noise_range(settings)
     count = settings.sample_steps
     levels = [shift_level(high + (low - high) * n / count, settings.flow_shift) for n in range(count)] + [0.0]
-    batch = validation_sample(item, settings, index, 0, family.add_noise)
+    batch = family.validation_sample(item, index, 0)
     noise = torch.randn(item.latent.shape, generator=generator(settings.seed, "sample", index))
-    latent = family.add_noise(item.latent.float(), noise, levels[0])[0][None].to(device)
+    clean = item.latent.float()
+    latent = family.add_noise(clean, noise, levels[0])[0][None].to(device)
+    first = clean[None, :, :1].to(device) if batch.given.any() else latent[:, :, :0]
+    rest = slice(first.shape[2], None)
     model.eval()
     for s, after in itertools.pairwise(levels):
-        timestep = family.add_noise(item.latent[:1, :1].float(), noise[:1, :1], s)[1]
+        timestep = family.add_noise(clean[:1, :1], noise[:1, :1], s)[1]
+        latent = torch.cat([first, latent[:, :, rest]], dim=2)
         noisy = dataclasses.replace(batch, latents=latent.cpu(), timesteps=torch.tensor([timestep]))
         latent = family.step(latent, _guided(family, model, noisy.to(device, dtype), settings), s, after)
     reshard(model)
     model.train()
-    return latent[0]
+    return torch.cat([first, latent[:, :, rest]], dim=2)[0]
 
 
 def _guided(family: Family, model: torch.nn.Module, batch: Noised, settings: TrainSettings) -> Tensor:

@@ -69,6 +69,8 @@ class TrainSettings:
             its pipeline's `boundary_ratio` is where one ends and the other begins.
         guidance: that models with an embedding of it are told, as in diffusion-pipe.
         snr_shift_scale: of CogVideoX's noise schedule, as in its pipeline's scheduler: 3 of 2B, 1 of 5B.
+        first_frame_conditioning_p: share of samples whose first frame is given: no noise, timestep 0 and no loss
+            (LTX-Video-Trainer's name); of Wan2.2-TI2V and LTX-Video, for image to video.
         text_dropout: share of samples whose text is replaced by zeros, for classifier-free guidance (FastVideo's).
         text_tokens: length to which texts are padded with zeros, as the pipeline of Wan does.
         sparsity_warmup: steps in which the sparsity grows from the conversion's `lowest_sparsity` to its own. 0: off.
@@ -109,6 +111,7 @@ class TrainSettings:
     highest_noise: float = 1.0
     guidance: float = 1.0
     snr_shift_scale: float = 3.0
+    first_frame_conditioning_p: float = 0.0
     text_dropout: float = 0.1
     text_tokens: int = 512
     sparsity_warmup: int = 0
@@ -174,6 +177,7 @@ class TrainSettings:
         within("guidance", 0.0, float("inf"), "a number of at least 0")
         within("snr_shift_scale", 1e-9, float("inf"), "a number above 0")
         within("sample_guidance", 0.0, float("inf"), "a number of at least 0")
+        within("first_frame_conditioning_p", 0.0, 1.0 + 1e-12, "a share in [0, 1]")
         within("text_dropout", 0.0, 1.0 + 1e-12, "a share in [0, 1]")
         within("ema_decay", 0.0, 1.0, "a number in [0, 1)")
         pair = isinstance(self.betas, tuple) and len(self.betas) == 2

@@ -9,7 +9,7 @@ from salad_compile.latents import LatentDataset
 from salad_compile.sites.branch import branches
 from salad_compile.training.engine import Engine
 from salad_compile.training.families import Family
-from salad_compile.training.flow_matching import losses, validation_sample
+from salad_compile.training.flow_matching import losses
 from salad_compile.training.preparation import DTYPES
 from salad_compile.training.reference_states import as_base, as_untrained
 
@@ -30,8 +30,8 @@ def validation_loss(engine: Engine, latents: LatentDataset, family: Family) -> f
     engine.bare.eval()
     for number in range(rounds):
         index, point = work[min(rank * rounds + number, len(work) - 1)]
-        batch = validation_sample(latents[index], settings, index, point, family.add_noise).to(device, dtype)
-        own.append(losses(family.predict(engine.wrapped, batch), batch.target))
+        batch = family.validation_sample(latents[index], index, point).to(device, dtype)
+        own.append(losses(family.predict(engine.wrapped, batch), batch.target, batch.given))
     reshard(engine.bare)  # no backward pass will
     engine.bare.train()
     everywhere = accelerator.gather(torch.cat(own)).cpu()[: len(work)]

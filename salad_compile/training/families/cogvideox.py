@@ -1,4 +1,4 @@
-"""CogVideoX, text to video."""
+"""CogVideoX, text to video and image to video."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.errors import ConfigError
+from salad_compile.latents.item import FIRST_FRAME
 from salad_compile.training.families.family import Family
 from salad_compile.training.flow_matching import Noised
 from salad_compile.training.settings import TrainSettings
 
+OFS = 2.0  # that the pipeline of 1.5 gives its image-to-video model
+
 
 class CogVideoX(Family):
-    """Diffusion with prediction of v = sqrt(a) e - sqrt(1 - a) x_0; frames before channels; texts of one length."""
+    """Diffusion with prediction of v = sqrt(a) e - sqrt(1 - a) x_0; frames before channels; texts of one length.
+
+    Image-to-video models take the first frame as further channels, with empty frames behind it.
+    """
 
     needed: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states", "timestep", "image_rotary_emb")
 
@@ -50,17 +56,24 @@ class CogVideoX(Family):
         return kept**0.5, (1 - kept) ** 0.5
 
     def inputs(self, batch: Noised) -> dict[str, Any]:
-        self.require_channels(batch)
+        latents = batch.latents
+        if self.config.in_channels == 2 * latents.shape[1]:
+            image = torch.zeros_like(latents)
+            image[:, :, :1] = self.require(batch, FIRST_FRAME)
+            latents = torch.cat([latents, image], dim=1)
+        self.require_channels(batch, latents.shape[1])
         tokens = self.config.max_text_seq_length
         if int(batch.lengths.max()) > tokens:
             raise ConfigError(f"{self.name} takes texts of {tokens} tokens, and one has {int(batch.lengths.max())}.")
         missing = max(tokens - batch.texts.shape[1], 0)
         texts = nn.functional.pad(batch.texts, (0, 0, 0, missing))[:, :tokens]
+        more = {"ofs": latents.new_full((1,), OFS)} if getattr(self.config, "ofs_embed_dim", None) else {}
         return {
-            "hidden_states": batch.latents.transpose(1, 2),
+            "hidden_states": latents.transpose(1, 2),
             "encoder_hidden_states": texts,
             "timestep": batch.timesteps,
             "image_rotary_emb": self._rotation(batch),
+            **more,
         }
 
     def unpack(self, output: Tensor, batch: Noised) -> Tensor:

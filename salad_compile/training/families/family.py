@@ -10,8 +10,15 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.errors import ConfigError
-from salad_compile.latents import LatentDataset
-from salad_compile.training.flow_matching import Forward, Noised, flow_noise, predict
+from salad_compile.latents import LatentDataset, LatentItem
+from salad_compile.training.flow_matching import (
+    Forward,
+    Noised,
+    flow_noise,
+    predict,
+    training_sample,
+    validation_sample,
+)
 from salad_compile.training.settings import TrainSettings
 
 
@@ -29,6 +36,19 @@ class Family(ABC):
         self.model, self.config = model, cast(Any, getattr(model, "config", None))
         self.settings, self.name = settings, type(model).__name__
 
+    @property
+    def given_share(self) -> float:
+        """Of the samples, how many have their first frame given, in the place of a noisy one."""
+        return self.settings.first_frame_conditioning_p
+
+    def sample(self, item: LatentItem, step: int, place: int) -> Noised:
+        """As :func:`salad_compile.training.flow_matching.training_sample`."""
+        return training_sample(item, self.settings, step, place, self.add_noise, self.given_share)
+
+    def validation_sample(self, item: LatentItem, index: int, point: int) -> Noised:
+        """As :func:`salad_compile.training.flow_matching.validation_sample`."""
+        return validation_sample(item, self.settings, index, point, self.add_noise, self.given_share)
+
     def add_noise(self, clean: Tensor, noise: Tensor, s: float) -> tuple[Tensor, float, Tensor]:
         """Noisy latents, the timestep, and what the model is to predict; here flow matching."""
         return flow_noise(clean, noise, s)
@@ -45,12 +65,22 @@ class Family(ABC):
             ConfigError: the items lack a condition that the model takes.
         """
 
-    def check(self, latents: LatentDataset) -> None:  # noqa: B027 (most families have nothing to check)
+    takes_first_frame: ClassVar[bool] = False  # in the place of a noisy one, with a timestep of its own
+
+    def check(self, latents: LatentDataset) -> None:
         """Before anything is converted.
 
         Raises:
-            ConfigError: the items lack a condition that the model takes, or have it in another size.
+            ConfigError: the items lack a condition that the model takes, or have it in another size; or the settings
+                give a first frame to a model that takes none.
         """
+        if self.settings.first_frame_conditioning_p and not self.takes_first_frame:
+            raise ConfigError(
+                "first_frame_conditioning_p is for models that take a first frame in the place of a noisy one, at "
+                f"timestep 0 (Wan2.2-TI2V, LTX-Video): leave it out for {self.name}."
+            )
+        if self.given_share and min(shape[1] for shape in latents.shapes) < 2:
+            raise ConfigError("some latents have one frame: where the first one is given, nothing is left to predict.")
 
     def unpack(self, output: Tensor, batch: Noised) -> Tensor:
         """The prediction, (B, C, T, H, W), of what the forward returned first."""
@@ -61,9 +91,13 @@ class Family(ABC):
         output: tuple[Tensor, ...] = model(**(self.inputs(batch) or {}), return_dict=False)
         return self.unpack(output[0], batch)
 
-    def require_channels(self, batch: Noised) -> None:
-        """Raises ConfigError: the model takes conditions beside the latents, which this family does not make."""
-        channels, taken = batch.latents.shape[1], getattr(self.config, "in_channels", None)
+    def require_channels(self, batch: Noised, made: int | None = None) -> None:
+        """Raises ConfigError: the model takes conditions beside the latents, which this family does not make.
+
+        Args:
+            made: channels of what it is given; None: of the latents.
+        """
+        channels, taken = made or batch.latents.shape[1], getattr(self.config, "in_channels", None)
         if taken is not None and taken != channels:
             raise ConfigError(
                 f"{self.name} takes {taken} channels, and the latents have {channels}: such models need a forward= of "
@@ -103,3 +137,16 @@ def text_mask(batch: Noised, dtype: torch.dtype) -> Tensor:
     """(B, L): 1 at the tokens of the text, 0 behind them."""
     places = torch.arange(batch.texts.shape[1], device=batch.texts.device)
     return (places < batch.lengths[:, None]).to(dtype)
+
+
+def token_timesteps(batch: Noised, patch: tuple[int, int, int]) -> Tensor:
+    """(B, tokens): the sample's timestep, 0 for the tokens of a first frame that is given.
+
+    Args:
+        patch: frames, rows and columns of one token.
+    """
+    frames, height, width = (-(-size // step) for size, step in zip(batch.latents.shape[2:], patch, strict=True))
+    found = batch.timesteps[:, None, None].expand(-1, frames, height * width).clone()
+    if len(batch.given):
+        found[batch.given, 0] = 0
+    return found.flatten(1)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from salad_compile.training.families.family import Family, text_mask
+from salad_compile.training.families.family import Family, text_mask, token_timesteps
 from salad_compile.training.flow_matching import Noised
 
 FPS = 25.0  # of diffusers' LTXPipeline, where the data do not say
@@ -14,21 +14,27 @@ STRIDE = (8, 32, 32)  # of its VAE: frames, rows and columns of one latent
 
 
 class LTXVideo(Family):
-    """Flow matching; latents as tokens (B, T H W, C), positions in seconds and pixels, texts with a mask."""
+    """Flow matching; latents as tokens (B, T H W, C), positions in seconds and pixels, texts with a mask.
+
+    For image to video a first frame takes the place of a noisy one (`first_frame_conditioning_p`).
+    """
 
     needed: ClassVar[tuple[str, ...]] = (
         *("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"),
         *("num_frames", "height", "width", "rope_interpolation_scale"),
     )
 
+    takes_first_frame: ClassVar[bool] = True
+
     def inputs(self, batch: Noised) -> dict[str, Any]:
         self.require_channels(batch)
         frames, height, width = batch.latents.shape[2:]
+        given = self.settings.first_frame_conditioning_p
         fps = float(batch.fps[0])
         return {
             "hidden_states": batch.latents.flatten(2).transpose(1, 2),
             "encoder_hidden_states": batch.texts,
-            "timestep": batch.timesteps,
+            "timestep": token_timesteps(batch, (1, 1, 1)) if given else batch.timesteps,
             "encoder_attention_mask": text_mask(batch, batch.texts.dtype),
             "num_frames": frames,
             "height": height,

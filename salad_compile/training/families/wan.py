@@ -11,7 +11,7 @@ from salad_compile.errors import ConfigError
 from salad_compile.latents import LatentDataset, LatentItem
 from salad_compile.latents.conditions import conditions_of
 from salad_compile.latents.item import CLIP_FEATURE, LATENTS_IMAGE
-from salad_compile.training.families.family import Family
+from salad_compile.training.families.family import Family, token_timesteps
 from salad_compile.training.flow_matching import Noised
 
 _FEATURE = "encoder_hidden_states_image"  # how Wan's forward calls the features of the image encoder
@@ -21,11 +21,13 @@ class Wan(Family):
     """Flow matching; texts padded with zeros and without a mask.
 
     Image-to-video models take a mask and the first frame, encoded with empty frames behind it, as further channels.
-    TI2V models are trained as for text to video: every token has the timestep of the sample.
+    TI2V models take a first frame in the place of a noisy one (`first_frame_conditioning_p`); else they are trained as
+    for text to video, with the timestep of the sample for every token.
     """
 
     needed: ClassVar[tuple[str, ...]] = ("hidden_states", "timestep", "encoder_hidden_states", "return_dict")
     known: ClassVar[tuple[str, ...]] = (_FEATURE,)
+    takes_first_frame: ClassVar[bool] = True
 
     def inputs(self, batch: Noised) -> dict[str, Any]:
         latents, conditions = batch.latents, batch.conditions
@@ -33,9 +35,17 @@ class Wan(Family):
         if LATENTS_IMAGE in takes:
             latents = torch.cat([latents, conditions[LATENTS_IMAGE]], dim=1)
         more = {_FEATURE: conditions[CLIP_FEATURE]} if CLIP_FEATURE in takes else {}
-        return {"hidden_states": latents, "timestep": batch.timesteps, "encoder_hidden_states": batch.texts, **more}
+        timesteps = batch.timesteps
+        if self.settings.first_frame_conditioning_p:
+            timesteps = token_timesteps(batch, tuple(self.config.patch_size))
+        return {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": batch.texts, **more}
 
     def check(self, latents: LatentDataset) -> None:
+        super().check(latents)
+        if self.settings.first_frame_conditioning_p and taken_conditions(self.model, latents.shapes[0][0]):
+            raise ConfigError(
+                f"{self.name} takes its first frame as further channels: leave first_frame_conditioning_p out."
+            )
         if taken_conditions(self.model, latents.shapes[0][0]):
             require_conditions(self.model, latents[0])
 

@@ -162,6 +162,7 @@ def test_an_expert_without_its_noise_is_one_sentence(command: Run, given: Path, 
         ((), "no boundary_ratio"),
         (("--component", "transformer_2"), "no boundary_ratio"),
         (("--set", "lowest_noise=0.5"), "say which, --component"),
+        (("--set", "first_frame_conditioning_p=0.5"), "is no TI2V"),
     ):
         outcome = command("train", *words(given, tmp_path / "run", *more), "--model", experts)
         assert outcome.code == WRONG
