@@ -23,7 +23,7 @@ Times one forward of a model, as a denoising step runs it, dense and as SALAD, i
 prints medians and spread. Both sides are compiled, block by block where the model knows its blocks. Weights may be
 random: speed does not depend on them. Without --salad the model is converted afresh. LoRA is merged, as one would for
 inference; dense runs on the same weights. --video-steps tells the seconds of a whole video, also of a model that does
-not fit this machine: it times models with one and with two blocks, and scales.
+not fit this machine, and the hours of a fine-tuning: it times models with one and with two blocks, and scales.
 
 example:
     salad-compile bench Wan2.1-T2V-1.3B-Diffusers/transformer/config.json --random --dtype bfloat16
@@ -57,15 +57,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tell the seconds of a video of N denoising steps, from models with one and two blocks",
     )
     group.add_argument("--guidance", action="store_true", help="two forwards in each of these steps")
+    group.add_argument(
+        "--no-training",
+        dest="training",
+        action="store_false",
+        help="with --video-steps: no hours of a fine-tuning",
+    )
     group.add_argument("--keep-lora", action="store_true", help="leave the low-rank updates beside the weights")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Time and report."""
     if arguments.video_steps is not None:
+        from salad_compile.command_line.training_cost import SampleCost, measure_sample
         from salad_compile.command_line.whole_video import time_video
 
-        show(arguments, time_video(arguments, _measure))
+        def sample(small: argparse.Namespace) -> SampleCost:
+            return measure_sample(small, _make_pair, _compile)
+
+        show(arguments, time_video(arguments, _measure, sample if arguments.training else None))
         return 0
     if arguments.guidance:
         raise ConfigError("--guidance counts the forwards of a video: give --video-steps, too.")

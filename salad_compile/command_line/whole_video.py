@@ -17,6 +17,7 @@ from typing import Any
 
 from salad_compile.command_line import model_arguments
 from salad_compile.command_line.timing import BenchReport, Timings
+from salad_compile.command_line.training_cost import SampleCost
 from salad_compile.common.reports import Report, Row
 from salad_compile.errors import ConfigError
 
@@ -29,8 +30,9 @@ class VideoReport(Report):
     """Seconds of the denoising of one video, dense and as SALAD, scaled from single blocks.
 
     Attributes:
-        forward_ms: of one forward of the whole model, "dense" and "SALAD".
-        forwards: of one video. weights: bytes of the model's parameters. peaks: bytes of one forward beyond them.
+        forward_ms: of one forward of the whole model, "dense" and "SALAD". forwards: of one video.
+        weights: bytes of the model's parameters. peaks: bytes of one forward beyond them.
+        sample: of a fine-tuning; None if it was not measured.
     """
 
     forward_ms: Mapping[str, float]
@@ -38,6 +40,7 @@ class VideoReport(Report):
     weights: int
     peaks: Mapping[str, int | None]
     facts: Mapping[str, Any]
+    sample: SampleCost | None = None
 
     title = "the denoising of one video"
     columns = ("attention", "one forward, ms", "one video, s", "memory, GiB", "dense / this")
@@ -64,20 +67,44 @@ class VideoReport(Report):
         return [
             f"{self.facts['device']}, torch {self.facts['torch']}, {self.facts['dtype']}, {self.facts['compile']}; "
             f"{self.forwards} forwards; measured on models with one and two blocks, scaled to {blocks}",
-            "Text encoder and VAE are not counted. What fine-tuning takes: salad-compile train --dry-run.",
+            "Text encoder and VAE are not counted.",
+            *([] if self.sample is None else [self._training(self.sample)]),
         ]
+
+    def _training(self, sample: SampleCost) -> str:
+        from salad_compile.training.settings import TrainSettings
+
+        recipe, memory = TrainSettings(), sample.memory(self.weights)
+        size = "" if memory is None else f", {memory / 2**30:.1f} GiB"
+        hours = sample.hours(recipe.steps * recipe.batch)
+        return (
+            f"fine-tuning: {sample.milliseconds / 1e3:.2f} s a sample, {hours:,.1f} h for {recipe.steps:,} steps of "
+            f"{recipe.batch} samples, one by one{size}; on your own data: salad-compile train --dry-run"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         seconds = {name: self.seconds(name) for name in self.forward_ms}
         more = {"forward_ms": dict(self.forward_ms), "seconds": seconds, "forwards": self.forwards}
-        return {**self.facts, **more, "weight_bytes": self.weights, "peak_bytes": dict(self.peaks)}
+        found = {**self.facts, **more, "weight_bytes": self.weights, "peak_bytes": dict(self.peaks)}
+        if self.sample is None:
+            return found
+        from salad_compile.training.settings import TrainSettings
+
+        samples = TrainSettings().steps * TrainSettings().batch
+        cost = {"sample_ms": self.sample.milliseconds, "trained_parameters": self.sample.trained}
+        hours = {"hours": self.sample.hours(samples), "samples": samples}
+        return {**found, "training": {**cost, **hours, "memory_bytes": self.sample.memory(self.weights)}}
 
 
-def time_video(arguments: argparse.Namespace, measure: Callable[[argparse.Namespace], BenchReport]) -> VideoReport:
+def time_video(
+    arguments: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], BenchReport],
+    measure_training: Callable[[argparse.Namespace], SampleCost] | None,
+) -> VideoReport:
     """Time small models and scale to the whole one.
 
     Args:
-        measure: times the model of the arguments.
+        measure: times the model of the arguments. measure_training: one sample of its training; None: not measured.
 
     Raises:
         ConfigError: nothing says how many blocks the model has, or the arguments name sites or weights of all of it.
@@ -91,14 +118,18 @@ def time_video(arguments: argparse.Namespace, measure: Callable[[argparse.Namesp
         )
     with tempfile.TemporaryDirectory() as folder:
 
-        def timed(**blocks: int) -> BenchReport:
+        def small(**blocks: int) -> argparse.Namespace:
             file = Path(folder) / "config.json"
             file.write_text(json.dumps({**config, **dict.fromkeys(counts, 1), **blocks}))
             changed = {"model": str(file), "config": None, "component": None, "random": True}
-            return measure(argparse.Namespace(**{**vars(arguments), **changed}))
+            return argparse.Namespace(**{**vars(arguments), **changed})
 
-        one = timed()
-        more = {name: timed(**{name: 2}) for name in counts}
+        one = measure(small())
+        more = {name: measure(small(**{name: 2})) for name in counts}
+        sample = None
+        if measure_training is not None:
+            first = measure_training(small())
+            sample = SampleCost.scaled(first, {name: measure_training(small(**{name: 2})) for name in counts}, counts)
     milliseconds = {}
     for name in ("dense", "SALAD"):
         base = _of(one, name).median
@@ -108,7 +139,7 @@ def time_video(arguments: argparse.Namespace, measure: Callable[[argparse.Namesp
     weights = sum(parameter.numel() for parameter in whole.parameters()) * size
     forwards = arguments.video_steps * (2 if arguments.guidance else 1)
     peaks = {name: _of(one, name).peak_bytes for name in ("dense", "SALAD")}
-    return VideoReport(milliseconds, forwards, weights, peaks, {**one.facts, "blocks": counts})
+    return VideoReport(milliseconds, forwards, weights, peaks, {**one.facts, "blocks": counts}, sample)
 
 
 def _of(report: BenchReport, name: str) -> Timings:

@@ -69,7 +69,8 @@ def reordering(order: Tensor, text: str, tokens: int) -> Reordering:
     if key not in made:
         if len(made) >= _MOST_REORDERINGS:
             made.clear()
-        made[key] = _reordering(order, text, tokens)
+        with torch.inference_mode(False):  # autograd refuses tensors that were made in inference mode
+            made[key] = _reordering(order, text, tokens)
     return made[key]
 
 
