@@ -3,8 +3,8 @@
     python benchmarks/whole_video.py                  # Wan2.1-1.3B at 480p, 81 frames: about two minutes on an H200
     python benchmarks/whole_video.py --quick          # a tiny model on whatever there is: checks that it runs
 
-One forward dense and as SALAD, and one sample of a fine-tuning, each of the whole model and scaled from its blocks. Rows
-go to results/whole_video_<gpu>.json.
+One forward dense and as SALAD, and one sample of a fine-tuning, each of the whole model and scaled from its blocks.
+Rows go to results/whole_video_<gpu>.json.
 """
 
 from __future__ import annotations
