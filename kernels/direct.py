@@ -98,6 +98,11 @@ def without_autograd() -> contextlib.AbstractContextManager[Any]:
     return below
 
 
+def are_together() -> bool:
+    """Whether the calls of :func:`call_together` run: on plain CPU tensors, without gradients."""
+    return _together.facts is not None
+
+
 def once(ask: Callable[[], Any]) -> Any:
     """`ask()`, asked once for all calls that run together."""
     facts = None if torch.compiler.is_compiling() else _together.facts

@@ -37,20 +37,40 @@ class Selection(NamedTuple):
 
 
 class _Selected(NamedTuple):
-    """What a list of selected blocks and its counts have in common: which of them belong together."""
+    """What a list of selected blocks and its counts have in common.
+
+    Attributes:
+        pair: which of them belong together. key_blocks: how many there are. full: whether every list is.
+    """
 
     pair: object
     key_blocks: int
+    full: bool
 
 
-def remember_selected(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> None:
-    """Note that these are right, by the way they were made: `are_selected` then spares reading them."""
-    selected = _Selected(object(), key_blocks)
+def remember_selected(lut: torch.Tensor, count: torch.Tensor, key_blocks: int, *, full: bool) -> None:
+    """Note that these are right, by the way they were made: `are_selected` then spares reading them.
+
+    Args:
+        full: whether all entries of `lut` are valid, as far as that is known without reading `count`.
+    """
+    selected = _Selected(object(), key_blocks, full)
     remember(lut, selected)
     remember(count, selected)
 
 
 def are_selected(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> bool:
     """Whether an operator made these together, for as many key blocks, and nothing wrote into them since."""
+    return _selected(lut, count, key_blocks) is not None
+
+
+def are_full(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> bool:
+    """Whether they are selected, and all entries of `lut` are known to be valid."""
+    selected = _selected(lut, count, key_blocks)
+    return selected is not None and selected.full
+
+
+def _selected(lut: torch.Tensor, count: torch.Tensor, key_blocks: int) -> _Selected | None:
     fact = fact_of(lut)
-    return isinstance(fact, _Selected) and fact.key_blocks == key_blocks and fact_of(count) is fact
+    known = isinstance(fact, _Selected) and fact.key_blocks == key_blocks and fact_of(count) is fact
+    return fact if known else None  # type: ignore[return-value]

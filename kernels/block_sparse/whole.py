@@ -9,7 +9,7 @@ import torch
 
 from ..checks import accumulation_dtype
 from ..layout import block_count, empty_bshd
-from ..selection import Selection
+from ..selection import Selection, are_full
 from .reference import block_mask
 
 _MOST_PAIRS = 1 << 17  # of all heads together
@@ -56,7 +56,7 @@ def _hidden(selection: Selection, tokens: int, dtype: torch.dtype) -> torch.Tens
     batch, heads, query_blocks, slots = lut.shape
     key_blocks = block_count(tokens, key_block)
     hidden = torch.full((*lut.shape[:3], key_blocks), float("-inf"), dtype=dtype)
-    if int(count.amin()) == slots:  # every list is full
+    if are_full(lut, count, key_blocks) or int(count.amin()) == slots:  # every list
         hidden.scatter_(-1, lut.long(), 0)
     else:
         hidden.masked_fill_(block_mask(lut, count, key_blocks), 0)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from ..direct import once
+from ..direct import are_together, once
 from ..errors import UnsupportedKernelError
 from ..launch import interpreting, recording
 from .call import Call, requests
@@ -111,13 +111,14 @@ def serve(describe: Callable[..., Call], *arguments: Any) -> tuple[Engine, Call]
     Raises:
         whatever `describe` raises. UnsupportedKernelError: see :func:`choose`.
     """
-    alike = (
-        *(describe, requests[-1] if requests else "", *once(_state)),
-        *[
-            (a.shape, a.dtype, a.device, a.requires_grad) if isinstance(a, torch.Tensor) else a  # its kind
-            for a in arguments
-        ],
-    )
+    together = are_together()  # then nothing but shapes and dtypes can differ
+    kinds = [
+        ((a.shape, a.dtype) if together else (a.shape, a.dtype, a.device, a.requires_grad))
+        if isinstance(a, Tensor)
+        else a
+        for a in arguments
+    ]
+    alike = (together, describe, requests[-1] if requests else "", *once(_state), *kinds)
     served = _served.get(alike)
     if served is None:
         if len(_served) >= _MOST_SERVED:

@@ -100,7 +100,8 @@ def select_blocks(
     check_permille(permille, density_permille)
     lut, count = engine.run(call, pooled_query, pooled_key, *settings)
     if lut.is_cpu:
-        remember_selected(lut, count, pooled_key.shape[2])
+        full = key_mask is None and permille is None and sink_begin == sink_end  # nothing that shortens a list
+        remember_selected(lut, count, pooled_key.shape[2], full=full)
     return lut, count
 
 

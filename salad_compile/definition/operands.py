@@ -92,7 +92,7 @@ def operands_of(
 
 def move_operands(given: Operands, arranged: Arrangement) -> Operands:
     """Everything but `mapped`, its tokens moved; the gate only where all heads are."""
-    query, key, value = (arranged.move(tensor) for tensor in (given.query, given.key, given.value))
+    query, key, value = arranged.move(given.query), arranged.move(given.key), arranged.move(given.value)
     if arranged.moved is None or arranged.heads is not None:
         return given._replace(query=query, key=key, value=value)
     assert given.order is not None
@@ -113,8 +113,9 @@ def with_all_heads(tensor: Tensor, heads_per_key: int) -> Tensor:
 
 def _like_operands(mapped: Mapped, spec: AttentionSpec, dtype: torch.dtype, padding: int) -> Mapped:
     """With the dtype, the heads and the padding that query and key have got."""
-    query, key, rotated_query, rotated_key = (cast(tensor, dtype) for tensor in mapped)
-    key, rotated_key = (with_all_heads(tensor, spec.heads_per_key) for tensor in (key, rotated_key))
+    query, key = cast(mapped.query, dtype), cast(mapped.key, dtype)
+    rotated_query, rotated_key = cast(mapped.rotated_query, dtype), cast(mapped.rotated_key, dtype)
+    key, rotated_key = with_all_heads(key, spec.heads_per_key), with_all_heads(rotated_key, spec.heads_per_key)
     if spec.text == "prefix":
         query, rotated_query = F.pad(query, (0, 0, padding, 0)), F.pad(rotated_query, (0, 0, padding, 0))
     return Mapped(query, key, rotated_query, rotated_key)

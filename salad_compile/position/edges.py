@@ -16,16 +16,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.position.again import Autocast, autocast_state, is_on
+from salad_compile.position.comparing import CONSTANTS, Comparison, comparison, is_known
 from salad_compile.position.known_results import PLAIN, heeds_autocast, is_certain
 from salad_compile.position.operations import writes
 from salad_compile.position.recording import UNCOUNTED
-
-_CONSTANTS = frozenset(
-    {
-        *(int, float, bool, str, type(None), type(...)),
-        *(torch.dtype, torch.device, torch.layout, torch.memory_format),
-    }
-)
 
 Sequence = TypeVar("Sequence")
 
@@ -35,29 +29,30 @@ class UnknownArgumentError(Exception):
 
 
 class KnownArguments:
-    """A function and its arguments, taken apart.
+    """A function and its arguments.
 
     Attributes:
         func: the function.
-        arguments: of each tensor that was known (number, writes, None), of each that was new (_NEW, 0, key), of each
-            constant that is no float (_CONSTANT, type, value), of numbers and slices in a tuple (_PLACES, their count,
-            what `_are_places` takes), of each other one (_OTHER, 0, key).
-        keywords: what keyword arguments are compared by, None if there are none.
-        count: how many there are without keywords.
+        arguments, keywords: what positional and keyword arguments are compared by; no keywords: None.
+        compare: the comparison with them.
         seen: how many tensors were seen before.
     """
 
-    __slots__ = ("arguments", "count", "func", "keywords", "seen")
+    __slots__ = ("arguments", "compare", "func", "keywords", "seen")
 
     def __init__(self, key: tuple[Any, ...], seen: int) -> None:
         self.seen = seen
-        self.func, *arguments, self.keywords = key
-        self.arguments = [_taken_apart(key) for key in arguments]
-        self.count = len(arguments)
+        self.func, *self.arguments, self.keywords = key
+        self.compare: Comparison = self._write_and_compare
+
+    def _write_and_compare(self, *given: Any) -> bool:
+        """The first comparison: most operations are never compared with, so none is written before."""
+        self.compare = comparison(self.arguments, self.keywords)
+        return self.compare(*given)
 
 
 class KnownStep(KnownArguments, Generic[Sequence]):
-    """An operation with which a sequence went on, taken apart.
+    """An operation with which a sequence went on, compared.
 
     Attributes:
         edge: (function and arguments, result, autocast), as `SeenTensors` makes them, and what it consists of.
@@ -80,7 +75,7 @@ class KnownStep(KnownArguments, Generic[Sequence]):
         self.edge = edge
         arguments, self.result, self.autocast = edge
         super().__init__(arguments, seen)
-        self.is_new = type(self.result[0]) is int and not _is_known(self.result)
+        self.is_new = type(self.result[0]) is int and not is_known(self.result)
         self.is_plain = self.keywords is None and not may_write(self.func)
         self.following = following
         self.makes, self.heeds_autocast, self.counted = UNCERTAIN, False, True
@@ -101,61 +96,15 @@ class KnownStep(KnownArguments, Generic[Sequence]):
         if not is_certain(self.func, args, tensors):
             return
         self.heeds_autocast = heeds_autocast(self.func)
-        if _is_known(self.result[0]) or self.result[0] is type(None):
+        if is_known(self.result[0]) or self.result[0] is type(None):
             self.makes = NOTHING
         elif self.is_new:
             self.makes, self.counted = ONE, self.result[5]
-        elif self.result[0] in (tuple, list) and all(type(p[0]) is int and not _is_known(p) for p in self.result[1:]):
+        elif self.result[0] in (tuple, list) and all(type(p[0]) is int and not is_known(p) for p in self.result[1:]):
             self.makes, self.counted = SEVERAL, all(part[5] for part in self.result[1:])
 
 
 UNCERTAIN, NOTHING, ONE, SEVERAL = -1, 0, 1, 2
-
-
-def _is_known(key: Any) -> bool:
-    """Whether this is what a tensor is compared by that was seen before."""
-    return type(key) is tuple and len(key) == 2 and type(key[0]) is int
-
-
-_CONSTANT, _PLACES, _NEW, _OTHER = -1, -2, -3, -4
-
-
-def _taken_apart(key: Any) -> tuple[int, Any, Any]:
-    if type(key[0]) is int:
-        return (*key, None) if _is_known(key) else (_NEW, 0, key)
-    if len(key) == 2 and key[0] in _CONSTANTS and key[0] is not float:
-        return (_CONSTANT, *key)
-    if key[0] is tuple and all(_is_place(part) for part in key[1:]):
-        return (_PLACES, len(key) - 1, tuple(_place(*part) for part in key[1:]))
-    return (_OTHER, 0, key)
-
-
-def _is_place(key: Any) -> bool:
-    """Whether this is what a part of an index is compared by, without a tensor."""
-    if key[0] is slice:
-        return all(bound[0] in (int, type(None)) for bound in key[1:])
-    return key[0] in (int, bool, type(None), type(...))
-
-
-def _place(kind: Any, *key: Any) -> tuple[Any, ...]:
-    """Type and value of a part of an index; of a slice also the types of its bounds."""
-    if kind is not slice:
-        return (kind, key[0], None, None, None)
-    return (slice, slice(*(value for _, value in key)), *(bound for bound, _ in key))
-
-
-def _are_places(index: tuple[Any, ...], wanted: tuple[tuple[Any, ...], ...]) -> bool:
-    """Whether an index of as many places is compared by these. 0 and False are equal, so types are compared first."""
-    for place, (kind, value, start, stop, step) in zip(index, wanted, strict=True):
-        if type(place) is not kind:
-            return False
-        if kind is slice and (
-            type(place.start) is not start or type(place.stop) is not stop or type(place.step) is not step
-        ):
-            return False
-        if place != value:
-            return False
-    return True
 
 
 @functools.lru_cache(maxsize=4096)
@@ -207,16 +156,12 @@ class SeenTensors:
             numbers[id(self._tensors[number])] = number
         return numbers
 
-    def _see(self, made: Iterable[Tensor], counted: bool) -> bool:
-        """Number new tensors. Returns whether torch counts the writes into them if, and only if, `counted`."""
-        tensors, versions = self._tensors, self._first_versions
+    def _see(self, made: Iterable[Tensor]) -> bool:
+        """Number several new tensors. Returns whether torch counts the writes into them."""
         for tensor in made:
-            tensors.append(tensor)
-            try:
-                versions.append(tensor._version)
-            except RuntimeError:  # of inference mode
-                versions.append(UNCOUNTED)
-        return (versions[-1] != UNCOUNTED) is counted
+            self._tensors.append(tensor)
+            self._first_versions.append(version_of(tensor))
+        return self._first_versions[-1] != UNCOUNTED
 
     # ------------------------------------------------------------------------------------------------ making edges
 
@@ -240,7 +185,7 @@ class SeenTensors:
         """What an argument is compared by. Raises UnknownArgumentError."""
         kind = type(value)
         if kind is not Tensor:
-            if kind in _CONSTANTS:
+            if kind in CONSTANTS:
                 # 0.0 and -0.0 are equal
                 return (kind, value) if value or kind is not float else (kind, math.copysign(1.0, value))
             if kind is tuple or kind is list:
@@ -306,31 +251,10 @@ class SeenTensors:
 
     def _fits(self, known: KnownArguments, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether arguments of its function are the known ones. Notes the tensors if they are."""
-        if len(args) != known.count:
-            return False
-        self._versions, tensors, first = self._unread, self._tensors, self._first_versions
+        self._versions = self._unread
         try:
-            for value, (number, wanted, key) in zip(args, known.arguments, strict=True):
-                if number >= 0:
-                    if tensors[number] is not value:
-                        break
-                    before = first[number]
-                    if before != UNCOUNTED and value._version - before != wanted:
-                        break
-                elif number == _CONSTANT:
-                    if type(value) is not wanted or value != key:
-                        break
-                elif number == _PLACES:
-                    if type(value) is not tuple or len(value) != wanted or not _are_places(value, key):
-                        break
-                elif number == _NEW:
-                    if not self._is_new(value, key):
-                        break
-                elif self._key(value) != key:
-                    break
-            else:
-                if (self._key(kwargs) if kwargs else None) == known.keywords:
-                    return True
+            if known.compare(self._tensors, self._first_versions, args, kwargs, self._key, self._is_new):
+                return True
         except UnknownArgumentError:
             pass
         self._forget_since(known.seen)
@@ -341,7 +265,10 @@ class SeenTensors:
         _, shape, dtype, storage, (kind, _), counted, strides = key
         if type(value) is not kind or kind not in PLAIN:
             return bool(self._key(value) == key)
-        if value.shape != shape or value.dtype is not dtype or id(value) in self._numbers:
+        if value.shape != shape or value.dtype is not dtype:
+            return False
+        self._storage()
+        if storage != len(self._storages) and id(value) in self._numbers:  # in a memory of its own it is not known
             return False
         version = version_of(value)
         self._tensors.append(value)
@@ -386,7 +313,7 @@ class SeenTensors:
             return {}
         if type(key[0]) is int:
             number = key[0]
-            writes = key[1] if _is_known(key) else 0
+            writes = key[1] if is_known(key) else 0
             return {id(self._tensors[number]): self._first_versions[number] + writes}
         versions: dict[int, int] = {}
         for part in key:

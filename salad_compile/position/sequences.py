@@ -33,6 +33,7 @@ from salad_compile.position.flow import TensorInfo
 from salad_compile.position.program import SliceProgram
 from salad_compile.position.recording import (
     OVERWRITTEN,
+    UNCOUNTED,
     Moment,
     PositionGraph,
     holds_tensors,
@@ -142,12 +143,33 @@ class PositionRecording(SeenTensors):
         return out
 
     def follow(self, step: KnownStep[_Sequence], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """:meth:`run`, of a call of the function of `expected`: if its arguments are, so is what it returns."""
-        before = step.before or step
-        if (step.heeds_autocast and not step.is_under_its_autocast()) or not self._fits(before, args, kwargs):
+        """:meth:`run`, of a call of the function of `expected`: if its arguments are, so is what it returns.
+
+        Every operation comes by here: `_fits` and `_see` are written out, because a call takes as long as they do.
+        """
+        before, tensors, versions = step.before or step, self._tensors, self._first_versions
+        self._versions = self._unread
+        try:
+            fits = (not step.heeds_autocast or step.is_under_its_autocast()) and before.compare(
+                tensors, versions, args, kwargs, self._key, self._is_new
+            )
+        except UnknownArgumentError:
+            fits = False
+        if not fits:
+            self._forget_since(before.seen)
             return self.run(step.func, args, kwargs)
         out = step.func(*args, **kwargs)
-        if step.makes and not self._see((out,) if step.makes == ONE else out, step.counted):
+        if step.makes == ONE:
+            tensors.append(out)
+            try:
+                versions.append(out._version)
+                counted = True
+            except RuntimeError:  # of inference mode
+                versions.append(UNCOUNTED)
+                counted = False
+        else:
+            counted = self._see(out) if step.makes else step.counted
+        if counted is not step.counted:
             self._forget_since(step.seen)
             self._note(step.func, args, kwargs, out)
             return out

@@ -114,7 +114,8 @@ class SaladMode(Recorded, TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        if kwargs is None:
+            kwargs = {}
         if self.is_passive:
             return func(*args, **kwargs)
         if self.recording is not None and self.by_hand is None:
@@ -122,9 +123,9 @@ class SaladMode(Recorded, TorchFunctionMode):
                 self._record_unreported()
             if func is F.linear:
                 return self._run_linear(args, kwargs)
-        follows = self.follows
-        if follows is not None and (step := follows.expected) is not None and step.func is func:
-            return follows.follow(step, args, kwargs)
+            follows = self.follows
+            if follows is not None and (step := follows.expected) is not None and step.func is func:
+                return follows.follow(step, args, kwargs)
         by_hand = None
         if not is_attention(func):
             if self.by_hand is None:
