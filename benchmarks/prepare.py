@@ -26,6 +26,7 @@ from torch import Tensor
 
 from salad_compile.grid.orders import tile_order
 from salad_compile.kernels import pool_blocks, prepare_operand
+from salad_compile.kernels.preparation import Preparation
 from salad_compile.kernels.prepare import reference, triton
 from salad_compile.kernels.prepare.tiling import Tiling
 
@@ -144,8 +145,10 @@ def error(given: Inputs, made: list[tuple[Tensor, ...]]) -> float:
     for x, weight, results in zip(given.operands, given.weights, made, strict=True):
         exact = reference.prepare_operand(
             x[:, :, rows].double(),
-            [table[:, :, rows].double() for table in given.tables],
-            *("interleaved", "rms", "width", EPS, "relu", 0, weight, None, None, None),
+            Preparation(
+                [table[:, :, rows].double() for table in given.tables],
+                *("interleaved", "rms", "width", EPS, "relu", 0, weight, None, None, None),
+            ),
         )
         ours = (results[0][:, :, given.inverse[rows]], results[1][:, :, rows], results[2][:, :, rows])
         for value, expected in zip(ours, exact, strict=False):

@@ -10,6 +10,7 @@ import torch
 
 from ..layout import block_count
 from ..pools import Pools
+from ..preparation import Preparation
 from ..selection import Selection
 from .call import Call
 from .engine import GateCall
@@ -153,7 +154,8 @@ def _prepare(arch: int) -> Iterator[GateCall]:
         weight = None if norm == "none" else torch.empty((channels,), dtype=case.dtype, device=META)
         order = torch.empty((TOKENS,), dtype=torch.int32, device=META)
         settings = (pairs, norm, over, EPS, case.feature_map, block)
-        arguments = (x, (table,) * count, *settings, weight, weight if norm == "layer" else None, order, order)
+        bias = weight if norm == "layer" else None
+        arguments = (x, Preparation((table,) * count, *settings, weight, bias, order, order))
         call = Call("prepare_operand", META, case.dtype, head_dim=case.head_dim)
         words = f"{pairs} {norm}-{over} {heads} heads, {count} tables, means of {block}"
         yield GateCall(call, _name(f"prepare_operand {words}", case), arguments)

@@ -10,6 +10,7 @@ from ..checks import accumulation_dtype, check_inverse
 from ..engines import Call, engines, serve
 from ..layout import block_count, empty_bshd
 from ..linear.absent import absent
+from ..preparation import Preparation
 from .checks import check_sizes, check_types
 
 
@@ -60,18 +61,19 @@ def prepare_operand(
         KernelArgumentError: on a wrong rank, shape, dtype, device, name or block.
         UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, width, block or GPU.
     """
-    settings = (tuple(tables), pairs, norm, over, eps, feature_map, block, weight, bias, order, inverse)
-    engine, call = serve(_describe, *tables, x, *settings[1:])
+    preparation = Preparation(tuple(tables), pairs, norm, over, eps, feature_map, block, weight, bias, order, inverse)
+    engine, call = serve(_describe, *preparation.tables, x, *preparation[1:])
     if order is not None and inverse is not None:
         check_inverse(order, inverse)
-    rotated, plain, features, means = engine.run(call, x, *settings)
+    rotated, plain, features, means = engine.run(call, x, preparation)
     return rotated, plain, features, means
 
 
 def _describe(*arguments: Any) -> Call:
-    *tables, x, pairs, norm, over, _, feature_map, block, weight, bias, order, inverse = arguments
-    check_types(x, tables, pairs, norm, over, feature_map, block, weight, bias, order, inverse)
-    check_sizes(x, tables, order, inverse)
+    *tables, x, pairs, norm, over, eps, feature_map, block, weight, bias, order, inverse = arguments
+    preparation = Preparation(tables, pairs, norm, over, eps, feature_map, block, weight, bias, order, inverse)
+    check_types(x, preparation)
+    check_sizes(x, preparation)
     return _call(x, feature_map, block)
 
 
@@ -93,21 +95,10 @@ def why_unsupported(x: torch.Tensor, feature_map: str) -> str:
 
 
 @prepare_operand.register_fake
-def _(
-    x: torch.Tensor,
-    tables: Sequence[torch.Tensor],
-    pairs: str,
-    norm: str,
-    over: str,
-    eps: float,
-    feature_map: str,
-    block: int,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    order: torch.Tensor | None = None,
-    inverse: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_types(x, tables, pairs, norm, over, feature_map, block, weight, bias, order, inverse)
+def _(x: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    preparation = Preparation(*given, **named)
+    check_types(x, preparation)
+    feature_map, block = preparation.feature_map, preparation.block
     batch, heads, tokens, head_dim = x.shape
     rotated = empty_bshd(x, batch, heads, tokens, head_dim)
     shape = (batch, heads, block_count(tokens, block), head_dim) if block else (0,)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from ..checks import (
@@ -16,26 +14,16 @@ from ..checks import (
     require,
 )
 from ..linear.feature_maps import find_feature_map
+from ..preparation import Preparation
 
 PAIRS = ("interleaved", "halves")
 NORMS = ("none", "rms", "layer")
 OVER = ("head", "width")
 
 
-def check_types(
-    x: torch.Tensor,
-    tables: Sequence[torch.Tensor],
-    pairs: str,
-    norm: str,
-    over: str,
-    feature_map: str,
-    block: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    order: torch.Tensor | None,
-    inverse: torch.Tensor | None,
-) -> None:
+def check_types(x: torch.Tensor, preparation: Preparation) -> None:
     """What can be checked without reading a size of tokens or of the batch; the fake calls it as well."""
+    tables, pairs, norm, over, _, feature_map, block, weight, bias, order, inverse = preparation
     given = dict(zip(("first", "second", "third", "fourth"), tables, strict=False))
     check_same_device(x=x, weight=weight, bias=bias, order=order, inverse=inverse, **given)
     check_float_4d(x=x)
@@ -65,14 +53,12 @@ def check_types(
             check_order_type(permutation)
 
 
-def check_sizes(
-    x: torch.Tensor, tables: Sequence[torch.Tensor], order: torch.Tensor | None, inverse: torch.Tensor | None
-) -> None:
+def check_sizes(x: torch.Tensor, preparation: Preparation) -> None:
     """The rest of the checks."""
     require(x.shape[2] > 0, "x has no tokens: S must be at least 1")
-    for table in tables:
+    for table in preparation.tables:
         fits = all(size in (1, wanted) for size, wanted in zip(table.shape[:3], x.shape[:3], strict=True))
         require(fits, f"a table of shape {tuple(table.shape)} does not broadcast to x of shape {tuple(x.shape)}")
-    for permutation in (order, inverse):
+    for permutation in (preparation.order, preparation.inverse):
         if permutation is not None:
             check_order(permutation, x.shape[2])

@@ -10,25 +10,16 @@ from ..checks import accumulation_dtype
 from ..layout import empty_bshd
 from ..linear.absent import absent
 from ..linear.feature_maps import find_feature_map
+from ..preparation import Preparation
 from ..routing.reference import pool_blocks
 from ..rows.reference import take_rows
 
 
 def prepare_operand(
-    x: torch.Tensor,
-    tables: Sequence[torch.Tensor],
-    pairs: str,
-    norm: str,
-    over: str,
-    eps: float,
-    feature_map: str,
-    block: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    order: torch.Tensor | None,
-    inverse: torch.Tensor | None,
+    x: torch.Tensor, preparation: Preparation
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`salad_compile.kernels.prepare.api.prepare_operand`. Rounds where that says, and nowhere else."""
+    tables, pairs, norm, over, eps, feature_map, block, weight, bias, order, inverse = preparation
     plain = _in_rows(normalised(x, norm, over, eps, weight, bias).to(x.dtype))
     rotated = rotate(plain, tables, pairs)
     rotated = _in_rows(rotated) if order is None or inverse is None else take_rows(rotated, order, inverse)

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from ..launch import launch
 from ..layout import block_count, empty_bshd, row_strides, with_dense_rows
 from ..linear.absent import absent
+from ..preparation import Preparation
 from ..routing.triton import pool_blocks
 from .tiling import Tiling
 from .triton_kernels import prepare_kernel
 
 
 def prepare_operand(
-    x: torch.Tensor,
-    tables: Sequence[torch.Tensor],
-    pairs: str,
-    norm: str,
-    over: str,
-    eps: float,
-    feature_map: str,
-    block: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    order: torch.Tensor | None,
-    inverse: torch.Tensor | None,
+    x: torch.Tensor, preparation: Preparation
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.prepare_operand`."""
+    tables, pairs, norm, over, eps, feature_map, block, weight, bias, order, _ = preparation
     x = with_dense_rows(x)
     batch, heads, tokens, head_dim = x.shape
     over_width = norm != "none" and over == "width"

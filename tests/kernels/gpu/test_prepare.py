@@ -7,6 +7,7 @@ import torch
 
 from salad_compile.kernels import prepare_operand
 from salad_compile.kernels.launch import interpreting
+from salad_compile.kernels.preparation import Preparation
 from salad_compile.kernels.prepare import reference
 from tests.kernels.prepare.cases import CASES, Case
 
@@ -34,9 +35,10 @@ def test_equals_the_definition(case: Case, dtype: torch.dtype, device: str) -> N
     x, tables, *settings = arguments
     ours = prepare_operand(*arguments)
     again = prepare_operand(*arguments)
-    exact = reference.prepare_operand(x.double(), [table.double() for table in tables], *settings)
+    exact = reference.prepare_operand(x.double(), Preparation([table.double() for table in tables], *settings))
     largest = max(1.0, max(float(table.abs().max()) for table in tables))
-    for first, second, expected, plain in zip(ours, again, exact, reference.prepare_operand(*arguments), strict=True):
+    rounded = reference.prepare_operand(x, Preparation(tables, *settings))
+    for first, second, expected, plain in zip(ours, again, exact, rounded, strict=True):
         assert torch.equal(first, second)
         assert first.dtype == plain.dtype
         assert first.shape == expected.shape
