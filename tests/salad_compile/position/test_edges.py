@@ -41,6 +41,28 @@ def test_arguments_fit_where_their_edges_are_equal(known: int) -> None:
     assert not seen()._fits(step, ARGUMENTS[known], {"alpha": 2})
 
 
+KEYWORDS: list[dict[str, Any]] = [
+    *({}, {"dim": 0}, {"dim": False}, {"dim": 0.0}, {"dim": -0.0}, {"dim": None}, {"keepdim": 0}, {"dim": (0, 1)}),
+    *({"dim": 0, "out": X}, {"out": X, "dim": 0}, {"out": Y}, {"out": Y[:1]}, {"dim": [0, 1]}, {"dtype": torch.int8}),
+]
+
+
+@pytest.mark.parametrize("known", range(len(KEYWORDS)))
+def test_keywords_fit_where_their_edges_are_equal(known: int) -> None:
+    edge = seen()._arguments(torch.add, (X,), KEYWORDS[known])
+    step = KnownArguments(edge, 1)
+    for other in KEYWORDS:
+        fits = seen()._fits(step, (X,), other)
+        assert fits == (seen()._arguments(torch.add, (X,), other) == edge), other
+
+
+def test_nothing_of_a_model_becomes_text() -> None:
+    name = "__import__('os').abort() or 1"  # of an argument, and as the value of one
+    step = KnownArguments(seen()._arguments(torch.add, (X, name), {name: name}), 1)
+    assert seen()._fits(step, (X, name), {name: name})
+    assert not seen()._fits(step, (X, name), {"other": name})
+
+
 def test_writes_that_nobody_saw_do_not_fit() -> None:
     x = torch.zeros(3)
     tensors = SeenTensors()
