@@ -1,11 +1,11 @@
-"""What an image-to-video model takes beside noisy latent and text, made of an item's extras."""
+"""What a model takes beside noisy latent and text, made of an item's extras."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, LATENTS_IMAGE, LatentItem
+from salad_compile.latents.item import CLIP_FEATURE, CONTROL, FIRST_FRAME, FRAME_INDICES, LATENTS_IMAGE, LatentItem
 from salad_compile.latents.source import item_error
 
 MASK_CHANNELS = 4  # of Wan's image-to-video models: one for each frame that a latent stands for
@@ -13,7 +13,7 @@ MASK_CHANNELS = 4  # of Wan's image-to-video models: one for each frame that a l
 
 def conditions_of(item: LatentItem) -> dict[str, Tensor]:
     """`latents_image`, (C', T, H, W), or `first_frame_latent`, (C, 1, H, W), and `clip_feature`, (tokens, width), all
-    fp32, as far as the extras have them.
+    fp32, as far as the extras have them; and `latents_control` and `f_indices` as they are.
 
     `latents_image` is as Wan's pipelines make it: a mask that is 1 where a frame is given, the first one, and behind it
     the latents of that frame followed by empty ones.
@@ -41,4 +41,4 @@ def conditions_of(item: LatentItem) -> dict[str, Tensor]:
         found[FIRST_FRAME] = first[:, :1].float()
     if CLIP_FEATURE in item.extras:
         found[CLIP_FEATURE] = item.extras[CLIP_FEATURE].float()
-    return found
+    return found | {name: item.extras[name] for name in (CONTROL, FRAME_INDICES) if name in item.extras}

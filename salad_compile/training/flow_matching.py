@@ -66,7 +66,10 @@ class Noised:
             self.timesteps.to(device),
             self.texts.to(device, dtype),
             self.target.to(device),
-            {name: tensor.to(device, dtype) for name, tensor in self.conditions.items()},
+            {
+                name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+                for name, tensor in self.conditions.items()
+            },
             self.lengths.to(device),
             self.fps,
             self.given.to(device),

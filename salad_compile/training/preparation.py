@@ -13,7 +13,7 @@ from salad_compile.common.placement import placement
 from salad_compile.config import SaladConfig
 from salad_compile.conversion.convert import convert
 from salad_compile.errors import ConfigError, require_conversion
-from salad_compile.latents import LatentDataset
+from salad_compile.latents import LatentDataset, LatentItem
 from salad_compile.sites.branch import SaladBranch, branches
 from salad_compile.training.families import Family
 from salad_compile.training.seeds import derive_seed
@@ -38,6 +38,9 @@ def require_converted(
     """
     known = branches(model)
     family.check(latents)
+    index = max(range(len(latents.shapes)), key=lambda i: torch.Size(latents.shapes[i]).numel())
+    largest = latents[index]
+    family.require_used(largest)
     require_conversion(
         bool(known or config is not None),
         type(model).__name__,
@@ -46,7 +49,7 @@ def require_converted(
     if config is not None:
         wanted = config if isinstance(config, SaladConfig) else SaladConfig.from_dict(config)
         _require_fit(wanted, settings)
-        example = None if known else _example(model, latents, family)
+        example = None if known else _example(model, largest, index, family)
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(settings.seed, "branches"))
             convert(model, wanted, example_inputs=example)
@@ -66,11 +69,10 @@ def _require_fit(config: SaladConfig, settings: TrainSettings) -> None:
         )
 
 
-def _example(model: nn.Module, latents: LatentDataset, family: Family) -> dict[str, Any] | None:
-    """The inputs for the largest item; None for a forward of the user's, whose inputs nobody knows."""
-    index = max(range(len(latents.shapes)), key=lambda i: torch.Size(latents.shapes[i]).numel())
+def _example(model: nn.Module, item: LatentItem, index: int, family: Family) -> dict[str, Any] | None:
+    """The inputs for an item; None for a forward of the user's, whose inputs nobody knows."""
     device, dtype = placement(model)  # not that of the first parameter: diffusers keeps some in fp32
-    sample = family.validation_sample(latents[index], index, 0)
+    sample = family.validation_sample(item, index, 0)
     return family.inputs(sample.to(device, dtype))
 
 

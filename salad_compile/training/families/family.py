@@ -9,8 +9,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from salad_compile.common.logs import logger
 from salad_compile.errors import ConfigError
 from salad_compile.latents import LatentDataset, LatentItem
+from salad_compile.latents.item import CONTROL, FRAME_INDICES
 from salad_compile.training.flow_matching import (
     Forward,
     Noised,
@@ -82,6 +84,22 @@ class Family(ABC):
         if self.given_share and min(shape[1] for shape in latents.shapes) < 2:
             raise ConfigError("some latents have one frame: where the first one is given, nothing is left to predict.")
 
+    def require_used(self, item: LatentItem) -> None:
+        """Whether the model is given what the items carry; a control video that it is not given is said.
+
+        Raises:
+            ConfigError: they say at which places in time their frames are.
+        """
+        if FRAME_INDICES in item.extras:
+            raise ConfigError(
+                f"{item.name!r} has {FRAME_INDICES}, places in time of its frames, which {self.name} is not given "
+                "here: pass train(..., forward=f), whose fifth parameter gets them."
+            )
+        if CONTROL in item.extras:
+            logger.warning(
+                "the items have %s, which %s is not given: a forward of your own gets it", CONTROL, self.name
+            )
+
     def unpack(self, output: Tensor, batch: Noised) -> Tensor:
         """The prediction, (B, C, T, H, W), of what the forward returned first."""
         return output
@@ -128,6 +146,9 @@ class OwnForward(Family):
 
     def inputs(self, batch: Noised) -> None:
         return None
+
+    def require_used(self, item: LatentItem) -> None:
+        """It gets all of them."""
 
     def predict(self, model: nn.Module, batch: Noised) -> Tensor:
         return predict(self.forward, model, batch)

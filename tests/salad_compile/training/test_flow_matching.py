@@ -21,6 +21,7 @@ from salad_compile.training.flow_matching import (
     validation_sample,
 )
 from salad_compile.training.settings import TrainSettings
+from tests.models.registry import ALL_CASES
 from tests.salad_compile.training.tiny import SETTINGS, base, items
 
 ITEM = next(iter(items(1)))
@@ -122,5 +123,29 @@ def test_models_that_are_not_called_as_wan_are_an_error() -> None:
 
     with pytest.raises(ConfigError, match=r"Other takes x, t: it is not called as.*forward=f"):
         family_of(Other(), SETTINGS)
+    for name, more in {
+        "WanVACE": "control_hidden_states, control_hidden_states_scale",
+        "MotifVideo": "encoder_attention_mask, image_embeds",
+        "ConsisID": "id_cond, id_vit_hidden",
+    }.items():
+        with pytest.raises(ConfigError, match=rf"CogVideoX are, and nothing here gives it {more}\. Pass"):
+            family_of(ALL_CASES[name].build(), SETTINGS)
     with pytest.raises(ConfigError, match="predicted"):
         losses(torch.zeros(1, 3, 2), torch.zeros(1, 4, 2))
+
+
+def test_what_a_family_is_not_given_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A forward of the user's gets all of it."""
+    control = torch.randn_like(ITEM.latent)
+    item = dataclasses.replace(ITEM, extras={"latents_control": control, "f_indices": torch.tensor([0, 300])})
+    wan, own = (family_of(base(num_layers=1), SETTINGS, forward) for forward in (None, lambda *given: given[0]))
+    with pytest.raises(
+        ConfigError, match=r"has f_indices, places in time of its frames, which Wan\w+ is not given here"
+    ):
+        wan.require_used(item)
+    wan.require_used(dataclasses.replace(item, extras={"latents_control": control}))
+    assert "the items have latents_control, which" in caplog.text
+    own.require_used(item)
+    batch = own.sample(item, 0, 0).to(torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(batch.conditions["latents_control"][0], control.bfloat16())
+    assert batch.conditions["f_indices"].tolist() == [[0, 300]]
