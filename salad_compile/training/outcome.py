@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SMALLEST_GAP = 1e-3  # of the dense loss: less than this is rounding in bf16, and a share of it says nothing
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -26,7 +28,9 @@ class Outcome:
     @property
     def gap_closed(self) -> float | None:
         """0 at the untrained conversion's loss, 1 at the base model's; None where sparsity costs nothing to win back"""
-        if self.untrained is None or self.dense is None or self.now is None or self.untrained <= self.dense:
+        if self.untrained is None or self.dense is None or self.now is None:
+            return None
+        if self.untrained - self.dense <= SMALLEST_GAP * abs(self.dense):
             return None
         return (self.untrained - self.now) / (self.untrained - self.dense)
 
@@ -44,7 +48,8 @@ class Outcome:
         losses = f"validation {self.untrained:.4g} untrained, {self.now:.4g} now, dense {self.dense:.4g}"
         closed = self.gap_closed
         if closed is None:
-            return f"{losses}: on this data the untrained conversion is no worse than dense attention"
+            little = f"sparsity costs less than {100 * SMALLEST_GAP:g} % of the loss here"
+            return f"{losses}: {little}, so there is no gap to close"
         if closed < 0:
             return f"{losses}: worse than before training"
         return f"{losses}: {100 * closed:.0f} % of the gap closed"
