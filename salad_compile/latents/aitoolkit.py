@@ -25,6 +25,7 @@ from salad_compile.latents.source import (
     Entry,
     LatentSource,
     as_latent_shape,
+    folders_beside,
     item_error,
     strip_padding,
     unique_names,
@@ -51,7 +52,8 @@ class AIToolkitSource(LatentSource):
         names = unique_names([_name(file) for file in self._files], [file.name for file in self._files])
         others: set[str] = set()
         self.entries = [self._entry(*pair, others) for pair in zip(names, self._files, strict=True)]
-        self.left_out = tuple(sorted(others))
+        beside = [folder for folder in folders_beside(path, (LATENTS, TEXTS)) if folder.startswith("_")]
+        self.left_out = (*sorted(others), *beside)
 
     @classmethod
     def matches(cls, path: Path) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from salad_compile.common.progress import ProgressBar
-from salad_compile.errors import LatentItemError
+from salad_compile.errors import ConfigError, LatentItemError
 from salad_compile.latents.dataset import StoredLatents
 from salad_compile.latents.source import Problem
 from salad_compile.latents.statistics import KNOWN_STATISTICS, WAN_2_1, LatentStatistics
@@ -115,25 +115,52 @@ def doubt(measured: Measured, statistics: LatentStatistics | None, *, stored_nor
 
 def doubt_guess(measured: Measured, guess: LatentStatistics) -> str | None:
     """Why these latents look like those of another VAE than the one whose statistics were guessed, or None."""
+    other = _nearer(measured, guess)
+    if other is None:
+        return None
+    name, far, here = other
+    return (
+        f"nothing says which VAE the latents are of, and over {measured.items} items they are nearer to {name} "
+        f"({far:.2f}) than to {guess} ({here:.2f}), with which they are normalised: say which, --statistics {name} or "
+        "statistics="
+    )
+
+
+def _nearer(measured: Measured, used: LatentStatistics) -> tuple[str, float, float] | None:
+    """The known VAE to which latents are far nearer than to the one that normalised them; how far they are of each."""
     raw = Measured(
-        tuple(m * s + n for m, n, s in zip(measured.mean, guess.mean, guess.std, strict=True)),
-        tuple(m * s for m, s in zip(measured.std, guess.std, strict=True)),
+        tuple(m * s + n for m, n, s in zip(measured.mean, used.mean, used.std, strict=True)),
+        tuple(m * s for m, s in zip(measured.std, used.std, strict=True)),
         measured.items,
     )
     far = {
         name: _distance(raw, each.mean, each.std)
         for name, each in KNOWN_STATISTICS.items()
-        if each.channels == guess.channels
+        if each.channels == used.channels
     }
-    here = _distance(raw, guess.mean, guess.std)
+    here = _distance(raw, used.mean, used.std)
     nearest = min(far, key=far.__getitem__, default=None)
     if nearest is None or far[nearest] >= here / 2 or far[nearest] > THRESHOLD:
         return None
-    return (
-        f"nothing says which VAE the latents are of, and over {measured.items} items they are nearer to {nearest} "
-        f"({far[nearest]:.2f}) than to {guess} ({here:.2f}), with which they are normalised: say which, --statistics "
-        f"{nearest} or statistics="
-    )
+    return nearest, far[nearest], here
+
+
+def require_no_contradiction(measured: Measured, latents: StoredLatents) -> None:
+    """Whether latents that are normalised as the model's VAE says look like those of another VAE that is known.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if latents.normalized or latents.statistics is None or not latents.takes_statistics_of_model:
+        return
+    other = _nearer(measured, latents.statistics)
+    if other is not None:
+        name, far, here = other
+        raise ConfigError(
+            f"the latents are of another model: over {measured.items} items their numbers are those of {name} "
+            f"({far:.2f} away), and the VAE of the model has {latents.statistics} ({here:.2f} away). If you know better, convert "
+            "them first: salad-compile latents convert ... --statistics."
+        )
 
 
 def _distance(measured: Measured, mean: tuple[float, ...], std: tuple[float, ...]) -> float:

@@ -30,7 +30,7 @@ class StoredLatents(LatentDataset):
         layout: name of the format.
         normalized: whether the files hold normalised latents. False: reading normalises them.
         statistics: how the latents that come out were normalised; None: not known.
-        guesses_statistics: nothing said them.
+        guesses_statistics: nothing said them. takes_statistics_of_model: nothing but the model's VAE said them.
         problems: items that were left out.
     """
 
@@ -62,6 +62,7 @@ class StoredLatents(LatentDataset):
         if not kept:
             raise LatentItemError(f"none of {len(source.entries)} items is good. {summary_of(self.problems)}")
         self.normalized = source.normalized if normalized is None else normalized
+        self.takes_statistics_of_model = statistics is None and vae is not None and source.guesses_statistics
         self.guesses_statistics = statistics is None and vae is None and source.guesses_statistics
         self.statistics = self._choose_statistics(statistics, vae)
 

@@ -19,7 +19,14 @@ from torch import Tensor
 from salad_compile.common.inside import require_inside
 from salad_compile.latents.item import LatentItem, Shape
 from salad_compile.latents.pickles import load_mapped, require_checksums, single
-from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, strip_padding
+from salad_compile.latents.source import (
+    Entry,
+    LatentSource,
+    as_latent_shape,
+    folders_beside,
+    item_error,
+    strip_padding,
+)
 
 FOLDER, LATENTS, CONDITIONS = ".precomputed", "latents", "conditions"
 _KNOWN = ("latents", "num_frames", "height", "width", "fps")
@@ -38,7 +45,7 @@ class LTXSource(LatentSource):
         self.statistics = None
         others: set[str] = set()
         self.entries = [self._entry(file, others) for file in self._files]
-        self.left_out = tuple(sorted(others))
+        self.left_out = (*sorted(others), *folders_beside(self._root, (LATENTS, CONDITIONS)))
 
     @classmethod
     def matches(cls, path: Path) -> bool:

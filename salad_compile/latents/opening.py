@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from salad_compile.common.logs import logger
 from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError, did_you_mean
-from salad_compile.latents.checking import check, doubt_reading, evenly_spaced
+from salad_compile.latents.checking import check, doubt_reading, evenly_spaced, require_no_contradiction
 from salad_compile.latents.dataset import OnError, StoredLatents, summary_of
 from salad_compile.latents.layouts import LAYOUTS, Readable
 from salad_compile.latents.source import LatentSource
@@ -53,7 +53,7 @@ def open_latents(
         LatentLayoutError: the path holds no known layout, or its index cannot be used.
         LatentItemError: headers or the sample show damaged items (with on_error="raise"), or no good one is left.
         ConfigError: an unknown option, or statistics that are missing, have another number of channels or are not those
-            of the model's VAE.
+            of the model's VAE; or, where nothing says them, latents that look like those of another VAE.
         MissingPackageError: FastVideo's data without pyarrow.
     """
     source = open_source(Path(path), layout)
@@ -69,6 +69,7 @@ def open_latents(
     if checked.problems and on_error == "raise":
         raise LatentItemError(f"{summary_of(checked.problems)} on_error='skip' puts others in their place.")
     if checked.measured is not None:
+        require_no_contradiction(checked.measured, latents)
         question = doubt_reading(checked.measured, latents)
         if question:
             logger.warning("%s: %s", path, question)

@@ -110,6 +110,13 @@ def as_latent_shape(sizes: Sequence[int] | None) -> Shape | None:
     return shape[0], shape[1], shape[2], shape[3]
 
 
+def folders_beside(root: Path, read: Sequence[str]) -> list[str]:
+    """The folders of a cache that are not read, as `reference_latents/`: conditions that no item gets."""
+    return sorted(
+        f"{each.name}/" for each in root.iterdir() if each.is_dir() and each.name not in read and each.name[0] != "."
+    )
+
+
 def strip_padding(text: Tensor) -> Tensor:
     """(L, D) without the rows of zeros at its end."""
     filled = (text != 0).any(dim=1).nonzero()

@@ -192,3 +192,14 @@ def test_several_captions_take_the_first(tmp_path: Path, caplog: pytest.LogCaptu
     write_cache(tmp_path / "d" / "text_embeddings_2", texts)
     assert [float(item.text[0, 0]) for item in map(open_latents(tmp_path / "d").__getitem__, range(2))] == [1.0, 4.0]
     assert "not read: 2 more captions of each item" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("layout", "folder"), [("ltx", ".precomputed/reference_latents"), ("aitoolkit", "_clip_vision_cache")]
+)
+def test_folders_that_no_item_is_made_of_are_named(
+    tmp_path: Path, layout: str, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (WRITERS[layout](tmp_path, make_items(2)) / folder).mkdir()
+    open_latents(tmp_path)
+    assert f"not read: {Path(folder).name}/" in caplog.text

@@ -211,6 +211,8 @@ def test_sixteen_channels_of_another_vae(tmp_path: Path, caplog: pytest.LogCaptu
         data = open_latents(tmp_path, **options)  # type: ignore[arg-type]
         torch.testing.assert_close(data[2].latent, items[2].latent)
     assert not caplog.text
+    with pytest.raises(ConfigError, match=r"of another model: .* those of hunyuanvideo .*the model has .*wan2.1"):
+        open_latents(tmp_path, vae=WAN_2_1)
     with pytest.raises(ConfigError, match="have 16 channels, and those of the model's VAE 48"):
         open_latents(tmp_path, vae=LatentStatistics((0.0,) * 48, (1.0,) * 48))
     ours = write_latents(items, tmp_path / "ours", statistics=WAN_2_1)
