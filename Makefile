@@ -6,7 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help demo test test-kernels test-wild gate quick-gate env lint docs bench bench-gpu clean
+# Every worker and process of the tests would compile all sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help demo test test-kernels test-wild gate quick-gate env lint lint-types lint-rest docs bench bench-gpu clean
 
 help:  ## this list (also what `make` alone does)
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,15 +39,26 @@ test-kernels: env  ## the Triton kernels, interpreted where there is no GPU
 test-wild: env  ## hold video DiTs of other projects' packages against the invariants; needs a network once
 	@$(BIN)/python -m tools.wild_install
 	@echo "== models of other projects' packages, $(WORKERS) at a time"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/wild $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/wild $(PYTEST_ARGS)
 
 # What `make test` has time for; all of it in one process, which records the calls once and keeps both cores busy to the
 # end. It leaves out what differs from another kernel only in a constant that asks for no more of a GPU, or in one that
 # a third kernel has. For Hopper: fp16 (compiled as bf16 is, with as many registers), head_dim 80 and 96 (d128 fills the
 # same tiles of 128), fp32 of head_dim 64 (d128 is the harder one), d64 in blocks of 128 (d128 has them; d64 is compiled
-# in blocks of 64), d128 in blocks of 64 without a mask and unaligned. For Ampere and Blackwell all but bf16 of head_dim
-# 128, and of it unaligned rows and the softmax map (Hopper has both). `make gate` compiles all.
+# in blocks of 64), d128 in blocks of 64 but for Gluon's with a mask (Triton's tiles and registers are those of blocks of
+# 128), and what has no mask, where the kernel with a mask or the softmax map takes as many registers or more; of Gluon's
+# attention without pools both are compiled. For Ampere and Blackwell all but bf16 of head_dim 128, and of it unaligned
+# rows, the softmax map (Hopper has both) and all forms of `prepare` but one. `make gate` compiles all.
 quick-gate: env  ## compile most kernels of Hopper, and a part of those of Ampere and Blackwell
+	@echo "== compiling the Triton kernels that ship: for sm_90 most, for sm_80 and sm_100 those of bf16 and head_dim 128"
+	$(BIN)/python -m salad_compile.kernels.inspect --without float16 d80 d96 --filter \
+		"sm_90 bfloat16 d128 128x64 mask" "sm_90 bfloat16 d128 128x64 softmax" "prepare sm_90 bfloat16 d128" \
+		"block_sparse.gluon sm_90 bfloat16 d128 128x64" "pool_gradient sm_90 bfloat16 d128 128x64" \
+		"gluon sm_90 bfloat16 d128 64x64 mask" "sm_90 bfloat16 d64 64x64" \
+		"sm_90 float32 d128 mask" "prepare sm_90 float32 d128" \
+		"sm_80 bfloat16 d128 !unaligned !softmax !12 !24" "sm_100 bfloat16 d128 !unaligned !softmax !12 !24"
+
+gate: env  ## compile most kernels of Hopper, and a part of those of Ampere and Blackwell
 	@echo "== compiling the Triton kernels that ship: for sm_90 most, for sm_80 and sm_100 those of bf16 and head_dim 128"
 	$(BIN)/python -m salad_compile.kernels.inspect --without float16 d80 d96 \
 		--filter "sm_90 bfloat16 d128 128x64" "sm_90 bfloat16 d128 64x64 mask !unaligned" "sm_90 bfloat16 d64 64x64" \
@@ -60,13 +74,17 @@ $(STAMP): pyproject.toml tools/setup_env.sh
 	@touch $@
 
 lint: env  ## ruff, mypy, the import law, spelling, and the documentation
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory -j2 docs lint-types lint-rest
+
+lint-types:
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typed_use.py
+
+lint-rest:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	@$(MAKE) --no-print-directory docs
 
 # the site, in build/site; a broken link, a missing page or an unknown name in the reference is an error (with --quiet not)
 docs: env  ## the documentation, into build/site
