@@ -20,20 +20,21 @@ TEXT = 17
 
 def first_tensor(output: Any) -> Tensor:
     """The video of what a forward returned: the first tensor in its tuples, lists, dictionaries and dataclasses."""
-    return next(_tensors(output))
+    return next(tensors(output))
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor in tuples, lists, dictionaries and dataclasses."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _tensors(value)
+            yield from tensors(value)
     elif isinstance(output, list | tuple):
         for value in output:
-            yield from _tensors(value)
+            yield from tensors(value)
     elif hasattr(output, "__dict__"):
-        yield from _tensors(vars(output))
+        yield from tensors(vars(output))
 
 
 @dataclass(frozen=True)
