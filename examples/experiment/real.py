@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ import numpy as np
 import results
 import torch
 from arms import Arm, UnknownArmError
+from PIL import Image, ImageDraw
 from real_arms import REAL_ARMS, Judge, Place, common_step, judge_arm, real_arm_named, tune_arm
 from real_presets import REAL, TINY_REAL
 from real_train import load_dense, pretrain, save_dense
@@ -96,7 +98,10 @@ def run_all(place: Place, names: Sequence[str], seed: int, minutes: float, judgi
     script = [sys.executable, str(Path(__file__).resolve()), *own, "tune"]
     left = seconds_left(minutes - judging) / 60
     tail = ["--seed", str(seed), "--minutes", f"{left:.3f}"]
-    running = {arm.name: subprocess.Popen([*script, arm.name, *tail]) for arm in arms if arm.trained}
+    tuned = [arm.name for arm in arms if arm.trained]
+    threads = max(1, (os.cpu_count() or 1) // (2 * max(len(tuned), 1)))  # of each: noise is drawn on the CPU
+    shared = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    running = {name: subprocess.Popen([*script, name, *tail], env=shared) for name in tuned}
     judge = open_judge(place)
     failed = judge_arms(place, judge, [arm for arm in arms if not arm.trained], seed)
     for name, process in running.items():
@@ -124,7 +129,7 @@ class Strips:
         self.kept[f"samples.{arm}"] = _bytes(clips["samples"][:1, :, ::2])
 
     def write(self) -> None:
-        """clips.npz; restored-later.png, restored-other.png, samples.png: a row for each arm of SHOWN that is there."""
+        """clips.npz; restored-later.png, restored-other.png and samples.png, a row for each arm; restored.webp."""
         if not self.kept:
             return
         np.savez_compressed(self.path, **self.kept)  # type: ignore[arg-type]
@@ -138,6 +143,24 @@ class Strips:
             rows |= {arm: self.kept[f"{kind}.{arm}"] for arm in SHOWN if f"{kind}.{arm}" in self.kept}
             shown = {arm: torch.from_numpy(clips[number]).float()[None] / 127.5 - 1 for arm, clips in rows.items()}
             draw_strip(shown, self.path.with_name(f"{name}.png"))
+        self._draw_moving(self.path.with_name("restored.webp"))
+
+    def _draw_moving(self, path: Path) -> None:
+        """The restored clips as a moving picture: a column for each arm of SHOWN, a row for each clip."""
+        columns = {"clip": self.kept["original"]}
+        columns |= {arm: self.kept[f"restored.{arm}"] for arm in SHOWN if f"restored.{arm}" in self.kept}
+        count, _, length, edge, _ = self.kept["original"].shape
+        gap, title = 4, 14
+        frames = []
+        for number in range(length):
+            sheet = Image.new("RGB", (len(columns) * (edge + gap), count * (edge + gap) + title), "white")
+            for column, (arm, clips) in enumerate(columns.items()):
+                ImageDraw.Draw(sheet).text((column * (edge + gap), 0), arm, "black")
+                for row, clip in enumerate(clips):
+                    picture = Image.fromarray(np.ascontiguousarray(clip[:, number].transpose(1, 2, 0)))
+                    sheet.paste(picture, (column * (edge + gap), title + row * (edge + gap)))
+            frames.append(sheet)
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=120, loop=0, quality=70, method=4)
 
 
 def _bytes(clips: Tensor) -> np.ndarray:
