@@ -9,7 +9,7 @@ STAMP := $(VENV)/.ready
 # Every worker and process of the tests would compile all sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-kernels test-wild gate quick-gate env lint lint-types lint-rest docs bench bench-gpu clean
+.PHONY: help demo test test-kernels test-wild test-composition gate quick-gate env lint lint-types lint-rest docs bench bench-gpu clean
 
 help:  ## this list (also what `make` alone does)
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test-wild: env  ## hold video DiTs of other projects' packages against the invar
 	@echo "== models of other projects' packages, $(WORKERS) at a time"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/wild $(PYTEST_ARGS)
 
+test-composition: env  ## try what else runs beside SALAD, and write docs/composition.md; needs a network once
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.composition
+
 # What `make test` has time for; all of it in one process, which records the calls once and keeps both cores busy to the
 # end. It leaves out what differs from another kernel only in a constant that asks for no more of a GPU, or in one that
 # a third kernel has. For Hopper: fp16 (compiled as bf16 is, with as many registers), head_dim 80 and 96 (d128 fills the
@@ -57,12 +60,6 @@ quick-gate: env  ## compile most kernels of Hopper, and a part of those of Amper
 		"gluon sm_90 bfloat16 d128 64x64 mask" "sm_90 bfloat16 d64 64x64" \
 		"sm_90 float32 d128 mask" "prepare sm_90 float32 d128" \
 		"sm_80 bfloat16 d128 !unaligned !softmax !12 !24" "sm_100 bfloat16 d128 !unaligned !softmax !12 !24"
-
-gate: env  ## compile most kernels of Hopper, and a part of those of Ampere and Blackwell
-	@echo "== compiling the Triton kernels that ship: for sm_90 most, for sm_80 and sm_100 those of bf16 and head_dim 128"
-	$(BIN)/python -m salad_compile.kernels.inspect --without float16 d80 d96 \
-		--filter "sm_90 bfloat16 d128 128x64" "sm_90 bfloat16 d128 64x64 mask !unaligned" "sm_90 bfloat16 d64 64x64" \
-		"sm_90 float32 d128" "sm_80 bfloat16 d128 !unaligned !softmax" "sm_100 bfloat16 d128 !unaligned !softmax"
 
 gate: env  ## compile every kernel that ships, for three GPU generations
 	@echo "== compiling every Triton kernel that ships for sm_80, sm_90 and sm_100"

@@ -16,6 +16,7 @@ from hypothesis import settings
 
 from salad_compile.sites import converted_models
 from tests import shared
+from tools import composition
 from tools.cost_of_tests import CostOfTests
 from tools.support_table import DenseModel, Model, UnusableError, cell_of, write
 
@@ -25,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--support-table",
         action="store_true",
         help="write docs/models.md and the names in README.md from the outcomes of tests/models",
+    )
+    parser.addoption(
+        "--composition-table", action="store_true", help="write docs/composition.md from the outcomes of its tests"
     )
     parser.addoption(
         "--update-golden", action="store_true", help="write the golden graphs of tests/passes/golden as they are now"
@@ -59,6 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(shared.close_session)
     if config.getoption("--support-table") and not is_worker:
         config.pluginmanager.register(_SupportTable())
+    if config.getoption("--composition-table") and not is_worker:
+        config.pluginmanager.register(_CompositionTable())
     if config.getoption("--cost"):
         config.pluginmanager.register(CostOfTests(config.getoption("--cost"), writes=not is_worker))
 
@@ -94,6 +100,27 @@ class _SupportTable:
         except UnusableError as error:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
             terminal.write_line(f"\nthe support table was not written: {error}")
+
+
+class _CompositionTable:
+    """Collects the outcomes of what runs beside SALAD, and writes the page when the session ends."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        test = composition.cell_of(report.nodeid)
+        if test is not None and (report.when == "call" or not report.passed):
+            composition.add_outcome(self.outcomes, test, _outcome(report))
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        terminal = session.config.pluginmanager.getplugin("terminalreporter")
+        try:
+            composition.write(self.outcomes, f"{_versions()}, {composition.packages()}")
+            terminal.write_line("\nwrote docs/composition.md")
+        except UnusableError as error:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            terminal.write_line(f"\ndocs/composition.md was not written: {error}")
 
 
 def _outcome(report: pytest.TestReport) -> str:

@@ -10,7 +10,7 @@ import base64
 import html
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -32,6 +32,8 @@ from salad_compile.kernels.layout import ALL_BLOCKS, block_count
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from salad_compile.sites.branch import SaladBranch
 
 PAGE = "index.html"
 HEADS_IN_A_ROW = 6
@@ -66,19 +68,22 @@ class _Collected:
         self.views.setdefault(call.branch.record.owner, _view(call))
 
 
-def save_pictures(model: Any, inputs: Any, directory: str | os.PathLike[str]) -> Path:
+def save_pictures(model: Any, inputs: Any, directory: str | os.PathLike[str], about: str = "") -> Path:
     """Draw what a converted model attends to on your inputs, and write it into a directory.
 
     - `masks_<site>.png`: for each head the blocks that are computed, in the token order of the site.
     - `recall.png`: share of the dense softmax mass in those blocks, site by head.
-    - `gate.png`: the gate over the video's tokens, frame by frame where the token grid is known.
-    - `index.html`: all of them and the tables of :func:`salad_compile.diagnose`, in one file that needs no other.
+    - `gate.png`: the gate over the video's tokens, frame by frame where the token grid is known; its colours always
+      stand for 0 to 1.
+    - `index.html`: all of them and the tables of :func:`salad_compile.diagnose`, in one file that needs no other, under
+      the sparsity that was asked for and the share of blocks that these inputs leave out.
 
     Masks and gates are of the first sample of the first inputs, recall and tables of all. Files of the same names are
     replaced, each at once, when everything is drawn.
 
     Args:
-        model, inputs: see :func:`diagnose`. directory: made if it is not there.
+        model, inputs: see :func:`diagnose`. directory: made if it is not there. about: a line for the head of the page,
+            for example the SALAD file and what the inputs were.
 
     Returns:
         The path of the page.
@@ -88,7 +93,7 @@ def save_pictures(model: Any, inputs: Any, directory: str | os.PathLike[str]) ->
             :func:`diagnose`. OSError: a file cannot be written.
     """
     _require_matplotlib()
-    bare, _ = converted_branches(model, "save_pictures")
+    bare, found = converted_branches(model, "save_pictures")
     collected = _Collected()
     run_observed(bare, forward_inputs(bare, inputs), collected.look, "pictures")
     diagnosis = Diagnosis(tuple(collected.calls))
@@ -104,11 +109,22 @@ def save_pictures(model: Any, inputs: Any, directory: str | os.PathLike[str]) ->
             bar.advance()
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    page = _page(type(bare).__name__, diagnosis, images).encode()
+    lines = [each for each in (about, _sparsity(found, collected.views.values())) if each]
+    page = _page(type(bare).__name__, lines, diagnosis, images).encode()
     for name, content in {**images, PAGE: page}.items():
         with write_at_once(target / name) as temporary:
             temporary.write_bytes(content)
     return target / PAGE
+
+
+def _sparsity(converted: Iterable[SaladBranch], views: Iterable[_SiteView]) -> str:
+    asked = sorted({branch.target_sparsity for branch in converted})
+    left_out = [1 - float(view.mask.float().mean()) for view in views]
+    span = f"{asked[0]:g}" if len(asked) == 1 else f"{asked[0]:g} to {asked[-1]:g}, by site"
+    return (
+        f"Sparsity asked for: {span}. Blocks that these inputs leave out: {sum(left_out) / len(left_out):.1%} on "
+        f"average, {min(left_out):.1%} to {max(left_out):.1%} by site."
+    )
 
 
 def _require_matplotlib() -> None:
@@ -217,14 +233,12 @@ def _recall_figure(diagnosis: Diagnosis) -> Figure:
 
 def _gate_figure(views: Mapping[str, _SiteView]) -> Figure:
     gated = {name: view.gate for name, view in views.items() if view.gate is not None}
-    lowest = min(float(gate.min()) for gate in gated.values())
-    highest = max(float(gate.max()) for gate in gated.values())
     frames = [_frames(views[name], gate) for name, gate in gated.items()]
     columns = max(len(line) for line in frames)
     tall, wide = frames[0][0][1].shape
     panel = (1.25, 1.25 * min(max(tall / wide, 0.3), 1.4)) if tall > 1 else (6.0, 0.45)
     figure = _figure(max(panel[0] * columns + 1.6, 4.2), (panel[1] + 0.28) * len(frames) + 0.7)
-    figure.suptitle("gate of the linear branch, token by token", fontsize=10)
+    figure.suptitle("gate of the linear branch, token by token: 0 is closed, 1 is open", fontsize=10)
     grid = figure.subplots(len(frames), columns, squeeze=False)
     image = None
     for line, (name, parts) in enumerate(zip(gated, frames, strict=True)):
@@ -237,7 +251,7 @@ def _gate_figure(views: Mapping[str, _SiteView]) -> Figure:
                 continue
             label, picture = parts[column]
             aspect = "equal" if len(picture) > 1 else "auto"
-            image = axes.imshow(picture.numpy(), cmap="magma", vmin=lowest, vmax=highest, aspect=aspect)
+            image = axes.imshow(picture.numpy(), cmap="magma", vmin=0, vmax=1, aspect=aspect)
             if line == len(frames) - 1:
                 axes.set_xlabel(label, fontsize=7)
             if column == 0:
@@ -278,7 +292,7 @@ tbody tr:nth-child(even) { background: #f3f5f8; } img { max-width: 100%; } figur
 """
 
 
-def _page(model: str, diagnosis: Diagnosis, images: Mapping[str, bytes]) -> str:
+def _page(model: str, about: Sequence[str], diagnosis: Diagnosis, images: Mapping[str, bytes]) -> str:
     pictures = [
         f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
         "</figure>"
@@ -292,10 +306,11 @@ def _page(model: str, diagnosis: Diagnosis, images: Mapping[str, bytes]) -> str:
         f"<details><summary>{title}</summary>{_table(diagnosis.by(detail))}</details>" for detail, title in details
     ]
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in diagnosis.notes())
+    head = "".join(f"<p>{html.escape(line)}</p>" for line in about)
     title = f"SALAD attention of {html.escape(model)}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f"</head><body><h1>{title}</h1>{_table(diagnosis)}{notes}{''.join(tables)}"
+        f"</head><body><h1>{title}</h1>{head}{_table(diagnosis)}{notes}{''.join(tables)}"
         "<p>Masks and gates: the first sample of the first inputs. Masks are in the order in which the blocks take the "
         f"tokens.</p>{''.join(pictures)}</body></html>\n"
     )

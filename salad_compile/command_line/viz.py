@@ -35,7 +35,19 @@ def run(arguments: argparse.Namespace) -> int:
     base = model_arguments.load(arguments).to(device)
     inputs = model_arguments.noisy_inputs(arguments, base, device)
     model = model_arguments.with_branches(arguments, base, inputs)
-    page = salad_compile.save_pictures(model, inputs, arguments.output)
+    about = f"{arguments.model}, {_branches(arguments)}. Inputs: {_inputs(arguments)}."
+    page = salad_compile.save_pictures(model, inputs, arguments.output, about)
     files = sorted(file.name for file in page.parent.glob("*.png"))
     tell(arguments, f"wrote {page} and {len(files)} pictures", {"page": str(page), "pictures": files})
     return 0
+
+
+def _branches(arguments: argparse.Namespace) -> str:
+    """Whose gates and projections are looked at, for the head of the page."""
+    return f"with {arguments.salad}" if arguments.salad else "converted afresh: nothing of it is trained"
+
+
+def _inputs(arguments: argparse.Namespace) -> str:
+    if arguments.inputs:
+        return str(arguments.inputs)
+    return "made up, of noise: they show that it works, and nothing of what it attends to in a video"

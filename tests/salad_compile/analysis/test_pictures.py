@@ -116,6 +116,24 @@ def test_frames_show_the_gate_where_it_is() -> None:
     assert [label for label, _ in pictures._frames(long, long.gate)][::7] == ["frame 0", "frame 20"]
 
 
+def test_the_page_says_what_it_shows(tmp_path: Path) -> None:
+    model = converted(lowest_sparsity=0.5)
+    salad_compile.set_sparsity(model, {"*": 0.5})
+    text = save_pictures(model, inputs_of(), tmp_path, about="run <1>, real inputs").read_text()
+    call = calls_of(model, inputs_of())[0]
+    left_out = 1 - float(pictures._view(call).mask.float().mean())
+    assert "<p>run &lt;1&gt;, real inputs</p>" in text
+    assert f"Sparsity asked for: 0.5. Blocks that these inputs leave out: {left_out:.1%} on average" in text
+
+
+def test_gates_of_two_models_have_the_same_colours() -> None:
+    """A scale from the lowest to the highest value would show noise around 0.5 as a pattern."""
+    view = pictures._SiteView(torch.zeros(1, 1, 1), torch.full((21,), 0.5), (21, 1, 1), None, "none")
+    figure = pictures._gate_figure({"site": view})
+    limits = {image.get_clim() for axes in figure.axes for image in axes.get_images()}
+    assert limits == {(0.0, 1.0)}
+
+
 def test_without_a_grid_and_without_gates(tmp_path: Path) -> None:
     model = salad_compile.convert(toys.Stack(toys.SelfAttention()), TINY, example_inputs=(toys.tokens(100),))
     page = save_pictures(model, (toys.tokens(100),), tmp_path / "flat")

@@ -1,0 +1,1 @@
+"""What runs beside SALAD: the tests behind docs/composition.md that no other folder has."""
