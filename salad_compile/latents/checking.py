@@ -158,8 +158,8 @@ def require_no_contradiction(measured: Measured, latents: StoredLatents) -> None
         name, far, here = other
         raise ConfigError(
             f"the latents are of another model: over {measured.items} items their numbers are those of {name} "
-            f"({far:.2f} away), and the VAE of the model has {latents.statistics} ({here:.2f} away). If you know better, "
-            "convert them first: salad-compile latents convert ... --statistics."
+            f"({far:.2f} away), and the VAE of the model has {latents.statistics} ({here:.2f} away). If you know "
+            "better, convert them first: salad-compile latents convert ... --statistics."
         )
 
 
