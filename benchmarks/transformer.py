@@ -56,6 +56,7 @@ VARIANTS = {
     "rope_placement": ("auto", "rotate-then-map", "map-then-rotate"),
     "scaling": ("v1", "v2"),
     "gate": ("token", "head", "none"),
+    "compensation": ("none", "tail"),
 }
 WEIGHTS = "all random, gates and projections too; routing on random weights selects close to arbitrary blocks"
 
