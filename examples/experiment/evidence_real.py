@@ -63,7 +63,7 @@ def _where(found: dict[str, Row]) -> list[str]:
 
 _COLUMNS = (
     "| arm | what it is | held-out loss | / dense | gap closed | later | other films | PSNR, dB | SSIM "
-    "| frame differences | training, s |",
+    "| frame differences | steps |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 
@@ -84,7 +84,7 @@ def _table(group: str, arms: Sequence[Arm], found: dict[str, Row]) -> list[str]:
             f"{row['held_out_loss'] / found['dense']['held_out_loss']:.3f}",
             *shares,
             *(["-"] * 3 if same else alike),
-            f"{row['training_seconds']:.0f}",
+            str(row["settings"]["tune"]["steps"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]

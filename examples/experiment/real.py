@@ -50,14 +50,14 @@ def run_pretraining(place: Place, minutes: float, folder: Path) -> None:
     print(f"wrote {place.base}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
-def tune_arms(place: Place, names: Sequence[str], seed: int, minutes: float) -> None:
+def tune_arms(place: Place, names: Sequence[str], seed: int, minutes: float, steps: int | None) -> None:
     """Fine-tune one arm after the other, each for its share of the time."""
     arms = [real_arm_named(name) for name in names]
     films = Films(place.films, torch.device("cpu"))
     for number, arm in enumerate(arms):
         if not arm.trained:
             raise ValueError(f"the arm {arm.name} is not trained")
-        tune_arm(arm, films, place, seed, seconds_left(minutes) / (len(arms) - number))
+        tune_arm(arm, films, place, seed, seconds_left(minutes) / (len(arms) - number), steps)
         torch._dynamo.reset()
 
 
@@ -85,19 +85,27 @@ def judge_arms(place: Place, judge: Judge, arms: Sequence[Arm], seed: int) -> in
     return failed
 
 
-def run_all(place: Place, names: Sequence[str], seed: int, minutes: float, judging: float, own: Sequence[str]) -> int:
-    """Fine-tune the arms side by side, a process each, and judge the others meanwhile; then judge all at one step.
+def run_all(place: Place, options: argparse.Namespace, own: Sequence[str]) -> int:
+    """Fine-tune the arms that have no row side by side, and judge the others meanwhile; then judge all at one step.
 
     Args:
-        judging: minutes that are left for the rows of the fine-tuned arms. own: options that every process gets.
+        own: options that every process gets, before the command.
 
     Returns:
         How many failed.
     """
-    arms = [real_arm_named(name) for name in names] if names else list(REAL_ARMS)
+    seed, done = options.seed, {(row["arm"], row["seed"]) for row in results.read(place.rows)}
+    arms = [real_arm_named(name) for name in options.names] if options.names else list(REAL_ARMS)
+    arms = [arm for arm in arms if (arm.name, seed) not in done]
     script = [sys.executable, str(Path(__file__).resolve()), *own, "tune"]
-    left = seconds_left(minutes - judging) / 60
-    tail = ["--seed", str(seed), "--minutes", f"{left:.3f}"]
+    left = seconds_left(options.minutes - options.judging) / 60
+    tail = [
+        "--seed",
+        str(seed),
+        "--minutes",
+        f"{left:.3f}",
+        *(["--steps", str(options.steps)] if options.steps else []),
+    ]
     tuned = [arm.name for arm in arms if arm.trained]
     threads = max(1, (os.cpu_count() or 1) // (2 * max(len(tuned), 1)))  # of each: noise is drawn on the CPU
     shared = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -187,6 +195,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--seed", type=int, default=0)
         if name != "judge":
             command.add_argument("--minutes", type=float, default=9.0, help="from the start of the process on")
+            command.add_argument("--steps", type=int, help="of every fine-tuned arm, if the time allows")
         if name == "all":
             command.add_argument("--judging", type=float, default=1.5, help="minutes of these for the last rows")
     commands.add_parser("table", help="the section of docs/evidence.md")
@@ -217,15 +226,14 @@ def main(given: Sequence[str] | None = None) -> int:
         elif options.command == "pretrain":
             run_pretraining(place, options.minutes, options.kept)
         elif options.command == "tune":
-            tune_arms(place, options.names, options.seed, options.minutes)
+            tune_arms(place, options.names, options.seed, options.minutes, options.steps)
         elif options.command == "judge":
             arms = [real_arm_named(name) for name in options.names]
             return 1 if judge_arms(place, open_judge(place), arms, options.seed) else 0
         elif options.command == "all":
             own = sys.argv[1:] if given is None else list(given)
             own = own[: own.index("all")]
-            failed = run_all(place, options.names, options.seed, options.minutes, options.judging, own)
-            return 1 if failed else 0
+            return 1 if run_all(place, options, own) else 0
         else:
             evidence_real.write()
     except (UnknownArmError, FileNotFoundError, ValueError) as error:

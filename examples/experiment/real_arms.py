@@ -158,23 +158,24 @@ def tune(
     *,
     seconds: float,
     workers: int,
+    steps: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int:
     """Fine-tune with the product's trainer, chunk after chunk, each of which goes on where the last one ended.
 
-    Ends at the end of the recipe, or before the chunk that would not end within `seconds`. Every chunk leaves a file of
-    the branches, so that arms which came to different steps can be compared at the same one.
+    Ends at the end of the recipe or after `steps` steps, or before the chunk that would not end within `seconds`. Every
+    chunk leaves a file of the branches, so that arms which came to different steps can be compared at the same one.
 
     Returns:
         The step at which it ended.
     """
     clips, start = RealClips(films, preset), clock()
-    done, pace = 0, 0.0
-    while done < preset.sizes.tune.steps:
+    done, pace, last = 0, 0.0, min(preset.sizes.tune.steps, steps or preset.sizes.tune.steps)
+    while done < last:
         begun = clock()
         if done and begun - start + pace > seconds:
             break
-        to = min(done + preset.chunk, preset.sizes.tune.steps)
+        to = min(done + preset.chunk, last)
         result = train(model, clips, settings_for(preset, to, seed, workers), folder, forward=predict)
         pace = clock() - begun
         done = result.step
@@ -270,18 +271,18 @@ def make(arm: Arm, place: Place, seed: int) -> nn.Module:
     return build(arm, load_dense(place.base, sizes.model).to(place.device), sizes, place.device, seed)
 
 
-def tune_arm(arm: Arm, films: Films, place: Place, seed: int, seconds: float) -> None:
+def tune_arm(arm: Arm, films: Films, place: Place, seed: int, seconds: float, most: int | None = None) -> None:
     """Convert, compile and fine-tune one arm.
 
     Args:
-        films: on the CPU, where the trainer's processes read clips.
+        films: on the CPU, where the trainer's processes read clips. most: steps, if not those of the recipe.
     """
     model = make(arm, place, seed)
     if place.compiled:
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile(backend=salad, dynamic=False)  # not by its name, which only an installation makes known
     folder = place.folder_of(arm, seed)
-    steps = tune(model, films, place.preset, folder, seed, seconds=seconds, workers=place.workers)
+    steps = tune(model, films, place.preset, folder, seed, seconds=seconds, workers=place.workers, steps=most)
     print(f"{arm.name} {seed}: fine-tuned for {steps} steps", flush=True)
 
 
