@@ -42,7 +42,7 @@ from salad_compile.salad_files.runs import (
 from salad_compile.salad_files.salad_file import load, save
 from salad_compile.training.ema import MovingAverage
 from salad_compile.training.settings import MAY_CHANGE, TrainSettings
-from salad_compile.training.tensors import optimizer_tensors, restore_optimizer, trained_parameters
+from salad_compile.training.tensors import fits_shape, optimizer_tensors, restore_optimizer, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class CheckpointWriter:
             kind, _, name = joined.partition("/")
             if name not in parameters or not tensor.is_floating_point():
                 raise ValueError(f"{TENSORS_FILE} has {joined!r} of {tensor.dtype}, which this model has not")
-            if kind != "step" and tensor.shape != parameters[name].shape:
+            if not fits_shape(kind, tensor, parameters[name]):
                 raise ValueError(f"{joined} has shape {tuple(tensor.shape)}, it needs {tuple(parameters[name].shape)}")
         missing = [name for name in self._average_names() if f"average/{name}" not in tensors]
         if missing:

@@ -15,6 +15,7 @@ from salad_compile.backend.pipelines import compile_blocks
 from salad_compile.common.logs import logger
 from salad_compile.common.sharding import mean_like, reshard
 from salad_compile.errors import ConfigError, MissingPackageError
+from salad_compile.training.optimizers import make_optimizer, set_rate
 from salad_compile.training.settings import TrainSettings
 from salad_compile.training.tensors import trained_parameters
 
@@ -74,12 +75,7 @@ class Engine:
     def prepare(cls, accelerator: Any, model: nn.Module, settings: TrainSettings) -> Engine:
         """Distribute a model that :func:`make_trainable` has prepared."""
         _broadcast(accelerator, model)
-        optimizer = torch.optim.AdamW(
-            trained_parameters(model).values(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        )
+        optimizer = make_optimizer(trained_parameters(model).values(), settings, sharded=accelerator.is_fsdp2)
         engine = cls(accelerator, settings, model, model, optimizer)
         if not settings.distillation_steps:
             engine.checkpoint_activations()
@@ -136,8 +132,7 @@ class Engine:
         """Of step number `step`, counted from 0: a linear warm-up, then constant."""
         warmup = self.settings.warmup_steps
         rate = self.settings.learning_rate * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         return rate
 
     def clip(self) -> float:

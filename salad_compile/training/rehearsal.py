@@ -125,10 +125,12 @@ class Rehearsal:
         return seconds
 
     def _backward(self, micro: list[Placed], number: int) -> None:
-        """Forward and backward of one micro-batch."""
-        self.run.engine.bare.train()
+        """Forward and backward of one micro-batch, and a step."""
+        engine = self.run.engine
+        engine.bare.train()
         self.run.match_flow([self.run.add_noise(micro, number)])
-        self.run.engine.optimizer.zero_grad()
+        engine.optimizer.step()
+        engine.optimizer.zero_grad()
 
     def _forward(self, latents: LatentDataset, dense: bool) -> float:
         """Seconds of one forward of a validation, the mean over its sizes."""

@@ -20,12 +20,14 @@ TimestepSampling: TypeAlias = Literal["uniform", "logit-normal"]
 CompileMode: TypeAlias = Literal["blocks", "model", "none"]
 Precision: TypeAlias = Literal["bf16", "fp32"]
 NonFinite: TypeAlias = Literal["raise", "skip"]
+OptimizerName: TypeAlias = Literal["adamw", "adamw8bit"]
 Tracker: TypeAlias = Literal["tensorboard", "trackio"]
 
 TIMESTEP_SAMPLINGS: tuple[TimestepSampling, ...] = get_args(TimestepSampling)
 COMPILE_MODES: tuple[CompileMode, ...] = get_args(CompileMode)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 NON_FINITE: tuple[NonFinite, ...] = get_args(NonFinite)
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
 
 # Settings that may change when a run is resumed: how long it runs and what it writes, not what a step computes.
@@ -60,6 +62,7 @@ class TrainSettings:
         micro_batch: samples of one forward in one process. batch must be a multiple of micro_batch x processes.
         learning_rate: after the warm-up it is constant (DiffSynth-Studio's value).
         warmup_steps: steps over which the learning rate grows linearly (our choice).
+        optimizer: "adamw", torch's; "adamw8bit", torchao's, whose moments take a quarter of the memory.
         betas, weight_decay: of AdamW (finetrainers').
         clip: the largest norm of the gradient; larger ones are scaled down (FastVideo's). 0: not clipped.
         flow_shift: shifts the noise levels, s = shift u / (1 + (shift - 1) u) (FastVideo's, DiffSynth-Studio's).
@@ -100,6 +103,7 @@ class TrainSettings:
     micro_batch: int = 1
     learning_rate: float = 1e-4
     warmup_steps: int = 100
+    optimizer: OptimizerName = "adamw"
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-4
     clip: float = 1.0
@@ -143,6 +147,7 @@ class TrainSettings:
         self._check_counts()
         self._check_numbers()
         check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("compile", self.compile, COMPILE_MODES)
         check_choice("on_non_finite", self.on_non_finite, NON_FINITE)

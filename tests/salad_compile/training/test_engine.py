@@ -33,8 +33,9 @@ def test_compiled_and_checkpointed_runs_end_where_plain_ones_end(tmp_path: Path)
         train(models[name], data, settings, tmp_path / name)
     assert models["fast"].is_gradient_checkpointing
     assert models["fast"].blocks[0]._compiled_call_impl is not None
-    for ours, theirs in zip(read_log(tmp_path / "fast"), read_log(tmp_path / "plain"), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # fp32, and three steps of AdamW
+    losses = ([line["loss"] for line in read_log(tmp_path / name) if "loss" in line] for name in ("fast", "plain"))
+    for ours, theirs in zip(*losses, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)  # fp32, and three steps of AdamW
     ours, theirs = (load_file(tmp_path / name / "salad.safetensors") for name in ("fast", "plain"))
     assert all(relative_error(ours[key], theirs[key]) < 1e-3 for key in theirs)
 
