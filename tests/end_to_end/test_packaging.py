@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("triton", "torch._inductor", "torch._dynamo", "diffusers", "transformers", "rich", "huggingface_hub")
@@ -109,3 +114,34 @@ def test_a_wheel_holds_the_linked_folders(tmp_path: Path) -> None:
     assert {"salad_compile/passes", "salad_compile/kernels/block_sparse", "salad_compile/sites"} <= names
     assert [name for name in names if f"{name}/__init__.py" not in held] == []
     assert not [name for name in held if name.startswith(("kernels/", "passes/", "tests/"))]
+
+
+def test_an_sdist_is_the_whole_repository(tmp_path: Path) -> None:
+    """Tests read documents, documents are checked against scripts, scripts read results: a part of it is of no use."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not a clone: nothing says what belongs to it")
+    copy = tmp_path / "source"
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info"))
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], check=True, cwd=copy, capture_output=True, timeout=600)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert [name for name in tracked.stdout.splitlines() if name not in held and (ROOT / name).exists()] == []
+
+
+def test_extras_name_extras_that_there_are() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for name, requirements in extras.items():
+        for requirement in requirements:
+            for named in re.findall(rf"^{project['name']}\[(.+)\]", requirement):
+                assert set(named.split(",")) <= extras.keys() - {name}
+
+
+def test_versions_and_pythons_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"\nversion: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
+    named = [each.rpartition(" ")[2] for each in project["classifiers"] if "Python :: 3." in each]
+    assert project["requires-python"] == f">={named[0]},<3.{int(named[-1].partition('.')[2]) + 1}"
