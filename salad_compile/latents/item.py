@@ -13,7 +13,7 @@ Shape = tuple[int, int, int, int]  # channels, frames, height, width of a latent
 # What an item may carry beside latent and text, under the names that trainers of others use. Those that are latents of
 # the same VAE are normalised as the latent is.
 FIRST_FRAME = "first_frame_latent"  # (C, T or 1, H, W): the first frame through the VAE, T: with empty frames behind it
-CLIP_FEATURE = "clip_feature"  # (tokens, width): the first frame through the image encoder
+CLIP_FEATURE = "clip_feature"  # (tokens, width): the first frame through the image encoder; (2, ...): and the last
 LATENTS_IMAGE = "latents_image"  # (C', T, H, W): whatever a model takes beside the noisy latent, channel by channel
 CONTROL = "latents_control"  # (C, T, H, W): a control video through the VAE
 FRAME_INDICES = "f_indices"  # (n,): places in time of the frames of a latent

@@ -34,16 +34,11 @@ def require_own_vae(pipeline: Any) -> None:
 
 
 def require_known_conditions(pipeline: str, config: Mapping[str, Any]) -> None:
-    """Whether the transformer takes nothing beside latents, texts and the first frame, by its forward.
+    """Whether the transformer takes nothing beside latents, texts, first and last frame, by its forward.
 
     Raises:
         ConfigError: it takes a control video, a reference, a pose, sound or the like, which no clip of a folder has.
     """
-    if config.get("pos_embed_seq_len"):
-        raise ConfigError(
-            f"the transformer of {pipeline} takes features of a first and of a last frame, and encoding makes those of "
-            "the first only: make the data with another trainer, or write_latents."
-        )
     import diffusers
 
     cls = getattr(diffusers, str(config.get("_class_name")), None)

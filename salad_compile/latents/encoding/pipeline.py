@@ -22,7 +22,7 @@ from salad_compile.latents.encoding.fitting import (
     require_own_vae,
 )
 from salad_compile.latents.encoding.vae import compression, encode_video, latent_channels, vae_statistics
-from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, POOLED_TEXT
+from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, LATENTS_IMAGE, POOLED_TEXT
 from salad_compile.latents.source import strip_padding
 from salad_compile.latents.statistics import LatentStatistics
 
@@ -46,7 +46,7 @@ class PipelineEncoder:
         statistics: of the VAE.
         multiple: pixels of one token in height and width. temporal: frames of one latent after the first.
         time_patch: latents of one token in time.
-        takes_image: whether the pipeline is given an image.
+        takes_image: whether the pipeline is given an image. takes_last_image: and the last frame as well.
     """
 
     def __init__(self, pipeline: Any, transformer: Mapping[str, Any] | None = None) -> None:
@@ -74,6 +74,7 @@ class PipelineEncoder:
         self.temporal, spatial = compression(pipeline)
         self.time_patch, patch = _patches(config)
         self.multiple = spatial * patch
+        self.takes_last_image = bool(config.get("pos_embed_seq_len"))  # Wan's: positions of the features of both
         self.takes_image = "image" in inspect.signature(pipeline.__call__).parameters
         self._require_one_model()
 
@@ -114,8 +115,10 @@ class PipelineEncoder:
         latent = self.statistics.normalize(encode_video(self.pipeline.vae, video))
         image = _as_image(pixels[0]) if self.takes_image else None
         text, extras = self._encode_text(caption, image)
+        if self.takes_last_image and len(pixels) == 1:
+            raise ConfigError(f"{self.name} takes a first and a last frame, and clips of one frame are asked for.")
         if image is not None:
-            extras |= self._encode_image(video, image)
+            extras |= self._encode_image(video, [image, _as_image(pixels[-1])] if self.takes_last_image else image)
         return Encoded(latent, text, extras)
 
     def _encode_text(self, caption: str, image: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -147,25 +150,34 @@ class PipelineEncoder:
         return rows, {} if pooled is None else {POOLED_TEXT: pooled[0].float().cpu()}
 
     def _encode_image(self, video: Tensor, image: Any) -> dict[str, Tensor]:
-        """The first frame as the pipeline gives it to its transformer.
+        """The first frame, or first and last, as the pipeline gives them to its transformer.
 
         Where the transformer takes the channels of a whole video and of a mask beside its own, empty frames follow the
         first one through the VAE; elsewhere it goes through alone.
         """
         first = video[:, :, :1]
         if self._padded:
-            first = torch.cat([first, first.new_zeros(*first.shape[:2], video.shape[2] - 1, *first.shape[3:])], dim=2)
+            last = video[:, :, -1:] if self.takes_last_image else video[:, :, :0]
+            between = video.shape[2] - 1 - last.shape[2]
+            first = torch.cat([first, first.new_zeros(*first.shape[:2], between, *first.shape[3:]), last], dim=2)
         latent = encode_video(self.pipeline.vae, first)
         if self.pipeline.vae.config.get("invert_scale_latents"):  # CogVideoX 1.5 was trained on these divided
             latent = (latent.double() / self.pipeline.vae.config.scaling_factor).float()
         else:
             latent = self.statistics.normalize(latent)
-        found = {FIRST_FRAME: latent}
+        found = {LATENTS_IMAGE: self._with_mask(latent)} if self.takes_last_image else {FIRST_FRAME: latent}
         if getattr(self.pipeline, "image_encoder", None) is not None:
             with torch.no_grad():
                 feature = self.pipeline.encode_image(image, self.pipeline.image_encoder.device)
-            found[CLIP_FEATURE] = feature[0].float().cpu()
+            found[CLIP_FEATURE] = (feature if self.takes_last_image else feature[0]).float().cpu()
         return found
+
+    def _with_mask(self, latent: Tensor) -> Tensor:
+        """Behind a mask with a channel for each frame of a latent: 1 for the whole first latent, and the last frame."""
+        mask = torch.zeros(self.temporal, *latent.shape[1:])
+        mask[:, 0] = 1
+        mask[-1, -1] = 1
+        return torch.cat([mask, latent])
 
     def _blank(self) -> Any:
         return _as_image(torch.zeros(3, self.multiple, self.multiple, dtype=torch.uint8))

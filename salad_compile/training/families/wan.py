@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from salad_compile.errors import ConfigError
 from salad_compile.latents import LatentDataset, LatentItem
@@ -34,7 +35,7 @@ class Wan(Family):
         takes = taken_conditions(self.model, latents.shape[1])
         if LATENTS_IMAGE in takes:
             latents = torch.cat([latents, conditions[LATENTS_IMAGE]], dim=1)
-        more = {_FEATURE: conditions[CLIP_FEATURE]} if CLIP_FEATURE in takes else {}
+        more = {_FEATURE: _features(conditions[CLIP_FEATURE])} if CLIP_FEATURE in takes else {}
         timesteps = batch.timesteps
         if self.settings.first_frame_conditioning_p:
             timesteps = token_timesteps(batch, tuple(self.config.patch_size))
@@ -48,6 +49,11 @@ class Wan(Family):
             )
         if taken_conditions(self.model, latents.shapes[0][0]):
             require_conditions(self.model, latents[0])
+
+
+def _features(features: Tensor) -> Tensor:
+    """(B, tokens, width), or (2 B, tokens, width) of first and last frames, as the pipeline has them."""
+    return features.flatten(0, 1) if features.ndim == 4 else features
 
 
 def taken_conditions(model: nn.Module, channels: int) -> dict[str, int]:
@@ -76,3 +82,9 @@ def require_conditions(model: nn.Module, item: LatentItem) -> None:
                 f"{type(model).__name__} takes {size} {what}, and {said}: make the data with the pipeline of this "
                 "model (salad-compile latents encode), or with another trainer for it."
             )
+    config = getattr(getattr(model, "module", model), "config", None) or {}
+    if config.get("pos_embed_seq_len") and there[CLIP_FEATURE].ndim != 3:
+        raise ConfigError(
+            f"{type(model).__name__} takes features of a first and of a last frame, and {item.name!r} has those of "
+            "one: make the data with the pipeline of this model (salad-compile latents encode)."
+        )

@@ -64,7 +64,7 @@ def wan_ti2v_image() -> Any:
     return WanImageToVideoPipeline(**wan_ti2v().components, expand_timesteps=True)
 
 
-def wan_image(features: bool = True) -> Any:
+def wan_image(features: bool = True, **changes: Any) -> Any:
     """Wan 2.1 image-to-video, and without features Wan 2.2's: 16 + 4 + 16 channels."""
     from diffusers import WanImageToVideoPipeline
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
@@ -87,13 +87,18 @@ def wan_image(features: bool = True) -> Any:
         text_encoder=t5("UMT5"),
         vae=wan_vae(),
         scheduler=_scheduler(),
-        transformer=wan_transformer(in_channels=36, image_dim=IMAGE_WIDTH if features else None),
+        transformer=wan_transformer(in_channels=36, image_dim=IMAGE_WIDTH if features else None, **changes),
         **(parts if features else {}),
     )
 
 
 def wan_image_without_features() -> Any:
     return wan_image(features=False)
+
+
+def wan_first_and_last() -> Any:
+    """As Wan2.1-FLF2V: the image encoder sees both frames, of 5 tokens each."""
+    return wan_image(pos_embed_seq_len=10, added_kv_proj_dim=24)
 
 
 def _ltx_parts() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from salad_compile.errors import ConfigError, MissingPackageError
+from salad_compile.latents import LatentItem
 from salad_compile.latents.encoding.pipeline import Encoded, PipelineEncoder
 from salad_compile.latents.encoding.vae import decode_latent, statistics_of_config, vae_statistics
+from salad_compile.training import TrainSettings
+from salad_compile.training.families import family_of
+from salad_compile.training.families.wan import require_conditions
+from salad_compile.training.flow_matching import stack
 from tests.salad_compile.latents.encoding import families, world
 
 CAPTION = "a dog runs in the snow"
@@ -132,6 +138,34 @@ def test_the_first_frame_is_what_the_pipeline_makes_of_it(make: Make) -> None:
         assert "clip_feature" not in found.extras
 
 
+def test_first_and_last_frame() -> None:
+    """As the pipeline makes them, and a training step as its call."""
+    pipe, found = pipeline(families.wan_first_and_last), encoded(families.wan_first_and_last)
+    first, last = (world.as_video(pixels()[place : place + 1 or None])[:, :, 0] for place in (0, -1))
+    images = [torch.from_numpy(world.moving(9, 64, 96)[place]) for place in (0, -1)]
+    with torch.no_grad():
+        made = pipe.prepare_latents(first, 1, 16, 64, 96, 9, torch.float32, torch.device("cpu"), last_image=last)[1]
+        features = pipe.encode_image(images)
+    torch.testing.assert_close(found.extras["latents_image"], made[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.extras["clip_feature"], features)
+    assert sorted(found.extras) == ["clip_feature", "latents_image"]
+    item = LatentItem("clip", found.latent, found.text, extras=found.extras)
+    settings = TrainSettings(precision="fp32", text_dropout=0.0)
+    family = family_of(pipe.transformer, settings)
+    require_conditions(pipe.transformer, item)
+    batch = stack([family.sample(item, 0, place) for place in range(2)])
+    given = family.inputs(batch)
+    assert given is not None
+    assert torch.equal(given["encoder_hidden_states_image"], features.repeat(2, 1, 1))
+    with torch.no_grad():
+        assert family.predict(pipe.transformer, batch).shape == batch.latents.shape
+    other = replace(item, extras={**item.extras, "clip_feature": features[0]})
+    with pytest.raises(ConfigError, match="takes features of a first and of a last frame, and 'clip' has those of one"):
+        require_conditions(pipe.transformer, other)
+    with pytest.raises(ConfigError, match="takes a first and a last frame, and clips of one frame"):
+        PipelineEncoder(pipe).encode(pixels()[:1], CAPTION)
+
+
 @pytest.mark.parametrize(
     ("make", "image_tokens"),
     [(families.hunyuan_image, 288), (families.hunyuan_image_replacing, 144)],
@@ -226,7 +260,6 @@ def test_parts_that_are_missing_or_of_another_model() -> None:
             r"takes control_hidden_states.*conditions of the first frame only",
         ),
         ({"_class_name": "WanAnimateTransformer3DModel"}, "takes pose_hidden_states, face_pixel_values"),
-        ({"pos_embed_seq_len": 514}, "features of a first and of a last frame"),
         ({"in_channels": 52}, "takes 36 channels beside the 16 of the latents, which are no first frame of 16"),
     ],
 )
