@@ -1,4 +1,4 @@
-"""Let one kernel make of a projected query and key all that attention takes of them, where inference asks for it.
+"""Let one kernel make of a projected query and key all that attention takes of them, where that is asked for.
 
     before                                     after
     q = salad.tag(...)                         q = salad.tag(...)
@@ -105,8 +105,6 @@ def _form_of(call: AttentionCall, at: int, found: PositionSlice | None) -> _Prep
     operand, plain = found.operand, layout.form(found.operand)
     if plain.axes != _LAYOUTS[call.arguments.layout] or not _is_in_order(plain):
         raise UnknownFormError("its heads or channels are in another order than in attention")
-    if _tensor(operand).requires_grad:
-        raise UnknownFormError("a gradient is needed")
     rotation = rotation_of(plain, run.form(operand), run.tables, heads, head_dim)
     made = _Prepared(rows, form.axes, heads, norm, rotation)
     if len({_tensor(node).dtype for node in (rows, first, operand)}) != 1:

@@ -74,7 +74,6 @@ RULES: tuple[tuple[str, str, Callable[[Call], bool]], ...] = (
     (OUTPUT, "position is in its query and its keys, or in neither", lambda c: c.turns_both()),
     (OUTPUT, "its query and features are of one preparation", lambda c: c.is_of_one_preparation("query")),
     (STATE, "its key and features are of one preparation", lambda c: c.is_of_one_preparation("key")),
-    (PREPARED, "no gradient is needed of a preparation", lambda c: not c.needs_gradient("x")),
     (PREPARED, "the rows of a preparation are put back", lambda c: c["order"] is None or c.is_put_back()),
     (PREPARED, "a preparation has a norm for its weight and bias", lambda c: c["norm"] != "none" or not c.is_affine()),
 )
@@ -239,11 +238,6 @@ class Call:
             return True
         same = plain is not None and features is not None and plain.node is features.node
         return same and (first, second) == (1, 2) and self.agrees(plain, "feature_map")
-
-    def needs_gradient(self, argument: str) -> bool:
-        """Whether a gradient flows into an argument."""
-        value = example_value(self[argument]) if isinstance(self[argument], fx.Node) else None
-        return isinstance(value, torch.Tensor) and value.requires_grad
 
     def is_affine(self) -> bool:
         """Whether it has a weight or a bias."""

@@ -271,8 +271,8 @@ class BackendOptions:
         lowering: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         inductor: configuration patches for Inductor, as `torch._inductor.config` names them.
         dump_graphs: a folder; each graph gets a folder in it with the graph as captured and after each of our passes.
-        prepare_operands: whether inference graphs of converted models compute norm, position and features of a query or
-            key in one kernel of ours where its form is known (docs/kernels.md), instead of leaving them to `lowering`.
+        prepare_operands: whether graphs of converted models compute norm, position and features of a query or key in
+            one kernel of ours where its form is known (docs/kernels.md), instead of leaving them to `lowering`.
 
     Raises:
         ConfigError: an unknown name, or a value out of range or of the wrong kind.

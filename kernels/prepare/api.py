@@ -7,14 +7,17 @@ import torch
 
 from ..autocast import without_autocast
 from ..checks import accumulation_dtype, check_inverse
+from ..differentiation import reverse_mode_only
 from ..engines import Call, engines, serve
 from ..layout import block_count, empty_bshd
 from ..linear.absent import absent
 from ..preparation import Preparation
 from .checks import check_sizes, check_types
+from .gradient import gradients
 
 
 @torch.library.custom_op("salad::prepare_operand", mutates_args=())
+@reverse_mode_only
 @without_autocast
 def prepare_operand(
     x: torch.Tensor,
@@ -35,7 +38,7 @@ def prepare_operand(
     Computed in fp32 (fp64 for fp64). Rounded to the dtype of x are: the normalised rows, of which everything else is
     made; the features before their rotation; and each result. Products with the tables are not rounded one by one.
 
-    No gradient: under autograd a backward pass through it is torch's error. Graphs get it for inference alone.
+    The backward pass is plain torch (gradient.py), for x, tables, weight and bias. The means have no gradient.
 
     Args:
         x: (B, H, S, D), any strides; fp32, bf16, fp16 or fp64.
@@ -106,3 +109,24 @@ def _(x: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.T
     if not feature_map:
         return rotated, absent(x), absent(x), means
     return rotated, torch.empty_like(rotated), torch.empty_like(rotated), means
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, preparation = inputs[0], Preparation(*inputs[1:])
+    ctx.count = len(preparation.tables)
+    ctx.settings = preparation[1:7]
+    ctx.save_for_backward(x, *preparation.tables, *preparation[7:])
+    ctx.mark_non_differentiable(output[3])
+
+
+def _backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+    x, *saved = ctx.saved_tensors
+    rotated, plain, features, _ = grads
+    preparation = Preparation(saved[: ctx.count], *ctx.settings, *saved[ctx.count :])
+    made = gradients(rotated, plain, features, x, preparation, of_tables=any(ctx.needs_input_grad[1]))
+    of_tables: list[Any] = [*made.tables] or [None] * ctx.count
+    # torch leaves out last arguments that have their default, and with a list among them it wants no more back
+    return (made.x, of_tables, *(None,) * 6, made.weight, made.bias, None, None)[: len(ctx.needs_input_grad)]
+
+
+prepare_operand.register_autograd(_backward, setup_context=_setup)

@@ -184,14 +184,15 @@ def test_in_16_bits_it_rounds_where_the_model_does(dtype: torch.dtype) -> None:
     assert relative_error(actual, expected) < 1.5 * relative_error(plain, expected) + 1e-3
 
 
-def test_training_keeps_the_models_own_operations(caplog: pytest.LogCaptureFixture) -> None:
-    model, inputs = converted(WanForm, torch.float64), inputs_of(WanForm)
+@pytest.mark.parametrize("feature_map", ["relu", pytest.param("softmax", marks=pytest.mark.all_cases)])
+@pytest.mark.parametrize("style", some(PREPARED))
+def test_training_has_the_gradients_of_the_model(style: type[styles.Rotary], feature_map: str) -> None:
+    model = converted(style, torch.float64, train_base=True, feature_map=feature_map)
+    inputs = inputs_of(style)
     expected = run(model, inputs)
     recorder = Recorder({"lowering": "aot_eager", "prepare_operands": True})
-    with caplog.at_level(logging.INFO, "salad_compile"):
-        actual = run(torch.compile(model, backend=recorder), inputs, parameters=model)
-    assert recorder.after["salad.prepare_operand"] == 0
-    assert "a gradient is needed" in caplog.text
+    actual = run(torch.compile(model, backend=recorder), inputs, parameters=model)
+    assert recorder.after["salad.prepare_operand"] == 2
     assert_same(actual, expected)
 
 

@@ -144,12 +144,6 @@ def swap_results(graph: fx.Graph, name: str) -> None:
     put(graph, name, role, call[f"rotated_{role}"])
 
 
-def needs_gradient(graph: fx.Graph) -> None:
-    """As if it were made for training."""
-    rows = call_of(graph, "prepare_operand")["x"]
-    rows.meta["example_value"] = rows.meta["example_value"].detach().clone().requires_grad_()
-
-
 PLANTS: dict[tuple[str, str], Callable[[fx.Graph], None]] = {
     ("block_sparse_attention", "query, key and value have one dtype"): lambda g: as_half(
         g, "block_sparse_attention", "value"
@@ -180,7 +174,6 @@ PLANTS: dict[tuple[str, str], Callable[[fx.Graph], None]] = {
     ),
     ("linear_output", "its query and features are of one preparation"): lambda g: swap_results(g, "linear_output"),
     ("linear_state", "its key and features are of one preparation"): lambda g: swap_results(g, "linear_state"),
-    ("prepare_operand", "no gradient is needed of a preparation"): needs_gradient,
     ("prepare_operand", "the rows of a preparation are put back"): keep_moved,
     ("prepare_operand", "a preparation has a norm for its weight and bias"): lambda g: put(
         g, "prepare_operand", "weight", next(n for n in g.nodes if n.op == "placeholder")

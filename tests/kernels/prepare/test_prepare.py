@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from salad_compile.kernels import KernelArgumentError, UnsupportedKernelError, pool_blocks, prepare_operand, take_rows
+from salad_compile.kernels import KernelArgumentError, pool_blocks, prepare_operand, take_rows
+from salad_compile.kernels.errors import KernelDifferentiationError
 from salad_compile.kernels.linear.feature_maps import find_feature_map
+from salad_compile.kernels.preparation import Preparation
+from salad_compile.kernels.prepare import reference
 from tests.kernels.prepare.cases import CASES, Case
+from tests.support import relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -80,8 +85,60 @@ def test_wrong_sizes_are_errors_that_say_so() -> None:
         prepare_operand(x, (cos, sin), *rest, weight, bias, order, order)
 
 
-def test_no_gradient_is_lost_silently() -> None:
+GRADIENTS = [
+    pytest.param(dataclasses.replace(case, scale=scale), marks=() if scale == 1.0 else pytest.mark.all_cases)
+    for case in CASES
+    for scale in (1.0, 4.0, 16.0)
+]
+
+
+def gradients_of(case: Case, dtype: torch.dtype, *, of_operator: bool) -> list[torch.Tensor]:
+    """Of x, tables, weight and bias, by the operator or by autograd through the definition; all results weighted."""
+    x, tables, *rest = case.arguments(dtype)
+    leaves = [x, *tables, *(tensor for tensor in rest[6:8] if tensor is not None)]
+    if not of_operator:  # in fp64, from what was rounded to this dtype
+        leaves = [leaf.double() for leaf in leaves]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    x, tables, factors = leaves[0], leaves[1 : 1 + case.tables], leaves[1 + case.tables :]
+    rest[6:8] = [*factors, *(None,) * (2 - len(factors))]
+    if of_operator:
+        made = prepare_operand(x, tables, *rest)
+    else:
+        made = reference.prepare_operand(x, Preparation(tables, *rest))
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype) for out in made[:3]]
+    loss = sum((out.double() * weight.double()).sum() for out, weight in zip(made, weights, strict=False))
+    assert isinstance(loss, torch.Tensor)
+    return list(torch.autograd.grad(loss, leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", GRADIENTS, ids=str)
+def test_gradients_are_those_of_the_definition(case: Case, dtype: torch.dtype) -> None:
+    ours = gradients_of(case, dtype, of_operator=True)
+    exact = gradients_of(case, dtype, of_operator=False)
+    for gradient, expected in zip(ours, exact, strict=True):  # tables have dtypes of their own
+        assert gradient.shape == expected.shape
+        bound = 8 * max(torch.finfo(dtype).eps, torch.finfo(gradient.dtype).eps)
+        assert relative_error(gradient.double(), expected) < bound
+
+
+def test_only_what_is_asked_for_gets_a_gradient() -> None:
     x, *rest = Case().arguments(torch.float32)
-    rotated, *_ = prepare_operand(x.requires_grad_(), *rest)
-    with pytest.raises((RuntimeError, UnsupportedKernelError), match=r"no autograd formula|does not require grad"):
-        rotated.sum().backward()
+    rotated, plain, features, means = prepare_operand(x.requires_grad_(), *rest)
+    assert all(out.requires_grad for out in (rotated, plain, features))
+    assert not means.requires_grad
+    (only,) = torch.autograd.grad(rotated.sum(), x)
+    assert only.abs().max() > 0
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[7]], ids=str)
+def test_opcheck(case: Case) -> None:
+    x, tables, *rest = case.arguments(torch.float32)
+    torch.library.opcheck(torch.ops.salad.prepare_operand.default, (x.requires_grad_(), list(tables), *rest))
+
+
+def test_forward_mode_is_refused() -> None:
+    x, *rest = Case().arguments(torch.float32)
+    with pytest.raises(KernelDifferentiationError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: prepare_operand(x, *rest)[0], (x,), (x,))
