@@ -99,6 +99,7 @@ bench-gpu: env  ## all measured numbers of a GPU, and the plots
 	$(BIN)/python benchmarks/forward_variants.py
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python tools/measured.py
+	$(BIN)/python -m tools.what_to_pick
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis out
