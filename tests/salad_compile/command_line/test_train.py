@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import salad_compile
 from salad_compile.command_line import WRONG
 from salad_compile.command_line import train as train_command
+from salad_compile.latents import LatentStatistics, open_latents, write_latents
 from salad_compile.training import read_log
 from tests.salad_compile.command_line.conftest import Run
 from tests.salad_compile.training.tiny import SETTINGS, base, converted, write_run
@@ -168,6 +169,24 @@ def test_an_expert_without_its_noise_is_one_sentence(command: Run, given: Path, 
         assert outcome.code == WRONG
         assert said in outcome.err
         assert len(outcome.err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_of_another_vae_are_one_sentence(command: Run, given: Path, tmp_path: Path) -> None:
+    """The data state their statistics, and so does the VAE beside the transformer."""
+    items = list(open_latents(given / "latents", sample=0))
+    channels = items[0].latent.shape[0]
+    write_latents(items, tmp_path / "data", statistics=LatentStatistics((0.0,) * channels, (2.0,) * channels))
+    shutil.copytree(given / "model", tmp_path / "wan" / "transformer")
+    (tmp_path / "wan" / "vae").mkdir()
+    (tmp_path / "wan" / "model_index.json").write_text("{}")
+    said = {"_class_name": "AutoencoderKLWan", "latent_channels": channels, "scaling_factor": 0.25}
+    (tmp_path / "wan" / "vae" / "config.json").write_text(json.dumps(said))
+    wrong = ("--model", tmp_path / "wan" / "transformer", "--latents", tmp_path / "data")
+    outcome = command("train", *words(given, tmp_path / "run", *wrong))
+    assert outcome.code == WRONG
+    assert "they are of another model" in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
