@@ -52,6 +52,8 @@ class Outcome:
             return f"{losses}: {little}, so there is no gap to close"
         if closed < 0:
             return f"{losses}: worse than before training"
+        if closed > 1:
+            return f"{losses}: all of the gap closed, and lower than dense attention"
         return f"{losses}: {100 * closed:.0f} % of the gap closed"
 
     def to_dict(self) -> dict[str, Any]:
