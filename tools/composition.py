@@ -197,24 +197,33 @@ def write(outcomes: Mapping[str, str], versions: str) -> None:
     for what, those in (("were not run", absent), ("failed", failed)):
         if those:
             raise UnusableError(f"{len(those)} of {len(tests)} tests {what}: {', '.join(those[:3])}")
-    rows = [(cell.beside, cell.answer(outcomes), cell.how, _shown(cell.test)) for cell in CELLS]
+    rows = [(cell.beside, cell.answer(outcomes), cell.how, _number(cell)) for cell in CELLS]
+    numbered = "\n".join(f"{_number(cell)}. `{cell.test}`" for cell in CELLS if cell.test)
     PAGE.write_text(f"""# Beside other things
 
 <!-- Generated, do not edit: {COMMAND} -->
 
 What else people run on the same pipeline, and whether SALAD runs beside it. Written from the outcomes of the tests in
-the last column, on {versions}:
+the list below, on {versions}:
 tiny models with random weights on a CPU, so this is about mechanics, not about speed or videos. "No" is an error, never
 a wrong result. `benchmarks/composition.py` times what concerns speed, on a GPU.
 
 {table(("beside SALAD", "works", "how", "test"), rows)}
 
+<details markdown="1"><summary>The tests</summary>
+
+{numbered}
+
+</details>
+
 To write this page again: `{COMMAND}`.
 """)
 
 
-def _shown(test: str) -> str:
-    return f"`{test}`" if test else "-"
+def _number(cell: Cell) -> str:
+    """Of the cell's test in the list below the table: names of tests are too long for a column."""
+    tested = [each for each in CELLS if each.test]
+    return str(tested.index(cell) + 1) if cell.test else "-"
 
 
 def packages() -> str:
