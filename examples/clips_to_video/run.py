@@ -1,6 +1,6 @@
 """From a folder of clips to a faster video, the whole way in one command, on a CPU or a GPU:
 
-    python examples/clips_to_video/run.py                       # about two minutes on two cores
+    python examples/clips_to_video/run.py       # three minutes on a core that is busy with other things too
 
 Twelve real clips become data (`salad-compile latents encode`). A tiny Wan pipeline with random weights is trained on
 them (`salad-compile train`), killed with SIGKILL half way, resumed, and exported (`salad-compile export`). The export
