@@ -68,8 +68,8 @@ CELLS = (
     ),
     Cell(
         "a few-step LoRA (4 or 8 steps)",
-        "load it beside a SALAD file of the base, or fuse it into the base and load the file then. Mechanics: nobody "
-        "measured the videos; a file that was fine-tuned on the few-step model is the better one",
+        "load it beside a SALAD file of the base, or fuse it into the base and load the file then. Nobody "
+        "measured the videos",
         f"{COMPOSITION}/test_loops.py::test_a_few_step_lora_and_a_salad_file_of_the_base",
     ),
     Cell(
