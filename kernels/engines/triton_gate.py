@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..block_choice import BlockChoice
 from ..layout import block_count
 from ..pools import Pools
 from ..preparation import Preparation
@@ -111,7 +112,9 @@ def _routing(arch: int) -> Iterator[GateCall]:
         settings = (case.query_block, KEY_BLOCK, DENSITY_PERMILLE, 0, 512, case.mask_tensor())
         call = Call("select_blocks", META, case.dtype, masked=case.mask)
         for words, permille in (("", None), (" permille", torch.empty((), dtype=torch.int32, device=META))):
-            yield GateCall(call, _name("select_blocks" + words, case), (pooled_query, pooled_key, *settings, permille))
+            yield GateCall(
+                call, _name("select_blocks" + words, case), (pooled_query, pooled_key, BlockChoice(*settings, permille))
+            )
 
 
 def _linear(arch: int) -> Iterator[GateCall]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..autocast import without_autocast
+from ..block_choice import BlockChoice
 from ..checks import accumulation_dtype, check_permille
 from ..differentiation import without_gradient
 from ..direct import direct
@@ -95,37 +96,30 @@ def select_blocks(
         KernelArgumentError: on wrong ranks, dtypes, devices, shapes, block sizes, density, sinks or mask.
         UnsupportedKernelError: the engine has no kernel for this dtype or GPU.
     """
-    settings = (query_block, key_block, density_permille, sink_begin, sink_end, key_mask, permille)
-    engine, call = serve(_describe_select, pooled_query, pooled_key, *settings)
+    choice = BlockChoice(query_block, key_block, density_permille, sink_begin, sink_end, key_mask, permille)
+    engine, call = serve(_describe_select, pooled_query, pooled_key, *choice)
     check_permille(permille, density_permille)
-    lut, count = engine.run(call, pooled_query, pooled_key, *settings)
+    lut, count = engine.run(call, pooled_query, pooled_key, choice)
     if lut.is_cpu:
         full = key_mask is None and permille is None and sink_begin == sink_end  # nothing that shortens a list
         remember_selected(lut, count, pooled_key.shape[2], full=full)
     return lut, count
 
 
-def _describe_select(pooled_query: torch.Tensor, pooled_key: torch.Tensor, *settings: Any) -> Call:
-    check_select(pooled_query, pooled_key, *settings)
-    *_, key_mask, _ = settings
-    return Call("select_blocks", pooled_query.device, pooled_query.dtype, masked=key_mask is not None)
+def _describe_select(pooled_query: torch.Tensor, pooled_key: torch.Tensor, *given: Any) -> Call:
+    choice = BlockChoice(*given)
+    check_select(pooled_query, pooled_key, choice)
+    return Call("select_blocks", pooled_query.device, pooled_query.dtype, masked=choice.key_mask is not None)
 
 
 @select_blocks.register_fake
 def _(
-    pooled_query: torch.Tensor,
-    pooled_key: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    density_permille: int,
-    sink_begin: int = 0,
-    sink_end: int = 0,
-    key_mask: torch.Tensor | None = None,
-    permille: torch.Tensor | None = None,
+    pooled_query: torch.Tensor, pooled_key: torch.Tensor, *given: Any, **named: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille, key_mask, permille)
+    choice = BlockChoice(*given, **named)
+    check_select_types(pooled_query, pooled_key, choice)
     batch, heads, query_blocks, _ = pooled_query.shape
-    slots = list_width(pooled_key.shape[2], query_block, key_block, density_permille, sink_begin, sink_end)
+    slots = list_width(pooled_key.shape[2], *choice[:5])
     return empty_lists(pooled_query, batch, heads, query_blocks, slots)
 
 

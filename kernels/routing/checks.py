@@ -3,6 +3,7 @@
 import torch
 
 from .. import checks
+from ..block_choice import BlockChoice
 from ..checks import require
 from ..layout import block_count
 from .density import check_density
@@ -23,16 +24,9 @@ def check_pool(x: torch.Tensor, block: int, key_mask: torch.Tensor | None) -> No
     checks.check_key_mask(key_mask, x.shape[0], x.shape[2])
 
 
-def check_select_types(
-    pooled_query: torch.Tensor,
-    pooled_key: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    density_permille: int,
-    key_mask: torch.Tensor | None,
-    permille: torch.Tensor | None,
-) -> None:
+def check_select_types(pooled_query: torch.Tensor, pooled_key: torch.Tensor, choice: BlockChoice) -> None:
     """What can be checked without reading a size; the fake calls it as well."""
+    query_block, key_block, density_permille, _, _, key_mask, permille = choice
     checks.check_same_device(pooled_query=pooled_query, pooled_key=pooled_key, key_mask=key_mask, permille=permille)
     checks.check_float_4d(pooled_query=pooled_query, pooled_key=pooled_key)
     require(
@@ -44,19 +38,10 @@ def check_select_types(
     checks.check_permille_type(permille)
 
 
-def check_select(
-    pooled_query: torch.Tensor,
-    pooled_key: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    density_permille: int,
-    sink_begin: int,
-    sink_end: int,
-    key_mask: torch.Tensor | None,
-    permille: torch.Tensor | None,
-) -> None:
+def check_select(pooled_query: torch.Tensor, pooled_key: torch.Tensor, choice: BlockChoice) -> None:
     """Every check of `select_blocks` but that of the value of `permille`."""
-    check_select_types(pooled_query, pooled_key, query_block, key_block, density_permille, key_mask, permille)
+    check_select_types(pooled_query, pooled_key, choice)
+    query_block, key_block, _, sink_begin, sink_end, key_mask, _ = choice
     (batch, heads, query_blocks, head_dim), (key_batch, key_heads, key_blocks, key_dim) = (
         pooled_query.shape,
         pooled_key.shape,

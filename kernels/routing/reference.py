@@ -2,6 +2,7 @@
 
 import torch
 
+from ..block_choice import BlockChoice
 from ..checks import accumulation_dtype
 from ..layout import ALL_BLOCKS
 
@@ -40,17 +41,10 @@ def valid_blocks(key_mask: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def select_blocks(
-    pooled_query: torch.Tensor,
-    pooled_key: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    density_permille: int,
-    sink_begin: int = 0,
-    sink_end: int = 0,
-    key_mask: torch.Tensor | None = None,
-    permille: torch.Tensor | None = None,
+    pooled_query: torch.Tensor, pooled_key: torch.Tensor, choice: BlockChoice
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rank the valid blocks, those that overlap the query block and sinks first, and keep ranks below K."""
+    query_block, key_block, density_permille, sink_begin, sink_end, key_mask, permille = choice
     batch, _, query_blocks, _ = pooled_query.shape
     key_blocks, device = pooled_key.shape[2], pooled_query.device
     sinks = hold_tokens(key_blocks, key_block, sink_begin, sink_end).to(device)

@@ -5,6 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from ..block_choice import BlockChoice
 from ..checks import accumulation_dtype, valid_or_zero
 from ..layout import ALL_BLOCKS, block_count
 from .density import kept_now, list_width, touched_blocks
@@ -35,17 +36,10 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
 
 
 def select_blocks(
-    pooled_query: torch.Tensor,
-    pooled_key: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    density_permille: int,
-    sink_begin: int = 0,
-    sink_end: int = 0,
-    key_mask: torch.Tensor | None = None,
-    permille: torch.Tensor | None = None,
+    pooled_query: torch.Tensor, pooled_key: torch.Tensor, choice: BlockChoice
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.select_blocks`. Forced blocks score +inf, masked ones -inf, all others lie between: one top-k."""
+    query_block, key_block, density_permille, sink_begin, sink_end, key_mask, permille = choice
     key_blocks = pooled_key.shape[2]
     slots = _width(key_blocks, query_block, key_block, density_permille, sink_begin, sink_end)
     scores = pooled_query @ pooled_key.mT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..block_choice import BlockChoice
 from ..capability import padded_head_dim
 from ..launch import launch
 from ..layout import ALL_BLOCKS, block_count, has_aligned_rows, row_strides, with_dense_rows
@@ -42,17 +43,10 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
 
 
 def select_blocks(
-    pooled_query: torch.Tensor,
-    pooled_key: torch.Tensor,
-    query_block: int,
-    key_block: int,
-    density_permille: int,
-    sink_begin: int = 0,
-    sink_end: int = 0,
-    key_mask: torch.Tensor | None = None,
-    permille: torch.Tensor | None = None,
+    pooled_query: torch.Tensor, pooled_key: torch.Tensor, choice: BlockChoice
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.select_blocks`. Scores are one product of the library, in the precision that torch is set to."""
+    query_block, key_block, density_permille, sink_begin, sink_end, key_mask, permille = choice
     batch, heads, query_blocks, _ = pooled_query.shape
     key_blocks = pooled_key.shape[2]
     slots = list_width(key_blocks, query_block, key_block, density_permille, sink_begin, sink_end)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from salad_compile.kernels.block_choice import BlockChoice
 from salad_compile.kernels.checks import accumulation_dtype, valid_or_zero
 from salad_compile.kernels.linear.feature_maps import find_feature_map
 from salad_compile.kernels.routing import reference as routing
@@ -63,9 +64,7 @@ def make_selection(
     return routing.select_blocks(
         routing.pool_blocks(query, query_block),
         routing.pool_blocks(key, key_block),
-        query_block,
-        key_block,
-        density_permille,
+        BlockChoice(query_block, key_block, density_permille),
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from salad_compile.kernels import prepare_operand
+from salad_compile.kernels import prepare_operand, use_engine
 from salad_compile.kernels.launch import interpreting
 from salad_compile.kernels.preparation import Preparation
 from salad_compile.kernels.prepare import reference
 from tests.kernels.prepare.cases import CASES, Case
+from tests.support import relative_error
 
 # units of the last place: a rounding of the rows without position is one, and the rotation's own another
 EPSILON = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -56,3 +57,22 @@ def test_a_wrong_order_does_not_leave_the_tensors(device: str) -> None:
     order[3], order[5] = 1 << 30, -5
     prepare_operand(*arguments, order, inverse)
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("case", LARGE[1:3], ids=str)
+def test_gradients_do_not_depend_on_the_device(case: Case, device: str) -> None:
+    """They are plain torch; the forward that they belong to is the kernel's."""
+    if device == "cpu":
+        pytest.skip("tests/kernels/prepare has them against the definition")
+
+    def gradients(dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+        x, tables, *rest = case.arguments(torch.bfloat16, device)
+        x, tables = x.to(dtype), [table.to(dtype) if dtype == torch.float64 else table for table in tables]
+        weight = rest[6].to(dtype).requires_grad_()
+        made = prepare_operand(x.requires_grad_(), tables, *rest[:6], weight, *rest[7:])
+        return list(torch.autograd.grad(sum(out.sum() for out in made[:3]), [x, weight]))  # type: ignore[arg-type]
+
+    with use_engine("torch"):
+        exact = gradients(torch.float64, "cpu")
+    for ours, expected in zip(gradients(torch.bfloat16, device), exact, strict=True):
+        assert relative_error(ours.cpu().double(), expected) < 8 * 2.0**-8

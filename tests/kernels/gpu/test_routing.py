@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from salad_compile.kernels import UnsupportedKernelError, pool_blocks, select_blocks
+from salad_compile.kernels.block_choice import BlockChoice
 from salad_compile.kernels.launch import record_launches
 from salad_compile.kernels.layout import ALL_BLOCKS
 from salad_compile.kernels.routing import reference
@@ -188,7 +189,7 @@ def test_ties_go_to_the_first_blocks(device: str) -> None:
     generator = torch.Generator().manual_seed(3)
     query = torch.randint(-1, 2, (1, 2, 10, 2), generator=generator).float()
     key = torch.randint(-1, 2, (1, 2, 40, 2), generator=generator).float()
-    expected = reference.select_blocks(query, key, *case.blocks, case.density)
+    expected = reference.select_blocks(query, key, BlockChoice(*case.blocks, case.density))
     selection = run(case, device, (query, key, None))
     assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(selection, expected, strict=True))
 
@@ -227,7 +228,7 @@ def test_every_kind_of_number_has_its_rank(device: str) -> None:
     key = torch.tensor([nan] + [ranked[place] for place in range(1, 12)]).reshape(1, 1, 12, 1).to(device)
     query = torch.ones(1, 1, 1, 1, device=device)
     for kept in range(1, 11):
-        lut, _ = host.select_blocks(query, key, 8, 8, -(-1000 * kept // 12))
+        lut, _ = host.select_blocks(query, key, BlockChoice(8, 8, -(-1000 * kept // 12)))
         assert lut.flatten().tolist() == sorted([0, *list(ranked)[: kept - 1]])
 
 
@@ -268,7 +269,7 @@ def test_a_new_length_compiles_no_new_kernel() -> None:
         mask = torch.empty(1, tokens, dtype=torch.bool, device="meta")
         with record_launches() as recorded:
             query, key = host.pool_blocks(x, 128, mask), host.pool_blocks(x, 64, mask)
-            host.select_blocks(query, key, 128, 64, density, *sinks, mask)
+            host.select_blocks(query, key, BlockChoice(128, 64, density, *sinks, mask))
         return [(launch.kernel, launch.constants, launch.options) for launch in recorded]
 
     assert len(launches(203, 100, (0, 0))) == 4
@@ -285,7 +286,9 @@ def test_a_density_that_is_a_tensor(tokens: int, masked: bool, device: str) -> N
             now = torch.tensor(permille, dtype=torch.int32)
             settings = (64, 32, 400, *sinks)
             lut, count = select_blocks(*on_device[:2], *settings, on_device[2], now.to(device))
-            expected, expected_count = reference.select_blocks(query.double(), key.double(), *settings, mask, now)
+            expected, expected_count = reference.select_blocks(
+                query.double(), key.double(), BlockChoice(*settings, mask, now)
+            )
             assert lut.shape == expected.shape
             assert torch.equal(count.cpu(), expected_count)
             narrow = select_blocks(*on_device[:2], 64, 32, permille, *sinks, on_device[2])[0].cpu()

@@ -2,6 +2,7 @@
 
 import torch
 
+from salad_compile.kernels.block_choice import BlockChoice
 from salad_compile.kernels.layout import ALL_BLOCKS
 from salad_compile.kernels.routing import reference
 
@@ -50,7 +51,7 @@ def check_selection(
     """The selection is as good as the reference's, and as the operator says: ascending, forced, masked, dense."""
     lut, count = (x.cpu() for x in selection)
     query, key = query.cpu().double(), key.cpu().double()
-    expected, expected_count = reference.select_blocks(query, key, *blocks, density, *sinks, key_mask)
+    expected, expected_count = reference.select_blocks(query, key, BlockChoice(*blocks, density, *sinks, key_mask))
     assert lut.dtype == count.dtype == torch.int32
     assert lut.shape == expected.shape
     assert torch.equal(count, expected_count)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from salad_compile.kernels import KernelArgumentError, kept_blocks, pool_blocks, select_blocks
+from salad_compile.kernels.block_choice import BlockChoice
 from salad_compile.kernels.layout import ALL_BLOCKS
 from salad_compile.kernels.routing import reference
 from tests.kernels.helpers import BLOCKS, LAYOUTS, LENGTHS, make_qkv
@@ -173,7 +174,9 @@ def test_a_density_that_is_a_tensor(tokens: int, masked: bool) -> None:
             assert torch.equal(count, expected_count)
             valid = torch.arange(expected.shape[-1]) < count[..., None]
             assert torch.equal(lut[..., : expected.shape[-1]].masked_fill(~valid, 0), expected.masked_fill(~valid, 0))
-            reference_lut, reference_count = reference.select_blocks(query, key, 64, 32, 600, *sinks, mask, now)
+            reference_lut, reference_count = reference.select_blocks(
+                query, key, BlockChoice(64, 32, 600, *sinks, mask, now)
+            )
             assert torch.equal(lut, reference_lut)
             assert torch.equal(count, reference_count)
 
