@@ -50,14 +50,15 @@ test-composition: env  ## try what else runs beside SALAD, and write docs/compos
 # same tiles of 128), fp32 of head_dim 64 (d128 is the harder one), d64 in blocks of 128 (d128 has them; d64 is compiled
 # in blocks of 64), d128 in blocks of 64 but for Gluon's with a mask (Triton's tiles and registers are those of blocks of
 # 128), and what has no mask, where the kernel with a mask or the softmax map takes as many registers or more; of Gluon's
-# attention without pools both are compiled. For Ampere and Blackwell all but bf16 of head_dim 128, and of it unaligned
-# rows, the softmax map (Hopper has both) and all forms of `prepare` but one. `make gate` compiles all.
+# attention without pools both are compiled. Pools are compiled for d128 in blocks of 128 (without them d64 is, and blocks
+# of 64). For Ampere and Blackwell all but bf16 of head_dim 128, and of it unaligned rows, the softmax map (Hopper has
+# both) and all forms of `prepare` but one. `make gate` compiles all.
 quick-gate: env  ## compile most kernels of Hopper, and a part of those of Ampere and Blackwell
 	@echo "== compiling the Triton kernels that ship: for sm_90 most, for sm_80 and sm_100 those of bf16 and head_dim 128"
 	$(BIN)/python -m salad_compile.kernels.inspect --without float16 d80 d96 --filter \
 		"sm_90 bfloat16 d128 128x64 mask" "sm_90 bfloat16 d128 128x64 softmax" "prepare sm_90 bfloat16 d128" \
 		"block_sparse.gluon sm_90 bfloat16 d128 128x64" "pool_gradient sm_90 bfloat16 d128 128x64" \
-		"gluon sm_90 bfloat16 d128 64x64 mask" "sm_90 bfloat16 d64 64x64" \
+		"block_sparse.gluon sm_90 bfloat16 d128 64x64 mask" "block_sparse sm_90 bfloat16 d64 64x64" "tail.pool_bias sm_90" \
 		"sm_90 float32 d128 mask" "prepare sm_90 float32 d128" \
 		"sm_80 bfloat16 d128 !unaligned !softmax !12 !24" "sm_100 bfloat16 d128 !unaligned !softmax !12 !24"
 
