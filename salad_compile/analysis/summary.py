@@ -15,11 +15,19 @@ if TYPE_CHECKING:
     from salad_compile.passes.report import GraphReport
 
 
+# counting waits for the device, and inside a compiled graph nothing says which site it is
+_UNMEASURED = (
+    "Not measured: compiled runs are not counted. `salad_compile.explain(model, **inputs)` measures, and so does a "
+    "forward without torch.compile."
+)
+
+
 @dataclass(frozen=True)
 class SiteSummary:
     """One converted site: parameters, sparsity asked for and measured, FLOPs at the tokens of the conversion.
 
-    engine: the one that computed block-sparse attention when the sparsity was measured; None before.
+    measured_sparsity: in the first forward that ran uncompiled, or the last :func:`explain`; None before: runs of
+        compiled graphs are not counted. engine: the one that computed block-sparse attention then.
     rotated_first: its linear branch sees query and key with position, because the position encoding cannot be run again
         on their features.
     """
@@ -70,7 +78,7 @@ class Summary(Report):
                 str(site.tokens),
                 f"{site.heads} x {site.head_dim}",
                 f"{site.target_sparsity:.3f}",
-                "not run yet" if site.measured_sparsity is None else f"{site.measured_sparsity:.3f}",
+                "not measured" if site.measured_sparsity is None else f"{site.measured_sparsity:.3f}",
                 site.engine or "",
                 "dropped" if site.dropped else f"{site.branch_parameters:,}",
                 f"{site.lora_parameters:,}",
@@ -101,6 +109,7 @@ class Summary(Report):
             f"({self.lora_parameters * share:+.2f} %); {trainable:,} of them trainable.",
             f"Attention FLOPs per forward at the tokens of the conversion, computed: {dense / 1e12:.3f} T dense, "
             f"{salad / 1e12:.3f} T SALAD.",
+            *([_UNMEASURED] if any(site.measured_sparsity is None for site in self.sites) else []),
             *(
                 f"{len(rotated)} sites rotate before the feature map, {name} first; `plan` says why."
                 for name in rotated[:1]

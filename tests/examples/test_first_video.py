@@ -38,8 +38,8 @@ def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     tables = [value._repr_markdown_() for value in shown if hasattr(value, "_repr_markdown_")]
     titles = [table.split("**")[1] for table in tables]
     assert titles[1:] == ["converted sites", "graphs", "converted sites"]
-    assert "not run yet" in tables[1]
-    assert "not run yet" not in tables[3]
+    assert "not measured" in tables[1]
+    assert "not measured" not in tables[3]
     assert namespace["losses"] == sorted(namespace["losses"], reverse=True)
     assert "salad.safetensors" in shown[5]
     assert shown[-1]._repr_png_().startswith(b"\x89PNG")

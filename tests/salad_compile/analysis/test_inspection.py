@@ -32,7 +32,7 @@ def test_summary_counts_what_was_added() -> None:
     assert summary.branch_parameters == 2 * (width * width + width + width + 1)
     assert summary.lora_parameters == 2 * 4 * 2 * width * rank
     assert [site.measured_sparsity for site in summary.sites] == [None, None]
-    assert "not run yet" in str(summary)
+    assert "not measured" in str(summary)
     cost = summary.sites[0].cost
     tokens, kept, heads, head_dim = 154, 10 * 300 // 1000, 2, 12
     assert cost.dense == 4 * tokens * tokens * heads * head_dim
@@ -57,6 +57,16 @@ def test_sparsity_is_measured_by_running() -> None:
             # 3 of 10 blocks of 16 over 154 tokens, the last of 10 tokens
             assert 1 - 48 / 154 <= site.measured_sparsity <= 1 - 42 / 154
             assert site.engine == "torch"
+
+
+def test_a_summary_after_compiled_runs_does_not_say_that_nothing_ran() -> None:
+    model = converted()
+    torch.compile(model, backend="salad", options={"lowering": "eager"})(**CASE.inputs(0))
+    said = str(salad_compile.summary(model))
+    assert "not measured" in said
+    assert "compiled runs are not counted" in said
+    salad_compile.explain(model, **CASE.inputs(0))
+    assert "not measured" not in str(salad_compile.summary(model)).lower()
 
 
 def test_explain_shows_every_call_with_its_fate() -> None:
