@@ -31,6 +31,7 @@ from rich.console import Console
 from torch import Tensor
 
 import salad_compile
+from salad_compile.common.progress import ProgressBar
 
 # a pipe has no width, and tables should not wrap there
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -94,11 +95,13 @@ def make_inputs(size: Size, device: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def step(text: str) -> Iterator[None]:
-    """Show the current step, and how long it took."""
+def step(text: str, total: int = 1) -> Iterator[ProgressBar]:
+    """Show the current step with a bar that says what it waits for, and how long it took."""
     start = time.perf_counter()
-    with console.status(f"{text} ..."):
-        yield
+    if not sys.stderr.isatty():  # no bar there
+        console.print(f"{text} ...")
+    with ProgressBar(text, total, every=1 if total > 1 else 0) as bar:
+        yield bar
     console.print(f"[green]done[/] {text} ({time.perf_counter() - start:.1f} s)")
 
 
@@ -120,11 +123,18 @@ def compile_both(base: torch.nn.Module, model: torch.nn.Module, *, tiny: bool) -
 
 
 def compare_speed(
-    dense: Callable[[], object], salad: Callable[[], object], device: str, timings: int
+    dense: Callable[[], object], salad: Callable[[], object], device: str, timings: int, bar: ProgressBar
 ) -> tuple[list[float], list[float]]:
-    """Interleaved timings of both, after one warm-up call of each."""
-    dense(), salad()
-    pairs = [(seconds(dense, device), seconds(salad, device)) for _ in range(timings)]
+    """Interleaved timings of both, after one warm-up call of each; `bar` moves on by 2 + timings."""
+    bar.advance(0, note="next: the dense model compiles")
+    dense()
+    bar.advance(note="next: the converted model compiles")
+    salad()
+    bar.advance(note="next: one forward of each, timed")
+    pairs = []
+    for _ in range(timings):
+        pairs.append((seconds(dense, device), seconds(salad, device)))
+        bar.advance()
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
@@ -142,7 +152,7 @@ def write_row(path: Path, size: Size, device: str, row: dict[str, object]) -> No
     path.write_text(json.dumps(row, indent=2) + "\n")
 
 
-def fine_tune(model: torch.nn.Module, inputs: dict[str, Tensor], steps: int) -> list[float]:
+def fine_tune(model: torch.nn.Module, inputs: dict[str, Tensor], steps: int, bar: ProgressBar) -> list[float]:
     """A few flow-matching steps on one fixed clip; only branch parameters are trainable."""
     torch.manual_seed(2)
     clip, noise = torch.randn_like(inputs["hidden_states"]), inputs["hidden_states"]
@@ -150,14 +160,15 @@ def fine_tune(model: torch.nn.Module, inputs: dict[str, Tensor], steps: int) -> 
     optimizer = torch.optim.AdamW(trainable, lr=1e-3)
     noisy, target = 0.5 * clip + 0.5 * noise, noise - clip
     losses = []
-    for number in range(1, steps + 1):
+    bar.advance(0, note="next: the first step, which compiles forward and backward")
+    for _ in range(steps):
         prediction = model(**{**inputs, "hidden_states": noisy}, return_dict=False)[0]
         loss = torch.nn.functional.mse_loss(prediction.float(), target.float())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        console.print(f"   step {number}/{steps}: loss {losses[-1]:.4f}")
+        bar.advance(note=f"loss {losses[-1]:.4f}")
     return losses
 
 
@@ -179,10 +190,11 @@ def main(argv: list[str] | None = None) -> float:
     with step("converting a copy of it"):
         model = salad_compile.convert(copy.deepcopy(base), size.config, example_inputs=inputs)
 
-    with step("compiling both, and timing their forwards in turn"), torch.inference_mode():
+    compiling = step("compiling both, and timing their forwards in turn", 2 + size.timings)
+    with compiling as bar, torch.inference_mode():
         compiled_dense, compiled_salad = compile_both(base, model, tiny=arguments.tiny)
         dense, salad = compare_speed(
-            lambda: compiled_dense(**inputs), lambda: compiled_salad(**inputs), device, size.timings
+            lambda: compiled_dense(**inputs), lambda: compiled_salad(**inputs), device, size.timings, bar
         )
     speed_up = statistics.median(dense) / statistics.median(salad)
     for name, times in (("dense, torch.compile", dense), ("SALAD, torch.compile", salad)):
@@ -198,8 +210,9 @@ def main(argv: list[str] | None = None) -> float:
     console.print(explanation)
     console.print(salad_compile.summary(model))
 
-    with step(f"fine-tuning gate, projection and LoRA for {size.steps} steps"):
-        losses = fine_tune(compiled_salad, inputs, size.steps)
+    with step(f"fine-tuning gate, projection and LoRA for {size.steps} steps", size.steps) as bar:
+        losses = fine_tune(compiled_salad, inputs, size.steps, bar)
+    console.print(f"   loss {', '.join(f'{loss:.4f}' for loss in losses)}")
     if losses[-1] >= losses[0]:
         raise SystemExit(f"the loss did not fall: {losses}")
 

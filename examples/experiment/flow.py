@@ -62,11 +62,19 @@ def held_out_loss(model: Model, triples: Triples, batch: int) -> tuple[float, li
 
 
 @torch.no_grad()
-def sample(model: Model, noised: Tensor, labels: Tensor, steps: int, level: float = 1.0) -> Tensor:
+def sample(
+    model: Model,
+    noised: Tensor,
+    labels: Tensor,
+    steps: int,
+    level: float = 1.0,
+    after_step: Callable[[], object] | None = None,
+) -> Tensor:
     """Clips fp32 (B, 3, T, S, S) by Euler steps of equal length.
 
     Args:
         noised: where to begin, fp32 (B, 3, T, S, S): noise, or clips + level (noise - clips). labels: int64 (B,).
+        after_step: called after each step.
     """
     if steps < 1 or not 0 < level <= 1:
         raise ValueError(f"a sample takes 1 step or more from a level in (0, 1], got {steps} steps from {level}")
@@ -76,6 +84,8 @@ def sample(model: Model, noised: Tensor, labels: Tensor, steps: int, level: floa
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=x.device.type == "cuda"):
             flow = model(x, now, labels)
         x = x - flow.float() * (level / steps)
+        if after_step is not None:
+            after_step()
     return x
 
 

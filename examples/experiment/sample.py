@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from videos import draw
 
 import salad_compile
+from salad_compile.common.progress import ProgressBar
 
 FRAMES_SHOWN = 8
 CPU = torch.device("cpu")
@@ -94,14 +95,17 @@ def main(given: Sequence[str] | None = None) -> int:
     compared = {"clip": clip.video} if options.level < 1 else {}  # pure noise has no original
     rows = {**compared, f"what the models are given: noise level {options.level:g}": noised}
     print(f"held-out clip {options.clip}, noise level {options.level:g}, {options.steps} Euler steps", flush=True)
-    for title, model in models().items():
-        start = time.perf_counter()
-        restored = sample(model, noised, clip.labels, options.steps, options.level)
-        alike = ", ".join(f"{psnr(restored, other):.1f} dB to {name}" for name, other in compared.items())
-        print(f"{title}: {time.perf_counter() - start:.1f} s. PSNR: {alike}", flush=True)
-        rows[f"{title}: {alike}" if alike else title] = restored
-        if title == "dense":
-            compared["dense"] = restored
+    given_models = models()
+    with ProgressBar("restoring", len(given_models) * options.steps) as bar:
+        for title, model in given_models.items():
+            bar.advance(0, note=title)
+            start = time.perf_counter()
+            restored = sample(model, noised, clip.labels, options.steps, options.level, bar.advance)
+            alike = ", ".join(f"{psnr(restored, other):.1f} dB to {name}" for name, other in compared.items())
+            print(f"{title}: {time.perf_counter() - start:.1f} s. PSNR: {alike}", flush=True)
+            rows[f"{title}: {alike}" if alike else title] = restored
+            if title == "dense":
+                compared["dense"] = restored
     draw_strip(rows, options.output)
     print(f"wrote {options.output}")
     return 0
