@@ -126,11 +126,11 @@ def compare_speed(
     dense: Callable[[], object], salad: Callable[[], object], device: str, timings: int, bar: ProgressBar
 ) -> tuple[list[float], list[float]]:
     """Interleaved timings of both, after one warm-up call of each; `bar` moves on by 2 + timings."""
-    bar.advance(0, note="next: the dense model compiles")
+    bar.advance(0, note="dense compiles")
     dense()
-    bar.advance(note="next: the converted model compiles")
+    bar.advance(note="SALAD compiles")
     salad()
-    bar.advance(note="next: one forward of each, timed")
+    bar.advance(note="timed in turn")
     pairs = []
     for _ in range(timings):
         pairs.append((seconds(dense, device), seconds(salad, device)))
@@ -160,7 +160,7 @@ def fine_tune(model: torch.nn.Module, inputs: dict[str, Tensor], steps: int, bar
     optimizer = torch.optim.AdamW(trainable, lr=1e-3)
     noisy, target = 0.5 * clip + 0.5 * noise, noise - clip
     losses = []
-    bar.advance(0, note="next: the first step, which compiles forward and backward")
+    bar.advance(0, note="the first step compiles")
     for _ in range(steps):
         prediction = model(**{**inputs, "hidden_states": noisy}, return_dict=False)[0]
         loss = torch.nn.functional.mse_loss(prediction.float(), target.float())
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> float:
     with step("converting a copy of it"):
         model = salad_compile.convert(copy.deepcopy(base), size.config, example_inputs=inputs)
 
-    compiling = step("compiling both, and timing their forwards in turn", 2 + size.timings)
+    compiling = step("compiling and timing both", 2 + size.timings)
     with compiling as bar, torch.inference_mode():
         compiled_dense, compiled_salad = compile_both(base, model, tiny=arguments.tiny)
         dense, salad = compare_speed(
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> float:
     console.print(explanation)
     console.print(salad_compile.summary(model))
 
-    with step(f"fine-tuning gate, projection and LoRA for {size.steps} steps", size.steps) as bar:
+    with step(f"fine-tuning for {size.steps} steps", size.steps) as bar:
         losses = fine_tune(compiled_salad, inputs, size.steps, bar)
     console.print(f"   loss {', '.join(f'{loss:.4f}' for loss in losses)}")
     if losses[-1] >= losses[0]:
