@@ -5,11 +5,12 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+RECORD := tools/compiled_kernels.json
 
 # Every worker and process of the tests would compile all sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-kernels test-wild test-composition gate quick-gate env lint lint-types lint-rest docs bench bench-gpu clean
+.PHONY: help demo test test-kernels test-wild test-composition gate quick-gate env lint docs bench bench-gpu clean
 
 help:  ## this list (also what `make` alone does)
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,8 +45,10 @@ test-wild: env  ## hold video DiTs of other projects' packages against the invar
 test-composition: env  ## try what else runs beside SALAD, and write docs/composition.md; needs a network once
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.composition
 
-# What `make test` has time for; all of it in one process, which records the calls once and keeps both cores busy to the
-# end. It leaves out what differs from another kernel only in a constant that asks for no more of a GPU, or in one that
+# tools/compiled_kernels.json has the fingerprints of all kernels that `make gate` compiled, and found without fault, with
+# one version of Triton: of the code, of all that it calls, of its settings and arguments. Only what is not in it is
+# compiled here, which is nothing unless somebody changed a kernel. With another Triton the record says nothing, and a
+# part is compiled: it leaves out what differs from another kernel only in a constant that asks for no more of a GPU, or in one that
 # a third kernel has. For Hopper: fp16 (compiled as bf16 is, with as many registers), head_dim 80 and 96 (d128 fills the
 # same tiles of 128), fp32 of head_dim 64 (d128 is the harder one), d64 in blocks of 128 (d128 has them; d64 is compiled
 # in blocks of 64), d128 in blocks of 64 but for Gluon's with a mask (Triton's tiles and registers are those of blocks of
@@ -53,18 +56,18 @@ test-composition: env  ## try what else runs beside SALAD, and write docs/compos
 # attention without pools both are compiled. Pools are compiled for d128 in blocks of 128 (without them d64 is, and blocks
 # of 64). For Ampere and Blackwell all but bf16 of head_dim 128, and of it unaligned rows, the softmax map (Hopper has
 # both) and all forms of `prepare` but one. `make gate` compiles all.
-quick-gate: env  ## compile most kernels of Hopper, and a part of those of Ampere and Blackwell
-	@echo "== compiling the Triton kernels that ship: for sm_90 most, for sm_80 and sm_100 those of bf16 and head_dim 128"
-	$(BIN)/python -m salad_compile.kernels.inspect --without float16 d80 d96 --filter \
+quick-gate: env  ## compile every kernel that ships and is not in the record, for three GPU generations
+	@echo "== compiling the Triton kernels that ship, for sm_80, sm_90 and sm_100, but those that are as they were"
+	$(BIN)/python -m salad_compile.kernels.inspect --compiled $(RECORD) --without float16 d80 d96 --filter \
 		"sm_90 bfloat16 d128 128x64 mask" "sm_90 bfloat16 d128 128x64 softmax" "prepare sm_90 bfloat16 d128" \
 		"block_sparse.gluon sm_90 bfloat16 d128 128x64" "pool_gradient sm_90 bfloat16 d128 128x64" \
 		"block_sparse.gluon sm_90 bfloat16 d128 64x64 mask" "block_sparse sm_90 bfloat16 d64 64x64" "tail.pool_bias sm_90" \
 		"sm_90 float32 d128 mask" "prepare sm_90 float32 d128" \
 		"sm_80 bfloat16 d128 !unaligned !softmax !12 !24" "sm_100 bfloat16 d128 !unaligned !softmax !12 !24"
 
-gate: env  ## compile every kernel that ships, for three GPU generations
+gate: env  ## compile every kernel that ships, for three GPU generations, and write the record
 	@echo "== compiling every Triton kernel that ships for sm_80, sm_90 and sm_100"
-	$(BIN)/python -m salad_compile.kernels.inspect
+	$(BIN)/python -m salad_compile.kernels.inspect --record $(RECORD)
 
 env: $(STAMP)  ## make .venv, which every other target does by itself
 $(STAMP): pyproject.toml tools/setup_env.sh
@@ -74,7 +77,8 @@ $(STAMP): pyproject.toml tools/setup_env.sh
 lint: env  ## ruff, mypy, the import law, spelling, and the documentation
 	@$(MAKE) --no-print-directory -j2 docs lint-types lint-rest
 
-lint-types:
+.PHONY: lint-types lint-rest
+lint-types:  # both are parts of lint
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typed_use.py
 

@@ -12,3 +12,7 @@ class UnsupportedKernelError(KernelArgumentError):
 
 class KernelDifferentiationError(NotImplementedError):
     """Forward-mode or double differentiation reached a `salad::` operator, which has a backward pass alone."""
+
+
+class KernelRecordError(ValueError):
+    """A record of compiled kernels cannot be read; the message says why, and what writes one."""

@@ -2,6 +2,8 @@
 
     python -m salad_compile.kernels.inspect                          # exits 1 if a kernel has a fault
     python -m salad_compile.kernels.inspect --arch 90 --filter "key_gradient bfloat16 d128" --json report.json
+    python -m salad_compile.kernels.inspect --record tools/compiled_kernels.json       # and write down which are sound
+    python -m salad_compile.kernels.inspect --compiled tools/compiled_kernels.json     # only those that are not in it
 
 Every engine lists the calls that launch all that it ships. Its host code runs on meta tensors, so it is the real one
 that picks tiles and launch settings.
@@ -24,8 +26,9 @@ from pathlib import Path
 
 from .aot import SHARED_LIMIT, Report, Specialised, compile_report, specialise
 from .capability import target_arch
+from .compiled import Record, compiler, fingerprint
 from .engines import FOLDERS, engines
-from .errors import UnsupportedKernelError
+from .errors import KernelRecordError, UnsupportedKernelError
 from .launch import Launch, record_launches
 
 ARCHS = (80, 90, 100)
@@ -148,24 +151,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--without", nargs="+", default=[], metavar="WORD", help="no kernels whose line has the word")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write down there which kernels have no fault")
+    parser.add_argument(
+        "--compiled",
+        type=Path,
+        metavar="FILE",
+        help="a record: kernels in it are not compiled again, all others are, whatever --filter and --without choose; "
+        "but those that choose are compiled where another compiler made the record",
+    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all cores)")
     options = parser.parse_args(arguments)
 
     start = time.perf_counter()
-    jobs = [job for job in record_jobs(options.arch) if _is_chosen(job.title, options.filter, options.without)]
+    try:
+        record = None if options.compiled is None else Record.read(options.compiled)
+    except KernelRecordError as error:
+        print(error, file=sys.stderr)
+        return 2
+    every = record_jobs(options.arch)
+    jobs = [job for job in every if _is_chosen(job.title, options.filter, options.without)]
     if not jobs:
         without = f" without {' '.join(options.without)}" if options.without else ""
         print(f"no kernel matches {' or '.join(map(repr, options.filter))}{without}", file=sys.stderr)
         return 2
-    results = _compile_with_progress(jobs, options.workers)
+    if record is not None:
+        jobs = _left_to_compile(every, jobs, record)
+    results = _compile_with_progress(jobs, options.workers) if jobs else []
     if options.json is not None:
         options.json.write_text(json.dumps([result.to_dict() for result in results], indent=1), encoding="utf-8")
-    _print_table(results)
+    if options.record is not None:
+        _write_record(every, results, record, options.record)
+    if results:
+        _print_table(results)
     faulty = [result for result in results if result.faults]
     print(f"{len(results)} kernels in {time.perf_counter() - start:.0f} s, {len(faulty)} with faults")
     for result in faulty:
         print(f"FAULT {result.job.title}: {'; '.join(result.faults)}")
     return 1 if faulty else 0
+
+
+def _left_to_compile(every: Sequence[Job], chosen: Sequence[Job], record: Record) -> list[Job]:
+    """What is not in a record; of GPUs for which another compiler made it, what is chosen."""
+    left = []
+    for arch in sorted({job.source.arch for job in every}):
+        mine = [job for job in every if job.source.arch == arch]
+        if record.is_of_this_compiler(arch):
+            new = [job for job in mine if not record.has(job.source)]
+            print(f"sm_{arch}: {len(mine) - len(new)} of {len(mine)} kernels are as they were when they last compiled")
+        else:
+            new = [job for job in chosen if job.source.arch == arch]
+            other = record.compilers.get(arch, "nothing")
+            print(f"sm_{arch}: the record was made by {other}, and here is {compiler(arch)}")
+        left += new
+    return left
+
+
+def _write_record(every: Sequence[Job], results: Sequence[Result], known: Record | None, path: Path) -> None:
+    """What compiled now without fault; and what is in the record that was asked, and still ships."""
+    archs = {job.source.arch for job in every}
+    jobs = [] if known is None else [job for job in every if known.has(job.source)]
+    jobs += [result.job for result in results if not result.faults]
+    record = Record(
+        {arch: compiler(arch) for arch in sorted(archs)}, {fingerprint(job.source): job.title for job in jobs}
+    )
+    record.write(path)
 
 
 def _is_chosen(title: str, texts: Sequence[str], without: Sequence[str]) -> bool:

@@ -88,6 +88,8 @@ def merge_tail(
     if query.dtype != torch.float32 and query_block >= 128 and aligned:
         # two halves of a tile share what is read of the pools
         constants |= {"TILE_Q": 128, "num_warps": 8, "num_stages": 3 if arch_of(query.device)[0] >= 9 else 2}
+    elif arch_of(query.device)[0] != 9 and not aligned:  # rows that no copy can run ahead with: stages take registers
+        constants["num_stages"] = 3 if query.dtype == torch.float32 and arch_of(query.device)[0] > 9 else 1
     joint = torch.empty_like(lse)
     launch(
         merge_kernel,
@@ -160,6 +162,8 @@ def pool_gradients(
     )
     constants = _constants(query, pooled_value, query_block, warps=8)
     constants["TILE_Q"] = min(32, constants["TILE_Q"])  # two sums are held at once
+    if query.dtype == torch.float32 and arch_of(query.device)[0] < 9:
+        constants["num_stages"] = 1  # with 2 the assembler spills, so that more programs fit
     tiles = block_count(tokens, constants["TILE_Q"])
     of_pools = block_count(pools, constants["TILE_P"])
     each = block_count(tiles, max(1, min(tiles, _PROGRAMS // (of_pools * batch * heads))))
