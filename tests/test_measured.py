@@ -196,6 +196,11 @@ def test_a_video_is_derived_from_the_forward_that_was_timed(measured: ModuleType
     assert "| a video, SALAD (derived) | 80 s |" in block
     assert "| 4.0, 4.0 GiB |" in block
     assert "| fine-tuning (derived) | 3.2 h |" in block, "1,600 steps of 8 clips"
+    capped = {"quick": False, "memory_gib": 24.0, "steps": 40, "measured_paper_h": 9.0}
+    trained = [{"quick": False, "steps": steps, "measured_paper_h": hours} for steps, hours in ((6, 3.3), (20, 3.4))]
+    (results / "training_recipe_imaginary.json").write_text(json.dumps([capped, *trained]))
+    assert "| fine-tuning (derived) | 3.4 h |" in measured.render_videos(results), "the trainer's own steps"
+    (results / "training_recipe_imaginary.json").unlink()
     (results / "transformer_imaginary.json").write_text(json.dumps(rows[:2]))
     assert "| fine-tuning (derived) | not measured |" in measured.render_videos(results)
 
