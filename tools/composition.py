@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.foreign_packages import install
 from tools.support_table import UnusableError, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,21 +233,11 @@ def packages() -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def install() -> int:
-    """Put the packages into their folder; 0 if pip could."""
-    installed = SITE / "requirements.txt"
-    if installed.is_file() and installed.read_text() == REQUIREMENTS.read_text():
-        return 0
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(SITE)]
-    code = subprocess.run([*command, "-r", str(REQUIREMENTS)], check=False).returncode
-    if code == 0:
-        installed.write_text(REQUIREMENTS.read_text())
-    return code
-
-
 def main() -> int:
     """Install, run the tests, write the page; the exit status of pytest."""
-    if install():
+    left = install(REQUIREMENTS, SITE)
+    if left:
+        print(f"{COMMAND} needs a network once, to fetch {', '.join(left)}", file=sys.stderr)
         return 1
     tests = list(dict.fromkeys(cell.test for cell in CELLS if cell.test))
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--all-cases", "--composition-table", *tests]
