@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..checks import accumulation_dtype
 from ..linear.feature_maps import find_feature_map
 from ..preparation import Preparation
 from ..rows.reference import take_rows
-from .reference import rotate
+from .reference import heads_first, like_rows, rotate, with_affine, without_affine
 
 
 class Gradients(NamedTuple):
@@ -29,13 +28,6 @@ class Gradients(NamedTuple):
     tables: list[Tensor]
     weight: Tensor | None
     bias: Tensor | None
-
-
-class _Normalised(NamedTuple):
-    """Rows (..., channels of a norm): divided by their size, and one over that."""
-
-    rows: Tensor
-    scale: Tensor
 
 
 def gradients(
@@ -58,10 +50,10 @@ def gradients(
     cos, sin, *others = tables
     other_sin, other_cos = others or (sin, cos)
     back = (cos, -other_sin, -sin, other_cos)  # the transpose of a rotation
-    known = _normalised(x.to(dtype), norm, over, eps)
-    rows = _with_affine(known.rows, weight, bias)
+    known, scale = without_affine(x.to(dtype), norm, over, eps)
+    rows = with_affine(known, weight, bias)
     grad = rotate(rotated, back, pairs)
-    turned = [(_heads_first(rows, x).to(x.dtype).to(dtype), rotated)]
+    turned = [(heads_first(rows, x).to(x.dtype).to(dtype), rotated)]
     if feature_map:
         phi, phi_backward = find_feature_map(feature_map)
         made, position = turned[0][0], features.to(dtype)
@@ -69,46 +61,19 @@ def gradients(
         grad = grad + plain.to(dtype) + phi_backward(rotate(position, back, pairs), mapped, made)
         turned.append((mapped, position))
     of_tensors = _of_tables(turned, preparation) if of_tables else []
-    grad = _like_rows(grad, norm, over)
+    grad = like_rows(grad, norm, over)
     of_bias = None if bias is None else _per_channel(grad).to(bias.dtype)
-    of_weight = None if weight is None else _per_channel(grad * known.rows).to(weight.dtype)
+    of_weight = None if weight is None else _per_channel(grad * known).to(weight.dtype)
     grad = grad if weight is None else grad * weight.to(dtype)
-    return Gradients(_heads_first(_of_norm(grad, known, norm), x).to(x.dtype), of_tensors, of_weight, of_bias)
+    return Gradients(heads_first(_of_norm(grad, known, scale, norm), x).to(x.dtype), of_tensors, of_weight, of_bias)
 
 
-def _like_rows(x: Tensor, norm: str, over: str) -> Tensor:
-    """(B, H, S, D) -> (B, S, H, D), or (B, S, H * D) where a norm is over all heads."""
-    rows = x.transpose(1, 2)
-    return rows.flatten(2) if norm != "none" and over == "width" else rows
-
-
-def _heads_first(rows: Tensor, x: Tensor) -> Tensor:
-    """The opposite of `_like_rows`."""
-    heads = torch.unflatten(rows, 2, (x.shape[1], x.shape[3])) if rows.dim() == 3 else rows
-    return heads.transpose(1, 2)
-
-
-def _normalised(x: Tensor, norm: str, over: str, eps: float) -> _Normalised:
-    rows = _like_rows(x, norm, over)
-    if norm == "none":
-        return _Normalised(rows, rows.new_ones(()))
-    if norm == "layer":
-        rows = rows - rows.mean(-1, keepdim=True)
-    scale = torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
-    return _Normalised(rows * scale, scale)
-
-
-def _with_affine(rows: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    rows = rows if weight is None else rows * weight.to(rows.dtype)
-    return rows if bias is None else rows + bias.to(rows.dtype)
-
-
-def _of_norm(grad: Tensor, known: _Normalised, norm: str) -> Tensor:
+def _of_norm(grad: Tensor, known: Tensor, scale: Tensor, norm: str) -> Tensor:
     """Of the rows before the norm, from that of the rows behind it."""
     if norm == "none":
         return grad
     centred = grad - grad.mean(-1, keepdim=True) if norm == "layer" else grad
-    return known.scale * (centred - known.rows * (grad * known.rows).mean(-1, keepdim=True))
+    return scale * (centred - known * (grad * known).mean(-1, keepdim=True))
 
 
 def _per_channel(grad: Tensor) -> Tensor:

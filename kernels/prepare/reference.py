@@ -38,18 +38,37 @@ def normalised(
 
     In fp32 (fp64 for fp64) from the values of x to the result.
     """
-    wide = x.to(accumulation_dtype(x.dtype)).transpose(1, 2)  # (B, S, H, D)
+    rows, _ = without_affine(x.to(accumulation_dtype(x.dtype)), norm, over, eps)
+    return heads_first(with_affine(rows, weight, bias), x)
+
+
+def without_affine(x: torch.Tensor, norm: str, over: str, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of `like_rows` divided by their size, and one over that; "none": as they are."""
+    rows = like_rows(x, norm, over)
     if norm == "none":
-        return wide.transpose(1, 2)
-    rows = wide.flatten(2) if over == "width" else wide
+        return rows, rows.new_ones(())
     if norm == "layer":
         rows = rows - rows.mean(-1, keepdim=True)
-    rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        rows = rows * weight.to(rows.dtype)
-    if bias is not None:
-        rows = rows + bias.to(rows.dtype)
-    return rows.reshape(wide.shape).transpose(1, 2)
+    scale = torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
+    return rows * scale, scale
+
+
+def with_affine(rows: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    """Weight and bias of a norm, in the dtype of the rows."""
+    rows = rows if weight is None else rows * weight.to(rows.dtype)
+    return rows if bias is None else rows + bias.to(rows.dtype)
+
+
+def like_rows(x: torch.Tensor, norm: str, over: str) -> torch.Tensor:
+    """(B, H, S, D) -> (B, S, H, D), or (B, S, H * D) where a norm is over all heads."""
+    rows = x.transpose(1, 2)
+    return rows.flatten(2) if norm != "none" and over == "width" else rows
+
+
+def heads_first(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The opposite of `like_rows`, with the heads of x."""
+    heads = torch.unflatten(rows, 2, (x.shape[1], x.shape[3])) if rows.dim() == 3 else rows
+    return heads.transpose(1, 2)
 
 
 def rotate(x: torch.Tensor, tables: Sequence[torch.Tensor], pairs: str) -> torch.Tensor:
