@@ -9,7 +9,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.errors import ConfigError
-from salad_compile.latents.item import FIRST_FRAME
 from salad_compile.training.families.family import Family
 from salad_compile.training.flow_matching import Noised
 from salad_compile.training.settings import TrainSettings
@@ -58,9 +57,7 @@ class CogVideoX(Family):
     def inputs(self, batch: Noised) -> dict[str, Any]:
         latents = batch.latents
         if self.config.in_channels == 2 * latents.shape[1]:
-            image = torch.zeros_like(latents)
-            image[:, :, :1] = self.require(batch, FIRST_FRAME)
-            latents = torch.cat([latents, image], dim=1)
+            latents = torch.cat([latents, self.padded_first_frame(batch)], dim=1)
         self.require_channels(batch, latents.shape[1])
         tokens = self.config.max_text_seq_length
         if int(batch.lengths.max()) > tokens:

@@ -12,7 +12,7 @@ from torch import Tensor
 from salad_compile.common.logs import logger
 from salad_compile.errors import ConfigError
 from salad_compile.latents import LatentDataset, LatentItem
-from salad_compile.latents.item import CONTROL, FRAME_INDICES
+from salad_compile.latents.item import CONTROL, FIRST_FRAME, FRAME_INDICES
 from salad_compile.training.flow_matching import (
     Forward,
     Noised,
@@ -121,6 +121,16 @@ class Family(ABC):
                 f"{self.name} takes {taken} channels, and the latents have {channels}: such models need a forward= of "
                 "their own."
             )
+
+    def padded_first_frame(self, batch: Noised) -> Tensor:
+        """(B, C, T, H, W): the first frame that the items carry, and empty ones behind it.
+
+        Raises:
+            ConfigError: they carry none.
+        """
+        image = torch.zeros_like(batch.latents)
+        image[:, :, :1] = self.require(batch, FIRST_FRAME)
+        return image
 
     def require(self, batch: Noised, name: str) -> Tensor:
         """A condition that the items carry.

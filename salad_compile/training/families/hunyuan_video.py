@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from salad_compile.latents.item import FIRST_FRAME, POOLED_TEXT
+from salad_compile.latents.item import POOLED_TEXT
 from salad_compile.training.families.family import Family, text_mask
 from salad_compile.training.flow_matching import TIMESTEPS, Noised
 
@@ -27,7 +26,9 @@ class HunyuanVideo(Family):
     def inputs(self, batch: Noised) -> dict[str, Any]:
         latents = batch.latents
         if self._image == "latent_concat":
-            latents = torch.cat([latents, *self._first_frame(batch)], dim=1)
+            mask = torch.zeros_like(latents[:, :1])
+            mask[:, :, 0] = 1  # of where a frame is given
+            latents = torch.cat([latents, self.padded_first_frame(batch), mask], dim=1)
         self.require_channels(batch, latents.shape[1])
         found = {
             "hidden_states": latents,
@@ -49,10 +50,3 @@ class HunyuanVideo(Family):
     def _image(self) -> str | None:
         """How the model takes an image."""
         return getattr(self.config, "image_condition_type", None)
-
-    def _first_frame(self, batch: Noised) -> tuple[Tensor, Tensor]:
-        """The first frame with empty ones behind it, and a mask of where it is."""
-        first = self.require(batch, FIRST_FRAME)
-        image, mask = torch.zeros_like(batch.latents), torch.zeros_like(batch.latents[:, :1])
-        image[:, :, :1], mask[:, :, 0] = first, 1
-        return image, mask

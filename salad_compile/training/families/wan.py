@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -56,9 +57,14 @@ def _features(features: Tensor) -> Tensor:
     return features.flatten(0, 1) if features.ndim == 4 else features
 
 
+def _configuration(model: nn.Module) -> Mapping[str, Any]:
+    """Of the model inside DDP, where it is in that; empty where a model has none."""
+    return getattr(getattr(model, "module", model), "config", None) or {}
+
+
 def taken_conditions(model: nn.Module, channels: int) -> dict[str, int]:
     """What a Wan takes beside latents of so many channels, by its configuration: name -> channels, or width."""
-    config = getattr(getattr(model, "module", model), "config", None) or {}  # of DDP, the model inside
+    config = _configuration(model)
     more = (config.get("in_channels") or channels) - channels
     found = {LATENTS_IMAGE: more} if more else {}
     if config.get("image_dim"):
@@ -82,8 +88,7 @@ def require_conditions(model: nn.Module, item: LatentItem) -> None:
                 f"{type(model).__name__} takes {size} {what}, and {said}: make the data with the pipeline of this "
                 "model (salad-compile latents encode), or with another trainer for it."
             )
-    config = getattr(getattr(model, "module", model), "config", None) or {}
-    if config.get("pos_embed_seq_len") and there[CLIP_FEATURE].ndim != 3:
+    if _configuration(model).get("pos_embed_seq_len") and there[CLIP_FEATURE].ndim != 3:
         raise ConfigError(
             f"{type(model).__name__} takes features of a first and of a last frame, and {item.name!r} has those of "
             "one: make the data with the pipeline of this model (salad-compile latents encode)."
