@@ -7,7 +7,6 @@ are read by name; an argument that is not known to leave the result alone, and i
 from __future__ import annotations
 
 import inspect
-import itertools
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -146,7 +145,7 @@ def _functions_of(modules: Sequence[Any]) -> list[Any]:
         for name in names
     ]
     kernels = getattr(dispatch, "_HUB_KERNELS_REGISTRY", {}).values()
-    return [*found, *map(getattr, kernels, itertools.repeat("kernel_fn"), itertools.repeat(None))]
+    return [*found, *[getattr(kernel, "kernel_fn", None) for kernel in kernels]]
 
 
 def _imported() -> Iterator[types.FunctionType]:

@@ -13,13 +13,16 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from salad_compile.command_line import model_arguments
 from salad_compile.command_line.timing import BenchReport, Timings
 from salad_compile.command_line.training_cost import SampleCost
 from salad_compile.common.reports import Report, Row
 from salad_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from salad_compile.training.settings import TrainSettings
 
 _COUNTS = re.compile(r"num_(\w+_)?(layers|blocks)|depth(_\w+)?|(\w+_)?n?layers")
 FEWEST = 2  # of fewer blocks nothing is saved
@@ -72,9 +75,7 @@ class VideoReport(Report):
         ]
 
     def _training(self, sample: SampleCost) -> str:
-        from salad_compile.training.settings import TrainSettings
-
-        recipe, memory = TrainSettings(), sample.memory(self.weights)
+        recipe, memory = _recipe(), sample.memory(self.weights)
         size = "" if memory is None else f", {memory / 2**30:.1f} GiB"
         hours = sample.hours(recipe.steps * recipe.batch)
         return (
@@ -88,12 +89,17 @@ class VideoReport(Report):
         found = {**self.facts, **more, "weight_bytes": self.weights, "peak_bytes": dict(self.peaks)}
         if self.sample is None:
             return found
-        from salad_compile.training.settings import TrainSettings
-
-        samples = TrainSettings().steps * TrainSettings().batch
+        samples = _recipe().steps * _recipe().batch
         cost = {"sample_ms": self.sample.milliseconds, "trained_parameters": self.sample.trained}
         hours = {"hours": self.sample.hours(samples), "samples": samples}
         return {**found, "training": {**cost, **hours, "memory_bytes": self.sample.memory(self.weights)}}
+
+
+def _recipe() -> TrainSettings:
+    """The trainer's defaults."""
+    from salad_compile.training.settings import TrainSettings
+
+    return TrainSettings()
 
 
 def time_video(
