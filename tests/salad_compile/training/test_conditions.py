@@ -15,51 +15,32 @@ import salad_compile
 from salad_compile.errors import ConfigError, LatentItemError
 from salad_compile.latents import LatentItem, open_latents, write_latents
 from salad_compile.latents.conditions import conditions_of
-from salad_compile.latents.encoding.pipeline import PipelineEncoder
 from salad_compile.sites.branch import branches
 from salad_compile.training import read_log, train
 from salad_compile.training.families.wan import Wan
 from salad_compile.training.flow_matching import Noised, predict, stack, training_sample
-from tests.models.zoo import randomise
-from tests.salad_compile.latents.encoding import families, world
+from tests.salad_compile.latents.encoding import families
 from tests.salad_compile.training import tiny
+from tests.salad_compile.training.first_frame import encoded, given_by, prepare
 
-CAPTION = "a cat walks on the grass"
 SETTINGS = replace(tiny.SETTINGS, steps=2, batch=2, micro_batch=1, text_tokens=12, text_dropout=0.0)
 
 
 @functools.cache
 def pipeline(features: bool) -> Any:
     pipe = families.build(families.wan_image if features else families.wan_image_without_features)
-    randomise(pipe.transformer, 1)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return prepare(pipe)
 
 
 @functools.cache
 def item(features: bool, seed: int = 0) -> LatentItem:
-    pixels = torch.from_numpy(world.moving(9, 64, 96, seed)).permute(0, 3, 1, 2)
-    found = PipelineEncoder(pipeline(features)).encode(pixels, CAPTION)
-    return LatentItem(f"clip{seed}", found.latent, found.text, CAPTION, 16.0, found.extras)
-
-
-def given(pipe: Any) -> dict[str, Any]:
-    """What the pipeline calls its transformer with, in the first step for the same first frame."""
-    from PIL import Image
-
-    calls: list[dict[str, Any]] = []
-    hook = pipe.transformer.register_forward_pre_hook(lambda _, __, kwargs: calls.append(kwargs), with_kwargs=True)
-    image = Image.fromarray(world.moving(9, 64, 96)[0])
-    options = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 1, "guidance_scale": 1.0}
-    pipe(image=image, prompt=CAPTION, output_type="latent", max_sequence_length=12, **options)
-    hook.remove()
-    return calls[0]
+    return encoded(pipeline(features), seed, 16.0)
 
 
 @pytest.mark.parametrize("features", [True, False])
 def test_the_transformer_is_given_what_its_pipeline_gives_it(features: bool) -> None:
     pipe = pipeline(features)
-    expected = given(pipe)
+    expected = given_by(pipe, SETTINGS.text_tokens)
     noisy, clip = expected["hidden_states"][:, :16], item(features)
     sample = stack([training_sample(clip, SETTINGS, 0, 0)])
     torch.testing.assert_close(

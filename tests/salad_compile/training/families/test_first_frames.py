@@ -16,16 +16,15 @@ from torch import Tensor
 
 from salad_compile.errors import ConfigError, LatentItemError
 from salad_compile.latents import LatentItem, open_latents, write_latents
-from salad_compile.latents.encoding.pipeline import PipelineEncoder
 from salad_compile.training import TrainSettings, train
 from salad_compile.training.families import family_of
 from salad_compile.training.flow_matching import losses
 from tests.models.zoo import from_diffusers, randomise
-from tests.salad_compile.latents.encoding import families, world
+from tests.salad_compile.latents.encoding import families
+from tests.salad_compile.training.first_frame import encoded, given_by, prepare
 from tests.salad_compile.training.tiny import CONFIG
 from tests.salad_compile.training.tiny import SETTINGS as TINY
 
-CAPTION = "a cat walks on the grass"
 SETTINGS = replace(TINY, steps=2, batch=2, text_dropout=0.0, text_tokens=32, first_frame_conditioning_p=1.0)
 Make = Callable[[], Any]
 CHANNELS = {families.cogvideo_image}  # the first frame is further channels: no word of the settings
@@ -42,29 +41,12 @@ def pipeline(make: Make) -> Any:
     pipe = families.build(make)
     if make is families.ltx_image:
         pipe.vae.register_to_config(scaling_factor=1.0)  # as the real one: this pipeline encodes without it
-    randomise(pipe.transformer, 1)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return prepare(pipe)
 
 
 @functools.cache
 def item(make: Make, seed: int = 0) -> LatentItem:
-    pixels = torch.from_numpy(world.moving(9, 64, 96, seed)).permute(0, 3, 1, 2)
-    found = PipelineEncoder(pipeline(make)).encode(pixels, CAPTION)
-    return LatentItem(f"clip{seed}", found.latent, found.text, CAPTION, 25.0, found.extras)
-
-
-def expected(pipe: Any, settings: TrainSettings) -> dict[str, Any]:
-    """What the pipeline calls its transformer with, in the first step for the same first frame."""
-    from PIL import Image
-
-    calls: list[dict[str, Any]] = []
-    hook = pipe.transformer.register_forward_pre_hook(lambda _, __, kwargs: calls.append(kwargs), with_kwargs=True)
-    image = Image.fromarray(world.moving(9, 64, 96)[0])
-    options = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 1, "guidance_scale": 1.0}
-    pipe(image=image, prompt=CAPTION, output_type="latent", max_sequence_length=settings.text_tokens, **options)
-    hook.remove()
-    return calls[0]
+    return encoded(pipeline(make), seed, 25.0)
 
 
 def unpacked(make: Make, hidden: Tensor, item: LatentItem) -> Tensor:
@@ -84,7 +66,7 @@ def test_the_transformer_is_given_what_its_pipeline_gives_it(make: Make, monkeyp
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
     pipe, clip = pipeline(make), item(make)
     settings = settings_of(make, pipe)
-    theirs = expected(pipe, settings)
+    theirs = given_by(pipe, settings.text_tokens)
     family = family_of(pipe.transformer, settings)
     sample = family.sample(clip, 0, 0)
     noisy = unpacked(make, theirs["hidden_states"], clip)
