@@ -3,8 +3,8 @@
 Every class derives from :class:`SaladError`. Errors are raised before anything is changed: a model is never left half
 converted and a file is never left half written.
 
-Torch wraps what a backend raises in `torch._dynamo.exc.BackendCompilerFailed`; the class below is its
-`inner_exception`, and the message is shown in full. Wrong options of the backend arrive as themselves.
+What `torch.compile(backend="salad")` refuses arrives as the class below, too. It is torch's
+`torch._dynamo.exc.BackendCompilerFailed` besides, for those who catch that.
 """
 
 from __future__ import annotations

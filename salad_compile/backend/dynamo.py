@@ -15,6 +15,7 @@ from torch import fx
 
 from salad_compile.backend.announcements import announce
 from salad_compile.backend.cpu_fusion import inner_compile, own_cache_keys
+from salad_compile.backend.rejections import reject_plainly
 from salad_compile.calls import autograd_functions
 from salad_compile.calls.flash_family import find_family
 from salad_compile.config import BackendOptions
@@ -38,6 +39,7 @@ def know_functions() -> None:
 know_functions()
 
 
+@reject_plainly
 def salad(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -53,8 +55,8 @@ def salad(
         options: see :class:`salad_compile.config.BackendOptions`.
 
     Raises:
-        ConfigError: wrong options or mode; when the compiled graph is called, as itself. Whatever else is wrong is
-            raised here, inside torch's BackendCompilerFailed, as its `inner_exception`.
+        ConfigError: wrong options or mode; when the compiled graph is called. Whatever else is wrong is raised here, as
+            itself (:mod:`salad_compile.backend.rejections`).
     """
     know_functions()  # what was imported since then
     try:
@@ -74,9 +76,9 @@ def salad(
 def _refuse(error: ConfigError) -> Callable[..., Any]:
     """Stands for the compiled graph and raises the error whenever it is called.
 
-    Raised by the backend, it would reach the user inside BackendCompilerFailed and some thirty lines of torch's. Only
-    for what depends on mode and options alone, which stay with the backend: torch keeps this graph, and an error about
-    the model's state would be raised again after the user has mended it.
+    `torch._dynamo.config.suppress_errors` does not hide it then. Only for what depends on mode and options alone, which
+    stay with the backend: torch keeps this graph, and an error about the model's state would be raised again after the
+    user has mended it.
     """
 
     def refuse(*_: Any) -> Any:
