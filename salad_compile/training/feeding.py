@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import torch
 
-from salad_compile.errors import ConfigError
+from salad_compile.errors import ConfigError, TrainingError
 from salad_compile.latents import LatentDataset, LatentItem, ShapeBatches
 from salad_compile.training.settings import TrainSettings
 
@@ -50,15 +55,60 @@ class Feed:
 
     def micro_batches(self, first: int) -> Iterator[list[Placed]]:
         """From step `first` on to the end of the run: `accumulation` micro-batches for each step."""
-        return iter(
-            torch.utils.data.DataLoader(
-                _Placing(self.latents),
-                batch_sampler=_Places(self, first),
-                collate_fn=_as_it_is,
-                num_workers=self.settings.workers,
-                generator=torch.Generator(),  # of its own, or it would draw from the global one
-            )
+        loader = torch.utils.data.DataLoader(
+            _Placing(self.latents),
+            batch_sampler=_Places(self, first),
+            collate_fn=_as_it_is,
+            num_workers=self.settings.workers,
+            worker_init_fn=_outlive_signals,
+            generator=torch.Generator(),  # of its own, or it would draw from the global one
         )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)  # which the processes inherit that it starts
+        try:
+            return iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_ENDS = {signal.SIGTERM}
+
+
+def _outlive_signals(worker: int) -> None:
+    """In a process that reads ahead: only the training process ends it, by SIGTERM or by its own end.
+
+    Terminals, `timeout` and job schedulers send their signals to a whole group of processes. The training process then
+    finishes its step, for which it still needs this one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    parent = multiprocessing.parent_process()
+    if parent is not None and hasattr(signal, "sigwaitinfo"):  # macOS has it not
+        threading.Thread(target=_end_by, args=(parent.pid,), daemon=True).start()
+
+
+def _end_by(process: int) -> None:
+    """End this process once that one sends SIGTERM."""
+    while signal.sigwaitinfo(_ENDS).si_pid != process:
+        pass
+    os._exit(0)
+
+
+@contextlib.contextmanager
+def name_dead_readers() -> Iterator[None]:
+    """Raises TrainingError: a process that reads ahead was killed, which torch raises wherever the training is."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error  # raised in the middle of a forward, it makes others on its way
+        while cause is not None and "DataLoader worker" not in str(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise TrainingError(
+            f"a process that reads ahead has died: {str(cause).splitlines()[0].strip(' .')}. The checkpoints are as "
+            "they were, and the same command goes on from the newest. Too little memory is the usual reason, or too "
+            "little shared memory (docker run --shm-size): --set workers=0 reads in the training process."
+        ) from error
 
 
 class _Places:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -47,7 +47,7 @@ class Noised:
         target: e - x_0, (B, C, T, H, W), fp32.
         conditions: what the extras of the items make, see :mod:`salad_compile.latents.conditions`; and `pooled_text`.
         given: whether the first frame is given, without noise and without loss, (B,) bool; empty: of none.
-        lengths: of each text, (B,) int64. fps: of each video, (B,), NaN where it is not known.
+        lengths: of each text, (B,) int64. fps: of each video, (B,), NaN where it is not known. Both on the host.
     """
 
     latents: Tensor
@@ -60,20 +60,29 @@ class Noised:
     given: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Noised:
-        """On a device; latents, texts and conditions in the dtype of the model."""
+        """On a device; latents, texts and conditions in the dtype of the model. Pinned memory is not waited for."""
+
+        def move(tensor: Tensor, to: torch.dtype | None = None) -> Tensor:
+            return tensor.to(device, to or tensor.dtype, non_blocking=tensor.is_pinned())
+
         return Noised(
-            self.latents.to(device, dtype),
-            self.timesteps.to(device),
-            self.texts.to(device, dtype),
-            self.target.to(device),
-            {
-                name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-                for name, tensor in self.conditions.items()
-            },
-            self.lengths.to(device),
+            move(self.latents, dtype),
+            move(self.timesteps),
+            move(self.texts, dtype),
+            move(self.target),
+            {name: move(t, dtype if t.is_floating_point() else None) for name, t in self.conditions.items()},
+            self.lengths,
             self.fps,
-            self.given.to(device),
+            move(self.given),
         )
+
+    def pin(self) -> Noised:
+        """In memory that a device copies from by itself, on the host."""
+        named = {
+            name: getattr(self, name).pin_memory() for name in ("latents", "timesteps", "texts", "target", "given")
+        }
+        conditions = {name: tensor.pin_memory() for name, tensor in self.conditions.items()}
+        return replace(self, **named, conditions=conditions)
 
 
 def shift_level(u: float, shift: float) -> float:
@@ -153,7 +162,7 @@ def _add_noise(
         {name: tensor[None] for name, tensor in given.items()},
         torch.tensor([len(item.text)]),
         torch.tensor([float("nan") if item.fps is None else item.fps]),
-        torch.tensor([given_first]),
+        torch.tensor([given_first] if share > 0 else [], dtype=torch.bool),
     )
 
 
@@ -205,6 +214,7 @@ def losses(prediction: Tensor, target: Tensor, given: Tensor | None = None) -> T
             "own."
         )
     errors = (prediction.float() - target).square()
-    if given is None or not given.any():
-        return errors.flatten(1).mean(1)
-    return torch.where(given, errors[:, :, 1:].flatten(1).mean(1), errors.flatten(1).mean(1))
+    whole = errors.flatten(1).mean(1)
+    if given is None or not len(given):
+        return whole
+    return torch.where(given, errors[:, :, 1:].flatten(1).mean(1), whole)  # to look at `given` would wait for a device

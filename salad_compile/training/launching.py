@@ -56,6 +56,10 @@ def run_processes(function: Callable[..., None], arguments: tuple[Any, ...], cou
 def _process(rank: int, function: Callable[..., None], arguments: tuple[Any, ...], count: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if "OMP_NUM_THREADS" not in os.environ:  # else each would take all cores
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // count))
     function(*arguments)
 
 

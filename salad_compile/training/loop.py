@@ -27,12 +27,13 @@ from salad_compile.salad_files.location import FILE_NAME
 from salad_compile.salad_files.runs import SUMMARY_FILE, Checkpoint, checkpoint_name, complete_checkpoints
 from salad_compile.salad_files.salad_file import save
 from salad_compile.sites.branch import branches
+from salad_compile.training.ahead import HOST, ahead
 from salad_compile.training.checkpoints import CheckpointWriter, Fingerprint, digest_of_items, require_same
 from salad_compile.training.distillation import SiteDistillation
 from salad_compile.training.ema import MovingAverage
 from salad_compile.training.engine import Engine, make_accelerator
 from salad_compile.training.families import Family, family_of
-from salad_compile.training.feeding import Feed, Placed
+from salad_compile.training.feeding import Feed, Placed, name_dead_readers
 from salad_compile.training.flow_matching import Forward, Noised, losses, stack
 from salad_compile.training.interrupts import StopRequest
 from salad_compile.training.outcome import TrainResult, outcome_of
@@ -155,7 +156,7 @@ class Run:
 
     def run(self, found: Checkpoint | None, stop: StopRequest) -> TrainResult:
         self.accelerator.wait_for_everyone()  # every process has looked for checkpoints before the first is written
-        with self._alone(found):
+        with self._alone(found), name_dead_readers():
             return self._run(found, stop)
 
     @contextlib.contextmanager
@@ -188,12 +189,12 @@ class Run:
             self._measure_first(first, records)
             if self.strips is not None and first == 0:
                 records.samples(0, self.strips.write(0))
-            loader = self.feed.micro_batches(first)
-            while step < self.settings.steps and not stopped:
-                values, stopped = self.take_step(step, [next(loader) for _ in range(self.feed.accumulation)], stop)
-                step += 1
-                records.step(values)
-                self._after(step, records, stopped)
+            with self._drawn(first) as drawn:
+                while step < self.settings.steps and not stopped:
+                    values, stopped = self.take_step(step, [next(drawn) for _ in range(self.feed.accumulation)], stop)
+                    step += 1
+                    records.step(values)
+                    self._after(step, records, stopped)
             if step == self.settings.steps:
                 records.result(step)
         finally:
@@ -215,10 +216,26 @@ class Run:
             set_aside(self.directory, found.step)
         return found.step
 
+    @contextlib.contextmanager
+    def _drawn(self, first: int) -> Iterator[Iterator[Noised]]:
+        """The micro-batches from step `first` on, on the host: made in a thread where items are read ahead."""
+        loader = self.feed.micro_batches(first)  # here: its processes are forks of this thread's
+        drawn = (self.draw(micro, first + n // self.feed.accumulation) for n, micro in enumerate(loader))
+        del loader
+        if not self.settings.workers:
+            yield drawn
+            return
+        with ahead(drawn, self.accelerator.device) as made:
+            yield made
+
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def take_step(self, step: int, micro_batches: list[list[Placed]], stop: StopRequest) -> tuple[dict[str, Any], int]:
-        """Step number `step`, counted from 0: its line of the log, and the number of a signal that came, or 0."""
+    def take_step(self, step: int, drawn: list[Noised], stop: StopRequest) -> tuple[dict[str, Any], int]:
+        """Step number `step`, counted from 0: its line of the log, and the number of a signal that came, or 0.
+
+        Args:
+            drawn: of :meth:`draw`, one for each micro-batch.
+        """
         settings = self.settings
         # for what a model draws itself (dropout)
         torch.manual_seed(derive_seed(settings.seed, "model", step, self.accelerator.process_index))
@@ -228,7 +245,7 @@ class Run:
         distils = step < settings.distillation_steps
         if not distils:
             self.engine.checkpoint_activations()
-        samples = [self.add_noise(micro, step) for micro in micro_batches]
+        samples = [self.on_device(batch) for batch in drawn]
         own = self._distil(samples) if distils else self.match_flow(samples)
         each, stopped = self._gather(own, stop)
         norm = self.engine.clip()
@@ -250,8 +267,12 @@ class Run:
         }
         return values, stopped
 
-    def add_noise(self, micro: list[Placed], step: int) -> Noised:
+    def draw(self, micro: list[Placed], step: int) -> Noised:
+        """A micro-batch with its noise, on the host, in the dtype of the model."""
         batch = stack([self.family.sample(item, step, place) for place, item in micro])
+        return batch.to(HOST, DTYPES[self.settings.precision])
+
+    def on_device(self, batch: Noised) -> Noised:
         return batch.to(self.accelerator.device, DTYPES[self.settings.precision])
 
     def match_flow(self, samples: list[Noised]) -> torch.Tensor:

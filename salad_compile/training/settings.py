@@ -90,7 +90,7 @@ class TrainSettings:
         validation_points: noise levels for each validation item, spread evenly over u.
         sample_every: steps between sampled clips, dense beside SALAD, beside those of the start and the end; 0: none.
         sample_steps, sample_guidance: of the denoising of such a clip. sample_items: how many clips.
-        workers: processes that read ahead, for each training process; 0 reads between steps.
+        workers: processes that read ahead, for each training process, beside a thread that draws noise; 0: neither.
         trackers: of accelerate's, beside the log that is always written: "tensorboard", "trackio".
         log_every: steps between lines on stderr where it is no terminal, beside one a minute; 0: none.
 

@@ -7,6 +7,7 @@ import torch
 from salad_compile.common.sharding import reshard
 from salad_compile.latents import LatentDataset
 from salad_compile.sites.branch import branches
+from salad_compile.training.ahead import HOST, ahead
 from salad_compile.training.engine import Engine
 from salad_compile.training.families import Family
 from salad_compile.training.flow_matching import losses
@@ -26,12 +27,14 @@ def validation_loss(engine: Engine, latents: LatentDataset, family: Family) -> f
     world, rank = accelerator.num_processes, accelerator.process_index
     work = [(index, point) for index in range(len(latents)) for point in range(settings.validation_points)]
     rounds = -(-len(work) // world)
+    mine = (work[min(rank * rounds + number, len(work) - 1)] for number in range(rounds))
+    drawn = (family.validation_sample(latents[index], index, point).to(HOST, dtype) for index, point in mine)
     own = []
     engine.bare.eval()
-    for number in range(rounds):
-        index, point = work[min(rank * rounds + number, len(work) - 1)]
-        batch = family.validation_sample(latents[index], index, point).to(device, dtype)
-        own.append(losses(family.predict(engine.wrapped, batch), batch.target, batch.given))
+    with ahead(drawn, device) as samples:
+        for sample in samples:
+            batch = sample.to(device, dtype)
+            own.append(losses(family.predict(engine.wrapped, batch), batch.target, batch.given))
     reshard(engine.bare)  # no backward pass will
     engine.bare.train()
     everywhere = accelerator.gather(torch.cat(own)).cpu()[: len(work)]

@@ -167,7 +167,7 @@ class OwnForward(Family):
 def text_mask(batch: Noised, dtype: torch.dtype) -> Tensor:
     """(B, L): 1 at the tokens of the text, 0 behind them."""
     places = torch.arange(batch.texts.shape[1], device=batch.texts.device)
-    return (places < batch.lengths[:, None]).to(dtype)
+    return (places < batch.lengths.to(places.device)[:, None]).to(dtype)
 
 
 def token_timesteps(batch: Noised, patch: tuple[int, int, int]) -> Tensor:
@@ -179,5 +179,5 @@ def token_timesteps(batch: Noised, patch: tuple[int, int, int]) -> Tensor:
     frames, height, width = (-(-size // step) for size, step in zip(batch.latents.shape[2:], patch, strict=True))
     found = batch.timesteps[:, None, None].expand(-1, frames, height * width).clone()
     if len(batch.given):
-        found[batch.given, 0] = 0
+        found[:, 0].masked_fill_(batch.given[:, None], 0)
     return found.flatten(1)
