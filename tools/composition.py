@@ -139,7 +139,7 @@ CELLS = (
     ),
     Cell(
         "diffusers' attention backends (native, flash, flex)",
-        "`model.set_attention_backend` before conversion; it is what cross-attention and dense steps run on",
+        "`model.set_attention_backend` before conversion or after; it is what cross-attention and dense steps run on",
         f"{COMPOSITION}/test_loops.py::test_another_attention_backend_before_conversion",
     ),
     Cell("SageAttention", "needs a GPU; for what stays dense", ""),

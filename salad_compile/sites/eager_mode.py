@@ -109,7 +109,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         self.follows = self.recording if self.by_hand is None else None
         find_family()
         self.functions = autograd_functions.seen_by_modes()
-        self.flex = seen_by_modes(real_flex_attention) if kind in ("", "flex") else contextlib.nullcontext()
+        self.flex = seen_by_modes(real_flex_attention)  # an attention backend may be chosen after conversion
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -119,6 +119,17 @@ def _another_backend() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_another_backend")
+@pytest.mark.parametrize("name", ["_native_math", "flex"])
+def test_another_attention_backend_after_conversion(name: str) -> None:
+    model = converted()
+    expected = output(model)
+    model.set_attention_backend(name)
+    assert relative_error(output(model), expected) < SAME
+    model.compile_repeated_blocks(backend="salad", **EAGER)
+    assert relative_error(output(model), expected) < SAME
+
+
+@pytest.mark.usefixtures("_another_backend")
 @pytest.mark.parametrize("name", ["_native_math", "_native_flash", "flex"])
 def test_another_attention_backend_before_conversion(name: str) -> None:
     expected = output(converted())
