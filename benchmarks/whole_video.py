@@ -1,4 +1,4 @@
-"""Whether `salad-compile bench --video-steps`, which times one and two blocks, tells the time of the whole model.
+"""Whether `salad-compile bench --video-steps`, which times one and four blocks, tells the time of the whole model.
 
     python benchmarks/whole_video.py                  # Wan2.1-1.3B at 480p, 81 frames: about two minutes on an H200
     python benchmarks/whole_video.py --quick          # a tiny model on whatever there is: checks that it runs
@@ -41,7 +41,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, tuple[float,
         return measure_sample(arguments, bench._make_pair, bench._compile)
 
     video = time_video(scaled, bench._measure, sample)
-    print("scaled from one and two blocks\n" + video.to_text(), flush=True)
+    print("scaled from one and four blocks\n" + video.to_text(), flush=True)
     assert video.sample is not None
     report = bench._measure(whole)
     print("the whole model\n" + report.to_text(), flush=True)

@@ -23,7 +23,7 @@ Times one forward of a model, as a denoising step runs it, dense and as SALAD, i
 prints medians and spread. Both sides are compiled, block by block where the model knows its blocks. Weights may be
 random: speed does not depend on them. Without --salad the model is converted afresh. LoRA is merged, as one would for
 inference; dense runs on the same weights. --video-steps tells the seconds of a whole video, also of a model that does
-not fit this machine, and the hours of a fine-tuning: it times models with one and with two blocks, and scales.
+not fit this machine, and the hours of a fine-tuning: it times models with one and with four blocks, and scales.
 
 example:
     salad-compile bench Wan2.1-T2V-1.3B-Diffusers/transformer/config.json --random --dtype bfloat16
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--video-steps",
         type=model_arguments.positive,
         metavar="N",
-        help="tell the seconds of a video of N denoising steps, from models with one and two blocks",
+        help="tell the seconds of a video of N denoising steps, from models with one and four blocks",
     )
     group.add_argument("--guidance", action="store_true", help="two forwards in each of these steps")
     group.add_argument(
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _measure(arguments: argparse.Namespace) -> BenchReport:
     """Time the model of the arguments, dense and as SALAD."""
     import salad_compile
-    from salad_compile.command_line.timing import BenchReport, first_call, time_in_turns
+    from salad_compile.command_line.timing import BenchReport, first_call, forwards_of, time_in_turns
     from salad_compile.discovery.inputs import normalise_inputs
     from salad_compile.sites.branch import branches
 
@@ -104,7 +104,8 @@ def _measure(arguments: argparse.Namespace) -> BenchReport:
     first = {"dense": first_call(calls["dense"], device)}
     first["SALAD"], facts["measured_sparsity"] = _measure_sparsity(lambda: first_call(calls["SALAD"], device))
     with ProgressBar("timing", 2 * arguments.rounds) as bar:
-        how = {"steps": arguments.steps, "rounds": arguments.rounds}
+        steps = forwards_of(calls.values(), device, arguments.steps, getattr(arguments, "least_ms", 0.0))
+        how = {"steps": steps, "rounds": arguments.rounds}
         times = time_in_turns(calls, first, device, advance=bar.advance, **how)
     return BenchReport(times["dense"], times["SALAD"], facts | how)
 

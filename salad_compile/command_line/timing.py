@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from salad_compile.common.reports import Report, Row
 
 Call = Callable[[], object]
+MOST_FORWARDS = 16
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,14 @@ def time_in_turns(
 def first_call(call: Call, device: torch.device) -> float:
     """Milliseconds of a call that compiles."""
     return _milliseconds(call, device, 1)
+
+
+def forwards_of(calls: Iterable[Call], device: torch.device, steps: int, least_ms: float) -> int:
+    """Forwards of one timing: so many that the fastest of the calls takes `least_ms`; at least `steps`."""
+    if not least_ms:
+        return steps
+    fastest = min(_milliseconds(call, device, 1) for call in calls)
+    return max(steps, min(MOST_FORWARDS, math.ceil(least_ms / max(fastest, 1e-3))))
 
 
 def _milliseconds(call: Call, device: torch.device, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""bench --video-steps: from models with one and two blocks to the whole model, against the whole model."""
+"""bench --video-steps: from models with one and four blocks to the whole model, against the whole model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config_of(name: str, folder: Path, **blocks: int) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("Wan", {"num_layers": 4}), ("CogVideoX", {"num_layers": 4})])
+@pytest.mark.parametrize(("name", "blocks"), [("Wan", {"num_layers": 6}), ("CogVideoX", {"num_layers": 3})])
 def test_it_is_the_time_of_the_whole_model(
     name: str, blocks: dict[str, int], command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,7 +71,7 @@ def test_the_table_and_what_cannot_be_scaled(command: Run, tmp_path: Path, wan: 
     outcome = command("bench", file, *SIZE, *SETTINGS, *QUICK, "--video-steps", 4)
     assert outcome.code == 0
     said = outcome.out.replace("\n", " ")
-    assert "4 forwards; measured on models with one and two blocks, scaled to num_layers 3" in outcome.out
+    assert "4 forwards; measured on models with one and four blocks, scaled to num_layers 3" in outcome.out
     assert re.search(r"fine-tuning: \S+ s a sample, \S+ h for 1,600 steps of 8 samples, one by one; on your own", said)
     without = command("bench", file, *SIZE, *SETTINGS, *QUICK, "--video-steps", 4, "--no-training")
     assert "fine-tuning:" not in without.out
@@ -85,3 +85,14 @@ def test_the_table_and_what_cannot_be_scaled(command: Run, tmp_path: Path, wan: 
         assert said in outcome.err
     outcome = command("bench", wan / "config.json", *SIZE, *QUICK, "--video-steps", 4)
     assert "says of no kind of block how many there are" in outcome.err
+
+
+def test_short_forwards_are_timed_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {"fast": 30.0, "slow": 100.0}
+    monkeypatch.setattr(timing, "_milliseconds", lambda call, device, steps: taken[call()])
+    calls = [lambda name=name: name for name in taken]
+    cpu = torch.device("cpu")
+    assert timing.forwards_of(calls, cpu, 1, 200.0) == 7
+    assert timing.forwards_of(calls, cpu, 9, 200.0) == 9
+    assert timing.forwards_of(calls, cpu, 1, 1e6) == timing.MOST_FORWARDS
+    assert timing.forwards_of(calls, cpu, 1, 0.0) == 1
