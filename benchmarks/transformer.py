@@ -57,6 +57,7 @@ VARIANTS = {
     "scaling": ("v1", "v2"),
     "gate": ("token", "head", "none"),
     "compensation": ("none", "tail"),
+    "prepare_operands": ("off", "on"),  # of the backend: norm and position in a kernel of ours
 }
 WEIGHTS = "all random, gates and projections too; routing on random weights selects close to arbitrary blocks"
 
@@ -170,9 +171,9 @@ def convert(
 ) -> Wan:
     """A conversion by salad_compile, with random branches instead of trained ones."""
     rank = 64 if model.tokens > 4096 else 4
-    config = salad_compile.SaladConfig(
-        sparsity=sparsity, min_tokens=min(8192, model.tokens), lora_rank=rank, **settings
-    )
+    least = min(8192, model.tokens)
+    chosen: dict[str, Any] = {name: value for name, value in settings.items() if name != "prepare_operands"}
+    config = salad_compile.SaladConfig(sparsity=sparsity, min_tokens=least, lora_rank=rank, **chosen)
     converted = salad_compile.convert(share(base), config, example_inputs=inputs)
     with torch.no_grad():
         for branch in branches(converted).values():
@@ -200,13 +201,18 @@ class Stage:
         self.dense_times = time_dense(shape, self.device, clock, training=self.training)
 
     def rows(self) -> list[Row]:
-        """Dense first, then SALAD at each sparsity."""
-        return [
-            Row(self._facts("dense, torch.compile", "dense", 0.0), self._dense),
-            *(Row(self._facts("SALAD, torch.compile", "salad", s), self._salad) for s in self.plan.sparsities),
-        ]
+        """Dense first, then SALAD at each sparsity, with the settings of the command line and those beside them."""
+        none: dict[str, str] = dict.fromkeys(VARIANTS, "")
+        rows = [Row(self._facts("dense, torch.compile", "dense", 0.0, none), self._dense)]
+        for more in ({}, *self.options.beside):
+            settings = {name: getattr(self.options, name) for name in VARIANTS} | more
+            told = ", ".join(f"{name}={value}" for name, value in more.items()) or "torch.compile"
+            kind = "variant" if more else "salad"  # tables of the others do not take it for the product's default
+            facts = [self._facts(f"SALAD, {told}", kind, s, settings) for s in self.plan.sparsities]
+            rows += [Row(row, self._salad) for row in facts]
+        return rows
 
-    def _facts(self, name: str, kind: str, sparsity: float) -> Facts:
+    def _facts(self, name: str, kind: str, sparsity: float, settings: dict[str, str]) -> Facts:
         model = self.plan.model
         return {
             "row": name,
@@ -220,17 +226,11 @@ class Stage:
             "heads": model.heads,
             "head_dim": model.head_dim,
             "dtype": str(self.dtype).removeprefix("torch."),
-            **{name: value if kind == "salad" else "" for name, value in self.settings.items()},
-            "compiled": f"each block, {self.options.compiler}"
-            + ", prepared" * (kind == "salad" and self.options.prepare_operands),
+            **settings,
+            "compiled": f"each block, {self.options.compiler}",
             "weights": WEIGHTS,
             "dense_attention_ms": self.dense_times,
         }
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """The variant of the method: name in SaladConfig -> value."""
-        return {name: getattr(self.options, name) for name in VARIANTS}
 
     def _dense(self, facts: Facts) -> Run:
         dense = share(self.base)
@@ -242,13 +242,15 @@ class Stage:
         return self._first(dense, facts, facts["dense_attention"])
 
     def _salad(self, facts: Facts) -> Run:
-        how = {"merge": not self.training, "settings": self.settings}
+        settings = {name: facts[name] for name in VARIANTS}
+        how = {"merge": not self.training, "settings": settings}
         converted = convert(self.base, self.plan.model, facts["sparsity"], self.inputs, **how)
         facts["lora"] = "unmerged" if self.training else "merged"
         facts["branch_parameters"] = sum(p.numel() for b in branches(converted).values() for p in b.parameters())
         if self.training:
             facts["trains"] = "gate, projection and LoRA of every layer; gradients flow to the latents too"
-        backend = {"lowering": self.options.compiler, "prepare_operands": self.options.prepare_operands}
+        prepares = facts["prepare_operands"] == "on"
+        backend = {"lowering": self.options.compiler, "prepare_operands": prepares}
         converted.compile_repeated_blocks(backend="salad", options=backend)
         with measure_executions() as executions:
             run = self._first(converted, facts)
@@ -398,6 +400,15 @@ def fresh_caches() -> Iterator[None]:
         yield
 
 
+def variation(text: str) -> tuple[str, str]:
+    """A setting and its value, of `NAME=VALUE`."""
+    name, _, value = text.replace("-", "_", text.find("=")).partition("=")
+    if value not in VARIANTS.get(name, ()):
+        known = "; ".join(f"{name}={'|'.join(choices)}" for name, choices in VARIANTS.items())
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}")
+    return name, value
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -413,13 +424,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--no-training", dest="training", action="store_false", help="denoising steps only")
     parser.add_argument("--compiler", default="inductor", choices=("inductor", "aot_eager", "eager"))
-    parser.add_argument("--prepare-operands", action="store_true", help="norm and position in a kernel of ours")
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        action="append",
+        type=variation,
+        default=[],
+        metavar="NAME=VALUE",
+        help="time SALAD with these settings too, in turn with the others; may be given several times",
+    )
     parser.add_argument(
         "--budget-seconds", type=float, default=280, help="then no new row starts (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, help="where the JSON goes (default: benchmarks/results/ on a GPU)")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds")
     options = parser.parse_args(arguments)
+    options.beside = [dict(pairs) for pairs in options.beside]
     options.rounds = options.rounds or (2 if options.quick else 10)
     return options
 

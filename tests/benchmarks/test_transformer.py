@@ -41,6 +41,20 @@ def test_quick_run_writes_complete_rows(tmp_path: Path) -> None:
     assert all(("first_call_cached_s" in row) == (number < 2) for number, row in enumerate(rows))
 
 
+def test_other_settings_are_timed_in_turn_with_the_default(tmp_path: Path) -> None:
+    short = ["--compiler", "eager", "--models", "1.3B-480p", "--sparsity", "0.5", "--no-training"]
+    beside = ["--beside", "compensation=tail", "--beside", "compensation=tail", "prepare-operands=on"]
+    rows = rows_of(tmp_path / "rows.json", *short, *beside)
+    told = [(row["kind"], row["row"], row["compensation"], row["prepare_operands"]) for row in rows]
+    assert told == [
+        ("dense", "dense, torch.compile", "", ""),
+        ("salad", "SALAD, torch.compile", "none", "off"),
+        ("variant", "SALAD, compensation=tail", "tail", "off"),
+        ("variant", "SALAD, compensation=tail, prepare_operands=on", "tail", "on"),
+    ]
+    assert all(row["error"] is None and len(row["timings_ms"]) == 2 for row in rows)  # type: ignore[arg-type]
+
+
 def test_what_the_budget_does_not_reach_is_said(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "rows.json", "--budget-seconds", "0", "--sparsity", "0.5", "--no-training")
     assert [row["case"] for row in rows] == ["1.3B-480p", "14B-720p", "1.3B-720p"]
