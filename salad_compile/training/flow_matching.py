@@ -1,7 +1,7 @@
 """Flow matching as Wan's trainers do it: x_s = (1 - s) x_0 + s e, the target is e - x_0, the timestep 1000 s.
 
 Read in FastVideo, finetrainers, DiffSynth-Studio, diffusion-pipe and musubi-tuner, which agree. The error is taken in
-fp32, and every noise level has the same weight.
+fp32. Which noise levels are drawn, and how much each counts, is in noise_levels.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from salad_compile.errors import ConfigError
 from salad_compile.latents import LatentItem
 from salad_compile.latents.conditions import conditions_of
 from salad_compile.latents.item import POOLED_TEXT
+from salad_compile.training.noise_levels import draw_level, loss_weight, noise_range, shift_level
 from salad_compile.training.seeds import generator
 from salad_compile.training.settings import TrainSettings
 
@@ -47,6 +48,7 @@ class Noised:
         target: e - x_0, (B, C, T, H, W), fp32.
         conditions: what the extras of the items make, see :mod:`salad_compile.latents.conditions`; and `pooled_text`.
         given: whether the first frame is given, without noise and without loss, (B,) bool; empty: of none.
+        weights: of each sample in the loss, (B,) fp32; empty: 1 for all.
         lengths: of each text, (B,) int64. fps: of each video, (B,), NaN where it is not known. Both on the host.
     """
 
@@ -58,6 +60,7 @@ class Noised:
     lengths: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     fps: Tensor = field(default_factory=lambda: torch.zeros(0))
     given: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    weights: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Noised:
         """On a device; latents, texts and conditions in the dtype of the model. Pinned memory is not waited for."""
@@ -74,6 +77,7 @@ class Noised:
             self.lengths,
             self.fps,
             move(self.given),
+            move(self.weights),
         )
 
     def pin(self) -> Noised:
@@ -83,11 +87,6 @@ class Noised:
         }
         conditions = {name: tensor.pin_memory() for name, tensor in self.conditions.items()}
         return replace(self, **named, conditions=conditions)
-
-
-def shift_level(u: float, shift: float) -> float:
-    """s = shift u / (1 + (shift - 1) u): more steps at high noise for longer sequences (arXiv 2403.03206, eq. 23)."""
-    return shift * u / (1 + (shift - 1) * u)
 
 
 def training_sample(
@@ -100,9 +99,11 @@ def training_sample(
         share: of the samples whose first frame is given.
     """
     drawing = generator(settings.seed, "step", step, place)
-    u = _draw_level(settings, drawing)
+    u = draw_level(settings, drawing)
     dropped = float(torch.rand((), generator=drawing)) < settings.text_dropout
-    return _add_noise(item, settings, shift_level(u, settings.flow_shift), drawing, dropped, noising, share)
+    s = shift_level(u, settings.flow_shift)
+    sample = _add_noise(item, settings, s, drawing, dropped, noising, share)
+    return replace(sample, weights=torch.tensor([loss_weight(s, settings.loss_weighting)]))
 
 
 def validation_sample(
@@ -113,27 +114,6 @@ def validation_sample(
     u = first + (last - first) * (point + 0.5) / settings.validation_points
     drawing = generator(settings.seed, "validation", index, point)
     return _add_noise(item, settings, shift_level(u, settings.flow_shift), drawing, False, noising, share)
-
-
-def noise_range(settings: TrainSettings) -> tuple[float, float]:
-    """Of u, for the noise levels that the settings allow: the shift, undone."""
-    shift = settings.flow_shift
-    low, high = (s / (shift - (shift - 1) * s) for s in (settings.lowest_noise, settings.highest_noise))
-    return low, high
-
-
-def _draw_level(settings: TrainSettings, drawing: torch.Generator) -> float:
-    """u, as it is distributed, within the range: an expert never sees noise of the other."""
-    first, last = noise_range(settings)
-    if settings.timestep_sampling == "uniform":
-        return first + (last - first) * float(torch.rand((), generator=drawing))
-    if (first, last) == (0.0, 1.0):
-        normal = torch.randn((), generator=drawing)
-    else:
-        ends = (torch.logit(torch.tensor([first, last]).double()) - settings.logit_mean) / settings.logit_std
-        low, high = torch.special.ndtr(ends)
-        normal = torch.special.ndtri(low + (high - low) * torch.rand((), generator=drawing).double())
-    return min(max(float(torch.sigmoid(settings.logit_mean + settings.logit_std * normal)), first), last)
 
 
 def _add_noise(
@@ -201,11 +181,12 @@ def _takes_conditions(forward: Forward) -> bool:
     return len(positional) > 4 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
 
 
-def losses(prediction: Tensor, target: Tensor, given: Tensor | None = None) -> Tensor:
+def losses(prediction: Tensor, target: Tensor, given: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
     """Mean squared error of each sample, (B,), in fp32.
 
     Args:
         given: of each sample, whether its first frame is left out, (B,) bool; None or empty: of none.
+        weights: of each sample, (B,); None or empty: 1.
     """
     if prediction.shape != target.shape:
         raise ConfigError(
@@ -215,6 +196,6 @@ def losses(prediction: Tensor, target: Tensor, given: Tensor | None = None) -> T
         )
     errors = (prediction.float() - target).square()
     whole = errors.flatten(1).mean(1)
-    if given is None or not len(given):
-        return whole
-    return torch.where(given, errors[:, :, 1:].flatten(1).mean(1), whole)  # to look at `given` would wait for a device
+    if given is not None and len(given):  # to look at its values would wait for a device
+        whole = torch.where(given, errors[:, :, 1:].flatten(1).mean(1), whole)
+    return whole if weights is None or not len(weights) else whole * weights

@@ -282,7 +282,7 @@ class Run:
             last = number == len(samples) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.engine.wrapped):
                 prediction = self.family.predict(self.engine.wrapped, batch)
-                each = losses(prediction, batch.target, batch.given)
+                each = losses(prediction, batch.target, batch.given, batch.weights)
                 self.accelerator.backward(each.mean() / len(samples))
             found.append(each.detach())
         return torch.cat(found)

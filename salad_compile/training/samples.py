@@ -23,7 +23,8 @@ from salad_compile.salad_files.runs import checkpoint_name
 from salad_compile.sites.branch import branches
 from salad_compile.training.engine import Engine
 from salad_compile.training.families import Family
-from salad_compile.training.flow_matching import Noised, noise_range, shift_level
+from salad_compile.training.flow_matching import Noised
+from salad_compile.training.noise_levels import noise_range, shift_level
 from salad_compile.training.preparation import DTYPES
 from salad_compile.training.reference_states import as_base
 from salad_compile.training.seeds import generator

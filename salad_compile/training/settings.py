@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from salad_compile.errors import ConfigError
 
 SCHEMA_VERSION = 1
 
-TimestepSampling: TypeAlias = Literal["uniform", "logit-normal"]
+TimestepSampling: TypeAlias = Literal["uniform", "logit-normal", "mode"]
+LossWeighting: TypeAlias = Literal["none", "sigma_sqrt", "cosmap"]
 CompileMode: TypeAlias = Literal["blocks", "model", "none"]
 Precision: TypeAlias = Literal["bf16", "fp32"]
 NonFinite: TypeAlias = Literal["raise", "skip"]
@@ -24,6 +26,8 @@ OptimizerName: TypeAlias = Literal["adamw", "adamw8bit"]
 Tracker: TypeAlias = Literal["tensorboard", "trackio"]
 
 TIMESTEP_SAMPLINGS: tuple[TimestepSampling, ...] = get_args(TimestepSampling)
+LOSS_WEIGHTINGS: tuple[LossWeighting, ...] = get_args(LossWeighting)
+LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # up to which "mode" draws every noise level
 COMPILE_MODES: tuple[CompileMode, ...] = get_args(CompileMode)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 NON_FINITE: tuple[NonFinite, ...] = get_args(NonFinite)
@@ -66,8 +70,11 @@ class TrainSettings:
         betas, weight_decay: of AdamW (finetrainers').
         clip: the largest norm of the gradient; larger ones are scaled down (FastVideo's). 0: not clipped.
         flow_shift: shifts the noise levels, s = shift u / (1 + (shift - 1) u) (FastVideo's, DiffSynth-Studio's).
-        timestep_sampling: how u is drawn: "uniform", or "logit-normal", a sigmoid of a normal number.
+        timestep_sampling: how u is drawn: "uniform"; "logit-normal", a sigmoid of a normal number; or "mode".
         logit_mean, logit_std: of that normal number.
+        mode_scale: of "mode", in [-1, 1.75]: above 0, levels in the middle are drawn more often (diffusers').
+        loss_weighting: how much a noise level counts: "none", all alike, as the models of all known families were
+            trained; "sigma_sqrt" or "cosmap", as in diffusers' `weighting_scheme`. Validation never weighs.
         lowest_noise, highest_noise: the noise levels s that are drawn, of [0, 1]; of an expert of Wan2.2 its own:
             its pipeline's `boundary_ratio` is where one ends and the other begins.
         guidance: that models with an embedding of it are told, as in diffusion-pipe.
@@ -111,6 +118,8 @@ class TrainSettings:
     timestep_sampling: TimestepSampling = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    mode_scale: float = 1.29
+    loss_weighting: LossWeighting = "none"
     lowest_noise: float = 0.0
     highest_noise: float = 1.0
     guidance: float = 1.0
@@ -147,6 +156,7 @@ class TrainSettings:
         self._check_counts()
         self._check_numbers()
         check_choice("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
+        check_choice("loss_weighting", self.loss_weighting, LOSS_WEIGHTINGS)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("compile", self.compile, COMPILE_MODES)
@@ -176,6 +186,7 @@ class TrainSettings:
         within("flow_shift", 1e-9, float("inf"), "a number above 0")
         within("logit_mean", float("-inf"), float("inf"), "a number")
         within("logit_std", 0.0, float("inf"), "a number of at least 0")
+        within("mode_scale", -1.0, LARGEST_MODE_SCALE, "a number in [-1, 1.75]")
         within("lowest_noise", 0.0, 1.0, "a noise level in [0, 1)")
         within("highest_noise", 0.0, 1.0 + 1e-12, "a noise level in (0, 1]")
         _require(self.lowest_noise < self.highest_noise, "lowest_noise", "below highest_noise", self.lowest_noise)

@@ -9,6 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from salad_compile.errors import ConfigError
+from salad_compile.latents import LatentDataset
 from salad_compile.training.families.family import Family
 from salad_compile.training.flow_matching import Noised
 from salad_compile.training.settings import TrainSettings
@@ -31,6 +32,13 @@ class CogVideoX(Family):
         make: Any = diffusers.CogVideoXDDIMScheduler
         scheduler = make(rescale_betas_zero_snr=True, snr_shift_scale=settings.snr_shift_scale)
         self.kept: Tensor = scheduler.alphas_cumprod.double()
+
+    def check(self, latents: LatentDataset) -> None:
+        super().check(latents)
+        if self.settings.loss_weighting != "none":
+            raise ConfigError(
+                f"loss_weighting weighs noise levels of flow matching, and {self.name} predicts v: leave it out."
+            )
 
     def add_noise(self, clean: Tensor, noise: Tensor, s: float) -> tuple[Tensor, float, Tensor]:
         timestep = self._timestep(s)

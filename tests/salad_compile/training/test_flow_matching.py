@@ -9,18 +9,16 @@ import torch
 from torch import nn
 
 from salad_compile.errors import ConfigError
-from salad_compile.latents import LatentItem
 from salad_compile.training.families import family_of
 from salad_compile.training.families.wan import Wan
 from salad_compile.training.flow_matching import (
     losses,
     pad_text,
-    shift_level,
     stack,
     training_sample,
     validation_sample,
 )
-from salad_compile.training.settings import TrainSettings
+from salad_compile.training.noise_levels import shift_level
 from tests.models.registry import ALL_CASES
 from tests.salad_compile.training.tiny import SETTINGS, base, items
 
@@ -43,48 +41,6 @@ def test_noise_depends_on_seed_step_and_place() -> None:
     assert torch.equal(drawn(0, 5, 2), drawn(0, 5, 2))
     others = [drawn(0, 5, 2), drawn(1, 5, 2), drawn(0, 2, 5), drawn(0, 52, 2), drawn(0, 5, 22)]
     assert all(not torch.equal(a, b) for i, a in enumerate(others) for b in others[:i])
-
-
-@pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
-def test_noise_levels_are_distributed_as_asked_for(sampling: str) -> None:
-    settings = dataclasses.replace(SETTINGS, timestep_sampling=sampling, logit_mean=-1.0, logit_std=0.5, flow_shift=3.0)
-    small = LatentItem("small", torch.zeros(1, 1, 1, 1), torch.zeros(1, 1))
-    levels = torch.stack([training_sample(small, settings, step, 0).timesteps[0] / 1000 for step in range(2000)])
-    u = levels / (3 - 2 * levels)  # the shift, undone
-    drawn = u if sampling == "uniform" else (torch.logit(u) + 1) / 0.5
-    mean, deviation = (0.5, 12**-0.5) if sampling == "uniform" else (0.0, 1.0)
-    assert abs(float(drawn.mean()) - mean) < 5 * deviation / 2000**0.5  # five standard errors
-    assert float(drawn.std()) == pytest.approx(deviation, rel=0.1)
-
-
-@pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
-def test_an_expert_is_given_its_own_noise_alone(sampling: str) -> None:
-    """Together the two experts are given what one model is given."""
-    small = LatentItem("small", torch.zeros(1, 1, 1, 1), torch.zeros(1, 1))
-    whole = dataclasses.replace(SETTINGS, timestep_sampling=sampling, logit_mean=0.4, logit_std=0.8, flow_shift=3.0)
-
-    def levels(settings: TrainSettings) -> torch.Tensor:
-        drawn = [training_sample(small, settings, step, 0).timesteps[0] for step in range(2000)]
-        seen = [validation_sample(small, settings, 0, point).timesteps[0] for point in range(4)]
-        assert settings.lowest_noise < min(seen) / 1000 < max(seen) / 1000 < settings.highest_noise
-        return torch.stack(drawn) / 1000
-
-    everything = levels(whole)
-    high = levels(dataclasses.replace(whole, lowest_noise=0.875))
-    low = levels(dataclasses.replace(whole, highest_noise=0.875))
-    assert high.min() >= 0.875 - 1e-6
-    assert high.max() <= 1
-    assert low.max() <= 0.875 + 1e-6
-    for found, of in ((high, everything[everything >= 0.875]), (low, everything[everything < 0.875])):
-        error = 5 * (found.std() ** 2 / len(found) + of.std() ** 2 / len(of)) ** 0.5
-        assert abs(float(found.mean() - of.mean())) < error
-    for wrong in ({"lowest_noise": 0.9, "highest_noise": 0.5}, {"lowest_noise": 1.0}, {"highest_noise": 1.5}):
-        with pytest.raises(ConfigError, match="_noise must be"):
-            dataclasses.replace(whole, **wrong)
-
-
-def test_shift_keeps_the_ends_and_raises_the_middle() -> None:
-    assert [shift_level(u, 5.0) for u in (0.0, 0.5, 1.0)] == pytest.approx([0.0, 5 / 6, 1.0])
 
 
 def test_texts_are_padded_and_dropped() -> None:
@@ -112,6 +68,7 @@ def test_losses_are_those_of_each_sample_in_fp32() -> None:
     assert found.dtype == torch.float32
     expected = (prediction.double() - batch.target.double()).square().flatten(1).mean(1)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)  # sums of 768 fp32 terms
+    torch.testing.assert_close(losses(prediction, batch.target, None, torch.tensor([1.0, 2.0, 0.5]))[1], 2 * found[1])
 
 
 def test_models_that_are_not_called_as_wan_are_an_error() -> None:

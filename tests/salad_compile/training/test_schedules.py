@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from salad_compile.errors import ConfigError
-from salad_compile.training.flow_matching import shift_level
+from salad_compile.training.noise_levels import shift_level
 from salad_compile.training.schedules import schedule_of
 
 TOKENS = 21 * 16 * 24
