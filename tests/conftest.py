@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import settings
 
 from salad_compile.sites import converted_models
 from tests import shared
-from tools import composition
+from tools import composition, composition_gpu
 from tools.cost_of_tests import CostOfTests
 from tools.support_table import DenseModel, Model, UnusableError, cell_of, write
 
@@ -29,6 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--composition-table", action="store_true", help="write docs/composition.md from the outcomes of its tests"
+    )
+    parser.addoption(
+        "--composition-outcomes", type=Path, metavar="FILE", help="write down, as rows, what each test found on a GPU"
     )
     parser.addoption(
         "--update-golden", action="store_true", help="write the golden graphs of tests/passes/golden as they are now"
@@ -65,6 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_SupportTable())
     if config.getoption("--composition-table") and not is_worker:
         config.pluginmanager.register(_CompositionTable())
+    if config.getoption("--composition-outcomes") and not is_worker:
+        config.pluginmanager.register(_Outcomes(config.getoption("--composition-outcomes")))
     if config.getoption("--cost"):
         config.pluginmanager.register(CostOfTests(config.getoption("--cost"), writes=not is_worker))
 
@@ -121,6 +127,20 @@ class _CompositionTable:
         except UnusableError as error:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
             terminal.write_line(f"\ndocs/composition.md was not written: {error}")
+
+
+class _Outcomes:
+    """Writes a row after each test, so that a run that is cut off has shown something."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.rows: list[dict[str, Any]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            error = report.longreprtext.strip().rpartition("\n")[2][:400] if report.failed else ""
+            self.rows.append(composition_gpu.outcome_row(report.nodeid, _outcome(report), error, report.duration))
+            self.file.write_text(json.dumps(self.rows, indent=1))
 
 
 def _outcome(report: pytest.TestReport) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools import composition_gpu
 from tools.foreign_packages import install
 from tools.support_table import UnusableError, table
 
@@ -32,7 +33,7 @@ class Cell:
 
     Attributes:
         beside: what runs beside SALAD. how: what to do, or the error and what to do instead. test: the node id of the
-            test, without parameters; empty where there is none, and `how` says why. works: what the test shows: that it
+            test, without parameters. works: what the test shows: that it
             works, or that it is refused.
     """
 
@@ -43,8 +44,6 @@ class Cell:
 
     def answer(self, outcomes: Mapping[str, str]) -> str:
         """The cell's answer; "no" in `outcomes` was ruled out before."""
-        if not self.test:
-            return "not tried"
         outcome = outcomes[self.test]
         if outcome != "yes":
             return f"not run here: {outcome.removeprefix('no (').removesuffix(')')}"
@@ -100,7 +99,17 @@ CELLS = (
         "`load` or `convert` a model that holds them as diffusers does (no file was read); blocks compile to one graph",
         f"{COMPOSITION}/test_quantised.py::test_gguf_before_conversion",
     ),
-    Cell("bitsandbytes", "needs a GPU", ""),
+    Cell(
+        "bitsandbytes, 8 and 4 bits, before conversion",
+        "`load` or `convert` a model that holds them; blocks compile to one graph. `merge_lora` is a `MergeError`",
+        f"{COMPOSITION}/test_quantised.py::test_bitsandbytes_before_conversion",
+    ),
+    Cell(
+        "the same, after conversion",
+        "`SiteLostError`: it puts other modules in the place of the projections; quantise first",
+        f"{COMPOSITION}/test_quantised.py::test_bitsandbytes_after_conversion_is_an_error",
+        works=False,
+    ),
     Cell(
         "cache-dit, after conversion",
         "`convert` or `load`, `cache_dit.enable_cache(pipe, ...)`, then `compile_pipeline`",
@@ -142,7 +151,11 @@ CELLS = (
         "`model.set_attention_backend` before conversion or after; it is what cross-attention and dense steps run on",
         f"{COMPOSITION}/test_loops.py::test_another_attention_backend_before_conversion",
     ),
-    Cell("SageAttention", "needs a GPU; for what stays dense", ""),
+    Cell(
+        "SageAttention through diffusers",
+        '`model.set_attention_backend("sage")`, before or after; tried with a function of its name and signature',
+        f"{COMPOSITION}/test_loops.py::test_sage_attention_through_diffusers",
+    ),
     Cell(
         "guidance in one batch",
         "nothing: a batch of two is two forwards",
@@ -158,7 +171,6 @@ CELLS = (
         "`enable_parallelism`, then `salad_compile.parallelise`; restrictions in [Inference](inference.md)",
         f"{TRAINERS}/test_context_parallel.py::test_two_processes_equal_one_and_say_what_they_cannot_do",
     ),
-    Cell('CUDA graphs (`mode="reduce-overhead"`)', "the mode reaches Inductor (a test); its graphs need a GPU", ""),
     Cell(
         "AOTInductor",
         "`torch.export.export`, `salad_compile.package_exported`",
@@ -193,13 +205,13 @@ def write(outcomes: Mapping[str, str], versions: str) -> None:
     Raises:
         UnusableError: a test was not run at all, or failed; nothing is written.
     """
-    tests = [cell.test for cell in CELLS if cell.test]
+    tests = [cell.test for cell in CELLS]
     absent, failed = [t for t in tests if t not in outcomes], [t for t in tests if outcomes.get(t) == "no"]
     for what, those in (("were not run", absent), ("failed", failed)):
         if those:
             raise UnusableError(f"{len(those)} of {len(tests)} tests {what}: {', '.join(those[:3])}")
     rows = [(cell.beside, cell.answer(outcomes), cell.how, _number(cell)) for cell in CELLS]
-    numbered = "\n".join(f"{_number(cell)}. `{cell.test}`" for cell in CELLS if cell.test)
+    numbered = "\n".join(f"{_number(cell)}. `{cell.test}`" for cell in CELLS)
     PAGE.write_text(f"""# Beside other things
 
 <!-- Generated, do not edit: {COMMAND} -->
@@ -207,9 +219,13 @@ def write(outcomes: Mapping[str, str], versions: str) -> None:
 What else people run on the same pipeline, and whether SALAD runs beside it. Written from the outcomes of the tests in
 the list below, on {versions}:
 tiny models with random weights on a CPU, so this is about mechanics, not about speed or videos. "No" is an error, never
-a wrong result. `benchmarks/composition.py` times what concerns speed, on a GPU.
+a wrong result. [What a GPU has shown](#on-a-gpu) is in the second table: CUDA graphs, and what concerns speed.
 
 {table(("beside SALAD", "works", "how", "test"), rows)}
+
+## On a GPU
+
+{composition_gpu.render()}
 
 <details markdown="1"><summary>The tests</summary>
 
@@ -217,14 +233,13 @@ a wrong result. `benchmarks/composition.py` times what concerns speed, on a GPU.
 
 </details>
 
-To write this page again: `{COMMAND}`.
+To write this page again: `{COMMAND}`; the part of the GPU alone: `python -m tools.composition_gpu`.
 """)
 
 
 def _number(cell: Cell) -> str:
-    """Of the cell's test in the list below the table: names of tests are too long for a column."""
-    tested = [each for each in CELLS if each.test]
-    return str(tested.index(cell) + 1) if cell.test else "-"
+    """Of the cell's test in the list below the tables: names of tests are too long for a column."""
+    return str(CELLS.index(cell) + 1)
 
 
 def packages() -> str:
@@ -239,7 +254,7 @@ def main() -> int:
     if left:
         print(f"{COMMAND} needs a network once, to fetch {', '.join(left)}", file=sys.stderr)
         return 1
-    tests = list(dict.fromkeys(cell.test for cell in CELLS if cell.test))
+    tests = list(dict.fromkeys(cell.test for cell in CELLS))
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--all-cases", "--composition-table", *tests]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 

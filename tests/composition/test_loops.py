@@ -12,6 +12,7 @@ import torch
 import salad_compile
 from salad_compile.errors import BaseModelMismatchError, InputsError
 from salad_compile.sites.branch import branches
+from tests.models import flash_packages
 from tests.support import randomise_branches, relative_error
 from tests.trainers.tiny import CONFIG, INPUTS, base, converted, generate, output, pipeline, write_style
 
@@ -140,3 +141,33 @@ def test_another_attention_backend_before_conversion(name: str) -> None:
     assert relative_error(output(model), expected) < SAME
     model.compile_repeated_blocks(backend="salad", **EAGER)
     assert relative_error(output(model), expected) < SAME
+
+
+@pytest.mark.usefixtures("_another_backend")
+@pytest.mark.parametrize("before", [True, pytest.param(False, marks=pytest.mark.all_cases)])
+def test_sage_attention_through_diffusers(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function of ours with its name and signature stands for it: its kernels need a GPU."""
+    from diffusers.models import attention_dispatch
+
+    expected, dense, lengths = output(converted()), output(base()), []
+    text, attention = INPUTS["encoder_hidden_states"].shape[1], flash_packages._attention
+    count = lambda q, k, *rest: (lengths.append(k.shape[1]), attention(q, k, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(flash_packages, "_attention", count)
+    with flash_packages.imported(flash_packages.sageattention()) as package:
+        monkeypatch.setattr(attention_dispatch, "sageattn", package.sageattn)  # type: ignore[attr-defined]
+        monkeypatch.setattr(attention_dispatch, "_CAN_USE_SAGE_ATTN", True)
+        model = base() if before else converted()
+        model.set_attention_backend("sage")
+        if before:
+            salad_compile.convert(model, CONFIG, example_inputs=dict(INPUTS))
+            randomise_branches(model)
+        for compiled in (False, True):
+            if compiled:
+                model.compile_repeated_blocks(backend="salad", **EAGER)
+            lengths.clear()
+            assert relative_error(output(model), expected) < SAME
+            assert set(lengths) == {text}, "cross-attention alone is dense, and runs on it"
+            with salad_compile.dense(model):
+                lengths.clear()
+                assert relative_error(output(model), dense) > 0  # low-rank updates stay
+                assert set(lengths) > {text}, "dense steps run on it as well"

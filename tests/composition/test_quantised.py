@@ -1,4 +1,4 @@
-"""SALAD beside weights of torchao and GGUF: before and after conversion, uncompiled and block by block.
+"""SALAD beside weights of torchao, GGUF and bitsandbytes: before and after conversion, uncompiled and block by block.
 
 Weights of the base are quantised, the gates and projections of ours are parameters of no Linear and stay as they are.
 """
@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import salad_compile
-from salad_compile.errors import MergeError
+from salad_compile.errors import MergeError, SiteLostError
 from salad_compile.sites.branch import branches
+from tests.composition.bits_and_bytes import DENSE_LOSS, bits_and_bytes
 from tests.models.zoo import from_diffusers, randomise
 from tests.support import randomise_branches, relative_error, seeded
 from tests.trainers.tiny import CONFIG, INPUTS, base, converted, output
@@ -110,3 +111,23 @@ def to_gguf(model: Any, kind: str) -> Any:
 def test_gguf_before_conversion(kind: str, lowering: str) -> None:
     same = 1e-3 if lowering == "inductor" else 1e-5  # diffusers unpacks the weights in fp16
     check(convert_wide(to_gguf(wide(), kind)), output(convert_wide(wide())), LOSS[kind], lowering, same)
+
+
+# --- bitsandbytes: its kernels for CPUs here, those for GPUs in test_gpu.py -------------------------------------------
+
+
+@pytest.mark.parametrize("kind", DENSE_LOSS)
+def test_bitsandbytes_before_conversion(kind: str, tmp_path: Path) -> None:
+    expected = convert_wide(wide())
+    file = salad_compile.save(expected, tmp_path / "salad.safetensors")
+    model = salad_compile.load(bits_and_bytes(wide(), kind, torch.float32), file)
+    check(model, output(expected), DENSE_LOSS[kind], same=1e-3)  # the 8-bit product rounds its input to fp16
+    with pytest.raises(MergeError, match="merge in 16 or 32 bits"):
+        salad_compile.merge_lora(model)
+
+
+def test_bitsandbytes_after_conversion_is_an_error() -> None:
+    """Its Linears are other modules, which our low-rank updates and gates know nothing of."""
+    model = bits_and_bytes(convert_wide(wide()), "4bit", torch.float32)
+    with pytest.raises(SiteLostError, match="a projection was replaced after conversion"):
+        output(model)

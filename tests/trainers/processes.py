@@ -1,4 +1,4 @@
-"""Run a function in two processes on the CPU that know each other through gloo."""
+"""Run a function in two processes that know each other, through gloo or, with a GPU for each, NCCL."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ def free_port() -> int:
         return int(unused.getsockname()[1])
 
 
-def in_two_processes(function: Callable[[int, Path], None], folder: Path) -> None:
+def in_two_processes(function: Callable[[int, Path], None], folder: Path, backend: str = "gloo") -> None:
     """`function(rank, folder)` in each; what it raises is raised here. The environment is what torchrun sets."""
     forkserver()
-    mp.start_processes(_run, args=(function, folder, free_port()), nprocs=WORLD, start_method="forkserver")
+    mp.start_processes(_run, args=(function, folder, free_port(), backend), nprocs=WORLD, start_method="forkserver")
 
 
-def _run(rank: int, function: Callable[[int, Path], None], folder: Path, port: int) -> None:
+def _run(rank: int, function: Callable[[int, Path], None], folder: Path, port: int, backend: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
     )  # fmt: skip
-    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, timeout=timedelta(seconds=600))
     try:
         function(rank, folder)
     finally:
