@@ -14,7 +14,7 @@ if __name__ != "kernels":
     from .linear import linear_output, linear_state
     from .measure import Execution, measure_executions
     from .prepare import prepare_operand
-    from .routing import kept_blocks, pool_blocks, select_blocks
+    from .routing import kept_blocks, pool_blocks, select_blocks, select_by_mass
     from .rows import take_rows
     from .tail import attend_with_tail, tail_means, tail_tokens
     from .windows import window_blocks
@@ -33,6 +33,7 @@ __all__ = [
     "pool_blocks",
     "prepare_operand",
     "select_blocks",
+    "select_by_mass",
     "tail_means",
     "tail_tokens",
     "take_rows",

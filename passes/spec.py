@@ -25,6 +25,8 @@ OPERATORS = {
     "pool_blocks": "x=f4 block=n key_mask=b2? -> f4",
     "select_blocks": "pooled_query=f4 pooled_key=f4 query_block=n key_block=n density_permille=n "
     "sink_begin=n sink_end=n key_mask=b2? permille=i0? -> i4 i3",
+    "select_by_mass": "query=f4 key=f4 value=f4? cell=n scale=s query_block=n key_block=n density_permille=n "
+    "sink_begin=n sink_end=n key_mask=b2? permille=i0? -> i4 i3",
     "window_blocks": "query=f4 query_block=n key_block=n density_permille=n window=n "
     "sink_begin=n sink_end=n video_begin=n video_end=n permille=i0? -> i4 i3",
     "block_sparse_attention": "query=f4 key=f4 value=f4 lut=i4 count=i3 query_block=n key_block=n scale=s "
@@ -44,7 +46,7 @@ MARKERS = ("tag", "site", "projected")
 ATTENTION, ROUTED, WINDOWS, STATE, OUTPUT = (
     *("block_sparse_attention", "select_blocks", "window_blocks", "linear_state", "linear_output"),
 )
-TAILED, COUNTED = "attend_with_tail", "tail_tokens"
+TAILED, COUNTED, MASS = "attend_with_tail", "tail_tokens", "select_by_mass"
 PREPARED = "prepare_operand"
 POOLED, LISTS = ("pooled_key", "pooled_value"), ("lut", "count", "key_block", "key_mask")
 # What holds for attention without pools and with them: a sentence for each call, and how that is seen.
@@ -69,6 +71,11 @@ RULES: tuple[tuple[str, str, Callable[[Call], bool]], ...] = (
     ("take_rows", "the rows are put back", lambda c: c.is_put_back()),
     (ROUTED, "its means are of its blocks", lambda c: c.pools("query") and c.pools("key")),
     ("pool_blocks", "no gradient flows into a selection", lambda c: c.is_detached("x")),
+    (
+        MASS,
+        "no gradient flows into a selection",
+        lambda c: all(c[side] is None or c.is_detached(side) for side in ("query", "key", "value")),
+    ),
     (OUTPUT, "state and key_sum are the results of one linear_state", lambda c: c.state is not None),
     (OUTPUT, "it has the feature map of its state", lambda c: c.agrees(c.state, "feature_map")),
     (OUTPUT, "position is in its query and its keys, or in neither", lambda c: c.turns_both()),
@@ -151,7 +158,7 @@ class Call:
     @property
     def selection(self) -> Call | None:
         """Whose lists of blocks an attention call reads."""
-        return self._maker_of_both("lut", "count", ROUTED, WINDOWS)
+        return self._maker_of_both("lut", "count", ROUTED, WINDOWS, MASS)
 
     def has_selection(self) -> bool:
         """Whether the lists of blocks are those of one selection, or plain torch: a pattern may select without us."""
@@ -212,6 +219,9 @@ class Call:
         """Whether a selection was made from the query, and the key, of an attention call."""
         if self.name == WINDOWS:
             return self["query"] is attention["query"]
+        if self.name == MASS:
+            sides = [side for side in ("query", "key", "value") if self.is_detached(side)]
+            return all(self[side].args[0] is attention[side] for side in sides)
         means = {side: self.maker(f"pooled_{side}", "pool_blocks") for side in ("query", "key")}
         prepared = [(self.prepared(f"pooled_{side}")[0], attention.prepared(side)) for side in means]
         if any(made is not None and (whose is None or whose.node is not made.node) for made, (whose, _) in prepared):

@@ -88,7 +88,8 @@ class SaladConfig:
         pattern: how blocks are selected. "topk" keeps the best by mean-pooled scores, per head and query block. "stswa"
             gives each head a sliding window, over the frames' tokens one frame after another (even heads) or over the
             positions' tokens through time (odd heads); it needs the token grid. :func:`salad_compile.calibrate_heads`
-            chooses per head by measurement.
+            chooses per head by measurement. "mass8" and "mass16" keep the blocks with most of the softmax, as means of
+            8 or 16 tokens tell it, "error8" and "error16" those of which compensation would get most wrong.
         query_block: tokens per query block.
         key_block: tokens per key block. One of the two sizes divides the other; no length has to be divisible by them.
         window: with "stswa", the reach of the window on either side in tokens. None: what gives `sparsity`.

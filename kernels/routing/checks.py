@@ -26,16 +26,29 @@ def check_pool(x: torch.Tensor, block: int, key_mask: torch.Tensor | None) -> No
 
 def check_select_types(pooled_query: torch.Tensor, pooled_key: torch.Tensor, choice: BlockChoice) -> None:
     """What can be checked without reading a size; the fake calls it as well."""
-    query_block, key_block, density_permille, _, _, key_mask, permille = choice
+    *_, key_mask, permille = choice
     checks.check_same_device(pooled_query=pooled_query, pooled_key=pooled_key, key_mask=key_mask, permille=permille)
     checks.check_float_4d(pooled_query=pooled_query, pooled_key=pooled_key)
     require(
         pooled_query.dtype in (torch.float32, torch.float64),
         f"pooled tensors must be float32 or float64 as pool_blocks returns them, got {pooled_query.dtype}",
     )
-    check_density(query_block, key_block, density_permille)
-    checks.check_key_mask_type(key_mask)
-    checks.check_permille_type(permille)
+    check_choice_types(choice)
+
+
+def check_choice_types(choice: BlockChoice) -> None:
+    """What of a choice can be checked without reading a size."""
+    check_density(*choice[:3])
+    checks.check_key_mask_type(choice.key_mask)
+    checks.check_permille_type(choice.permille)
+
+
+def check_sinks(sink_begin: int, sink_end: int, tokens: int) -> None:
+    """Text lies within the tokens."""
+    require(
+        0 <= sink_begin <= sink_end <= tokens,
+        f"the sink range [{sink_begin}, {sink_end}) must be ascending and lie within [0, {tokens}]",
+    )
 
 
 def check_select(pooled_query: torch.Tensor, pooled_key: torch.Tensor, choice: BlockChoice) -> None:
@@ -58,10 +71,7 @@ def check_select(pooled_query: torch.Tensor, pooled_key: torch.Tensor, choice: B
         f"{query_blocks} query blocks of {query_block} and {key_blocks} key blocks of {key_block} tokens cannot cover "
         "the same sequence",
     )
-    require(
-        0 <= sink_begin <= sink_end <= key_blocks * key_block,
-        f"the sink range [{sink_begin}, {sink_end}) must be ascending and lie within [0, {key_blocks * key_block}]",
-    )
+    check_sinks(sink_begin, sink_end, key_blocks * key_block)
     if key_mask is not None:
         tokens = key_mask.shape[1]
         require(

@@ -38,11 +38,18 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
 def select_blocks(
     pooled_query: torch.Tensor, pooled_key: torch.Tensor, choice: BlockChoice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.select_blocks`. Forced blocks score +inf, masked ones -inf, all others lie between: one top-k."""
+    """See `reference.select_blocks`."""
+    return keep_best(pooled_query @ pooled_key.mT, choice)
+
+
+def keep_best(scores: torch.Tensor, choice: BlockChoice) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks with the best `scores` (B, H, Mq, Mk), which are written into, as of `reference.select_blocks`.
+
+    Forced blocks score +inf, masked ones -inf, all others lie between: one top-k.
+    """
     query_block, key_block, density_permille, sink_begin, sink_end, key_mask, permille = choice
-    key_blocks = pooled_key.shape[2]
+    key_blocks = scores.shape[3]
     slots = _width(key_blocks, query_block, key_block, density_permille, sink_begin, sink_end)
-    scores = pooled_query @ pooled_key.mT
     # An overflow must not tie with a forced block, and NaN must not outrank it: the self block is always selected.
     lowest, highest = _bounds(scores.dtype)
     scores.nan_to_num_(nan=lowest, posinf=highest, neginf=lowest)

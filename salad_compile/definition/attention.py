@@ -122,7 +122,7 @@ def sparse_attention(
     Returns:
         (B, H, S, value head_dim) in the dtype of query. No gradient flows through the selection.
     """
-    call = BlockCall(query, key, value, where, key_mask, branch or {})
+    call = BlockCall(query, key, value, where, key_mask, branch or {}, scale)
     selected = patterns.find(spec.pattern).select(call, spec)
     selection = Selection(selected.lut, selected.count, spec.query_block, spec.key_block, scale, key_mask)
     if spec.compensation == "tail":

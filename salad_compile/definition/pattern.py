@@ -41,6 +41,7 @@ class BlockCall(NamedTuple):
         where: where video and text lie among the tokens.
         key_mask: bool (B, S), True where a key is valid, or None.
         branch: the site's tensors; `permille` where the density is data.
+        scale: factor of the scores.
     """
 
     query: Tensor
@@ -49,6 +50,7 @@ class BlockCall(NamedTuple):
     where: Segments
     key_mask: Tensor | None
     branch: BranchTensors
+    scale: float
 
 
 class SiteFacts(NamedTuple):

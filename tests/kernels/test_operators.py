@@ -45,6 +45,8 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "select_sinks": (OPS.select_blocks, (*pooled, 64, 32, 300, 170, 203)),
         "select_sinks_mask": (OPS.select_blocks, (*pooled, 64, 32, 300, 170, 203, mask)),
         "select": (OPS.select_blocks, (*pooled, 64, 32, 300)),
+        "select_by_mass": (OPS.select_by_mass, (query, key, None, 8, 0.3, 64, 32, 300, 170, 203, mask)),
+        "select_by_error": (OPS.select_by_mass, (*(x.bfloat16() for x in plain), 8, 0.3, 64, 32, 300)),
         "attention": (OPS.block_sparse_attention, (query, key, value, *attention)),
         "attention_text_mask": (OPS.block_sparse_attention, (query, key, value, *text)),
         "attention_bf16": (OPS.block_sparse_attention, (*(x.bfloat16() for x in plain), *attention)),

@@ -137,6 +137,11 @@ def without_detach(graph: fx.Graph) -> None:
     put(graph, "pool_blocks", "x", detached.args[0])
 
 
+def without_detach_of_values(graph: fx.Graph) -> None:
+    detached = call_of(graph, "select_by_mass")["value"]
+    put(graph, "select_by_mass", "value", detached.args[0])
+
+
 def swap_results(graph: fx.Graph, name: str) -> None:
     """The features in the place of the rows without position."""
     call = call_of(graph, name)
@@ -164,6 +169,7 @@ PLANTS: dict[tuple[str, str], Callable[[fx.Graph], None]] = {
     ("take_rows", "the rows are put back"): keep_moved,
     ("select_blocks", "its means are of its blocks"): lambda g: put(g, "pool_blocks", "block", 32),
     ("pool_blocks", "no gradient flows into a selection"): without_detach,
+    ("select_by_mass", "no gradient flows into a selection"): without_detach_of_values,
     ("linear_output", "state and key_sum are the results of one linear_state"): swap_sums,
     ("linear_output", "it has the feature map of its state"): lambda g: put(g, "linear_output", "feature_map", "elu"),
     ("linear_output", "position is in its query and its keys, or in neither"): lambda g: put(
@@ -186,7 +192,8 @@ PLANTS: dict[tuple[str, str], Callable[[fx.Graph], None]] = {
 def test_each_rule_names_its_violation(rule: tuple[str, str]) -> None:
     """A rule without a planted violation has no entry here, and fails."""
     name, says = rule
-    graph = graph_of("tail" if name == "attend_with_tail" else "prepared" if "preparation" in says else "topk")
+    others = {"attend_with_tail": "tail", "select_by_mass": "error8"}
+    graph = graph_of("prepared" if "preparation" in says else others.get(name, "topk"))
     PLANTS[rule if rule in PLANTS else ("block_sparse_attention", says)](graph)
     graph.lint()
     found = verify(graph)

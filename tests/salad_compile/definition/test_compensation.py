@@ -65,9 +65,12 @@ def test_pools_of_one_token_are_dense() -> None:
     assert distance(without_branch(sparsity=0.0, **TAIL)) < 1e-5
 
 
-@pytest.mark.parametrize("attend", [toys.positional, masked])
-def test_compiled_equals_uncompiled(attend: Any) -> None:
-    model, x = converted(attend, **TAIL), toys.tokens(105)
+@pytest.mark.parametrize(
+    ("attend", "pattern"),
+    [(toys.positional, "topk"), (masked, "topk"), (toys.positional, "mass16"), (masked, "error8")],
+)
+def test_compiled_equals_uncompiled(attend: Any, pattern: str) -> None:
+    model, x = converted(attend, pattern=pattern, **TAIL), toys.tokens(105)
     out = model(x)
     out.square().sum().backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -141,7 +144,7 @@ def test_means_are_of_valid_keys_of_the_video() -> None:
     spec = AttentionSpec("topk", 300, 16, 16, "relu", compensation="tail", pool=16)
     where = segments("after", 40, 24)
     lut, count = torch.zeros(1, 1, 3, 1, dtype=torch.int32), torch.zeros(1, 1, 3, dtype=torch.int32)
-    tail = tail_of(BlockCall(key, key, value, where, mask, {}), SelectedBlocks(lut, count), spec)
+    tail = tail_of(BlockCall(key, key, value, where, mask, {}, 1.0), SelectedBlocks(lut, count), spec)
     video = [j for j in range(16) if j != 3], list(range(16, 24))
     for pool, members in enumerate(video):
         torch.testing.assert_close(tail.key[0, 0, pool], key[0, 0, members].mean(0))
