@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from salad_compile.training.interrupts import StopRequest
 from salad_compile.training.outcome import TrainResult, outcome_of
 from salad_compile.training.preparation import DTYPES, make_trainable, mean_sparsity, require_converted
 from salad_compile.training.records import EMA_FILE_NAME, Records, flat, read_log, require_trackers, set_aside
+from salad_compile.training.reference_states import target_of
 from salad_compile.training.samples import Decode, SampleStrips, require_decode
 from salad_compile.training.seeds import derive_seed
 from salad_compile.training.settings import TrainSettings
@@ -277,12 +279,12 @@ class Run:
 
     def match_flow(self, samples: list[Noised]) -> torch.Tensor:
         """Gradients of the mean over the global batch; the losses of this process's samples."""
-        found = []
+        found, predict = [], partial(self.family.predict, self.engine.wrapped)
         for number, batch in enumerate(samples):
             last = number == len(samples) - 1
+            target = target_of(batch, self.settings.teacher, self.known.values(), predict)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.engine.wrapped):
-                prediction = self.family.predict(self.engine.wrapped, batch)
-                each = losses(prediction, batch.target, batch.given, batch.weights)
+                each = losses(predict(batch), target, batch.given, batch.weights)
                 self.accelerator.backward(each.mean() / len(samples))
             found.append(each.detach())
         return torch.cat(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn as nn
@@ -11,6 +11,7 @@ import torch.nn as nn
 from salad_compile.definition import branch_tensors
 from salad_compile.sites.branch import SaladBranch, branches
 from salad_compile.sites.site import hold_dense
+from salad_compile.training.flow_matching import Noised
 
 
 @contextlib.contextmanager
@@ -45,3 +46,19 @@ def as_untrained(model: nn.Module) -> Iterator[None]:
     finally:
         for tensor, value in kept:
             tensor.copy_(value)
+
+
+@torch.no_grad()
+def target_of(
+    batch: Noised, share: float, sites: Iterable[SaladBranch], predict: Callable[[Noised], torch.Tensor]
+) -> torch.Tensor:
+    """What a model is to predict: the flow, and in `share` of it what its base model predicts; fp32 (B, C, T, H, W).
+
+    Args:
+        sites: of the model that `predict` runs.
+    """
+    if not share:
+        return batch.target
+    with as_base(sites):
+        prediction = predict(batch)
+    return torch.lerp(batch.target, prediction.float(), share)

@@ -85,6 +85,9 @@ class TrainSettings:
         text_tokens: length to which texts are padded with zeros, as the pipeline of Wan does.
         sparsity_warmup: steps in which the sparsity grows from the conversion's `lowest_sparsity` to its own. 0: off.
         distillation_steps: first N steps, which train each site on its own, against its dense output. 0: off.
+        teacher: share of the target that is the base model's own prediction for the same input, in [0, 1]; above 0 each
+            micro-batch takes a dense forward more. The flow holds noise that nobody can predict, and that prediction
+            does not (our choice).
         ema_decay: of an exponential moving average of the trained parameters, saved beside them. 0: off.
         precision: dtype of the frozen base and of what it is given, "bf16" or "fp32". Trained parameters are fp32.
         gradient_checkpointing: through `model.enable_gradient_checkpointing()`, where there is one.
@@ -129,6 +132,7 @@ class TrainSettings:
     text_tokens: int = 512
     sparsity_warmup: int = 0
     distillation_steps: int = 0
+    teacher: float = 0.0
     ema_decay: float = 0.0
     precision: Precision = "bf16"
     gradient_checkpointing: bool = True
@@ -194,6 +198,7 @@ class TrainSettings:
         within("snr_shift_scale", 1e-9, float("inf"), "a number above 0")
         within("sample_guidance", 0.0, float("inf"), "a number of at least 0")
         within("first_frame_conditioning_p", 0.0, 1.0 + 1e-12, "a share in [0, 1]")
+        within("teacher", 0.0, 1.0 + 1e-12, "a share in [0, 1]")
         within("text_dropout", 0.0, 1.0 + 1e-12, "a share in [0, 1]")
         within("ema_decay", 0.0, 1.0, "a number in [0, 1)")
         pair = isinstance(self.betas, tuple) and len(self.betas) == 2

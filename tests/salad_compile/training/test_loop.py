@@ -84,6 +84,21 @@ def test_a_run_trains_and_leaves_its_files(whole: Path, data: Path) -> None:
     assert next(iter(branches(model).values())).config == CONFIG
 
 
+def test_the_base_model_is_the_teacher(data: Path, tmp_path: Path) -> None:
+    """Where nothing is left out an untrained model predicts what its base does; the flow it does not."""
+    found = {}
+    for teacher in (0.0, 0.5, 1.0):
+        model = converted()
+        salad_compile.set_sparsity(model, 0.2)
+        settings = dataclasses.replace(SETTINGS, steps=2, teacher=teacher)
+        run(data, tmp_path / str(teacher), settings, model)
+        found[teacher] = [line["loss"] for line in read_log(tmp_path / str(teacher)) if "loss" in line]
+        assert all(float(branch.low_rank_scale) for branch in branches(model).values())
+    assert 0 < found[1.0][0] < 0.1 * found[0.0][0]
+    assert found[0.5][0] == pytest.approx(found[0.0][0] / 4, rel=0.2)  # half of the way there
+    assert found[1.0][1] != found[1.0][0]
+
+
 def test_the_moving_average_is_that_of_the_checkpoints(data: Path, tmp_path: Path) -> None:
     settings = dataclasses.replace(RUN, steps=3, checkpoint_every=1, keep_last=9)
     model = converted()
