@@ -33,6 +33,7 @@ class Arm:
         trained: whether anything is trained.
         of, drop: the share `drop` of the linear branches is dropped from the trained arm `of`; 1 is all of them.
         longer: factor of the number of training steps.
+        teacher: share of the target that is what the dense model predicts.
     """
 
     name: str
@@ -46,10 +47,13 @@ class Arm:
     of: str | None = None
     drop: float = 0.0
     longer: int = 1
+    teacher: float = 0.0
 
 
 _MAIN, _LONG, _BRANCH, _BLOCKS = "Main arms", "Four times as many steps", "The linear branch", "The blocks"
 _TAIL = "Compensation: means of what is left out, in the same softmax"
+_CHOSEN = "Compensation: which blocks are computed"
+_TAUGHT = "The dense model as a teacher"
 _AFTER_MAP = {"rope_placement": "map-then-rotate"}
 
 
@@ -57,6 +61,8 @@ def _tail(pool: int, **settings: Any) -> dict[str, Any]:
     return {"compensation": "tail", "compensation_pool": pool, **settings}
 
 
+_ERROR = _tail(64, pattern="error8", **_AFTER_MAP)
+_MASS_LORA = {"linear_branch": False, "pattern": "mass8"}
 ARMS = (
     Arm("dense", "as pre-trained", _MAIN, kind="dense", trained=False),
     Arm("dense-tuned", "LoRA, dense attention: the fair reference", _MAIN, kind="dense"),
@@ -145,6 +151,82 @@ ARMS = (
     Arm("tail-long", "four times as many steps", _TAIL, settings=_tail(64, **_AFTER_MAP), longer=4),
     Arm("tail-lora-long", "likewise, no linear branch", _TAIL, settings=_tail(64, linear_branch=False), longer=4),
     Arm("tail-16-long", "likewise", _TAIL, settings=_tail(64, **_AFTER_MAP), smallest_blocks=True, longer=4),
+    Arm(
+        "tail-error-only",
+        "by what their means get wrong, cells of 8, not trained",
+        _CHOSEN,
+        "salad",
+        _ERROR,
+        trained=False,
+    ),
+    Arm("tail-error-16-only", "likewise, blocks of 16", _CHOSEN, "salad", _ERROR, 1, True, trained=False),
+    Arm("tail-mass", "`tail`, by the mass of cells of 8", _CHOSEN, settings={**_ERROR, "pattern": "mass8"}),
+    Arm("tail-error", "`tail`, by what their means get wrong, cells of 8", _CHOSEN, settings=_ERROR),
+    Arm("tail-error-16", "the same, blocks of 16", _CHOSEN, settings=_ERROR, smallest_blocks=True),
+    Arm("tail-error-lora", "no linear branch", _CHOSEN, settings={**_ERROR, "linear_branch": False}),
+    Arm(
+        "tail-error-lora-16",
+        "no linear branch, blocks of 16",
+        _CHOSEN,
+        "salad",
+        {**_ERROR, "linear_branch": False},
+        1,
+        True,
+    ),
+    Arm("mass-lora", "no means, no branch, by the mass of cells of 8", _CHOSEN, settings=_MASS_LORA),
+    Arm("mass-lora-16", "the same, blocks of 16", _CHOSEN, settings=_MASS_LORA, smallest_blocks=True),
+    Arm(
+        "tail-256-128",
+        "blocks and means of SaladConfig's defaults",
+        _CHOSEN,
+        settings=_tail(256, **_AFTER_MAP),
+        query_blocks=2,
+    ),
+    Arm(
+        "tail-error-128",
+        "the same, by what means get wrong",
+        _CHOSEN,
+        settings={**_ERROR, "compensation_pool": 256},
+        query_blocks=2,
+    ),
+    Arm(
+        "tail-error-16-r64", "`tail-error-16`, LoRA of rank 64", _CHOSEN, "salad", {**_ERROR, "lora_rank": 64}, 1, True
+    ),
+    Arm("tail-error-long", "`tail-error`, four times as many steps", _CHOSEN, settings=_ERROR, longer=4),
+    Arm("tail-error-16-long", "the same, blocks of 16", _CHOSEN, settings=_ERROR, smallest_blocks=True, longer=4),
+    Arm(
+        "tail-taught",
+        "`tail`, its targets those of the dense model",
+        _TAUGHT,
+        settings=_tail(64, **_AFTER_MAP),
+        teacher=1.0,
+    ),
+    Arm("tail-half-taught", "half of each target", _TAUGHT, settings=_tail(64, **_AFTER_MAP), teacher=0.5),
+    Arm("sparse-lora-taught", "`sparse-lora`, taught", _TAUGHT, settings={"linear_branch": False}, teacher=1.0),
+    Arm(
+        "sparse-lora-16-taught",
+        "the same, blocks of 16",
+        _TAUGHT,
+        "salad",
+        {"linear_branch": False},
+        1,
+        True,
+        teacher=1.0,
+    ),
+    Arm("tail-lora-taught", "`tail-lora`, taught", _TAUGHT, settings=_tail(64, linear_branch=False), teacher=1.0),
+    Arm("tail-error-taught", "`tail-error`, taught", _TAUGHT, settings=_ERROR, teacher=1.0),
+    Arm("tail-error-16-taught", "`tail-error-16`, taught", _TAUGHT, settings=_ERROR, smallest_blocks=True, teacher=1.0),
+    Arm(
+        "tail-error-16-taught-long",
+        "four times as many steps",
+        _TAUGHT,
+        "salad",
+        _ERROR,
+        1,
+        True,
+        longer=4,
+        teacher=1.0,
+    ),
 )
 
 
@@ -210,7 +292,7 @@ def drop(arm: Arm, model: nn.Module, preset: Preset, device: torch.device) -> No
 
 def recipe_of(arm: Arm, preset: Preset, seed: int) -> Recipe:
     """How the arm is trained."""
-    return dataclasses.replace(preset.tune, seed=seed, steps=preset.tune.steps * arm.longer)
+    return dataclasses.replace(preset.tune, seed=seed, steps=preset.tune.steps * arm.longer, teacher=arm.teacher)
 
 
 def settings_of(arm: Arm, preset: Preset, seed: int) -> dict[str, Any]:
@@ -224,6 +306,7 @@ def settings_of(arm: Arm, preset: Preset, seed: int) -> dict[str, Any]:
     }
     if arm.kind == "salad":
         shared["config"] = config_of(arm, preset).to_dict()
+        shared["rank"] = shared["config"]["lora_rank"]
     if arm.of:
         shared |= {"of": arm.of, "drop": arm.drop}
     return shared

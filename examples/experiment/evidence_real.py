@@ -8,7 +8,7 @@ from pathlib import Path
 from arms import Arm
 from evidence import PAGE
 from predictions import REAL_PREDICTIONS
-from real_arms import REAL_ARMS, TUNED, UNTRAINED
+from real_arms import LONGER, REAL_ARMS, TUNED, UNTRAINED
 from results import RESULTS, Row, read
 
 BEGIN, END = "<!-- real:begin -->", "<!-- real:end -->"
@@ -27,7 +27,7 @@ def render(rows: Sequence[Row]) -> str:
     if not {"dense", "sparse-only"} <= set(found):
         return f"{BEGIN}\n{NOTHING}\n{END}"
     lines = [BEGIN, *_where(found), ""]
-    for group in (UNTRAINED, TUNED):
+    for group in (UNTRAINED, TUNED, LONGER):
         lines += _table(group, [arm for arm in REAL_ARMS if arm.group == group and arm.name in found], found)
     absent = [arm.name for arm in REAL_ARMS if arm.name not in found]
     lines += [f"Not run: {', '.join(absent)}.", ""] if absent else []
@@ -44,7 +44,8 @@ def _where(found: dict[str, Row]) -> list[str]:
     dense = found["dense"]
     size = dense["settings"]["model"]
     commits = " and ".join(dict.fromkeys(row["commit"] for row in found.values()))
-    tuned = [row for row in found.values() if row["settings"]["trained"]]
+    short = {arm.name for arm in REAL_ARMS if arm.trained}
+    tuned = [row for name, row in found.items() if name in short]
     lines = [
         f"{dense['device']}, torch {dense['torch']}, Triton {dense['triton']}, commit {commits}, {dense['date']}.",
         f"{dense['parameters'] / 1e6:.1f} million parameters, {size['layers']} layers, {size['heads']} heads of "
@@ -118,7 +119,7 @@ def _levels(found: dict[str, Row]) -> list[str]:
 
 def _verdict(found: dict[str, Row]) -> list[str]:
     """Whether the aim is reached by the best fine-tuned arm."""
-    tuned = [arm.name for arm in REAL_ARMS if arm.trained and arm.name in found]
+    tuned = [arm.name for arm in REAL_ARMS if (arm.trained or arm.of) and arm.name in found]
     if not tuned:
         return []
     shares = {name: gap_closed(name, found) for name in tuned}

@@ -15,15 +15,27 @@ BINS = 5  # of the noise level, in the held-out loss
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def flow_losses(model: Model, clips: Tensor, labels: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+def flow_losses(
+    model: Model,
+    clips: Tensor,
+    labels: Tensor,
+    noise: Tensor,
+    level: Tensor,
+    teacher: Model | None = None,
+    share: float = 0.0,
+) -> Tensor:
     """fp32 (B,): mean squared error of the predicted flow noise - clips at clips + level (noise - clips).
 
     Args:
         clips, noise: fp32 (B, 3, T, S, S). labels: int64 (B,). level: fp32 (B,), 0 is the clip and 1 is noise.
+        teacher: what it predicts is the target in place of the flow, or `share` of the target.
     """
     target = noise - clips
     noised = clips + level.view(-1, 1, 1, 1, 1) * target
     with torch.autocast(clips.device.type, dtype=torch.bfloat16, enabled=clips.device.type == "cuda"):
+        if teacher is not None:
+            with torch.no_grad():
+                target = target.lerp(teacher(noised, level, labels).float(), share)
         predicted = model(noised, level, labels)
     return (predicted.float() - target).square().flatten(1).mean(1)
 

@@ -34,7 +34,10 @@ from torch import Tensor
 
 STARTED = time.perf_counter()
 OUT = results.ROOT / "out" / "real"
-SHOWN = ("dense", "sparse-only", "tail-only", "sparse-lora", "salad", "salad-tail")  # in the strips
+SHOWN = (  # in the strips
+    *("dense", "sparse-only", "tail-only", "sparse-lora", "salad", "salad-tail"),
+    *("salad-tail-64-long", "salad-error-64-taught-long"),
+)
 
 
 def seconds_left(minutes: float) -> float:
@@ -107,15 +110,17 @@ def run_all(place: Place, options: argparse.Namespace, own: Sequence[str]) -> in
         *(["--steps", str(options.steps)] if options.steps else []),
     ]
     tuned = [arm.name for arm in arms if arm.trained]
-    threads = max(1, (os.cpu_count() or 1) // (2 * max(len(tuned), 1)))  # of each: noise is drawn on the CPU
+    threads = min(
+        4, max(1, (os.cpu_count() or 1) // (2 * max(len(tuned), 1)))
+    )  # of each: more stand in each other's way
     shared = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     running = {name: subprocess.Popen([*script, name, *tail], env=shared) for name in tuned}
     judge = open_judge(place)
-    failed = judge_arms(place, judge, [arm for arm in arms if not arm.trained], seed)
+    failed = judge_arms(place, judge, [arm for arm in arms if not (arm.trained or arm.of)], seed)
     for name, process in running.items():
         if process.wait():
             print(f"{name}: its fine-tuning ended with status {process.returncode}", flush=True)
-    return failed + judge_arms(place, judge, [arm for arm in arms if arm.trained], seed)
+    return failed + judge_arms(place, judge, [arm for arm in arms if arm.trained or arm.of], seed)
 
 
 class Strips:
@@ -149,6 +154,8 @@ class Strips:
         for kind, number, name in pictures:
             rows = {"clip": self.kept["original"]} if kind == "restored" else {}
             rows |= {arm: self.kept[f"{kind}.{arm}"] for arm in SHOWN if f"{kind}.{arm}" in self.kept}
+            if not rows:
+                continue
             shown = {arm: torch.from_numpy(clips[number]).float()[None] / 127.5 - 1 for arm, clips in rows.items()}
             draw_strip(shown, self.path.with_name(f"{name}.png"))
         self._draw_moving(self.path.with_name("restored.webp"))

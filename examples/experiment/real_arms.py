@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,7 +19,7 @@ import torch.nn as nn
 from arms import Arm, UnknownArmError, build, config_of
 from flow import HELD_OUT_SEED, Triples, held_out_loss, psnr, sample, ssim
 from real_presets import RealPreset
-from real_train import load_dense
+from real_train import attention_of, load_dense
 from real_videos import Films, Part
 from torch import Tensor
 from videos import COLOURS
@@ -31,12 +32,15 @@ from salad_compile.training import TrainSettings, train
 from salad_compile.training.loop import EMA_FILE_NAME
 
 TUNE_SEED = 4_000_037
-UNTRAINED, TUNED = "Untrained", "Fine-tuned"
+UNTRAINED, TUNED, LONGER = "Untrained", "Fine-tuned", "Fine-tuned for longer"
 _MAP = {"rope_placement": "map-then-rotate"}  # the default of SaladConfig
 _TAIL: dict[str, Any] = {**_MAP, "compensation": "tail", "compensation_pool": 256}
 _LORA: dict[str, Any] = {**_MAP, "linear_branch": False}
+_ERROR: dict[str, Any] = {**_TAIL, "pattern": "error8"}
 
-# in this order: the most important first. Query blocks of 128 tokens and key blocks of 64, unless "64" is in the name
+# In this order: the most important first. Query blocks of 128 tokens and key blocks of 64, unless "64" is in the name.
+# A fine-tuned arm has a row at an early step, at which all are compared, and some have one at the last step, under
+# another name.
 REAL_ARMS = (
     Arm("dense", "as pre-trained", UNTRAINED, kind="dense", trained=False),
     Arm("sparse-only", "converted", UNTRAINED, settings=_MAP, query_blocks=2, trained=False),
@@ -49,6 +53,22 @@ REAL_ARMS = (
     Arm("tail-lora", "LoRA and means, no linear branch", TUNED, settings={**_TAIL, **_LORA}, query_blocks=2),
     Arm("salad-tail-64", "as salad-tail, query blocks of 64", TUNED, settings=_TAIL),
     Arm("salad-64", "as salad, query blocks of 64", TUNED, settings=_MAP),
+    Arm("error-only", "tail-only, blocks by what means get wrong", UNTRAINED, "salad", _ERROR, 2, trained=False),
+    Arm("error-only-64", "the same, query blocks of 64", UNTRAINED, settings=_ERROR, trained=False),
+    Arm("salad-error-64", "salad-tail-64, blocks by what means get wrong", TUNED, settings=_ERROR),
+    Arm("salad-error-64-taught", "the same, taught by the dense model", TUNED, settings=_ERROR, teacher=1.0),
+    Arm("salad-tail-64-taught", "salad-tail-64, taught", TUNED, settings=_TAIL, teacher=1.0),
+    Arm("tail-lora-64-taught", "LoRA and means, taught", TUNED, settings={**_TAIL, **_LORA}, teacher=1.0),
+    *(
+        Arm(f"{name}-long", f"{name}, as long as the time allowed", LONGER, settings=settings, trained=False, of=name)
+        for name, settings in (
+            ("salad-tail-64", _TAIL),
+            ("salad-error-64", _ERROR),
+            ("salad-tail-64-taught", _TAIL),
+            ("salad-error-64-taught", _ERROR),
+            ("tail-lora-64-taught", {**_TAIL, **_LORA}),
+        )
+    ),
 )
 
 
@@ -108,7 +128,7 @@ def predict(model: nn.Module, latents: Tensor, timesteps: Tensor, texts: Tensor)
     return out
 
 
-def settings_for(preset: RealPreset, steps: int, seed: int, workers: int) -> TrainSettings:
+def settings_for(preset: RealPreset, steps: int, seed: int, workers: int, teacher: float = 0.0) -> TrainSettings:
     """The recipe of every fine-tuned arm, up to step `steps`."""
     tune = preset.sizes.tune
     return TrainSettings(
@@ -121,6 +141,7 @@ def settings_for(preset: RealPreset, steps: int, seed: int, workers: int) -> Tra
         flow_shift=1.0,
         text_dropout=0.0,
         text_tokens=1,
+        teacher=teacher,
         ema_decay=preset.ema,
         precision="fp32",  # with autocast to bf16, as in the pre-training
         gradient_checkpointing=False,
@@ -159,6 +180,7 @@ def tune(
     seconds: float,
     workers: int,
     steps: int | None = None,
+    teacher: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int:
     """Fine-tune with the product's trainer, chunk after chunk, each of which goes on where the last one ended.
@@ -173,11 +195,13 @@ def tune(
     done, pace, last = 0, 0.0, min(preset.sizes.tune.steps, steps or preset.sizes.tune.steps)
     while done < last:
         begun = clock()
-        if done and begun - start + pace > seconds:
+        sizes = (9 * preset.chunk, preset.chunk) if done >= 4 * preset.chunk else (preset.chunk,)
+        fitting = [size for size in sizes if not done or begun - start + size * pace <= seconds]
+        if not fitting:
             break
-        to = min(done + preset.chunk, last)
-        result = train(model, clips, settings_for(preset, to, seed, workers), folder, forward=predict)
-        pace = clock() - begun
+        to = min(done + fitting[0], last)
+        result = train(model, clips, settings_for(preset, to, seed, workers, teacher), folder, forward=predict)
+        pace = (clock() - begun) / (to - done)
         done = result.step
         (folder / SUMMARY_FILE).unlink(missing_ok=True)  # or the next chunk would set this one's files aside
         file = folder / f"ema-{done:06}.safetensors"
@@ -197,10 +221,10 @@ def tunings(folder: Path) -> dict[int, Tuned]:
 
 
 def common_step(arms: Sequence[Arm], place: Place, seed: int) -> int | None:
-    """The last step that all of the arms that were fine-tuned have a file of."""
+    """The last step, at most that at which arms are compared, that all of those that were fine-tuned have a file of."""
     steps = [set(tunings(place.folder_of(arm, seed))) for arm in arms if arm.trained]
     shared = set.intersection(*(own for own in steps if own)) if any(steps) else set()
-    return max(shared, default=None)
+    return max((step for step in shared if step <= place.preset.compared), default=None)
 
 
 # ---------------------------------------------------------------- measuring
@@ -282,29 +306,34 @@ def tune_arm(arm: Arm, films: Films, place: Place, seed: int, seconds: float, mo
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile(backend=salad, dynamic=False)  # not by its name, which only an installation makes known
     folder = place.folder_of(arm, seed)
-    steps = tune(model, films, place.preset, folder, seed, seconds=seconds, workers=place.workers, steps=most)
+    left: dict[str, Any] = {"seconds": seconds, "workers": place.workers, "steps": most}
+    size = place.preset.sizes.model
+    with attention_of(size, place.preset.micro_batch, place.device) if arm.teacher else contextlib.nullcontext():
+        steps = tune(model, films, place.preset, folder, seed, teacher=arm.teacher, **left)
     print(f"{arm.name} {seed}: fine-tuned for {steps} steps", flush=True)
 
 
 def judge_arm(arm: Arm, judge: Judge, place: Place, seed: int, step: int | None) -> dict[str, Tensor]:
-    """Measure one arm, fine-tuned ones as they were at `step`; append the row. Returns the clips.
+    """Measure one arm, fine-tuned ones as they were at `step`, or in the end; append the row. Returns the clips.
 
     Raises:
         FileNotFoundError: it is to be fine-tuned, and was not.
     """
     start = time.perf_counter()
     model, tuned = make(arm, place, seed), None
-    if arm.trained:
-        tuned = tunings(place.folder_of(arm, seed)).get(step or 0)
+    whose = real_arm_named(arm.of) if arm.of else arm
+    if whose.trained:
+        known = tunings(place.folder_of(whose, seed))
+        tuned = known.get(max(known, default=0) if arm.of else step or 0)
         if tuned is None:
-            raise FileNotFoundError(f"{arm.name} was not fine-tuned: run `real.py tune {arm.name}` first.")
+            raise FileNotFoundError(f"{whose.name} was not fine-tuned: run `real.py tune {whose.name}` first.")
         salad_compile.load(model, tuned.file)
     columns, clips = judge.measure(model)
     sizes = place.preset.sizes
     settings = {
-        "tune": dataclasses.asdict(sizes.tune) | {"steps": tuned.steps if tuned else 0},
+        "tune": dataclasses.asdict(sizes.tune) | {"steps": tuned.steps if tuned else 0, "teacher": whose.teacher},
         "rank": sizes.rank,
-        "trained": arm.trained,
+        "trained": whose.trained,
         "model": dataclasses.asdict(sizes.model),
     }
     if arm.kind == "salad":

@@ -41,7 +41,8 @@ class RealPreset:
 
     Attributes:
         sizes: the model, and what `arms.py` reads. stages: of the pre-training, in their order.
-        micro_batch: clips of one forward. chunk: steps between two looks at the clock. ema: of the trained parameters.
+        micro_batch: clips of one forward. chunk: steps between two looks at the clock, nine times as many after the
+            first four. ema: of the trained parameters. compared: the step at which arms are compared.
         restored_level, restored_steps: for clips that are noised and restored.
     """
 
@@ -50,6 +51,7 @@ class RealPreset:
     micro_batch: int
     chunk: int
     ema: float
+    compared: int
     restored_level: float = 0.7
     restored_steps: int = 10
 
@@ -71,9 +73,10 @@ REAL = RealPreset(
         Stage(ClipSize(frames=16, edge=64), 0.4, batch=32, rate=1.2e-3, warm_up=100, falls=False),
         Stage(_CLIP, 0.6, batch=8, rate=8e-4, warm_up=50),
     ),
-    micro_batch=4,
+    micro_batch=8,
     chunk=20,
     ema=0.98,
+    compared=80,
 )
 
 _SMALL = ClipSize(frames=4, edge=32)
@@ -96,5 +99,6 @@ TINY_REAL = RealPreset(
     micro_batch=1,
     chunk=2,
     ema=0.5,
+    compared=2,
     restored_steps=1,
 )

@@ -114,11 +114,15 @@ def run_arm(arm: Arm, seeds: Sequence[int], place: Place) -> None:
     model = build(arm, load_dense(place.base, preset, device), preset, device, seeds[0])
     if arm.trained:
         compile_blocks(model, arm, place)
+    teacher = None
+    if arm.teacher:
+        teacher = load_dense(place.base, preset, device).requires_grad_(False)
+        compile_blocks(teacher, None, place)
     for seed in seeds:
         start = time.perf_counter()
         last = None
         if arm.trained:
-            last = _tune(arm, model, seed, place)
+            last = _tune(arm, model, seed, place, teacher)
         elif arm.of:
             model = _load_and_drop(arm, seed, place)
         tuned_at = time.perf_counter()
@@ -140,12 +144,13 @@ def run_arm(arm: Arm, seeds: Sequence[int], place: Place) -> None:
         print(f"{arm.name} {seed}: held-out loss {row['held_out_loss']:.5f}, PSNR {row['psnr']:.2f} dB", flush=True)
 
 
-def _tune(arm: Arm, model: nn.Module, seed: int, place: Place) -> float:
+def _tune(arm: Arm, model: nn.Module, seed: int, place: Place, teacher: nn.Module | None = None) -> float:
     """Train from the dense weights and fresh new parameters; keeps a converted model's branches in a file."""
     fresh = build(arm, load_dense(place.base, place.preset, place.device), place.preset, place.device, seed)
     model.load_state_dict(fresh.state_dict())
     training = Training(model, recipe_of(arm, place.preset, seed))
-    last = train(training, model, place.preset.model.clip, place.device, title=f"{arm.name} {seed}")
+    title = f"{arm.name} {seed}"
+    last = train(training, model, place.preset.model.clip, place.device, title=title, teacher=teacher)
     if arm.kind == "salad":
         place.tuned.mkdir(parents=True, exist_ok=True)
         salad_compile.save(model, place.tuned / f"{arm.name}-{seed}.safetensors")

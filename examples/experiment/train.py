@@ -35,6 +35,7 @@ class Recipe:
         rate: the highest learning rate, after `warm_up` steps; then a cosine to zero.
         clips: number of fixed clips, shuffled again in every pass; None draws new ones in every step.
         average: decay of the running mean of the weights, 0 for none.
+        teacher: share of the target that is what the dense model predicts.
     """
 
     steps: int
@@ -46,6 +47,7 @@ class Recipe:
     average: float = 0.0
     weight_decay: float = 0.01
     largest_gradient: float = 1.0
+    teacher: float = 0.0
 
     def rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -170,6 +172,7 @@ def train(
     log: Path | None = None,
     on_checkpoint: Callable[[], None] = lambda: None,
     stop_after: int | None = None,
+    teacher: Model | None = None,
 ) -> float:
     """Train to the end of the recipe.
 
@@ -177,6 +180,7 @@ def train(
         model: the callable, compiled or not; its parameters are those of `training`.
         checkpoint: file of the state, written during the run; an existing one is continued. log: JSON lines.
         stop_after: number of steps after which to return, as if the run had been killed.
+        teacher: the dense model, if the recipe has a share for it.
 
     Returns:
         The mean loss over the last tenth of the steps of this call.
@@ -190,7 +194,7 @@ def train(
     start = line_at = kept_at = time.perf_counter()
     end = recipe.steps if stop_after is None else min(recipe.steps, first + stop_after)
     while training.step < end:
-        loss = flow_losses(model, *batches[training.step]).mean()
+        loss = flow_losses(model, *batches[training.step], teacher, recipe.teacher).mean()
         training.advance(loss)
         pending.append(loss.detach())
         now = time.perf_counter()
