@@ -291,7 +291,7 @@ def device_of(arguments: argparse.Namespace) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"no device {name!r} here: {str(error).splitlines()[0]} `salad-compile doctor` lists them."
+            f"no device {name!r} here: {str(error).splitlines()[0].rstrip('.')}. `salad-compile doctor` lists them."
         ) from error
     return device
 

@@ -99,7 +99,7 @@ def _rows(table: Path) -> list[dict[str, object]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{table}, line {number}: not JSON ({error}).") from error
         if not isinstance(row, dict):
             raise ConfigError(f"{table}, line {number}: it is not a JSON object.")

@@ -121,12 +121,17 @@ def _read_images(clip: Clip, fps: float | None) -> Iterator[_Picture]:
     import numpy
     from PIL import Image
 
+    size = None
     for number, file in enumerate(clip.images):
         try:
             with Image.open(file) as image:
                 pixels = torch.from_numpy(numpy.array(image.convert("RGB")))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise item_error(clip.name, f"{file.name} cannot be decoded: {_reason(error)}") from error
+        size = size or pixels.shape
+        if pixels.shape != size:
+            there, first = (f"{shape[1]} x {shape[0]}" for shape in (pixels.shape, size))
+            raise item_error(clip.name, f"its images have several sizes: {file.name} is {there}, and the first {first}")
         yield _Picture(number / (fps or 1.0), pixels)
 
 

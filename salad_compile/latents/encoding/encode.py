@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from salad_compile.latents.encoding.finding import Clip, Clips, require_apart
 from salad_compile.latents.encoding.pipeline import PipelineEncoder
 from salad_compile.latents.encoding.sizes import ClipSize
 from salad_compile.latents.item import LatentItem
-from salad_compile.latents.native import NativeWriter
+from salad_compile.latents.native import FOLDER, INDEX, INFO, NativeWriter
 from salad_compile.latents.source import Problem
 from salad_compile.latents.storing import save_text, writing_in
 
@@ -71,7 +72,8 @@ def encode_clips(
     Raises:
         ConfigError: settings that do not fit the model or the earlier run; or memory runs out.
         LatentItemError: no clip can be encoded. MissingPackageError: PyAV is not installed.
-        WriteError: for example, the disk is full. Clips that were written stay, for the next run.
+        WriteError: for example, the disk is full. Clips that were written stay, for the next run; without any, nothing
+            is left.
     """
     size, goal = size or ClipSize(), Path(output)
     if not 0 <= validation_share < 1:
@@ -83,10 +85,19 @@ def encode_clips(
     if any(not clip.path.is_dir() for clip in clips.clips):
         require_av()
     encoder.require_texts()
+    new = not goal.exists()
     with writing_in(goal):
         plan = _plan(encoder, size, validation_share)
-        _claim(goal, plan)
-        return _Encoding(clips, encoder, goal, size, plan).run(_held_out(clips.clips, goal, validation_share), progress)
+        try:
+            _claim(goal, plan)
+            encoding = _Encoding(clips, encoder, goal, size, plan)
+            return encoding.run(_held_out(clips.clips, goal, validation_share), progress)
+        except BaseException:
+            _leave_no_traces(goal)
+            if new:
+                with contextlib.suppress(OSError):  # it is not empty
+                    goal.rmdir()
+            raise
 
 
 class _Encoding:
@@ -200,6 +211,7 @@ def _claim(goal: Path, plan: dict[str, Any]) -> None:
         ConfigError: the directory holds something else, or data of other settings.
     """
     note = goal / PLAN
+    _leave_no_traces(goal)
     if not note.exists():
         if any(not file.name.startswith(".") for file in goal.iterdir()):
             raise ConfigError(f"{goal} is not empty, and no earlier encoding was made there.")
@@ -213,6 +225,23 @@ def _claim(goal: Path, plan: dict[str, Any]) -> None:
     if different:
         said = "; ".join(f"{name} {_short(before.get(name))}, and not {_short(plan.get(name))}" for name in different)
         raise ConfigError(f"{goal} holds clips that were encoded with {said}: write to another directory.")
+
+
+def _leave_no_traces(goal: Path) -> None:
+    """Of an encoding that ended before its first clip: other settings may follow it."""
+    places = (goal, goal / VALIDATION)
+    if not (goal / PLAN).exists() or any((place / INDEX).exists() or any(_items(place)) for place in places):
+        return
+    for place in reversed(places):
+        for file in (place / INFO, place / PLAN):
+            file.unlink(missing_ok=True)
+        for folder in (place / FOLDER, *([place] if place != goal else [])):
+            with contextlib.suppress(OSError):  # it is not there, or holds something else
+                folder.rmdir()
+
+
+def _items(place: Path) -> Iterator[Path]:
+    return (place / FOLDER).glob("*.safetensors")
 
 
 def _short(value: object) -> str:

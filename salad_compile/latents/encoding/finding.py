@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salad_compile.errors import ConfigError, LatentLayoutError
+from salad_compile.latents.dataset import summary_of
 from salad_compile.latents.encoding.captions import Captions, read_captions
 from salad_compile.latents.source import Problem, unique_names
 
@@ -79,8 +80,9 @@ def find_clips(
     found, left_out = [], []
     for path, name in zip(paths, unique_names(plain, [place.as_posix() for place in places]), strict=True):
         text, problem = table.of(path, root)
+        problem = _of_no_use(path, name) or problem
         if problem:
-            left_out.append(Problem(name, problem))
+            left_out.append(Problem(os.fsencode(name).decode(errors="backslashreplace"), problem))
         else:
             found.append(Clip(name, path, text))
     left_out += _absent(root, table)
@@ -88,8 +90,21 @@ def find_clips(
         raise LatentLayoutError(
             f"none of the {len(paths)} clips in {root} has a caption ({left_out[0]}): put a .txt beside each, or "
             "name a table of captions."
+            if all("caption" in problem.reason for problem in left_out)
+            else f"no clip in {root} can be used: {summary_of(left_out)}"
         )
     return Clips(root, tuple(found), tuple(left_out))
+
+
+def _of_no_use(path: Path, name: str) -> str | None:
+    """Why there cannot be a clip in this place; None if there can."""
+    if not path.is_dir() and not path.is_file():
+        return "it leads nowhere" if path.is_symlink() else "it is neither a file nor a folder"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8: give it another one"
+    return None
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from salad_compile.errors import LatentItemError, MissingPackageError
 from salad_compile.latents.encoding.decoding import read_frames
@@ -42,6 +43,9 @@ def test_images_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert torch.equal(found, torch.from_numpy(source).permute(0, 3, 1, 2))
     assert read_frames(Clip("clip", folder, ""), PLAIN, 16).fps is None
     assert read_frames(Clip("clip", folder, ""), replace(PLAIN, fps=12.0), 16).fps == 12.0
+    Image.fromarray(source[2, :16]).save(folder / "frame2.png")
+    with pytest.raises(LatentItemError, match=r"clip: its images have several sizes: frame2.png is \d+ x 16, and the"):
+        read(folder, PLAIN)
     (folder / "frame2.png").write_bytes(b"\x89PNG")
     with pytest.raises(LatentItemError, match=r"clip: frame2.png cannot be decoded"):
         read(folder, PLAIN)

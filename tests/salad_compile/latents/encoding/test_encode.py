@@ -18,6 +18,7 @@ from salad_compile.latents import WAN_2_1, open_latents
 from salad_compile.latents.encoding import encode as module
 from salad_compile.latents.encoding.decoding import read_frames
 from salad_compile.latents.encoding.finding import find_clips
+from salad_compile.latents.encoding.pipeline import PipelineEncoder
 from tests.salad_compile.latents.encoding import world
 
 pytest.importorskip("av")
@@ -116,8 +117,34 @@ def test_clips_that_cannot_be_encoded_are_skipped_and_named(tmp_path: Path, capl
     }
     assert open_latents(tmp_path / "data").names == ["birds/one", "cat"]
     assert all(f"skipped: {name}" in caplog.text for name in reasons)
+
+
+def test_without_a_clip_nothing_is_left_and_other_settings_may_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips, data = world.write_clips(tmp_path / "clips"), tmp_path / "data"
     with pytest.raises(LatentItemError, match=r"no clip of .* could be encoded"):
-        world.encode(clips, tmp_path / "other", size=replace(world.SIZE, frames=(101,)))
+        world.encode(clips, data, size=replace(world.SIZE, frames=(101,)), validation_share=0.4)
+    assert not data.exists()
+
+    data.mkdir()  # by somebody else: it stays
+    with monkeypatch.context() as patch:
+        patch.setattr(PipelineEncoder, "encode", lambda *_: raise_(torch.OutOfMemoryError("none left")))
+        with pytest.raises(ConfigError, match=r"memory runs out at .*: choose fewer frames"):
+            world.encode(clips, data)
+    assert not list(data.iterdir())
+
+    with monkeypatch.context() as patch:  # killed: it cannot clean up
+        patch.setattr(module, "_leave_no_traces", lambda goal: None)
+        patch.setattr(PipelineEncoder, "encode", lambda *_: raise_(SystemExit()))
+        with pytest.raises(SystemExit):
+            world.encode(clips, data)
+    assert (data / "salad_encoding.json").exists()
+    assert world.encode(clips, data, size=replace(world.SIZE, frames=(1,))).written == 3
+
+
+def raise_(error: BaseException) -> None:
+    raise error
 
 
 def test_a_part_is_held_out_and_stays_there(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ def test_tables(tmp_path: Path) -> None:
         ("metadata.csv", "file,text\na.mp4\n", {}, "row 1: it needs a file in 'file' and a text in 'text'"),
         ("metadata.csv", "file,text\n", {}, "lists nothing"),
         ("metadata.jsonl", '{"file": "a.mp4"', {}, "line 1: not JSON"),
+        ("metadata.jsonl", "[" * 100_000, {}, "line 1: not JSON"),
         ("metadata.jsonl", "[1]", {}, "line 1: it is not a JSON object"),
         ("notes.txt", "x", {"captions": "notes.txt"}, "is not a table of captions"),
         ("notes.txt", "x", {"captions": "gone.csv"}, "gone.csv cannot be read: .*No such file"),
@@ -112,3 +114,21 @@ def test_an_origin_changes_with_the_clip_and_with_its_caption(tmp_path: Path) ->
     second = find_clips(folder).clips[0].origin
     (folder / "a" / "frame2.png").write_bytes((folder / "a" / "frame1.png").read_bytes())
     assert len({first, second, find_clips(folder).clips[0].origin}) == 3
+
+
+def test_what_is_no_file_and_names_that_are_no_text_are_left_out(tmp_path: Path) -> None:
+    put(tmp_path, "a.mp4")
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / os.fsdecode(b"\xff.mp4")).write_bytes(b"x")
+    found = find_clips(tmp_path)
+    assert [clip.name for clip in found.clips] == ["a"]
+    assert {problem.name: problem.reason for problem in found.left_out} == {
+        "gone": "it leads nowhere",
+        "pipe": "it is neither a file nor a folder",
+        "\\xff": "its name is not UTF-8: give it another one",
+    }
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(LatentLayoutError, match=r"no clip in .* can be used: 3 damaged items"):
+        find_clips(tmp_path)
