@@ -16,7 +16,8 @@ from .selection import Selection
 class Execution:
     """One forward run of `salad::block_sparse_attention`: token pairs summed over batch, heads and queries.
 
-    Keys that a padding mask hides count like the others.
+    Keys that a padding mask hides count like the others. Query blocks that attend to nothing do not count: another
+    process may attend with them.
 
     Attributes:
         engine: name of the engine that ran.
@@ -29,7 +30,7 @@ class Execution:
     @property
     def sparsity(self) -> float:
         """Share of token pairs that were left out."""
-        return 1 - self.computed_pairs / self.total_pairs
+        return 1 - self.computed_pairs / max(self.total_pairs, 1)
 
 
 def overall_sparsity(executions: Sequence[Execution]) -> float | None:
@@ -88,13 +89,14 @@ def record_execution(selection: Selection, tokens: int, engine: str) -> None:
     if not _active:
         return
     lut, count, query_block, key_block, *_ = selection
-    batch, heads, query_blocks, slots = lut.shape
+    query_blocks, slots = lut.shape[2:]
     key_rows = torch.full((block_count(tokens, key_block),), key_block, dtype=torch.int64, device=lut.device)
     key_rows[-1] = tokens - (len(key_rows) - 1) * key_block
     query_rows = torch.full((query_blocks,), query_block, dtype=torch.int64, device=lut.device)
     query_rows[-1] = tokens - (query_blocks - 1) * query_block
     valid = torch.arange(slots, device=lut.device) < count[..., None]
     rows = (key_rows[torch.where(valid, lut, 0).long()] * valid).sum(-1).masked_fill(count == ALL_BLOCKS, tokens)
-    execution = Execution(int((rows * query_rows).sum()), batch * heads * tokens * tokens, engine)
+    total = int((query_rows * (count != 0)).sum()) * tokens
+    execution = Execution(int((rows * query_rows).sum()), total, engine)
     for executions in _active:
         executions.append(execution)

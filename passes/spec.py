@@ -16,8 +16,8 @@ from torch import fx
 from salad_compile.passes.provenance import example_value
 
 # Operator -> its arguments in order, and its results. A letter is the kind: f a floating tensor, F a list of them, i an
-# int32 and b a bool one, with the ranks that it may have; n an integer, maybe symbolic; s a Python float; t text. ? may
-# be None.
+# int32, b a bool and a any one, with the ranks that it may have; n an integer, maybe symbolic; s a Python float;
+# t text. ? may be None.
 OPERATORS = {
     "prepare_operand": "x=f4 tables=F4 pairs=t norm=t over=t eps=s feature_map=t block=n weight=f1? bias=f1? "
     "order=i1? inverse=i1? -> f4 f14 f14 f14",
@@ -39,6 +39,7 @@ OPERATORS = {
     "linear_output": "query=f4 state=f4 key_sum=f3 feature_map=t eps=s rotated_query=f4? -> f4",
     "gather_tokens": "x=f4 group=t -> f4",
     "gather_heads": "x=f4 group=t -> f4",
+    "own_blocks": "x=a34 group=t -> a34",
     "require_equal_samples": "query=f3 batch=i1 key_batch=i1? key_tokens=n -> f3",
     "sum_of_processes": "x=f34 group=t -> f34",
 }
@@ -128,12 +129,9 @@ class Call:
     def maker(self, argument: str, *operators: str, result: int | None = None) -> Call | None:
         """The call of one of `operators` whose result (of several: that one) an argument is, or None.
 
-        Sums of a result over processes count as that result.
+        Sums of a result over processes count as that result, and so do the blocks of it that this process has.
         """
-        value = self[argument]
-        summed = Call.of(value)
-        if summed is not None and summed.name == "sum_of_processes":
-            value = summed["x"]
+        value = _of_all_processes(self[argument])
         if result is not None:
             if getattr(value, "target", None) is not operator.getitem or value.args[1] != result:
                 return None
@@ -162,7 +160,7 @@ class Call:
 
     def has_selection(self) -> bool:
         """Whether the lists of blocks are those of one selection, or plain torch: a pattern may select without us."""
-        lists = [self["lut"], self["count"]]
+        lists = [self["lut"], _of_all_processes(self["count"])]
         sources = [node.args[0] if node.target is operator.getitem else node for node in lists]
         plain = all(isinstance(source, fx.Node) and Call.of(source) is None for source in sources)
         return plain or self.selection is not None
@@ -258,6 +256,12 @@ class Call:
         return self.state is None or (self["rotated_query"] is None) == (self.state["rotated_key"] is None)
 
 
+def _of_all_processes(value: Any) -> Any:
+    """What a value was before it was summed over processes, or cut to this one's part; others as they are."""
+    call = Call.of(value)
+    return call["x"] if call is not None and call.name in ("sum_of_processes", "own_blocks") else value
+
+
 def _fits(kind: str, value: Any) -> bool:
     """Whether an argument, or a recorded result, is of a kind."""
     if value is None:
@@ -271,4 +275,6 @@ def _fits(kind: str, value: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(_fits(f"f{ranks}", part) for part in value)
     if not isinstance(value, torch.Tensor) or str(value.dim()) not in ranks:
         return False
+    if letter == "a":
+        return True
     return value.is_floating_point() if letter == "f" else value.dtype == {"i": torch.int32, "b": torch.bool}[letter]

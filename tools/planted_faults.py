@@ -179,7 +179,7 @@ FAULTS = (
     _fault(
         "each process takes the weights of the first heads",
         "definition",
-        ("first = place_in(group) * heads", "first = 0 * heads"),
+        ("first = first_head(spec.process_group, heads)", "first = 0 * heads"),
         tests="tests/trainers/test_context_parallel.py",
     ),
     _fault(

@@ -17,7 +17,7 @@ import torch.nn as nn
 from salad_compile.common.wrappers import single_model
 from salad_compile.definition import patterns
 from salad_compile.errors import ConfigError, require_conversion
-from salad_compile.kernels.exchange import group_name, members
+from salad_compile.kernels.exchange import group_name
 from salad_compile.sites.branch import SaladBranch, branches
 
 if TYPE_CHECKING:
@@ -36,8 +36,9 @@ def parallelise(model: Model) -> Model:
     """Let SALAD run across processes after `model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=P))`.
 
     For sequences that outgrow one device. Each process has S / P tokens of everything, and within attention all S
-    tokens of H / P heads. Call it in each process, after conversion and before compilation. In training each process
-    has the gradients of its tokens: sum them over the group.
+    tokens of H / P heads; where P does not divide H, two processes share a head, each with a part of its queries. Call
+    it in each process, after conversion and before compilation. In training each process has the gradients of its
+    tokens: sum them over the group.
 
     Args:
         model: a converted model of diffusers.
@@ -48,23 +49,25 @@ def parallelise(model: Model) -> Model:
     Raises:
         NotConvertedError: nothing is converted.
         ConfigError: diffusers' context parallelism is off or works in another way than by exchanging heads, or a site
-            cannot be exchanged: heads that P does not divide, text in the sequence, sliding windows, attention masks,
-            attention that is dense just now, or a processor shared with attention that is not converted. Nothing is
-            changed.
+            cannot be exchanged: text in the sequence, attention masks, dense attention just now whose heads P does not
+            divide, or a processor shared with attention that is not converted. Nothing is changed.
     """
     bare = single_model(model, "parallelise")
     known = branches(bare)
     require_conversion(bool(known), type(bare).__name__)
-    name = group_name(_group_of(bare))
+    group = _group_of(bare)
     for branch in known.values():
-        if fault := _fault(branch, members(name)):
+        if fault := _fault(branch, group.size()):
             raise ConfigError(f"{branch.record.owner!r} cannot run across processes: {fault}.")
     owners = {bare.get_submodule(branch.record.owner): branch for branch in known.values()}
     processors = _processors(bare, owners)
-    for processor in processors:
-        setattr(processor, _SETTINGS, None)
     for branch in owners.values():
-        branch.share_tokens(name)
+        branch.share_tokens(group_name(group, branch.record.heads))
+    # dense for a while (set_dense, DenseSteps) is diffusers' business again
+    exchanges = [(processor, _SETTINGS, getattr(processor, _SETTINGS)) for processor in processors]
+    for switch in {branch.switch for branch in owners.values()}:
+        switch.exchanges = exchanges
+        switch.turn(switch.dense)
     return model
 
 
@@ -88,9 +91,7 @@ def _group_of(model: nn.Module) -> ProcessGroup:
 
 def _fault(branch: SaladBranch, processes: int) -> str:
     """Why a site's heads and tokens cannot be exchanged, or the empty string."""
-    record, spec = branch.record, branch.decoded_spec()
-    if record.heads % processes:
-        return f"its {record.heads} heads do not divide by {processes} processes"
+    spec = branch.decoded_spec()
     if spec.text != "none":
         return "it attends to text and video at once"
     if not patterns.find(spec.pattern).crosses_processes:
@@ -98,7 +99,12 @@ def _fault(branch: SaladBranch, processes: int) -> str:
         return f"the pattern is {spec.pattern!r}, and only {', '.join(map(repr, able))} can"
     if spec.square_mask:
         return "it has an attention mask"
-    return "its attention is dense just now (set_dense, DenseSteps)" if branch.switch.dense else ""
+    if branch.switch.dense and branch.record.heads % processes:
+        return (
+            f"its {branch.record.heads} heads do not divide by {processes} processes, and its attention is dense just "
+            "now (set_dense, DenseSteps), which diffusers exchanges in whole heads"
+        )
+    return ""
 
 
 def _processors(model: nn.Module, owners: Mapping[nn.Module, SaladBranch]) -> list[Any]:

@@ -74,12 +74,13 @@ def set_dense(model: Any, on: bool) -> None:
     Low-rank updates of the projections stay: after :func:`salad_compile.merge_lora` nothing could take them away.
 
     Raises:
-        NotConvertedError: nothing is converted. ConfigError: the tokens are split over processes (`parallelise`).
+        NotConvertedError: nothing is converted. ConfigError: the tokens are split over processes (`parallelise`) that
+            do not divide the heads.
     """
     known = _branches(model)
     require_switchable(known, on)
-    for branch in known:
-        branch.switch.dense = on
+    for switch in {branch.switch for branch in known}:
+        switch.turn(on)
 
 
 @contextlib.contextmanager

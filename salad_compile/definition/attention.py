@@ -21,7 +21,7 @@ from salad_compile.definition.token_layout import Segments
 from salad_compile.errors import SiteLostError
 from salad_compile.kernels.block_sparse.api import attend
 from salad_compile.kernels.direct import call_together
-from salad_compile.kernels.exchange.api import place_in
+from salad_compile.kernels.exchange.api import first_head, splits_heads
 from salad_compile.kernels.selection import Selection
 
 assert _kernels
@@ -124,9 +124,15 @@ def sparse_attention(
     """
     call = BlockCall(query, key, value, where, key_mask, branch or {}, scale)
     selected = patterns.find(spec.pattern).select(call, spec)
+    shares_heads = splits_heads(spec.process_group)
+    if shares_heads:  # query blocks that others attend with select nothing, and give 0
+        selected = selected._replace(count=torch.ops.salad.own_blocks.default(selected.count, spec.process_group))
     selection = Selection(selected.lut, selected.count, spec.query_block, spec.key_block, scale, key_mask)
     if spec.compensation == "tail":
         tail = tail_of(call, selected, spec)
+        if shares_heads:
+            own = torch.ops.salad.own_blocks.default(tail.tokens, spec.process_group)
+            tail = tail._replace(tokens=own)
         out: Tensor = torch.ops.salad.attend_with_tail.default(query, key, value, *tail, *selection)[0]
         return out
     return attend(query, key, value, selection)
@@ -142,19 +148,20 @@ def _across_processes(given: Operands, spec: AttentionSpec, scale: float) -> Ten
         raise SiteLostError("attention masks and tokens that are split over processes do not go together.")
     tensors = (given.query, given.key, given.value)
     query, key, value = (torch.ops.salad.gather_tokens.default(t, spec.process_group) for t in tensors)
-    whole = given._replace(query=query, key=key, value=value, side="none", video=key.shape[2])
+    branch = _of_own_heads(given.branch, spec, query.shape[1])
+    whole = given._replace(query=query, key=key, value=value, branch=branch, side="none", video=key.shape[2])
     arranged = patterns.find(spec.pattern).arrange(whole, spec)
     query, key, value = (arranged.move(t) for t in (query, key, value))
-    branch = _of_own_heads(given.branch, spec.process_group, query.shape[1])
     out: Tensor = sparse_attention(query, key, value, arranged.where, spec, scale, None, branch)
     out = torch.ops.salad.gather_heads.default(arranged.move_back(out), spec.process_group)
     return out + cast(update_of(given, spec), out.dtype) if spec.linear_branch else out
 
 
-def _of_own_heads(branch: BranchTensors, group: str, heads: int) -> BranchTensors:
-    """The tensors of a branch, those of heads cut to the `heads` that this process attends with."""
-    weight = branch.get(TAIL_WEIGHT.name)
-    if weight is None:
+def _of_own_heads(branch: BranchTensors, spec: AttentionSpec, heads: int) -> BranchTensors:
+    """The tensors of a branch, those of sparse attention's heads cut to the `heads` that this process attends with."""
+    rows = (TAIL_WEIGHT, *patterns.find(spec.pattern).tensors)
+    cut = [row.name for row in rows if row.by_head and row.name in branch]
+    if not cut:
         return branch
-    first = place_in(group) * heads
-    return {**branch, TAIL_WEIGHT.name: weight[first : first + heads]}
+    first = first_head(spec.process_group, heads)
+    return {**branch, **{name: branch[name][first : first + heads] for name in cut}}

@@ -20,6 +20,7 @@ TAIL_WEIGHT = TensorRow(
     shape=lambda site, spec: (site.heads,),
     when=lambda spec: spec.compensation == "tail",
     initialise=_start_weight,
+    by_head=True,
 )
 """What is added to each head's scores with the pools, (H,); a mean of keys scores higher than its keys deserve."""
 

@@ -70,6 +70,7 @@ class TensorRow:
         dtype: of a buffer, which is saved and not trained. None: a parameter, in the dtype that the branch has.
         cost: the column of :class:`salad_compile.conversion.cost.SiteCost` that counts a multiply-add for each element
             and token; None where nothing like a product reads it.
+        by_head: whether sparse attention reads it, one entry (of the first dimension) for each head.
     """
 
     name: str
@@ -78,6 +79,7 @@ class TensorRow:
     initialise: Callable[[Tensor, BranchSite], None] = zeros
     dtype: torch.dtype | None = None
     cost: str | None = None
+    by_head: bool = False
 
     def initial(self, site: BranchSite, spec: AttentionSpec, device: torch.device) -> Tensor:
         """A buffer with its initial value."""

@@ -13,15 +13,28 @@ from torch import Tensor
 from salad_compile.config import SaladConfig
 from salad_compile.errors import ConfigError
 from salad_compile.grid.video_grid import VideoGrid
+from salad_compile.kernels.exchange import splits_heads
 from salad_compile.sites.parameters import BranchParameters, Projections
 from salad_compile.sites.record import SiteRecord
 
 
 class DenseSwitch:
-    """Whether the sites of a model compute dense attention just now; one object for each model."""
+    """Whether the sites of a model compute dense attention just now; one object for each model.
+
+    Attributes:
+        exchanges: where the tokens are split over processes: an object, one of its attributes, and the value that lets
+            dense attention exchange heads for tokens; otherwise it is None (conversion/context_parallel.py).
+    """
 
     def __init__(self) -> None:
         self.dense = False  # not of the class: Dynamo would guard on where it was found
+        self.exchanges: list[tuple[Any, str, Any]] = []
+
+    def turn(self, dense: bool) -> None:
+        """Dense attention from now on, or SALAD."""
+        self.dense = dense
+        for owner, attribute, settings in self.exchanges:
+            setattr(owner, attribute, settings if dense else None)
 
 
 class Site(BranchParameters):
@@ -65,8 +78,12 @@ class Site(BranchParameters):
 
 def require_switchable(sites: Iterable[Site], dense: bool) -> None:
     """Raises ConfigError where dense attention would see the tokens of one process alone."""
-    if dense and any(site.group for site in sites):
-        raise ConfigError("sites whose tokens are split over processes (parallelise) cannot be dense for a while.")
+    if dense and (split := next((site for site in sites if splits_heads(site.group)), None)):
+        raise ConfigError(
+            f"{split.record.owner!r} cannot be dense for a while: its {split.record.heads} heads do not divide by the "
+            "processes that share its tokens (parallelise), and diffusers, which dense attention is left to, exchanges "
+            "whole heads."
+        )
 
 
 @contextlib.contextmanager
@@ -76,9 +93,9 @@ def hold_dense(sites: Iterable[Site], on: bool) -> Iterator[None]:
     require_switchable(sites, on)
     before = {site.switch: site.switch.dense for site in sites}
     for switch in before:
-        switch.dense = on
+        switch.turn(on)
     try:
         yield
     finally:
         for switch, was in before.items():
-            switch.dense = was
+            switch.turn(was)

@@ -1,4 +1,4 @@
-"""Run a function in two processes that know each other, through gloo or, with a GPU for each, NCCL."""
+"""Run a function in processes that know each other, through gloo or, with a GPU for each, NCCL."""
 
 from __future__ import annotations
 
@@ -25,15 +25,21 @@ def free_port() -> int:
 
 
 def in_two_processes(function: Callable[[int, Path], None], folder: Path, backend: str = "gloo") -> None:
+    """:func:`in_processes`, two."""
+    in_processes(WORLD, function, folder, backend)
+
+
+def in_processes(world: int, function: Callable[[int, Path], None], folder: Path, backend: str = "gloo") -> None:
     """`function(rank, folder)` in each; what it raises is raised here. The environment is what torchrun sets."""
     forkserver()
-    mp.start_processes(_run, args=(function, folder, free_port(), backend), nprocs=WORLD, start_method="forkserver")
+    arguments = (world, function, folder, free_port(), backend)
+    mp.start_processes(_run, args=arguments, nprocs=world, start_method="forkserver")
 
 
-def _run(rank: int, function: Callable[[int, Path], None], folder: Path, port: int, backend: str) -> None:
+def _run(rank: int, world: int, function: Callable[[int, Path], None], folder: Path, port: int, backend: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD),
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
     )  # fmt: skip
     if backend == "nccl":

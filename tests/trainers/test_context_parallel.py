@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import salad_compile
+from salad_compile.definition.patterns.topk import TopK
 from salad_compile.errors import ConfigError, NotConvertedError, SiteLostError
 from salad_compile.sites.branch import branches
 from tests.support import randomise_branches, relative_error, run
@@ -76,10 +77,23 @@ def equals_one_process(rank: int, folder: Path) -> None:
             model.compile_repeated_blocks(**(AOT if name == "auto" else EAGER))
             assert relative_error(output(model), expected.output) < 1e-5
         if name == "auto":
-            with pytest.raises(ConfigError, match="processes"):
-                salad_compile.set_dense(model, True)
+            dense_for_a_while(model)
             with pytest.raises(ConfigError, match="processes"):
                 salad_compile.diagnose(model, dict(INPUTS))
+
+
+def dense_for_a_while(model: Any) -> None:
+    """Dense steps are diffusers' exchange again; compiled graphs tell the two apart."""
+    alone = converted()
+    with salad_compile.dense(alone):
+        expected = output(alone)
+    before = output(model)
+    assert relative_error(expected, before) > 1e-3
+    for compiled in (True, False):
+        stance = "default" if compiled else "force_eager"
+        with torch.compiler.set_stance(stance), salad_compile.dense(model):
+            assert relative_error(output(model), expected) < 1e-5
+    assert torch.equal(output(model), before)
 
 
 def refuses(rank: int, folder: Path) -> None:
@@ -91,12 +105,13 @@ def refuses(rank: int, folder: Path) -> None:
         salad_compile.parallelise(split(converted(), ring_degree=WORLD))
     dense = split(converted())
     salad_compile.set_dense(dense, True)
-    with pytest.raises(ConfigError, match="dense"):
+    for branch in branches(dense).values():
+        branch.record = dataclasses.replace(branch.record, heads=3)
+    with pytest.raises(ConfigError, match="3 heads do not divide by 2 processes, and its attention is dense"):
         salad_compile.parallelise(dense)
     changes = [
-        ({"heads": 3}, {}, "3 heads"),
         ({"text": "after"}, {}, "text and video"),
-        ({}, {"pattern": "stswa"}, "stswa"),
+        ({"square_mask": True}, {}, "mask"),
     ]
     for record, config, complaint in changes:
         model = split(converted())
@@ -107,6 +122,11 @@ def refuses(rank: int, folder: Path) -> None:
         with pytest.raises(ConfigError, match=complaint):
             salad_compile.parallelise(model)
         assert not branch.group
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TopK, "crosses_processes", False)
+        model = split(converted())
+        with pytest.raises(ConfigError, match=r"'topk', and only .*'stswa'"):
+            salad_compile.parallelise(model)
     shared = split(converted())
     shared.blocks[1].attn2.set_processor(shared.blocks[0].attn1.processor)
     with pytest.raises(ConfigError, match="shares"):

@@ -21,7 +21,7 @@ def _odd_heads(tensor: Tensor, site: BranchSite) -> None:
 
 
 TEMPORAL_HEADS = TensorRow(
-    "temporal_heads", shape=lambda site, spec: (site.heads,), initialise=_odd_heads, dtype=torch.bool
+    "temporal_heads", shape=lambda site, spec: (site.heads,), initialise=_odd_heads, dtype=torch.bool, by_head=True
 )
 """Which heads have their window through time; the odd ones at the start (specification 4.3)."""
 
@@ -37,7 +37,6 @@ class SlidingWindows(Pattern):
     takes_mask = False
     tensors = (TEMPORAL_HEADS,)
     head_choice = TEMPORAL_HEADS.name
-    crosses_processes = False  # a process would have to know which of the heads are its own
     order = staticmethod(temporal_order)
 
     def arrange(self, given: Operands, spec: AttentionSpec) -> Arrangement:
