@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stswa_map_then_rotate": {"pattern": "stswa", "rope_placement": "map-then-rotate"},
     "stswa_rotate_then_map": {"pattern": "stswa", "rope_placement": "rotate-then-map"},
     "tail": {"rope_placement": "rotate-then-map", "compensation": "tail", "compensation_pool": 32},
+    "error8": {"rope_placement": "rotate-then-map", "pattern": "error8"},
     "text_in_the_sequence": {"rope_placement": "rotate-then-map"},
 }
 
