@@ -35,6 +35,9 @@ def test_what_is_cut_missing_or_too_wide_is_found(tmp_path: Path) -> None:
         page(tmp_path, "cut.html", f"<details><pre>{LONG}</pre></details>", "pre { overflow: auto }"),
         page(tmp_path, "wide.html", '<div style="width: 900px">x</div>'),
         page(tmp_path, "missing.html", '<img src="gone.png">'),
+        page(
+            tmp_path, "table.html", f'<div class="md-typeset__scrollwrap" style="overflow: auto"><table><tr><td>{LONG}'
+        ),
     ]
     found = screenshots.faults(screenshots.measure(pages, 400), 400)
     assert [line.partition(" at 400: ")[0] for line in found] == [
@@ -42,8 +45,9 @@ def test_what_is_cut_missing_or_too_wide_is_found(tmp_path: Path) -> None:
         "cut.html",
         "wide.html",
         "missing.html",
+        "table.html",
     ]
-    for line, part in zip(found, ("finds nothing", "is cut", "is 9", "gone.png"), strict=True):
+    for line, part in zip(found, ("finds nothing", "is cut", "is 9", "gone.png", "table scrolls"), strict=True):
         assert part in line
 
 

@@ -11,14 +11,21 @@ import logging
 import posixpath
 import re
 import shutil
+from html import unescape
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "build" / "docs_package"
 # <!-- README: What you get --> becomes the section under that heading
 INCLUDE = re.compile(r"<!-- README: (?P<heading>.+?) -->")
 LINK = re.compile(r"(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?P<target>(?!\w+:|#)[^)\s]+)\)")
+TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+CELL = re.compile(r"<(t[hd])([^>]*)>(.*?)</t[hd]>", re.DOTALL)
+# of a phone, pixels: its width within margins, a letter of a table, the room beside the words of a cell
+NARROW, PIXELS_OF_A_LETTER, PADDING = 366, 7, 21
+MANY_COLUMNS = 7
 
 logger = logging.getLogger("mkdocs.hooks.salad_compile")
 
@@ -51,6 +58,36 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Insert sections of the README, and mend links that leave docs/."""
     source = page.file.src_uri
     return INCLUDE.sub(lambda match: readme_section(match["heading"]), mend_links(markdown, source))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Tell the style sheet which tables are too wide for a phone, and what the heading of each cell is."""
+    return TABLE.sub(lambda match: mark_table(match[0]), html)
+
+
+def mark_table(table: str) -> str:
+    """A table of HTML with `data-label` in its cells if a phone has to show it as a list (docs/site/wide.css)."""
+    rows = [CELL.findall(row) for row in table.split("<tr>")[1:]]
+    labels = [_words(cell) for _, _, cell in rows[0]]
+    longest = [max(map(len, " ".join(_words(cell) for cell in column).split()), default=0) for column in _columns(rows)]
+    many = " data-columns=many" if len(labels) >= MANY_COLUMNS else ""
+    if PIXELS_OF_A_LETTER * sum(longest) + PADDING * len(labels) <= NARROW:
+        return table.replace("<table>", f"<table{many}>", 1)
+    body = table.split("<tr>")
+    for number, cells in enumerate(rows[1:], 2):
+        parts = [f"<td{each} data-label={quoteattr(label)}>{cell}</td>" if cell and label else f"<td{each}>{cell}</td>"
+                 for label, (_, each, cell) in zip(labels, cells, strict=True)]  # fmt: skip
+        body[number] = "\n".join(["", *parts, body[number].rpartition("</td>")[2].lstrip("\n")])
+    return "<tr>".join(body).replace("<table>", f"<table{many} data-stack>", 1)
+
+
+def _columns(rows: list[list[tuple[str, str, str]]]) -> list[list[str]]:
+    return [[cells[number][2] for cells in rows] for number in range(len(rows[0]))]
+
+
+def _words(cell: str) -> str:
+    """The text of a cell of HTML."""
+    return unescape(re.sub(r"<[^>]+>", "", cell)).strip()
 
 
 def readme_section(heading: str) -> str:

@@ -4,8 +4,8 @@
     python tools/screenshots.py                      build/screenshots/<page>_<width>.png; exit status 1 on a fault
     python tools/screenshots.py index.html --no-pictures     measure one page only
 
-At each width: no code block is cut or scrolls sideways, no page is wider than the window, every picture loads; and the
-search of the pages as opened from disk finds something. Pictures show the rest: look at them.
+At each width: no code block or table is cut or scrolls sideways, no page is wider than the window, every picture loads;
+and the search of the pages as opened from disk finds something. Pictures show the rest: look at them.
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ async function main() {{
       cut: [...page.querySelectorAll("pre, pre > code")]
         .filter((each) => each.scrollWidth > each.clientWidth + 1)
         .map((each) => each.textContent.trim().slice(0, 60)),
+      scrolling: [...page.querySelectorAll("table")]
+        .filter((each) => each.closest(".md-typeset__scrollwrap, body").scrollWidth
+          > each.closest(".md-typeset__scrollwrap, body").clientWidth + 1)
+        .map((each) => each.textContent.trim().replace(/\\s+/g, " ").slice(0, 60)),
       width: page.documentElement.scrollWidth,
       height: page.documentElement.scrollHeight,
       missing: [...page.images].filter((each) => !each.naturalWidth).map((each) => each.getAttribute("src")),
@@ -127,6 +131,7 @@ def faults(seen: dict[str, dict[str, Any]], width: int) -> list[str]:
     found = []
     for page, facts in seen.items():
         found += [f"{page} at {width}: a code block is cut: {text!r}" for text in facts["cut"]]
+        found += [f"{page} at {width}: a table scrolls sideways: {text!r}" for text in facts["scrolling"]]
         found += [f"{page} at {width}: {name} does not load" for name in facts["missing"]]
         if facts["width"] > width:
             found.append(f"{page} at {width}: the page is {facts['width']} wide")

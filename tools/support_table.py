@@ -136,7 +136,7 @@ def short(models: list[Model], outcomes: Mapping[tuple[str, str], str], dense: l
     return "\n".join(textwrap.fill(line, 120, break_long_words=False, break_on_hyphens=False) for line in lines)
 
 
-def _is_foreign(model: Model) -> bool:
+def _is_foreign(model: Model | DenseModel) -> bool:
     return not model.class_name.endswith("(tests)")
 
 
@@ -153,14 +153,15 @@ def status(model: Model, outcomes: Mapping[tuple[str, str], str]) -> str:
     return "; ".join([f"{len(COLUMNS) - len(failed)} of {len(COLUMNS)}", *failed])
 
 
-HEAD = ("model", "class", "checks", "converted sites", "note")
+HEAD = ("family", "status", "sites", "note")
+DENSE_HEAD = ("family", "tested", "reason")
 
 
 def _full(models: list[Model], outcomes: Mapping[tuple[str, str], str], versions: str, dense: list[DenseModel]) -> str:
     def rows(members: Iterable[Model]) -> list[tuple[str, ...]]:
-        return [(m.name, m.class_name, status(m, outcomes), shown_sites(m.sites), m.note or "-") for m in members]
+        return by_family((family(m), status(m, outcomes), shown_sites(m.sites), m.note or "-") for m in members)
 
-    left = [(m.name, m.class_name, m.reason, "yes" if m.tested else "no") for m in dense]
+    left = by_family((family(m), "yes" if m.tested else "no", m.reason) for m in dense)
     meanings = "\n".join(f"- **{heading}** (`{test}`): {text}." for test, (heading, text) in COLUMNS.items())
     return f"""# Supported models
 
@@ -172,6 +173,8 @@ architecture. They say nothing about speed, about trained weights or about the q
 list may work or not; `salad_compile.plan(model)` tells which sites it finds, and an error tells when one is lost.
 
 ## Models of diffusers
+
+A family is a class, such as `WanTransformer3DModel`; after a colon stands the form of it that is tested.
 
 {table(HEAD, rows(filter(_is_foreign, models)))}
 
@@ -185,7 +188,7 @@ Cases and classes that are not converted. "Tested" (`{DENSE_TEST}`): `convert` r
 leaves it as it was. Classes of diffusers that make video are found by rule (`tests/models/registry.py`): a new one
 fails `tests/models/test_registry.py` until it is in one of the tables.
 
-{table(("model", "class", "reason", "tested"), left)}
+{table(DENSE_HEAD, left)}
 
 ## Ways to write attention
 
@@ -195,6 +198,22 @@ Models that the tests write themselves, one for each way in which code calls att
 
 To write this file and the names in README.md again: `{COMMAND}`.
 """
+
+
+def family(model: Model | DenseModel) -> str:
+    """`Wan`; with the form that was tested, `CogVideoX: CogVideoXRope`, where it has another name."""
+    if not _is_foreign(model):
+        return model.name
+    name = stem(model.class_name)
+    return name if model.name in ("-", name) else f"{name}: {model.name}"
+
+
+def by_family(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The rows with those of a family beside each other, otherwise in their order."""
+    families: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        families.setdefault(row[0].partition(":")[0], []).append(row)
+    return [row for members in families.values() for row in members]
 
 
 def shown_sites(sites: Iterable[str]) -> str:

@@ -42,12 +42,14 @@ class Foreign:
 
     @property
     def row(self) -> tuple[str, ...]:
+        """Class, status, sites, note."""
         cls = f"`{self.name.rpartition('.')[2]}`"
         if self.refused or self.absent:
-            said = f"refused: {self.refused}" if self.refused else self.absent
-            return (cls, said, *("-" for _ in CHECKS), "-")
-        outcome = "converted" if self.right else "converted, and fails"
-        return (cls, outcome, *(self.outcomes.get(check, "no") for check in CHECKS), shown_sites(self.sites))
+            return (cls, "refused" if self.refused else "not tried", "-", self.refused or self.absent)
+        said = {heading: self.outcomes.get(check, "no") for check, heading in CHECKS.items()}
+        passed = sum(answer == "yes" for answer in said.values())
+        notes = [f"{heading}: {answer}" for heading, answer in said.items() if answer != "yes"]
+        return (cls, f"{passed} of {len(CHECKS)}", shown_sites(self.sites), "; ".join(notes) or "-")
 
 
 def cell_of(node_id: str) -> tuple[str, str] | None:
@@ -79,7 +81,7 @@ def _block(projects: Mapping[str, Iterable[Foreign]], versions: str) -> str:
     tried = [each for each in classes if not each.absent]
     refused = [each for each in tried if each.refused]
     right = [each for each in tried if each.right]
-    head = ("class", "outcome", *CHECKS.values(), "converted sites")
+    head = ("family", "status", "sites", "note")
     tables = "\n\n".join(
         f"### {project}\n\n{table(head, [each.row for each in members])}" for project, members in projects.items()
     )
@@ -91,9 +93,9 @@ Video DiT classes that this project did not write, in the packages that their au
 (`tests/wild/rule.py`) and checked by `make test-wild` on {versions}: tiny, with random weights, in fp32 on the CPU.
 Of {len(classes)} classes {len(tried)} are tried here; of these {len(right)} are converted and right, {len(refused)}
 refused with the reason given, and {len(tried) - len(right) - len(refused)} converted with checks that fail. The others
-cannot be imported here or have no tiny configuration yet. A "yes" means that outputs, and where it is compiled all
-gradients, agree with those of the uncompiled model, at sparsity 0 with those of the dense one. "grid" is yes too where
-none can be told and the reason says so.
+cannot be imported here or have no tiny configuration yet. The {len(CHECKS)} checks ({", ".join(CHECKS.values())}) hold
+outputs, and where it is compiled all gradients, against those of the uncompiled model, at sparsity 0 against those of
+the dense one. "grid" passes too where none can be told and the reason says so.
 
 {tables}
 

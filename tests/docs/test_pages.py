@@ -19,7 +19,7 @@ from salad_compile.latents.opening import SOURCES
 from salad_compile.training import TrainSettings
 from tests.docs.test_snippets import PAGES, ROOT
 from tools.absolute_links import make_absolute
-from tools.docs_hooks import in_repository, mend_links, readme_section
+from tools.docs_hooks import in_repository, mark_table, mend_links, readme_section
 
 DOCS = ROOT / "docs"
 OURS = {name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, errors.SaladError)}
@@ -111,6 +111,27 @@ def test_a_link_to_a_file_that_is_gone_is_a_warning(caplog: pytest.LogCaptureFix
     """Which `mkdocs build --strict` counts."""
     mend_links("[gone](../gone.py)", "index.md")
     assert "gone.py, which is not in the repository" in caplog.text
+
+
+def test_a_table_that_is_too_wide_for_a_phone_has_its_headings_in_its_cells() -> None:
+    def table(*rows: str) -> str:
+        cells = [[f"<t{'d' if number else 'h'}>{cell}</t{'d' if number else 'h'}>" for cell in row.split("|")]
+                 for number, row in enumerate(rows)]  # fmt: skip
+        head, *body = ["<tr>\n" + "\n".join(row) + "\n</tr>\n" for row in cells]
+        return f"<table>\n<thead>\n{head}</thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>"
+
+    small = table("a|b", "one|two")
+    assert mark_table(small) == small
+    words = "<code>single_transformer_blocks</code>"
+    wide = mark_table(table(f"name|A &amp; B||{words}", f"x|{words}|1||"[:-1], "y|z|2|3"))
+    assert wide.startswith("<table data-stack>")
+    assert f'<td data-label="A &amp; B">{words}</td>' in wide
+    assert '<td data-label="name">x</td>' in wide
+    assert "<td>1</td>" in wide, "no heading"
+    assert "<td></td>" in wide, "empty: hidden"
+    assert '<td data-label="single_transformer_blocks">3</td>' in wide
+    assert wide.count("<td") == wide.count("</td>") == 8
+    assert " data-columns=many" in mark_table(table("|".join("abcdefg"), "|".join("1234567")))
 
 
 def test_sections_of_the_readme_are_taken_over() -> None:
