@@ -75,10 +75,15 @@ def mark_table(table: str) -> str:
         return table.replace("<table>", f"<table{many}>", 1)
     body = table.split("<tr>")
     for number, cells in enumerate(rows[1:], 2):
-        parts = [f"<td{each} data-label={quoteattr(label)}>{cell}</td>" if cell and label else f"<td{each}>{cell}</td>"
-                 for label, (_, each, cell) in zip(labels, cells, strict=True)]  # fmt: skip
+        named = zip(["", *labels[1:]], cells, strict=True)  # the first cell is the heading of its block
+        parts = [_cell(label, each, cell) for label, (_, each, cell) in named]
         body[number] = "\n".join(["", *parts, body[number].rpartition("</td>")[2].lstrip("\n")])
     return "<tr>".join(body).replace("<table>", f"<table{many} data-stack>", 1)
+
+
+def _cell(label: str, attributes: str, cell: str) -> str:
+    named = f" data-label={quoteattr(label)}" if label and cell not in ("", "-") else ""
+    return f"<td{attributes}{named}>{cell}</td>"
 
 
 def _columns(rows: list[list[tuple[str, str, str]]]) -> list[list[str]]:

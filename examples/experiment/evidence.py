@@ -73,11 +73,11 @@ def render(rows: Sequence[Row], rate: float = FULL.tune.rate) -> str:
     ]
     lines += [*groups[0], *_claims(found), *_missing(found)]
     for part in (*groups[1:], _predictions(found), _levels(main, found), _rates(rows)):
-        lines += _fold(part)
+        lines += fold(part)
     return "\n".join([*lines, END])
 
 
-def _fold(lines: list[str]) -> list[str]:
+def fold(lines: list[str]) -> list[str]:
     """A part of the page that opens at a click on its first line, `**title**` and what stands behind it."""
     if not lines:
         return []

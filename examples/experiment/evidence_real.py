@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arms import Arm
-from evidence import PAGE
+from evidence import PAGE, fold
 from predictions import REAL_PREDICTIONS
 from real_arms import LONGER, REAL_ARMS, TUNED, UNTRAINED
 from results import RESULTS, Row, read
@@ -31,7 +31,7 @@ def render(rows: Sequence[Row]) -> str:
         lines += _table(group, [arm for arm in REAL_ARMS if arm.group == group and arm.name in found], found)
     absent = [arm.name for arm in REAL_ARMS if arm.name not in found]
     lines += [f"Not run: {', '.join(absent)}.", ""] if absent else []
-    return "\n".join([*lines, *_predictions(found), *_levels(found), *_verdict(found), END])
+    return "\n".join([*lines, *fold(_predictions(found)), *fold(_levels(found)), *_verdict(found), END])
 
 
 def gap_closed(name: str, found: dict[str, Row], column: str = "held_out_loss") -> float:
@@ -92,7 +92,7 @@ def _table(group: str, arms: Sequence[Arm], found: dict[str, Row]) -> list[str]:
 
 
 def _predictions(found: dict[str, Row]) -> list[str]:
-    lines = ["**Predicted and measured**: of `sparse-only` the loss / dense, of the others the gap closed", ""]
+    lines = ["**Predicted and measured**: of sparse-only the loss / dense, of the others the gap closed", ""]
     lines += ["| arm | predicted | why | measured | |", "| --- | --- | --- | --- | --- |"]
     known = [prediction for prediction in REAL_PREDICTIONS if prediction.arm in found]
     hits = 0

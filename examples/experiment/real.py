@@ -25,6 +25,7 @@ import numpy as np
 import results
 import torch
 from arms import Arm, UnknownArmError
+from flow import psnr
 from PIL import Image, ImageDraw
 from real_arms import REAL_ARMS, Judge, Place, common_step, judge_arm, real_arm_named, tune_arm
 from real_presets import REAL, TINY_REAL
@@ -74,7 +75,7 @@ def open_judge(place: Place) -> Judge:
 def judge_arms(place: Place, judge: Judge, arms: Sequence[Arm], seed: int) -> int:
     """Write the rows that are missing; report an arm that fails and go on. Returns how many failed."""
     done = {(row["arm"], row["seed"]) for row in results.read(place.rows)}
-    strips, failed = Strips(place.rows.parent), 0
+    strips, failed = Strips(place.rows.parent, place.preset.restored_level), 0
     step = common_step(arms, place, seed)
     for arm in arms:
         if (arm.name, seed) in done:
@@ -126,8 +127,8 @@ def run_all(place: Place, options: argparse.Namespace, own: Sequence[str]) -> in
 class Strips:
     """Some clips of every arm, in one file, and pictures of them beside it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "clips.npz"
+    def __init__(self, folder: Path, level: float) -> None:
+        self.path, self.level = folder / "clips.npz", level
         self.kept: dict[str, np.ndarray] = {}
         if self.path.exists():
             with np.load(self.path) as arrays:
@@ -138,6 +139,7 @@ class Strips:
         count = len(clips["samples"])
         both = [0, count // 2] if count > 1 else [0]
         self.kept["original"] = _bytes(clips["original"][both])
+        self.kept["noised"] = _bytes(clips["noised"][both])
         self.kept[f"restored.{arm}"] = _bytes(clips["restored"][both])
         self.kept[f"samples.{arm}"] = _bytes(clips["samples"][:1, :, ::2])
 
@@ -152,13 +154,24 @@ class Strips:
             return
         pictures = (("restored", 0, "restored-later"), ("restored", -1, "restored-other"), ("samples", 0, "samples"))
         for kind, number, name in pictures:
-            rows = {"clip": self.kept["original"]} if kind == "restored" else {}
-            rows |= {arm: self.kept[f"{kind}.{arm}"] for arm in SHOWN if f"{kind}.{arm}" in self.kept}
-            if not rows:
-                continue
-            shown = {arm: torch.from_numpy(clips[number]).float()[None] / 127.5 - 1 for arm, clips in rows.items()}
-            draw_strip(shown, self.path.with_name(f"{name}.png"))
+            shown = self._titled(kind, number)
+            if shown:
+                draw_strip(shown, self.path.with_name(f"{name}.png"))
         self._draw_moving(self.path.with_name("restored.webp"))
+
+    def _titled(self, kind: str, number: int) -> dict[str, Tensor]:
+        """Clip `number` of every arm of SHOWN under a title with its PSNR, and before them what they were given."""
+        rows = {name: self.kept[name] for name in ("original", "noised") if kind == "restored" and name in self.kept}
+        rows |= {arm: self.kept[f"{kind}.{arm}"] for arm in SHOWN if f"{kind}.{arm}" in self.kept}
+        clips = {name: torch.from_numpy(row[number]).float()[None] / 127.5 - 1 for name, row in rows.items()}
+        compared = {"clip": clips.get("original"), "dense": clips.get("dense")}
+        titled = {}
+        for name, clip in clips.items():
+            alike = [f"{psnr(clip, to):.1f} dB to {what}" for what, to in compared.items() if to is not None]
+            title = f"{name}: {', '.join(alike[: 1 if name == 'dense' else 2])}" if alike else name
+            given = {"original": "clip", "noised": f"what the models are given: noise level {self.level:g}"}
+            titled[given.get(name, title)] = clip
+        return titled
 
     def _draw_moving(self, path: Path) -> None:
         """The restored clips as a moving picture: a column for each arm of SHOWN, a row for each clip."""

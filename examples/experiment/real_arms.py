@@ -256,7 +256,7 @@ class Judge:
         self.reference = self.clips(dense)
 
     def clips(self, model: nn.Module) -> dict[str, Tensor]:
-        """ "samples" from noise, and "restored": held-out clips that were noised; fp32 (samples, 3, T, S, S)."""
+        """ "samples" from noise, and "restored" from "noised": held-out clips; fp32 (samples, 3, T, S, S)."""
         preset = self.preset
         half = -(-preset.sizes.samples // 2)
         pick = [torch.cat([t[:half] for t in tensors]) for tensors in zip(*self.parts.values(), strict=True)]
@@ -266,6 +266,7 @@ class Judge:
             "samples": sample(model, noise, labels, preset.sizes.sampler_steps),
             "restored": sample(model, noised, labels, preset.restored_steps, preset.restored_level),
             "original": original,
+            "noised": noised,
         }
 
     def measure(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
