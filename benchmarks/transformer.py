@@ -57,8 +57,11 @@ VARIANTS = {
     "scaling": ("v1", "v2"),
     "gate": ("token", "head", "none"),
     "compensation": ("none", "tail"),
-    "prepare_operands": ("off", "on"),  # of the backend: norm and position in a kernel of ours
+    "prepare_operands": ("auto", "off", "on"),  # of the backend: norm and position in a kernel of ours
+    "spare_memory": ("on", "off"),  # of the backend: training computes again what is cheap
 }
+OF_BACKEND = ("prepare_operands", "spare_memory")
+SWITCHES: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 WEIGHTS = "all random, gates and projections too; routing on random weights selects close to arbitrary blocks"
 
 Wan = Any  # diffusers' WanTransformer3DModel, which is not typed
@@ -107,9 +110,14 @@ class Comparison:
     compile_again: bool = False  # also time the first call once more, with what Inductor and Triton cached
 
 
-def comparisons(models: list[Model], sparsities: list[float], *, training: bool) -> Iterator[Comparison]:
-    """In the order of importance: what exceeds the budget is left out."""
+def comparisons(
+    models: list[Model], sparsities: list[float], *, training: bool, only: bool = False
+) -> Iterator[Comparison]:
+    """In the order of importance: what exceeds the budget is left out. only: nothing but training."""
     main, others = tuple(sparsities[:1]), tuple(sparsities[1:])
+    if only:
+        yield Comparison(models[0], main, TRAINING)
+        return
     for number, model in enumerate(models[:2]):
         yield Comparison(model, main, FORWARD, compile_again=number == 0)
     if training:
@@ -172,7 +180,7 @@ def convert(
     """A conversion by salad_compile, with random branches instead of trained ones."""
     rank = 64 if model.tokens > 4096 else 4
     least = min(8192, model.tokens)
-    chosen: dict[str, Any] = {name: value for name, value in settings.items() if name != "prepare_operands"}
+    chosen: dict[str, Any] = {name: value for name, value in settings.items() if name not in OF_BACKEND}
     config = salad_compile.SaladConfig(sparsity=sparsity, min_tokens=least, lora_rank=rank, **chosen)
     converted = salad_compile.convert(share(base), config, example_inputs=inputs)
     with torch.no_grad():
@@ -249,8 +257,8 @@ class Stage:
         facts["branch_parameters"] = sum(p.numel() for b in branches(converted).values() for p in b.parameters())
         if self.training:
             facts["trains"] = "gate, projection and LoRA of every layer; gradients flow to the latents too"
-        prepares = facts["prepare_operands"] == "on"
-        backend = {"lowering": self.options.compiler, "prepare_operands": prepares}
+        switches = {name: SWITCHES[facts[name]] for name in OF_BACKEND}
+        backend = {"lowering": self.options.compiler, **switches}
         converted.compile_repeated_blocks(backend="salad", options=backend)
         with measure_executions() as executions:
             run = self._first(converted, facts)
@@ -423,6 +431,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--row-seconds", type=float, default=15, help="a slow row takes no longer (3 timings at least)")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--no-training", dest="training", action="store_false", help="denoising steps only")
+    parser.add_argument("--training-only", action="store_true", help="the training step only")
     parser.add_argument("--compiler", default="inductor", choices=("inductor", "aot_eager", "eager"))
     parser.add_argument(
         "--beside",
@@ -455,7 +464,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{common['device']}, torch {common['torch']}, Triton {common['triton']}; rows in {results.path}", flush=True)
     clock = clock_for(device)
     with fresh_caches():
-        for plan in comparisons(models, options.sparsity, training=options.training):
+        for plan in comparisons(models, options.sparsity, training=options.training, only=options.training_only):
             run_comparison(plan, options, clock, budget, results)
             free_memory()
 

@@ -26,6 +26,7 @@ from salad_compile.passes import (
     replay_position,
     rewrite_attention,
     settle_calls,
+    spare_memory,
 )
 from salad_compile.passes.attention_call import CONVERTED, LEFT_DENSE, TRAINING_FREE
 from salad_compile.passes.context import Context, Pass, graph_modules, has_converted_tags
@@ -41,6 +42,7 @@ PASSES: tuple[Pass, ...] = (
     replay_position.PASS,
     rewrite_attention.PASS,
     order_operands.PASS,
+    spare_memory.PASS,
     erase_markers.PASS,
 )
 

@@ -31,7 +31,7 @@ _ARGUMENTS = 12
 
 def _run(graph: fx.Graph, context: Context) -> Counts:
     counts = {"ordered": 0, "pooled": 0}
-    if context.options.prepare_operands:
+    if context.options.prepare_operands is not False:
         for node in list(graph.nodes):
             if node.target is _OPERATORS.take_rows.default:
                 counts["ordered"] += _order(node)

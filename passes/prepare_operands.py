@@ -1,4 +1,4 @@
-"""Let one kernel make of a projected query and key all that attention takes of them, where that is asked for.
+"""Let one kernel make of a projected query and key all that attention takes of them, where that is faster.
 
     before                                     after
     q = salad.tag(...)                         q = salad.tag(...)
@@ -11,6 +11,9 @@ Position is not matched by how it is written: the slice that would be run again 
 run on symbols (position/channel_rules.py), and what comes out must be a rotation of channels in pairs. The call notes
 p[1] and p[2], the rows without position and the rotated features, so that replay_position leaves it alone. What is not
 known stays as it is, and the pass counts it with its reason. What the model made is dead then: AOTAutograd drops it.
+
+With the option "auto" the pass leaves CPUs alone, where the plain operations of the engine are slower than what a
+compiler makes of the model's own, and training, of which we have no timings.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from salad_compile.common.logs import logger
 from salad_compile.definition.operands import Mapped
 from salad_compile.errors import PositionReplayError
 from salad_compile.kernels.prepare.api import why_unsupported
-from salad_compile.passes.attention_call import CONVERTED, AttentionCall
+from salad_compile.passes.attention_call import CONVERTED, AttentionCall, recorded_tensor
 from salad_compile.passes.context import Context, Counts, Pass
 from salad_compile.passes.provenance import example_value
 from salad_compile.passes.replay_position import find_slices
@@ -44,13 +47,21 @@ _LAYOUTS = {"BHSD": (BATCH, None, TOKENS, None), "BSHD": (BATCH, TOKENS, None, N
 
 
 def _run(graph: fx.Graph, context: Context) -> Counts:
-    counts = Counter[str]()
-    if context.options.prepare_operands:
-        context.calls[graph] = [_prepare(call, counts) for call in context.calls[graph]]
+    counts, asked = Counter[str](), context.options.prepare_operands
+    if asked is not False:
+        context.calls[graph] = [
+            _prepare(call, counts) if asked is True or _is_faster(call) else call for call in context.calls[graph]
+        ]
     return counts
 
 
 PASS = Pass("prepare_operands", _run)
+
+
+def _is_faster(call: AttentionCall) -> bool:
+    """Whether the kernel is known to beat the compiler: on a GPU, where no gradient is wanted."""
+    query = recorded_tensor(call.arguments.query)
+    return query.is_cuda and not query.requires_grad
 
 
 def _prepare(call: AttentionCall, counts: Counter[str]) -> AttentionCall:

@@ -31,6 +31,7 @@ from salad_compile.definition.operands import Mapped
 from salad_compile.passes.attention_call import CONVERTED, AttentionCall
 from salad_compile.passes.context import Context, Counts, Pass
 from salad_compile.passes.provenance import PROJECTIONS, example_value, projection_inputs
+from salad_compile.passes.spare_memory import note_cheap
 from salad_compile.passes.splicing import SplicingTracer
 from salad_compile.position.flow import Flow, TensorInfo
 from salad_compile.position.slice import Entry, PositionSlice, features, find_slice, told_of
@@ -91,15 +92,22 @@ class _Replayer:
         return found.replay(self._begin, self._copy)
 
     def _begin(self, entry: Entry) -> tuple[fx.Node, fx.Node]:
-        with self.graph.inserting_before(entry.at.next):
+        behind = entry.at.next
+        with self.graph.inserting_before(behind):
             value: Any = Proxy(entry.start.node, self.tracer)
             value = value.clone() if entry.overwritten else value
             plain, mapped = entry.begin(value, self.feature_map)
+        made = behind.prev
+        while made is not entry.at:
+            note_cheap(made)
+            made = made.prev
         return plain.node, mapped.node
 
     def _copy(self, node: fx.Node, known: Mapping[fx.Node, fx.Node]) -> fx.Node:
         with self.graph.inserting_before(node.next):
             copy = self.graph.node_copy(node, lambda argument: known.get(argument, argument))
+        for again in (node, copy):
+            note_cheap(again)
         for name in ("example_value", "val"):
             if name in copy.meta:
                 copy.meta[name] = tree_map(_copy_value, copy.meta[name])

@@ -273,7 +273,10 @@ class BackendOptions:
         inductor: configuration patches for Inductor, as `torch._inductor.config` names them.
         dump_graphs: a folder; each graph gets a folder in it with the graph as captured and after each of our passes.
         prepare_operands: whether graphs of converted models compute norm, position and features of a query or key in
-            one kernel of ours where its form is known (docs/kernels.md), instead of leaving them to `lowering`.
+            one kernel of ours where its form is known (docs/kernels.md), instead of leaving them to `lowering`. "auto":
+            on a GPU, where it is the faster one, in inference. On the CPU what `lowering` makes of them is faster.
+        spare_memory: whether training computes again in the backward pass what is cheap (docs/architecture.md), and so
+            keeps no more of a block than dense attention does. False: it is kept, which takes a little less time.
 
     Raises:
         ConfigError: an unknown name, or a value out of range or of the wrong kind.
@@ -290,16 +293,19 @@ class BackendOptions:
     lowering: Lowering = "inductor"
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dump_graphs: str | PathLike[str] | None = None
-    prepare_operands: bool = False
+    prepare_operands: bool | Literal["auto"] = "auto"
+    spare_memory: bool = True
     given: frozenset[str] = dataclasses.field(default=frozenset(), init=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_attention_options(self)
         reason = patterns.find(self.pattern).needs_conversion()
         require(not reason, f'pattern "{self.pattern}" cannot run without conversion: {reason}.')
-        for name in ("strict", "prepare_operands"):
+        for name in ("strict", "spare_memory"):
             value = getattr(self, name)
             require(isinstance(value, bool), f"{name} must be True or False, got {value!r}.")
+        prepares = isinstance(self.prepare_operands, bool) or self.prepare_operands == "auto"
+        require(prepares, f'prepare_operands must be True, False or "auto", got {self.prepare_operands!r}.')
         check_choice("lowering", self.lowering, LOWERINGS)
         require(
             isinstance(self.inductor, Mapping), f"inductor is a dictionary of Inductor options, got {self.inductor!r}."

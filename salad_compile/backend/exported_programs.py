@@ -56,7 +56,8 @@ def rewrite_exported(program: ExportedProgram) -> ExportedProgram:
     outputs = _output_names(rewritten.graph_module)
     inline_regions(rewritten.graph_module)
     try:
-        run_passes(rewritten.graph_module, BackendOptions())
+        # packages were never run with prepared operands on a GPU
+        run_passes(rewritten.graph_module, BackendOptions(prepare_operands=False))
     except SiteLostError as error:
         raise SiteLostError(
             f"{error}\nIn an exported program also: run_decompositions() took the attention calls apart. Rewrite first."
