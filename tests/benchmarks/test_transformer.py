@@ -48,8 +48,8 @@ def test_other_settings_are_timed_in_turn_with_the_default(tmp_path: Path) -> No
     told = [(row["kind"], row["row"], row["compensation"], row["prepare_operands"]) for row in rows]
     assert told == [
         ("dense", "dense, torch.compile", "", ""),
-        ("salad", "SALAD, torch.compile", "none", "off"),
-        ("variant", "SALAD, compensation=tail", "tail", "off"),
+        ("salad", "SALAD, torch.compile", "none", "auto"),
+        ("variant", "SALAD, compensation=tail", "tail", "auto"),
         ("variant", "SALAD, compensation=tail, prepare_operands=on", "tail", "on"),
     ]
     assert all(row["error"] is None and len(row["timings_ms"]) == 2 for row in rows)  # type: ignore[arg-type]
