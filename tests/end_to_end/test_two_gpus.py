@@ -24,18 +24,23 @@ from tests.support import randomise_branches, relative_error, seeded
 from tests.trainers.processes import free_port
 
 WORLD = 2
-CONVERSIONS: dict[str, dict[str, Any]] = {"none": {}, "tail": {"compensation": "tail"}}
+CONVERSIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "tail": {"compensation": "tail"},
+    "split heads": {"heads": 5},
+    "split heads, tail": {"heads": 5, "compensation": "tail"},
+}
 # bf16, a step of 2^-8: sums over tokens and over heads are added in another order
 BOUND = 2.0**-6
 
 
-def model_and_inputs(changes: dict[str, Any], device: torch.device) -> tuple[Any, dict[str, Any]]:
+def model_and_inputs(device: torch.device, heads: int = 6, **changes: Any) -> tuple[Any, dict[str, Any]]:
     """A converted Wan of three blocks, and 1,360 tokens for it."""
     from diffusers import WanTransformer3DModel
 
     with seeded(3):
         model = WanTransformer3DModel(
-            num_attention_heads=6, attention_head_dim=128, num_layers=3, ffn_dim=1024, text_dim=32
+            num_attention_heads=heads, attention_head_dim=128, num_layers=3, ffn_dim=1024, text_dim=32
         )
         inputs = {
             "hidden_states": torch.randn(1, 16, 5, 32, 34),
@@ -70,7 +75,7 @@ def compare(rank: int, port: int) -> None:
     dist.init_process_group("nccl", timeout=timedelta(seconds=120), device_id=device)
     try:
         for name, changes in CONVERSIONS.items():
-            model, inputs = model_and_inputs(changes, device)
+            model, inputs = model_and_inputs(device, **changes)
             expected, of_one = outcome(model, inputs)
             shared = copy.deepcopy(model)
             shared.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD))
