@@ -42,10 +42,15 @@ def experts_of(arguments: argparse.Namespace, settings: TrainSettings) -> list[E
     if arguments.salad:
         _require_one(chosen, arguments, "--salad")
     boundary = read_json(Path(arguments.model) / PIPELINE_INDEX).get("boundary_ratio")
-    if not isinstance(boundary, (int, float)):
+    if boundary is None:
         raise ConfigError(
             f"{arguments.model} has two experts, and its {PIPELINE_INDEX} has no boundary_ratio, which says where the "
             "noise of one ends: give the range of one, --component transformer --set lowest_noise=0.875."
+        )
+    if isinstance(boundary, bool) or not isinstance(boundary, (int, float)) or not 0 < boundary < 1:
+        raise ConfigError(
+            f"the boundary_ratio of {arguments.model}, in its {PIPELINE_INDEX}, is {boundary!r}: where the noise of "
+            "one expert ends and that of the other begins is a number between 0 and 1, 0.875 of Wan2.2."
         )
     ranges = {FIRST: {"lowest_noise": boundary}, SECOND: {"highest_noise": boundary}}
     return [

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch.nn as nn
 
     from salad_compile.config import SaladConfig
+    from salad_compile.latents.dataset import StoredLatents
     from salad_compile.training import TrainResult, TrainSettings
 
 HELP = """\
@@ -80,40 +82,71 @@ def run(arguments: argparse.Namespace) -> int:
         signal = run_processes(_process, (alone,), arguments.processes, START_METHOD)
         finished = all(_is_finished(expert) for expert in experts)
         return 128 + signal if signal and not finished else 0
+    if arguments.dry_run:
+        return _estimate_all(arguments, experts, config)
     for expert in experts:
-        code = _run_one(arguments, expert, config)
+        code = _train_one(arguments, expert, config)
         if code:
             return code
-    if len(experts) > 1 and not arguments.dry_run and _is_first():
+    if len(experts) > 1 and _is_first():
         print(f"next: {_next_of_both(arguments, experts)}", file=sys.stderr)
     return 0
 
 
-def _run_one(arguments: argparse.Namespace, expert: Expert, config: SaladConfig | None) -> int:
-    """Train one transformer, or estimate what that would take."""
+def _estimate_all(arguments: argparse.Namespace, experts: list[Expert], config: SaladConfig | None) -> int:
+    """Tell what the training takes, of each expert and of both. Returns 1 if the disk has too little room."""
+    from salad_compile.training import estimate
+    from salad_compile.training.dry_run import sum_of
+
+    found = {}
+    for expert in experts:
+        model, latents, settings, more = _given(arguments, expert, config)
+        found[expert.component] = estimate(model, latents, settings, expert.output, **more)
+        del model, more
+    first, whole = next(iter(found.values())), sum_of(found.values())
+    sentence, values = first.sentence(), first.to_dict()
+    if len(found) > 1:
+        parts = [f"{name}\n{textwrap.indent(one.sentence(), '  ')}" for name, one in found.items()]
+        sentence = "\n".join([*parts, f"both, one after the other: {whole.sentence()}"])
+        values = {**whole.to_dict(), "experts": {name: one.to_dict() for name, one in found.items()}}
+    if _is_first():
+        tell(arguments, sentence, values)
+    return 0 if whole.disk <= whole.free else 1
+
+
+def _given(
+    arguments: argparse.Namespace, expert: Expert, config: SaladConfig | None
+) -> tuple[nn.Module, StoredLatents, TrainSettings, dict[str, Any]]:
+    """Model, data, settings and what else `train` and `estimate` are given for one transformer."""
     from salad_compile.command_line.model_source import import_name
     from salad_compile.command_line.noise_schedule import with_schedule
     from salad_compile.command_line.pipeline_source import load_decoder, statistics_of
     from salad_compile.latents import open_latents
-    from salad_compile.training import estimate, train
 
     vae = statistics_of(arguments.model)
     validation = open_latents(arguments.validation, vae=vae) if arguments.validation else None
     forward = import_name(arguments.forward) if arguments.forward else None
     latents = open_latents(arguments.latents, vae=vae)
     told = _is_first() and not arguments.quiet
-    expert = expert._replace(settings=with_schedule(arguments, expert.settings, latents.shapes, told=told))
+    settings = with_schedule(arguments, expert.settings, latents.shapes, told=told)
     model = _model(arguments, expert)
-    decode = load_decoder(arguments.model) if expert.settings.sample_every else None
-    more: dict[str, Any] = {"validation": validation, "config": config, "forward": forward, "decode": decode}
-    if arguments.dry_run:
-        expected = estimate(model, latents, expert.settings, expert.output, **more)
-        if _is_first():
-            tell(arguments, expected.sentence(), expected.to_dict())
-        return 0 if expected.disk <= expected.free else 1
-    result = train(model, latents, expert.settings, expert.output, resume=not arguments.no_resume, **more)
+    decode = load_decoder(arguments.model) if settings.sample_every else None
+    return (
+        model,
+        latents,
+        settings,
+        {"validation": validation, "config": config, "forward": forward, "decode": decode},
+    )
+
+
+def _train_one(arguments: argparse.Namespace, expert: Expert, config: SaladConfig | None) -> int:
+    """Train one transformer. Returns 0, or after a signal 128 and its number."""
+    from salad_compile.training import train
+
+    model, latents, settings, more = _given(arguments, expert, config)
+    result = train(model, latents, settings, expert.output, resume=not arguments.no_resume, **more)
     if _is_first():
-        _tell(result, expert, arguments)
+        _tell(result, expert._replace(settings=settings), arguments)
     return 128 + result.signal if result.signal else 0
 
 

@@ -57,6 +57,9 @@ class ProgressBar:
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Move on by `count` steps. note: stands behind the bar from now on."""
         self._done += count
+        if self._done > self._total:  # more was needed than was foreseen
+            self._total = self._done
+            self._progress.update(self._task, total=self._total)
         if note is not None:
             self._note = note
             self._progress.update(self._task, note=note)

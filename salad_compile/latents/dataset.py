@@ -17,6 +17,7 @@ from salad_compile.latents.statistics import LatentStatistics
 OnError: TypeAlias = Literal["raise", "skip"]
 ON_ERROR: tuple[OnError, ...] = get_args(OnError)
 _SHOWN = 5  # names in a message
+SKIPPING = "salad-compile latents convert --skip leaves them out; in Python, on_error='skip'."
 
 
 class StoredLatents(LatentDataset):
@@ -51,7 +52,7 @@ class StoredLatents(LatentDataset):
         self.layout = source.layout
         self.problems = _problems(source)
         if self.problems and not self._skips:
-            raise LatentItemError(f"{summary_of(self.problems)} on_error='skip' leaves them out.")
+            raise LatentItemError(f"{summary_of(self.problems)} {SKIPPING}")
         if self.problems:
             logger.warning("%s They are left out.", summary_of(self.problems))
         bad = {problem.name for problem in self.problems}
@@ -150,4 +151,4 @@ def summary_of(problems: Sequence[Problem]) -> str:
     """Number, first names and reasons, in one sentence."""
     first = "; ".join(map(str, problems[:_SHOWN]))
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return f"{len(problems)} damaged item{'s' * (len(problems) != 1)}: {first}{more}".removesuffix(".") + "."
+    return f"{len(problems)} damaged item{'s' * (len(problems) != 1)}: {first}{more}".rstrip(".?") + "."

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from salad_compile.common.logs import logger
 from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError, did_you_mean
 from salad_compile.latents.checking import check, doubt_reading, evenly_spaced, require_no_contradiction
-from salad_compile.latents.dataset import OnError, StoredLatents, summary_of
+from salad_compile.latents.dataset import SKIPPING, OnError, StoredLatents, summary_of
 from salad_compile.latents.layouts import LAYOUTS, Readable
 from salad_compile.latents.source import LatentSource
 from salad_compile.latents.statistics import LatentStatistics
@@ -67,7 +67,7 @@ def open_latents(
         logger.warning("%s: not read: %s", path, ", ".join(source.left_out))
     checked = check(latents, evenly_spaced(sample, len(latents)))
     if checked.problems and on_error == "raise":
-        raise LatentItemError(f"{summary_of(checked.problems)} on_error='skip' puts others in their place.")
+        raise LatentItemError(f"{summary_of(checked.problems)} {SKIPPING}")
     if checked.measured is not None:
         require_no_contradiction(checked.measured, latents)
         question = doubt_reading(checked.measured, latents)

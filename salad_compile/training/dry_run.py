@@ -7,7 +7,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,23 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """All numbers, for JSON."""
         return {**dataclasses.asdict(self), "seconds": self.seconds, "hours": self.seconds / 3600}
+
+
+def sum_of(estimates: Iterable[Estimate]) -> Estimate:
+    """Of runs of one recipe, one after the other: their times and disks together, and the largest of their memories."""
+    all_of = list(estimates)
+    first = all_of[0]
+    steps = sum(one.steps for one in all_of)
+    times = ("compile_seconds", "validation_seconds", "checkpoint_seconds", "sample_seconds")
+    return dataclasses.replace(
+        first,
+        steps=steps,
+        step_seconds=sum(one.steps * one.step_seconds for one in all_of) / steps,
+        **{name: sum(getattr(one, name) for one in all_of) for name in times},
+        peak_memory=max(one.peak_memory for one in all_of),
+        disk=sum(one.disk for one in all_of),
+        free=min(one.free for one in all_of),
+    )
 
 
 def estimate(

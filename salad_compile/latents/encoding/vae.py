@@ -25,8 +25,17 @@ def statistics_of_config(config: Mapping[str, Any]) -> LatentStatistics | None:
     """The statistics in a VAE's configuration, None where it has none: (x - mean) scale / std, or (x - shift) scale.
 
     Raises:
-        ConfigError: they are not of its number of channels.
+        ConfigError: they are not of its number of channels, or no numbers.
     """
+    try:
+        return _statistics(config)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"the statistics in the configuration of the VAE are no numbers: {error}.") from error
+
+
+def _statistics(config: Mapping[str, Any]) -> LatentStatistics | None:
     channels = next((config[name] for name in _CHANNELS if config.get(name)), None)
     mean, std = config.get("latents_mean"), config.get("latents_std")
     scale = config.get("scaling_factor")

@@ -113,6 +113,23 @@ def test_both_experts_are_trained_on_their_own_noise(command: Run, given: Path, 
     assert f"next: salad-compile export --model {experts} {both} --output" in outcome.err
 
 
+def test_a_dry_run_of_both_experts_sums_them(command: Run, given: Path, experts: Path, tmp_path: Path) -> None:
+    more = ("--conversion", given / "conversion.json", "--steps", 1, "--dry-run", "--model", experts)
+    found = command("train", *words(given, tmp_path / "run", *more), "--json").json()
+    first, second = (found["experts"][name] for name in ("transformer", "transformer_2"))
+    assert found["seconds"] == pytest.approx(first["seconds"] + second["seconds"])
+    assert found["hours"] == pytest.approx(found["seconds"] / 3600)
+    assert found["disk"] == first["disk"] + second["disk"]
+    assert found["peak_memory"] == max(first["peak_memory"], second["peak_memory"])
+    assert found["steps"] == 2
+    outcome = command("train", *words(given, tmp_path / "run", *more))
+    lines = outcome.out.splitlines()
+    assert lines[0] == "transformer"
+    assert lines[4] == "transformer_2"
+    assert lines[8].startswith("both, one after the other: 2 steps of")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("scheduler", "more", "said", "shift"),
     [
@@ -169,6 +186,11 @@ def test_an_expert_without_its_noise_is_one_sentence(command: Run, given: Path, 
         assert outcome.code == WRONG
         assert said in outcome.err
         assert len(outcome.err.strip().splitlines()) == 1
+    for boundary in (1.5, "0.875", True):
+        (experts / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": boundary}))
+        outcome = command("train", *words(given, tmp_path / "run"), "--model", experts)
+        assert outcome.code == WRONG
+        assert f"is {boundary!r}: where the noise of one expert ends" in outcome.err
     assert not (tmp_path / "run").exists()
 
 
@@ -187,6 +209,10 @@ def test_data_of_another_vae_are_one_sentence(command: Run, given: Path, tmp_pat
     assert outcome.code == WRONG
     assert "they are of another model" in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
+    (tmp_path / "wan" / "vae" / "config.json").write_text(json.dumps({**said, "scaling_factor": "small"}))
+    outcome = command("train", *words(given, tmp_path / "run", *wrong))
+    assert outcome.code == WRONG
+    assert "the statistics in the configuration of the VAE are no numbers" in outcome.err
     assert not (tmp_path / "run").exists()
 
 
