@@ -48,6 +48,7 @@ COMMANDS = {
     "bench": "time one denoising step, dense and SALAD in turns",
     "viz": "draw what a converted model attends to",
     "doctor": "versions, devices and caches: what will run where, and what will not",
+    "completion": "the script that completes commands and options in a shell",
 }
 
 DESCRIPTION = """\

@@ -1,18 +1,26 @@
-"""The checks of `salad-compile doctor`. None of them changes anything, and none fails because another one does."""
+"""The checks of `salad-compile doctor`. None of them changes anything, and none fails because another one does.
+
+:func:`clear_caches` is what it does on request.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from salad_compile.common.reports import Report, Row
+
+if TYPE_CHECKING:
+    from salad_compile.command_line.caches import Cache
 
 FINE, WARNING, FAULT, MISSING = "ok", "warning", "FAULT", "-"
 DISTRIBUTION = "salad-compile"
@@ -138,14 +146,36 @@ def _package(requirement: Any, extra: str | None) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         return Finding(requirement.name, MISSING if extra else FAULT, "not installed", install)
     if requirement.specifier.contains(version, prereleases=True):
-        return Finding(requirement.name, FINE, version)
+        return _importable(requirement.name, version, FAULT if extra is None else WARNING)
     detail = f"{version}, but {requirement.specifier} is needed"
     return Finding(requirement.name, WARNING if extra else FAULT, detail, install)
 
 
+def _importable(name: str, version: str, otherwise: str) -> Finding:
+    """Whether what is installed can be imported: a file may be missing, or a library that it links to."""
+    try:
+        importlib.import_module(_module_of(name))
+    except Exception as error:  # whatever a broken package raises
+        detail = f"{version}, but importing it fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return Finding(name, otherwise, detail, f"install it anew: pip install --force-reinstall {name}")
+    return Finding(name, FINE, version)
+
+
+def _module_of(distribution: str) -> str:
+    """The module that a distribution is imported by: its own name, or the first that it has."""
+    plain = distribution.lower().replace("-", "_")
+    owned = [module for module, names in _owners().items() if plain in [n.lower().replace("-", "_") for n in names]]
+    return plain if plain in owned else next((name for name in sorted(owned) if not name.startswith("_")), plain)
+
+
+@functools.cache
+def _owners() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
+
+
 def _optional(name: str, purpose: str) -> Iterator[Finding]:
     try:
-        yield Finding(name, FINE, importlib.metadata.version(name))
+        yield _importable(name, importlib.metadata.version(name), WARNING)
     except importlib.metadata.PackageNotFoundError:
         yield Finding(name, MISSING, f"not installed; {purpose}")
 
@@ -238,36 +268,34 @@ def _backend() -> Iterator[Finding]:
 
 
 def _caches() -> Iterator[Finding]:
-    # private (torch 2.11 and 2.13; test_doctor.py): where Inductor keeps what it compiled
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from salad_compile.command_line.caches import caches
 
-    from salad_compile.kernels.tuning import cache_file
-
-    triton = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    places = {"tuned kernels": cache_file().parent, "Inductor's cache": Path(cache_dir()), "Triton's cache": triton}
-    for name, place in places.items():
-        yield _cache(name, place)
+    yield from map(_cache, caches())
 
 
-def _cache(name: str, place: Path) -> Finding:
+def _cache(cache: Cache) -> Finding:
+    name, place = cache.name, cache.place
     there = next((folder for folder in (place, *place.parents) if folder.exists()), Path("/"))
     if not os.access(there, os.W_OK):
         return Finding(name, WARNING, f"{place} cannot be written", "everything compiles anew in each process: mend it")
-    size = _size(place) if place.exists() else 0
-    detail = f"{place}, " + (f"{size / 2**20:.1f} MiB" if place.exists() else "not there yet")
+    detail = f"{place}, " + (f"{cache.size() / 2**20:.1f} MiB" if place.exists() else "not there yet")
     free = shutil.disk_usage(there).free
     if free < LITTLE_SPACE:
-        return Finding(name, WARNING, f"{detail}, {free / 2**20:.0f} MiB left on its disk", "make room")
+        mend = "make room, or --clear-caches"
+        return Finding(name, WARNING, f"{detail}, {free / 2**20:.0f} MiB left on its disk", mend)
     return Finding(name, FINE, detail)
 
 
-def _size(place: Path) -> int:
-    total = 0
-    for folder, _, files in os.walk(place):
-        for file in files:
-            path = Path(folder) / file
-            total += path.lstat().st_size if path.exists() else 0  # other processes write to caches meanwhile
-    return total
+def clear_caches() -> Checkup:
+    """Empty all caches; what does not belong to them stays, and is told."""
+    from salad_compile.command_line.caches import caches
+
+    findings = []
+    for cache in caches():
+        gone, left = cache.clear()
+        kept = f"; left, not of this cache: {', '.join(left[:5])}" if left else ""
+        findings.append(Finding(cache.name, FINE, f"{cache.place}, {gone / 2**20:.1f} MiB deleted{kept}"))
+    return Checkup(tuple(findings))
 
 
 # variable -> (values under which it does nothing, state, what it does, what to do)

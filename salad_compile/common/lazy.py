@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ def lazy_names(
             return getattr(importlib.import_module(f".{home_of[name]}", package), name)
         if name in modules:
             return importlib.import_module(f".{name}", package)
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        # with these two a traceback ends in "Did you mean: 'convert'?"
+        raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
 
     def names() -> list[str]:
         return sorted([*home_of, *modules])

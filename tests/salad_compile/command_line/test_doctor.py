@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from salad_compile.command_line import NO, checkup
+from salad_compile.command_line import NO, WRONG, checkup
+from salad_compile.command_line.caches import Cache
 from salad_compile.command_line.checkup import FAULT, FINE, MISSING, WARNING, Checkup, Finding
 from tests.salad_compile.command_line.conftest import Run
 
@@ -120,4 +121,44 @@ def test_caches_with_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert checkup._cache("cache", tmp_path).status == WARNING
+    assert checkup._cache(Cache("cache", tmp_path, "x")).status == WARNING
+
+
+def test_what_is_installed_and_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a wheel for another libstdc++, or half a deletion: the metadata say that all is well."""
+    real = importlib.import_module
+
+    def import_module(name: str) -> Any:
+        if name in ("safetensors", "diffusers"):
+            raise ImportError("libfoo.so.1: cannot open shared object file\nmore")
+        return real(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    findings = list(checkup._packages())
+    assert finding(findings, "safetensors").status == FAULT
+    assert finding(findings, "diffusers").status == WARNING
+    assert finding(findings, "diffusers").detail.endswith("ImportError: libfoo.so.1: cannot open shared object file")
+    assert finding(findings, "huggingface-hub").status == FINE
+
+
+def test_caches_are_emptied_on_request_and_nothing_else(
+    tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the user gave a folder with things of his own."""
+    kept = [tmp_path / name for name in ("inductor/notes.txt", "triton/model/weights", "ours/other.json")]
+    gone = [
+        *(tmp_path / "inductor" / name for name in ("ab/graph.py", "fxgraph/x/y", "aotautograd/z")),
+        tmp_path / "triton" / ("AB" * 26) / "kernel.cubin",
+        tmp_path / "ours" / "tuning.json",
+    ]
+    for path in (*kept, *gone):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(2**20))
+    for variable, name in (("TORCHINDUCTOR", "inductor"), ("TRITON", "triton"), ("SALAD", "ours")):
+        monkeypatch.setenv(f"{variable}_CACHE_DIR", str(tmp_path / name))
+    outcome = command("doctor", "--clear-caches")
+    assert outcome.code == 0
+    assert "3.0 MiB deleted; left, not of this cache: notes.txt" in outcome.out
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in gone)
+    assert command("doctor", "--clear-caches", "--run").code == WRONG

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import traceback
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,12 @@ def test_completion_shows_public_names_only(name: str) -> None:
         assert getattr(package, each) is not None
     with pytest.raises(AttributeError, match="has no attribute 'convertt'"):
         package.convertt  # noqa: B018
+
+
+def test_a_traceback_proposes_the_nearest_name() -> None:
+    with pytest.raises(AttributeError) as caught:
+        salad_compile.convertt  # noqa: B018  # type: ignore[attr-defined]
+    assert "Did you mean: 'convert'?" in "".join(traceback.format_exception(caught.value))
 
 
 def test_public_modules_load_on_first_use() -> None:
