@@ -26,7 +26,9 @@ def ahead(batches: Iterator[Noised], device: torch.device) -> Ahead[Noised]:
     if device.type != "cuda":
         return Ahead(batches, DEPTH)
     pinned = (batch.pin() for batch in batches)
-    return Ahead(pinned, DEPTH, lambda: torch.cuda.set_device(device))  # each thread has a device of its own
+    # each thread has a current device of its own; "cuda" alone, as accelerate says it, is that of the caller
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return Ahead(pinned, DEPTH, lambda: torch.cuda.set_device(number))
 
 
 class Ahead(Generic[T]):

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from salad_compile.errors import TrainingError
 from salad_compile.latents import LatentDataset, LatentItem
 from salad_compile.training import read_log, train
-from salad_compile.training.ahead import Ahead
+from salad_compile.training.ahead import Ahead, ahead
 from tests.salad_compile.training.tiny import SETTINGS, converted, latents, wan_forward
 
 
@@ -22,6 +23,17 @@ def test_values_come_in_their_order_and_end() -> None:
     with Ahead(iter(range(20)), 3) as values:
         assert list(values) == list(range(20))
         assert list(values) == []
+
+
+def test_the_thread_has_the_device_of_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate says "cuda" without a number where there is one process, which `set_device` does not take."""
+    chosen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in ("cuda", "cuda:1"):
+        with ahead(iter([]), torch.device(device)) as batches:
+            assert list(batches) == []
+    assert chosen == [3, 1]
 
 
 def test_an_error_is_raised_behind_the_values_before_it() -> None:
