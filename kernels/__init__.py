@@ -10,7 +10,7 @@ operators; it imports nothing else of ours.
 if __name__ != "kernels":
     from .block_sparse import block_sparse_attention
     from .engines import use_engine
-    from .errors import KernelArgumentError, KernelDifferentiationError, UnsupportedKernelError
+    from .errors import KernelArgumentError, KernelDifferentiationError, KernelExchangeError, UnsupportedKernelError
     from .linear import linear_output, linear_state
     from .measure import Execution, measure_executions
     from .prepare import prepare_operand
@@ -23,6 +23,7 @@ __all__ = [
     "Execution",
     "KernelArgumentError",
     "KernelDifferentiationError",
+    "KernelExchangeError",
     "UnsupportedKernelError",
     "attend_with_tail",
     "block_sparse_attention",

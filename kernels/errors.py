@@ -16,3 +16,8 @@ class KernelDifferentiationError(NotImplementedError):
 
 class KernelRecordError(ValueError):
     """A record of compiled kernels cannot be read; the message says why, and what writes one."""
+
+
+class KernelExchangeError(RuntimeError):
+    """Processes that share a sequence could not exchange it, most likely because one has ended; the message says which
+    processes they are."""

@@ -9,12 +9,15 @@ the loss is the sum of what the processes compute.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import KernelExchangeError
 from .shares import blocks_of, heads_of
 
 _groups: dict[str, dist.ProcessGroup] = {}
@@ -150,7 +153,8 @@ def _(x: Tensor, group: str) -> Tensor:
 def sum_of_processes(x: Tensor, group: str) -> Tensor:
     """The sum over the processes of a group, of any shape."""
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=_groups[group])
+    with _among(group):
+        dist.all_reduce(total, group=_groups[group])
     return total
 
 
@@ -167,8 +171,22 @@ def _exchange(parts: Tensor, group: str, sent: list[int] | None = None, received
     """
     parts = parts.contiguous()
     got = torch.empty_like(parts) if received is None else parts.new_empty((sum(received), *parts.shape[1:]))
-    dist.all_to_all_single(got, parts, received, sent, group=_groups[group])
+    with _among(group):
+        dist.all_to_all_single(got, parts, received, sent, group=_groups[group])
     return got
+
+
+@contextlib.contextmanager
+def _among(group: str) -> Iterator[None]:
+    """Raises KernelExchangeError for what torch.distributed raises when another process does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        ranks = group.partition("/")[0].replace("+", ", ")
+        raise KernelExchangeError(
+            f"the exchange among the processes {ranks}, which share the tokens of one sequence, failed: most likely "
+            f"one of them has ended, and its own message says why. Start all of them again. ({error})"
+        ) from error
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
