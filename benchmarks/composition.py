@@ -55,7 +55,9 @@ class Bench:
             from torchao.quantization import Float8WeightOnlyConfig, PerRow, quantize_
 
             on_gpu = self.device.type == "cuda"
-            config = Dynamic(granularity=PerRow()) if on_gpu else Float8WeightOnlyConfig()
+            # else Inductor times variants of each kernel, here and in all rows after this one: minutes
+            quiet = {"set_inductor_config": self.options.tune}
+            config = Dynamic(granularity=PerRow(), **quiet) if on_gpu else Float8WeightOnlyConfig(**quiet)
             linears = lambda part, name: isinstance(part, torch.nn.Linear) and "blocks." in name  # noqa: E731
             quantize_(model, config, filter_fn=linears)
         return model
@@ -68,6 +70,7 @@ class Bench:
     def step(self, model: Wan, kernel: str = "") -> Facts:
         """Milliseconds of one forward, the first one apart."""
         times = []
+        torch._dynamo.utils.counters.clear()
         for _ in range(1 + self.options.timings):
             self.clock.synchronize()
             start = time.perf_counter()
@@ -75,7 +78,9 @@ class Bench:
                 model(**self.inputs)
             self.clock.synchronize()
             times.append(1e3 * (time.perf_counter() - start))
-        return {"first_call_s": times[0] / 1e3, "median_ms": statistics.median(times[1:]), "timings_ms": times}
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        about = {"first_call_s": times[0] / 1e3, "graphs": graphs}
+        return about | {"median_ms": statistics.median(times[1:]), "timings_ms": times}
 
     def loop(self, model: Wan, steps: int, *, dense: bool = False, cached: bool = False) -> Facts:
         """Seconds of a whole loop; what compiles, compiles in a loop of one step before, of three with a cache."""
@@ -169,6 +174,9 @@ def main(arguments: list[str] | None = None) -> None:
         choices=ROWS,
         help="which rows; whole is the long loop dense, which the distance of the cached one needs "
         "(default: all others)",
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="let torchao switch on Inductor's coordinate descent tuning for fp8"
     )
     parser.add_argument("--timings", type=int, default=3, help="of a single step, after the first one")
     parser.add_argument("--compiler", default="inductor", choices=("inductor", "aot_eager", "eager"))

@@ -89,7 +89,7 @@ def test_whole_steps_and_loops_beside_dense(tmp_path: Path) -> None:
     write_steps(
         tmp_path,
         {"row": "dense, one step", "median_ms": 9876.0},
-        {"row": "SALAD, one step", "median_ms": 4033.0},
+        {"row": "SALAD, one step", "median_ms": 4033.0, "first_call_s": 19.6},
         {"row": "SALAD with fp8 weights, one step", "median_ms": 3086.0},
         {"row": "dense, 4 steps", "loop_s": 40.0, "steps": 4, "whole_steps": 4, "distance": 0.0},
         {"row": "SALAD, 4 steps", "loop_s": 16.0, "steps": 4, "whole_steps": 4, "distance": 0.1239},
@@ -101,10 +101,10 @@ def test_whole_steps_and_loops_beside_dense(tmp_path: Path) -> None:
     ]
     write_steps(tmp_path, *[row | {"case": "1.3B-480p"} for row in small], model="_small")
     block = composition_gpu.render(tmp_path)
-    assert "| dense, one step | 9.88 | 1.00x |  |  |" in block
-    assert "| SALAD, one step | 4.03 | 2.45x |  |  |" in block
-    assert "| SALAD, 4 steps | 16.00 | 2.50x | 4 of 4 | 0.124 |" in block
-    assert "| SALAD with cache-dit, 50 steps | 99.00 | 4.99x (dense derived) | 25 of 50 |  |" in block
+    assert "| dense, one step | 9.88 | 1.00x |  |  |  |" in block
+    assert "| SALAD, one step | 4.03 | 2.45x | 20 |  |  |" in block
+    assert "| SALAD, 4 steps | 16.00 | 2.50x |  | 4 of 4 | 0.124 |" in block
+    assert "| SALAD with cache-dit, 50 steps | 99.00 | 4.99x (dense derived) |  | 25 of 50 |  |" in block
     goals = "Aimed at 3.2x for SALAD with fp8 weights: 3.20x (Wan2.1 14B, 720p, one step), reached."
     assert goals in block
     assert goals in composition_gpu.render_speed(tmp_path)
@@ -121,7 +121,7 @@ def test_a_dense_loop_that_was_timed_counts_and_failures_are_shown(tmp_path: Pat
         {"row": "SALAD with cache-dit, 50 steps", "loop_s": 5.2, "steps": 50, "whole_steps": 20, "distance": 0.25},
     )
     block = composition_gpu.render(tmp_path)
-    assert "| SALAD with cache-dit, 50 steps | 5.20 | 5.00x | 20 of 50 | 0.250 |" in block
+    assert "| SALAD with cache-dit, 50 steps | 5.20 | 5.00x |  | 20 of 50 | 0.250 |" in block
     assert "- SALAD with fp8 weights, one step: ImportError: torchao" in block
     assert "3.2x" not in block
 

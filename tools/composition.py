@@ -80,8 +80,15 @@ CELLS = (
     ),
     Cell(
         "torchao, int8 or fp8 weights, after conversion",
-        "`merge_lora`, `quantize_`, then compile: all blocks are one graph. Gates and projections stay in their dtype",
+        "`merge_lora`, `quantize_`, then compile: all blocks are one graph. Gates and projections stay in their dtype. "
+        "Say `set_inductor_config=False` in its configuration, or the first call takes minutes: it has Inductor time "
+        "variants of every kernel",
         f"{COMPOSITION}/test_quantised.py::test_torchao_after_conversion",
+    ),
+    Cell(
+        "torchao, products in fp8 (by rows or tensors)",
+        "the same",
+        f"{COMPOSITION}/test_quantised.py::test_products_of_torchao_in_fp8",
     ),
     Cell(
         "torchao, before conversion",

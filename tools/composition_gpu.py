@@ -186,11 +186,11 @@ def timed(rows: list[Row]) -> list[Timed]:
 
 def _table(path: Path) -> list[str]:
     rows: list[Row] = json.loads(path.read_text())
-    first = rows[0]
+    about = rows[0]
     lines = [
-        f"{CASES.get(first['case'], first['case'])}, 81 frames, `{re.sub(' --output [^ ]+', '', first['command'])}`: "
-        f"{first['device']}, torch {first['torch']}, commit {first['commit'][:12]}. Dense runs on "
-        f"{first['dense_attention'] or 'the attention of torch'}, the fastest in this run.",
+        f"{CASES.get(about['case'], about['case'])}, 81 frames, `{re.sub(' --output [^ ]+', '', about['command'])}`: "
+        f"{about['device']}, torch {about['torch']}, commit {about['commit'][:12]}. Dense runs on "
+        f"{about['dense_attention'] or 'the attention of torch'}, the fastest in this run.",
         "",
     ]
     shown = []
@@ -199,8 +199,17 @@ def _table(path: Path) -> list[str]:
         whole = f"{row['whole_steps']} of {row['steps']}" if "steps" in row else ""
         ratio = "" if each.ratio is None else f"{each.ratio:.2f}x" + (" (dense derived)" if each.derived else "")
         apart = "" if distance is None or _kind(row)[0] == "dense" else f"{distance:.3f}"
-        shown.append((row["row"], f"{_seconds(row):.2f}", ratio, whole, apart))
-    lines.append(table(("what", "seconds", "dense / this", "steps not from a cache", "distance from dense"), shown))
+        first = f"{row['first_call_s']:.0f}" if "first_call_s" in row else ""
+        shown.append((row["row"], f"{_seconds(row):.2f}", ratio, first, whole, apart))
+    heading = (
+        "what",
+        "seconds",
+        "dense / this",
+        "first call, seconds",
+        "steps not from a cache",
+        "distance from dense",
+    )
+    lines.append(table(heading, shown))
     failed = [f"- {row['row']}: {row['error'][:200]}" for row in rows if row["error"]]
     return [*lines, *(["", "Without a time:", *failed] if failed else [])]
 
