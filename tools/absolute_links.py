@@ -1,20 +1,22 @@
-"""Make the README's links and pictures absolute: package indexes show it without the repository around it.
+"""What a package index shows of the README, which it shows without the repository around it.
 
-    python tools/absolute_links.py https://example.org/salad_compile/blob/v0.1.0 [--pictures ADDRESS]
+    python tools/absolute_links.py            print it
 
-The address is that of the repository's files at one version. Pictures often have another one, of raw files.
+setup.py hands it to every wheel and sdist. With an address of the repository in `[project.urls]` ("Source"), links and
+pictures lead to its files at the tag of this version. Without one, links into the repository are their text alone and
+pictures their description: nothing leads nowhere.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
-from collections.abc import Sequence
+import tomllib
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+README, PROJECT = ROOT / "README.md", ROOT / "pyproject.toml"
 LINK = re.compile(r"(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?P<target>(?!\w+:|#)[^)\s]+)\)")
 
 
@@ -28,15 +30,27 @@ def make_absolute(text: str, address: str, pictures: str) -> str:
     return LINK.sub(replace, text)
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("address", help="where the files of this version are")
-    parser.add_argument("--pictures", help="where its pictures are; the same by default")
-    options = parser.parse_args(given)
-    README.write_text(make_absolute(README.read_text(), options.address, options.pictures or options.address))
-    return 0
+def drop_relative(text: str) -> str:
+    """The text with every relative link as its words, and every relative picture as a line that says what it shows."""
+    return LINK.sub(lambda match: f"*Picture: {match['text']}.*" if match["picture"] else match["text"], text)
+
+
+def long_description(text: str, project: dict[str, Any]) -> str:
+    """The README's text as an index shows it.
+
+    Args:
+        project: the table `[project]` of pyproject.toml.
+    """
+    source = project.get("urls", {}).get("Source", "").rstrip("/")
+    if not source:
+        return drop_relative(text)
+    return make_absolute(text, f"{source}/blob/v{project['version']}", f"{source}/raw/v{project['version']}")
+
+
+def readme() -> str:
+    """The long description of this version."""
+    return long_description(README.read_text(encoding="utf-8"), tomllib.loads(PROJECT.read_text())["project"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.write(readme())

@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
-
-# private: seen in torch 2.11 and 2.13; tests/salad_compile/backend/test_rejections.py fails when it moves
-from torch._dynamo.exc import BackendCompilerFailed
+from typing import TYPE_CHECKING, Any
 
 from salad_compile.errors import SaladError
 from salad_compile.kernels.errors import KernelArgumentError, KernelDifferentiationError
+
+if TYPE_CHECKING:
+    from torch._dynamo.exc import BackendCompilerFailed
 
 OURS = (SaladError, KernelArgumentError, KernelDifferentiationError)
 
@@ -51,6 +51,10 @@ def _own_error(error: BaseException) -> Exception | None:
 
 
 def _rejection(error: Exception, backend: Callable[..., Any]) -> BackendCompilerFailed:
+    # private: seen in torch 2.11 and 2.13; tests/salad_compile/backend/test_rejections.py fails when it moves. Here,
+    # because Inductor comes with it
+    from torch._dynamo.exc import BackendCompilerFailed
+
     kind = _rejection_class(type(error))  # type: ignore[arg-type]  # classes are hashable
     arguments = error.__reduce__()[1]  # of an OSError also those that `args` leaves out
     made = kind.__new__(kind, *arguments)
@@ -63,6 +67,8 @@ def _rejection(error: Exception, backend: Callable[..., Any]) -> BackendCompiler
 @functools.cache
 def _rejection_class(kind: type[Exception]) -> type[BackendCompilerFailed]:
     """A class that prints like `kind`, and is one, too."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
     members = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,

@@ -18,7 +18,7 @@ from salad_compile.latents.layouts import WRITABLE
 from salad_compile.latents.opening import SOURCES
 from salad_compile.training import TrainSettings
 from tests.docs.test_snippets import PAGES, ROOT
-from tools.absolute_links import make_absolute
+from tools.absolute_links import long_description, make_absolute
 from tools.docs_hooks import in_repository, mark_table, mend_links, readme_section
 
 DOCS = ROOT / "docs"
@@ -162,20 +162,31 @@ def test_the_readme_is_short_and_its_numbers_of_quality_are_those_of_the_evidenc
     assert {name: round(float(share)) for name, share in closed} == {"salad": int(said[1]), "salad-tail": int(said[2])}
 
 
-def test_a_release_has_absolute_links() -> None:
+def test_an_index_gets_links_that_lead_somewhere() -> None:
+    """Of a version whose repository has an address; each has its twin in this tree."""
     text = make_absolute(
         "[a](docs/a.md#b) ![p](docs/p.png) [w](https://w.org/x) [h](#here)", "https://r.org/v1/", "https://raw.org"
     )
     assert text == (
         "[a](https://r.org/v1/docs/a.md#b) ![p](https://raw.org/docs/p.png) [w](https://w.org/x) [h](#here)"
     )
-    readme = make_absolute((ROOT / "README.md").read_text(encoding="utf-8"), "https://r.org/v1", "https://raw.org")
-    targets = re.findall(r"\]\((.+?)\)", readme)
-    assert targets
-    assert all(target.startswith("https://") for target in targets)
+    project = {"version": "1.2", "urls": {"Source": "https://r.org/us/"}}
+    shown = long_description((ROOT / "README.md").read_text(encoding="utf-8"), project)
+    targets = re.findall(r"\]\((.+?)\)", shown)
+    assert len(targets) > 20
     for target in targets:
-        path = re.sub(r"^https://(r.org/v1|raw.org)/", "", target)
+        path = re.sub(r"^https://r.org/us/(blob|raw)/v1.2/", "", target)
         assert path.startswith("https://") or (ROOT / path.partition("#")[0]).exists(), target
+        assert target.startswith("https://"), target
+    assert "](https://r.org/us/raw/v1.2/docs/pictures/experiment.png)" in shown
+
+
+def test_an_index_gets_no_links_into_a_repository_without_an_address() -> None:
+    shown = long_description("[a](docs/a.md#b), ![two clips](docs/p.png), [w](https://w.org/x)", {"version": "1"})
+    assert shown == "a, *Picture: two clips.*, [w](https://w.org/x)"
+    readme = long_description((ROOT / "README.md").read_text(encoding="utf-8"), {"version": "1"})
+    assert all(target.startswith("https://") for target in re.findall(r"\]\((.+?)\)", readme))
+    assert "salad-compile plan" in readme
 
 
 def test_docstrings_as_mkdocstrings_reads_them() -> None:

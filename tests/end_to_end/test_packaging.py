@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.absolute_links import readme
+
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("triton", "torch._inductor", "torch._dynamo", "diffusers", "transformers", "rich", "huggingface_hub")
 
@@ -114,6 +116,10 @@ def test_a_wheel_holds_the_linked_folders(tmp_path: Path) -> None:
     assert {"salad_compile/passes", "salad_compile/kernels/block_sparse", "salad_compile/sites"} <= names
     assert [name for name in names if f"{name}/__init__.py" not in held] == []
     assert not [name for name in held if name.startswith(("kernels/", "passes/", "tests/"))]
+    metadata = zipfile.ZipFile(wheel).read(next(name for name in held if name.endswith("/METADATA"))).decode()
+    head, _, shown = metadata.partition("\n\n")
+    assert "\nDescription-Content-Type: text/markdown" in head
+    assert shown.strip() == readme().strip(), "what an index shows"
 
 
 def test_an_sdist_is_the_whole_repository(tmp_path: Path) -> None:
