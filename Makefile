@@ -105,6 +105,7 @@ bench-gpu: env  ## all measured numbers of a GPU, and the plots
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python tools/measured.py
 	$(BIN)/python -m tools.what_to_pick
+	$(BIN)/python -m tools.scaling
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis out
