@@ -34,9 +34,9 @@ def render(results: Path = RESULTS) -> str:
     trained = [row for row in timed.values() if row["pass"] == TRAINING]
     if trained:
         parts += ["", table(_TRAINING_HEADS, [_training(row, timed) for row in sorted(trained, key=_order)])]
-    reasons = [
-        f"- {row['case']}, {row['row']} on {row['degree']}: {row['error'][:160]}" for row in rows if row["error"]
-    ]
+    failed = [row for row in rows if row["error"]]
+    reasons = [f"- {row['case']}, {row['row']} on {row['degree']}: {row['error'][:160]}" for row in failed]
+    sparsity = max(row["sparsity"] for row in rows)
     return "\n".join([
         BEGIN,
         f"`python benchmarks/scale.py`: {first['device']}, torch {first['torch']}, commit {first['commit'][:12]}; "
