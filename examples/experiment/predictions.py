@@ -87,6 +87,12 @@ PREDICTIONS = (
     Prediction("mass-lora-16", 1.14, 1.19, "sparse-lora-16 has 1.191"),
     Prediction("tail-256-128", 1.18, 1.23, "tail-256 has 1.174, and two query blocks share one choice"),
     Prediction("tail-error-128", 1.14, 1.20, "better blocks"),
+    # these five when `tail-error` was known to have 1.113, and `tail-error-128` 1.154 (22:10 UTC)
+    Prediction("tail-error16", 1.11, 1.15, "between tail-mass, 1.125, and tail-error"),
+    Prediction("tail-error16-128", 1.15, 1.19, "a little above tail-error-128"),
+    Prediction("tail-error-80", 1.03, 1.07, "sparsity-80 has 1.14, a third of the rest is left"),
+    Prediction("tail-error-95", 1.16, 1.25, "sparsity-95 has 1.34"),
+    Prediction("tail-error-gate-none", 1.11, 1.17, "gate-none was worse than salad"),
     Prediction("tail-error-16-r64", 1.07, 1.11, "four times the rank, a little better"),
     Prediction("tail-error-long", 1.09, 1.14, "four times the steps gave tail-16 0.013"),
     Prediction("tail-error-16-long", 1.06, 1.10, "likewise"),

@@ -156,6 +156,10 @@ def test_the_readme_is_short_and_its_numbers_of_quality_are_those_of_the_evidenc
         ("salad", int(said[1])),
         ("rope-16-long", int(said[2])),
     ]
+    said = re.search(r"and (\d+) % with compensation and blocks chosen for it", text)
+    (share,) = re.findall(r"^\| `tail-error-16` \| .*? \| ([\d.]+)% \|", small, re.MULTILINE)
+    assert said
+    assert round(float(share)) == int(said[1])
     said = re.search(r"of real videos, where a short one closes (\d+) %, and (\d+) % with compensation", text)
     closed = re.findall(r"^\| `(salad|salad-tail)` \|.*? \| ([\d.]+)% \|", real, re.MULTILINE)
     assert said
