@@ -14,7 +14,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 DESCRIPTION = """\
 Encodes every video below CLIPS (mp4, webm, gif, mov, mkv, avi, and folders of images) and its caption with the VAE and
 the text encoders of a pipeline. Captions are .txt files beside the videos, or a table. Run again, it goes on where it
-stopped, and takes up clips that were added or changed. Clips that cannot be encoded are skipped and named.
+stopped, and takes up clips that were added or changed. Clips that cannot be encoded are skipped and named. For VACE,
+cat.control.mp4, cat.mask.png and cat.reference.png beside cat.mp4 are its control video, mask and reference.
 """
 
 

@@ -16,9 +16,10 @@ FIRST_FRAME = "first_frame_latent"  # (C, T or 1, H, W): the first frame through
 CLIP_FEATURE = "clip_feature"  # (tokens, width): the first frame through the image encoder; (2, ...): and the last
 LATENTS_IMAGE = "latents_image"  # (C', T, H, W): whatever a model takes beside the noisy latent, channel by channel
 CONTROL = "latents_control"  # (C, T, H, W): a control video through the VAE
+VACE_CONTEXT = "vace_context"  # (C', T, H, W): of VACE, a control video in two parts and its mask, with references
 FRAME_INDICES = "f_indices"  # (n,): places in time of the frames of a latent
 POOLED_TEXT = "pooled_text"  # (width,): one vector of the whole text
-EXTRAS = (FIRST_FRAME, CLIP_FEATURE, LATENTS_IMAGE, CONTROL, FRAME_INDICES, POOLED_TEXT)
+EXTRAS = (FIRST_FRAME, CLIP_FEATURE, LATENTS_IMAGE, CONTROL, VACE_CONTEXT, FRAME_INDICES, POOLED_TEXT)
 LATENT_EXTRAS = (FIRST_FRAME, CONTROL)
 
 

@@ -19,6 +19,7 @@ from salad_compile.common.files import write_at_once
 from salad_compile.common.sharding import reshard
 from salad_compile.errors import ConfigError, MissingPackageError
 from salad_compile.latents import LatentDataset, LatentItem
+from salad_compile.latents.conditions import reference_frames
 from salad_compile.salad_files.runs import checkpoint_name
 from salad_compile.sites.branch import branches
 from salad_compile.training.engine import Engine
@@ -84,7 +85,7 @@ class SampleStrips:
 
     def _frames(self, item: LatentItem, index: int) -> Tensor:
         """(F, height, width, 3) uint8; nothing in processes that do not write."""
-        latent = denoise(self.engine, self.family, item, index)
+        latent = denoise(self.engine, self.family, item, index)[:, reference_frames(item) :]
         return self.decode(latent) if self.engine.accelerator.is_main_process else torch.empty(0)
 
     def _save(self, rows: dict[str, Tensor], path: Path) -> Path:

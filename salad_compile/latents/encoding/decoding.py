@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from salad_compile.errors import LatentItemError, MissingPackageError
-from salad_compile.latents.encoding.finding import Clip
+from salad_compile.latents.encoding.companions import Beside, only, read_image
+from salad_compile.latents.encoding.finding import IMAGES, Clip
 from salad_compile.latents.encoding.sizes import ClipSize, longest
 from salad_compile.latents.source import item_error
 
@@ -72,6 +73,27 @@ def read_frames(clip: Clip, size: ClipSize, multiple: int) -> Frames:
         at = f" at {size.fps:g} frames per second" if size.fps else ""
         raise item_error(clip.name, f"it has {len(found)} frames{at}, {min(size.frames)} are asked for")
     return Frames(torch.stack(found[:count]), size.fps or rate)
+
+
+def read_beside(clip: Clip, frames: Frames, size: ClipSize) -> Beside:
+    """The control video, mask and references beside a clip, at its size and rate.
+
+    Raises:
+        LatentItemError: one cannot be decoded, or is shorter than the clip.
+    """
+    count, _, height, width = frames.pixels.shape
+    own = ClipSize((count,), height, width, size.fps)
+    found: dict[str, Tensor | None] = {}
+    for role in ("control", "mask"):
+        path = only(clip.name, role, clip.beside.get(role, ()))
+        if path is None or path.is_dir() or path.suffix.lower() not in IMAGES:
+            place = None if path is None else Clip(f"{clip.name}, its {role}", path, "")
+            found[role] = None if place is None else read_frames(place, own, 1).pixels
+        else:
+            picture = _Picture(0.0, read_image(clip.name, path).permute(1, 2, 0))
+            found[role] = _cover(picture, height, width)[None].expand(count, -1, -1, -1)
+    references = tuple(read_image(clip.name, path) for path in clip.beside.get("reference", ()))
+    return Beside(found["control"], found["mask"], references)
 
 
 def _open(clip: Clip, fps: float | None) -> tuple[float | None, Iterator[_Picture]]:

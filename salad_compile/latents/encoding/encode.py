@@ -17,7 +17,7 @@ from salad_compile.common.logs import logger
 from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import ConfigError, LatentItemError
 from salad_compile.latents.dataset import summary_of
-from salad_compile.latents.encoding.decoding import read_frames, require_av
+from salad_compile.latents.encoding.decoding import read_beside, read_frames, require_av
 from salad_compile.latents.encoding.finding import Clip, Clips, require_apart
 from salad_compile.latents.encoding.pipeline import PipelineEncoder
 from salad_compile.latents.encoding.sizes import ClipSize
@@ -112,6 +112,12 @@ class _Encoding:
     def run(self, held_out: set[str], progress: bool) -> EncodingReport:
         for problem in self.skipped:
             logger.warning("skipped: %s", problem)
+        with_more = next((clip for clip in self.clips.clips if clip.beside), None)
+        if with_more is not None and not self.encoder.takes_context:
+            logger.warning(
+                "%s of %s and others beside clips are left out: %s takes none",
+                *(next(iter(with_more.beside)), with_more.name, self.encoder.name),
+            )
         training = self._writer(self.goal)
         validation = self._writer(self.goal / VALIDATION) if held_out else None
         written = kept = outside = 0
@@ -141,11 +147,12 @@ class _Encoding:
             if writer.keep(clip.name, origin):
                 return "kept"
             frames = read_frames(clip, self.size, self.encoder.multiple)
-            found = self.encoder.encode(frames.pixels, clip.caption)
+            beside = read_beside(clip, frames, self.size) if self.encoder.takes_context else None
+            found = self.encoder.encode(frames.pixels, clip.caption, beside)
             item = LatentItem(clip.name, found.latent, found.text, clip.caption, frames.fps, found.extras)
             writer.write(item, origin)
         except (LatentItemError, FileNotFoundError) as error:
-            problem = Problem(clip.name, str(error).removeprefix(f"{clip.name}: "))
+            problem = Problem(clip.name, str(error).removeprefix(clip.name).lstrip(":, "))
             self.skipped.append(problem)
             logger.warning("skipped: %s", problem)
             return "skipped"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from salad_compile.errors import ConfigError, LatentLayoutError
 from salad_compile.latents.dataset import summary_of
 from salad_compile.latents.encoding.captions import Captions, read_captions
+from salad_compile.latents.encoding.companions import is_companion, split_companions
 from salad_compile.latents.source import Problem, unique_names
 
 VIDEOS = (".mp4", ".webm", ".gif", ".mov", ".mkv", ".avi", ".m4v")
@@ -19,11 +20,17 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Clip:
-    """One video. path: a file, or a folder of images. name: its path within the folder, without suffix."""
+    """One video.
+
+    Attributes:
+        path: a file, or a folder of images. name: its path within the folder, without suffix.
+        beside: files of conditions by their role, see :mod:`salad_compile.latents.encoding.companions`.
+    """
 
     name: str
     path: Path
     caption: str
+    beside: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
 
     @property
     def images(self) -> list[Path]:
@@ -34,6 +41,8 @@ class Clip:
     def origin(self) -> str:
         """What changes when the clip or its caption does."""
         files = self.images or [self.path]
+        for paths in self.beside.values():
+            files = files + [file for path in paths for file in (images_in(path) if path.is_dir() else [path])]
         stats = [(file.name, file.stat()) for file in files]
         return repr((self.caption, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]))
 
@@ -69,7 +78,8 @@ def find_clips(
     root = Path(folder)
     if not root.is_dir():
         raise LatentLayoutError(f"{root} is {'a file' if root.exists() else 'not there'}: name a folder of videos.")
-    paths = sorted(_clip_paths(root), key=lambda path: _natural(path.relative_to(root).as_posix()))
+    paths, beside = split_companions(_clip_paths(root), _images_below(root))
+    paths = sorted(paths, key=lambda path: _natural(path.relative_to(root).as_posix()))
     if not paths:
         raise LatentLayoutError(f"{root} holds no video ({', '.join(VIDEOS)}){_instead(root)}.")
     table = read_captions(
@@ -84,7 +94,7 @@ def find_clips(
         if problem:
             left_out.append(Problem(os.fsencode(name).decode(errors="backslashreplace"), problem))
         else:
-            found.append(Clip(name, path, text))
+            found.append(Clip(name, path, text, beside.get(path, {})))
     left_out += _absent(root, table)
     if not found:
         raise LatentLayoutError(
@@ -119,8 +129,13 @@ def _clip_paths(root: Path) -> Iterator[Path]:
         here = Path(place)
         videos = [here / name for name in names if Path(name).suffix.lower() in VIDEOS and not name.startswith(".")]
         yield from videos
-        if here != root and not videos and images_in(here):
+        if here != root and not videos and any(not is_companion(image) for image in images_in(here)):
             yield here
+
+
+def _images_below(root: Path) -> list[Path]:
+    """Single images that may lie beside a clip."""
+    return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGES and is_companion(p) and p.is_file())
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

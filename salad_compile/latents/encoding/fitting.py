@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from salad_compile.errors import ConfigError
@@ -33,8 +33,11 @@ def require_own_vae(pipeline: Any) -> None:
         )
 
 
-def require_known_conditions(pipeline: str, config: Mapping[str, Any]) -> None:
+def require_known_conditions(pipeline: str, config: Mapping[str, Any], *, but: Sequence[str] = ()) -> None:
     """Whether the transformer takes nothing beside latents, texts, first and last frame, by its forward.
+
+    Args:
+        but: arguments of it, by how they begin, that are made nevertheless.
 
     Raises:
         ConfigError: it takes a control video, a reference, a pose, sound or the like, which no clip of a folder has.
@@ -44,11 +47,13 @@ def require_known_conditions(pipeline: str, config: Mapping[str, Any]) -> None:
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if cls is None:
         return
-    others = [name for name in inspect.signature(cls.forward).parameters if _OTHER.search(name)]
+    names = list(inspect.signature(cls.forward).parameters)
+    others = [name for name in names if _OTHER.search(name) and not any(name.startswith(known) for known in but)]
     if others:
         raise ConfigError(
-            f"{cls.__name__} of {pipeline} takes {', '.join(others)}, and encoding makes latents, texts and conditions "
-            "of the first frame only: make the data with another trainer, or write_latents."
+            f"{cls.__name__} of {pipeline} takes {', '.join(others)}, and encoding makes latents, texts, conditions "
+            "of the first frame and the context of Wan's VACE only: make the data with another trainer, or with "
+            "write_latents."
         )
 
 

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from salad_compile.errors import ConfigError, MissingPackageError
+from salad_compile.latents.encoding.companions import Beside
 from salad_compile.latents.encoding.fitting import (
     require_known_channels,
     require_known_conditions,
     require_own_vae,
 )
+from salad_compile.latents.encoding.vace import encode_context, require_vace_channels, takes_vace
 from salad_compile.latents.encoding.vae import compression, encode_video, latent_channels, vae_statistics
-from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, LATENTS_IMAGE, POOLED_TEXT
+from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, LATENTS_IMAGE, POOLED_TEXT, VACE_CONTEXT
 from salad_compile.latents.source import strip_padding
 from salad_compile.latents.statistics import LatentStatistics
 
@@ -46,6 +48,7 @@ class PipelineEncoder:
         statistics: of the VAE.
         multiple: pixels of one token in height and width. temporal: frames of one latent after the first.
         time_patch: latents of one token in time.
+        takes_context: whether the pipeline is given a control video, a mask and references, as VACE's is.
         takes_image: whether the pipeline is given an image. takes_last_image: and the last frame as well.
     """
 
@@ -69,7 +72,8 @@ class PipelineEncoder:
             raise ConfigError(f"{self.name} has no encode_prompt: it cannot be asked for its texts.")
         self.pipeline, self.config = pipeline, config
         require_own_vae(pipeline)
-        require_known_conditions(self.name, config)
+        self.takes_context = takes_vace(pipeline, config)
+        require_known_conditions(self.name, config, but=("control_hidden_states",) if self.takes_context else ())
         self.statistics: LatentStatistics = vae_statistics(pipeline.vae)
         self.temporal, spatial = compression(pipeline)
         self.time_patch, patch = _patches(config)
@@ -89,6 +93,8 @@ class PipelineEncoder:
                 "another model."
             )
         require_known_channels(self.name, self.config, channels, self.temporal, takes_image=self.takes_image)
+        if self.takes_context:
+            require_vace_channels(self.name, self.config, channels, int(self.pipeline.vae_scale_factor_spatial))
         self._padded = self.takes_image and self.config.get("in_channels") == 2 * channels + self.temporal
         if self.takes_image and self.config.get("image_dim") and getattr(self.pipeline, "image_encoder", None) is None:
             raise ConfigError(f"the transformer of {self.name} takes image features, and it has no image encoder.")
@@ -109,8 +115,11 @@ class PipelineEncoder:
                 "encoder of another model."
             )
 
-    def encode(self, pixels: Tensor, caption: str) -> Encoded:
-        """One clip, (F, 3, H, W) uint8, and its caption."""
+    def encode(self, pixels: Tensor, caption: str, beside: Beside | None = None) -> Encoded:
+        """One clip, (F, 3, H, W) uint8, its caption, and what lies beside it.
+
+        The latents of references, if there are any, come before those of the clip.
+        """
         video = pixels.permute(1, 0, 2, 3)[None].float() / 127.5 - 1
         latent = self.statistics.normalize(encode_video(self.pipeline.vae, video))
         image = _as_image(pixels[0]) if self.takes_image else None
@@ -119,6 +128,9 @@ class PipelineEncoder:
             raise ConfigError(f"{self.name} takes a first and a last frame, and clips of one frame are asked for.")
         if image is not None:
             extras |= self._encode_image(video, [image, _as_image(pixels[-1])] if self.takes_last_image else image)
+        if self.takes_context:
+            extras[VACE_CONTEXT], references = encode_context(self.pipeline, video, beside or Beside())
+            latent = torch.cat([references, latent], dim=1)
         return Encoded(latent, text, extras)
 
     def _encode_text(self, caption: str, image: Any) -> tuple[Tensor, dict[str, Tensor]]:

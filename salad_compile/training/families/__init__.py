@@ -1,8 +1,8 @@
 """How the transformers of each family of models are called in training; one file for each.
 
 A family is recognised by the arguments of its forward, so copies and descendants of a class are found too. One that
-takes further conditions, as VACE does, is of no family, because it would be trained without them. Other models train
-with a forward of the user's.
+takes further conditions, as Wan-Animate does, is of no family, because it would be trained without them. Other models
+train with a forward of the user's.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from salad_compile.training.families.cogvideox import CogVideoX
 from salad_compile.training.families.family import Family, OwnForward
 from salad_compile.training.families.hunyuan_video import HunyuanVideo
 from salad_compile.training.families.ltx import LTXVideo
-from salad_compile.training.families.wan import Wan
+from salad_compile.training.families.wan import Wan, WanVACE
 from salad_compile.training.flow_matching import Forward
 from salad_compile.training.settings import TrainSettings
 
 __all__ = ["FAMILIES", "Family", "OwnForward", "family_of"]
 
-FAMILIES: tuple[type[Family], ...] = (LTXVideo, HunyuanVideo, CogVideoX, Wan)
+FAMILIES: tuple[type[Family], ...] = (LTXVideo, HunyuanVideo, CogVideoX, WanVACE, Wan)
 
 # Optional arguments that their own pipelines leave out too
 _SPARE = frozenset({"attention_kwargs", "joint_attention_kwargs", "timestep_cond", "ofs", "video_coords", "fps"})

@@ -12,7 +12,7 @@ from torch import Tensor
 from salad_compile.errors import ConfigError
 from salad_compile.latents import LatentDataset, LatentItem
 from salad_compile.latents.conditions import conditions_of
-from salad_compile.latents.item import CLIP_FEATURE, LATENTS_IMAGE
+from salad_compile.latents.item import CLIP_FEATURE, LATENTS_IMAGE, VACE_CONTEXT
 from salad_compile.training.families.family import Family, token_timesteps
 from salad_compile.training.flow_matching import Noised
 
@@ -50,6 +50,23 @@ class Wan(Family):
             )
         if taken_conditions(self.model, latents.shapes[0][0]):
             require_conditions(self.model, latents[0])
+
+
+class WanVACE(Wan):
+    """Wan's VACE: a control video, its mask and references as a context, which its pipeline makes; scales of 1."""
+
+    needed: ClassVar[tuple[str, ...]] = (*Wan.needed, "control_hidden_states")
+    known: ClassVar[tuple[str, ...]] = (*Wan.known, "control_hidden_states_scale")
+    takes_first_frame: ClassVar[bool] = False
+
+    def inputs(self, batch: Noised) -> dict[str, Any]:
+        context, taken = self.require(batch, VACE_CONTEXT), self.config.vace_in_channels
+        if context.shape[1] != taken:
+            raise ConfigError(
+                f"{self.name} takes a {VACE_CONTEXT} of {taken} channels, and the items have {context.shape[1]}: make "
+                "the data with the pipeline of this model (salad-compile latents encode)."
+            )
+        return {**super().inputs(batch), "control_hidden_states": context}
 
 
 def _features(features: Tensor) -> Tensor:

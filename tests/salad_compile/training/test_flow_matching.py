@@ -81,7 +81,7 @@ def test_models_that_are_not_called_as_wan_are_an_error() -> None:
     with pytest.raises(ConfigError, match=r"Other takes x, t: it is not called as.*forward=f"):
         family_of(Other(), SETTINGS)
     for name, more in {
-        "WanVACE": "control_hidden_states, control_hidden_states_scale",
+        "WanAnimate": "pose_hidden_states, face_pixel_values, motion_encode_batch_size",
         "MotifVideo": "encoder_attention_mask, image_embeds",
         "ConsisID": "id_cond, id_vit_hidden",
     }.items():

@@ -33,6 +33,14 @@ def wan_two_experts() -> Any:
     )
 
 
+def wan_vace() -> Any:
+    from diffusers import WanVACEPipeline, WanVACETransformer3DModel
+
+    config = {**wan_transformer(num_layers=2).config, "vace_layers": [0, 1], "vace_in_channels": 96}
+    parts = {"tokenizer": tokenizer(), "text_encoder": t5("UMT5"), "vae": wan_vae(), "scheduler": _scheduler()}
+    return WanVACEPipeline(**parts, transformer=WanVACETransformer3DModel.from_config(config).eval())
+
+
 def _large_vae() -> Any:
     """As Wan 2.2 5B has it: patches, residual blocks, channels of its own."""
     mean, std = tuple(0.01 * number - 0.2 for number in range(48)), tuple(0.5 + 0.02 * number for number in range(48))

@@ -257,7 +257,7 @@ def test_parts_that_are_missing_or_of_another_model() -> None:
     [
         (
             {"_class_name": "WanVACETransformer3DModel"},
-            r"takes control_hidden_states.*conditions of the first frame only",
+            r"takes control_hidden_states.*conditions of the first frame and the context of Wan's VACE only",
         ),
         ({"_class_name": "WanAnimateTransformer3DModel"}, "takes pose_hidden_states, face_pixel_values"),
         ({"in_channels": 52}, "takes 36 channels beside the 16 of the latents, which are no first frame of 16"),
