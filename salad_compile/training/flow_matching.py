@@ -66,7 +66,7 @@ class Noised:
         """On a device; latents, texts and conditions in the dtype of the model. Pinned memory is not waited for."""
 
         def move(tensor: Tensor, to: torch.dtype | None = None) -> Tensor:
-            return tensor.to(device, to or tensor.dtype, non_blocking=tensor.is_pinned())
+            return tensor.to(device, to or tensor.dtype, non_blocking=device.type != "cpu" and tensor.is_pinned())
 
         return Noised(
             move(self.latents, dtype),
@@ -82,11 +82,13 @@ class Noised:
 
     def pin(self) -> Noised:
         """In memory that a device copies from by itself, on the host."""
-        named = {
-            name: getattr(self, name).pin_memory() for name in ("latents", "timesteps", "texts", "target", "given")
-        }
-        conditions = {name: tensor.pin_memory() for name, tensor in self.conditions.items()}
-        return replace(self, **named, conditions=conditions)
+
+        def pin(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory() if tensor.numel() else tensor
+
+        names = ("latents", "timesteps", "texts", "target", "given", "weights")
+        conditions = {name: pin(tensor) for name, tensor in self.conditions.items()}
+        return replace(self, **{name: pin(getattr(self, name)) for name in names}, conditions=conditions)
 
 
 def training_sample(
