@@ -115,20 +115,21 @@ def _masses(query: torch.Tensor, key: torch.Tensor, cell: int, scale: float, cho
     of_query, of_key = choice.query_block // cell, choice.key_block // cell
     queries, keys = (pool_blocks(x, cell, mask) for x in (query, key))  # in plain torch: no kernel has such blocks
     valid = torch.ones((1, tokens), dtype=torch.bool, device=key.device) if mask is None else mask
-    held = torch.unflatten(torch.nn.functional.pad(valid, (0, -tokens % cell)), 1, (-1, cell)).sum(
-        2
-    )  # tokens of each cell
-    held = held.to(accumulation_dtype(query.dtype))
+    valid = torch.nn.functional.pad(valid, (0, -tokens % cell))
+    held = torch.unflatten(valid, 1, (-1, cell)).sum(2).to(accumulation_dtype(query.dtype))  # tokens of each cell
     weights = _filled(held[:, None, :, None], query_blocks * of_query)
-    queries, keys = _filled(queries, query_blocks * of_query), _filled(keys, key_blocks * of_key).mT
+    queries = _filled(queries, query_blocks * of_query).mul(scale).flatten(0, 1)
+    keys = _filled(keys, key_blocks * of_key).mT.flatten(0, 1)
     added = _filled(held[:, None, :, None], key_blocks * of_key).mT.log()  # -inf where a cell holds nothing
     batch, heads = query.shape[:2]
+    added = added.expand(batch, heads, 1, -1).flatten(0, 1)
     found = queries.new_empty((batch, heads, query_blocks, key_blocks))
     step = max(1, _SCORES_AT_ONCE // max(1, batch * heads * of_query * key_blocks * of_key))
     for first in range(0, query_blocks, step):
         rows = slice(first * of_query, (first + step) * of_query)
-        shares = torch.softmax((queries[:, :, rows] @ keys).mul_(scale).add_(added), dim=-1)
-        shares = torch.unflatten(shares, 3, (key_blocks, of_key)).sum(4).mul_(weights[:, :, rows])
+        shares = torch.softmax(torch.baddbmm(added, queries[:, rows], keys), dim=-1)
+        shares = torch.unflatten(shares, 2, (key_blocks, of_key)).sum(3).view(batch, heads, -1, key_blocks)
+        shares.mul_(weights[:, :, rows])
         found[:, :, first : first + step] = torch.unflatten(shares, 2, (-1, of_query)).sum(3)
     return found
 
