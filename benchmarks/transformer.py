@@ -52,7 +52,7 @@ REST_S = 0.3  # before a timing of a burst
 # Settings of SaladConfig that the command line can vary; the default first.
 VARIANTS = {
     "token_order": ("tiles", "flat"),
-    "pattern": ("topk", "stswa"),
+    "pattern": ("topk", "stswa", "mass8", "mass16", "error8", "error16"),
     "rope_placement": ("auto", "rotate-then-map", "map-then-rotate"),
     "scaling": ("v1", "v2"),
     "gate": ("token", "head", "none"),

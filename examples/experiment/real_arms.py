@@ -195,7 +195,8 @@ def tune(
     done, pace, last = 0, 0.0, min(preset.sizes.tune.steps, steps or preset.sizes.tune.steps)
     while done < last:
         begun = clock()
-        sizes = (9 * preset.chunk, preset.chunk) if done >= 4 * preset.chunk else (preset.chunk,)
+        sizes = [size * preset.chunk for size in (9, 3, 1)]  # few long ones, since each starts the readers anew
+        sizes = [size for size in sizes if done >= preset.compared or done + size <= preset.compared] or sizes[-1:]
         fitting = [size for size in sizes if not done or begun - start + size * pace <= seconds]
         if not fitting:
             break

@@ -41,8 +41,8 @@ class RealPreset:
 
     Attributes:
         sizes: the model, and what `arms.py` reads. stages: of the pre-training, in their order.
-        micro_batch: clips of one forward. chunk: steps between two looks at the clock, nine times as many after the
-            first four. ema: of the trained parameters. compared: the step at which arms are compared.
+        micro_batch: clips of one forward. chunk: steps between two looks at the clock, or three or nine times as many.
+            ema: of the trained parameters. compared: the step at which arms are compared.
         restored_level, restored_steps: for clips that are noised and restored.
     """
 
