@@ -36,7 +36,14 @@ DEGREES = (1, 2, 4, 8)
 GRACE_S = 20  # that the other processes get when one has failed
 POLL_S = 0.5
 STEP_KINDS, TRAINING_KINDS = ("salad", "dense"), ("ddp", "fsdp2")
-NAMES = {"dense": "dense, torch.compile", "salad": "SALAD, torch.compile", "ddp": "SALAD, DDP", "fsdp2": "SALAD, FSDP2"}
+IN_TURN = "salad-in-turn"
+NAMES = {
+    "dense": "dense, torch.compile",
+    "salad": "SALAD, torch.compile",
+    "ddp": "SALAD, DDP",
+    "fsdp2": "SALAD, FSDP2",
+    IN_TURN: "SALAD, exchange in turn",
+}
 
 
 def models() -> dict[str, Model]:
@@ -56,7 +63,8 @@ class Case:
     """What one group of processes times.
 
     Attributes:
-        degree: GPUs. kinds: "salad" and "dense" of a denoising step, "ddp" or "fsdp2" of a training step.
+        degree: GPUs. kinds: "salad", "salad-in-turn" and "dense" of a denoising step, "ddp" or "fsdp2" of a training
+            step.
     """
 
     model: Model
@@ -70,7 +78,9 @@ def cases(chosen: list[Model], degrees: list[int], *, training: bool) -> Iterato
     usual, longer = [[m for m in chosen if m.name.endswith("-4x") is late] for late in (False, True)]
     for model in usual:
         for degree in degrees:
-            yield Case(model, FORWARD, degree, STEP_KINDS)
+            # what it is worth to exchange while the linear branch is computed
+            more = (IN_TURN,) if degree > 1 and model is usual[0] else ()
+            yield Case(model, FORWARD, degree, (*STEP_KINDS, *more))
     if training:
         for kind in TRAINING_KINDS:
             for degree in degrees:

@@ -10,8 +10,11 @@ from .api import (
     splits_heads,
     sum_of_processes,
 )
+from .in_flight import finish_heads, finish_tokens, start_heads, start_tokens
 
 __all__ = [
+    "finish_heads",
+    "finish_tokens",
     "first_head",
     "gather_heads",
     "gather_tokens",
@@ -19,5 +22,7 @@ __all__ = [
     "members",
     "own_blocks",
     "splits_heads",
+    "start_heads",
+    "start_tokens",
     "sum_of_processes",
 ]

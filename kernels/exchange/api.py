@@ -42,6 +42,11 @@ def group_name(group: dist.ProcessGroup, heads: int = 0) -> str:
     return name
 
 
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group of a name."""
+    return _groups[name]
+
+
 def members(name: str) -> int:
     """How many processes a group has; 1 for the empty name."""
     return name.partition("/")[0].count("+") + 1
@@ -153,7 +158,7 @@ def _(x: Tensor, group: str) -> Tensor:
 def sum_of_processes(x: Tensor, group: str) -> Tensor:
     """The sum over the processes of a group, of any shape."""
     total = x.clone(memory_format=torch.contiguous_format)
-    with _among(group):
+    with among(group):
         dist.all_reduce(total, group=_groups[group])
     return total
 
@@ -171,14 +176,14 @@ def _exchange(parts: Tensor, group: str, sent: list[int] | None = None, received
     """
     parts = parts.contiguous()
     got = torch.empty_like(parts) if received is None else parts.new_empty((sum(received), *parts.shape[1:]))
-    with _among(group):
+    with among(group):
         dist.all_to_all_single(got, parts, received, sent, group=_groups[group])
     return got
 
 
 @contextlib.contextmanager
-def _among(group: str) -> Iterator[None]:
-    """Raises KernelExchangeError for what torch.distributed raises when another process does not answer."""
+def among(group: str) -> Iterator[None]:
+    """A context that raises KernelExchangeError where torch.distributed says that another process does not answer."""
     try:
         yield
     except RuntimeError as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 from salad_compile import kernels as _kernels  # registers torch.ops.salad.*
 from salad_compile.definition import patterns
 from salad_compile.definition.compensation import TAIL_WEIGHT, tail_of
-from salad_compile.definition.linear_branch import update_of
+from salad_compile.definition.linear_branch import linear_state, update_of
 from salad_compile.definition.operands import Mapped, Operands, move_operands, operands_of
 from salad_compile.definition.pattern import BlockCall
 from salad_compile.definition.spec import AttentionSpec
@@ -146,15 +146,33 @@ def _across_processes(given: Operands, spec: AttentionSpec, scale: float) -> Ten
     """
     if given.key_mask is not None:
         raise SiteLostError("attention masks and tokens that are split over processes do not go together.")
+    group, salad = spec.process_group, torch.ops.salad
     tensors = (given.query, given.key, given.value)
-    query, key, value = (torch.ops.salad.gather_tokens.default(t, spec.process_group) for t in tensors)
+    state = None
+    if overlaps(group):
+        under_way = [salad.start_tokens.default(t, group) for t in tensors]
+        if spec.linear_branch:
+            state = linear_state(given.key, given.value, spec, None, given.mapped)
+        query, key, value = (salad.finish_tokens.default(t, group) for t in under_way)
+    else:
+        query, key, value = (salad.gather_tokens.default(t, group) for t in tensors)
     branch = _of_own_heads(given.branch, spec, query.shape[1])
     whole = given._replace(query=query, key=key, value=value, branch=branch, side="none", video=key.shape[2])
     arranged = patterns.find(spec.pattern).arrange(whole, spec)
     query, key, value = (arranged.move(t) for t in (query, key, value))
-    out: Tensor = sparse_attention(query, key, value, arranged.where, spec, scale, None, branch)
-    out = torch.ops.salad.gather_heads.default(arranged.move_back(out), spec.process_group)
-    return out + cast(update_of(given, spec), out.dtype) if spec.linear_branch else out
+    out: Tensor = arranged.move_back(sparse_attention(query, key, value, arranged.where, spec, scale, None, branch))
+    if not overlaps(group):
+        out = salad.gather_heads.default(out, group)
+        return out + cast(update_of(given, spec), out.dtype) if spec.linear_branch else out
+    out = salad.start_heads.default(out, group)
+    update = cast(update_of(given, spec, state), out.dtype) if spec.linear_branch else None
+    out = salad.finish_heads.default(out, group)
+    return out if update is None else out + update
+
+
+def overlaps(group: str) -> bool:
+    """Whether the linear branch is computed while heads and tokens are exchanged: where whole heads are."""
+    return not splits_heads(group)
 
 
 def _of_own_heads(branch: BranchTensors, spec: AttentionSpec, heads: int) -> BranchTensors:

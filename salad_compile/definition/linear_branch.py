@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,8 @@ from salad_compile.kernels.exchange import api as _head_exchange  # registers to
 
 # Added to the normaliser of the linear branch, in fp32 (specification 5, our choice).
 LINEAR_EPS = 1e-6
+
+State: TypeAlias = tuple[Tensor, Tensor]
 
 assert _head_exchange
 
@@ -47,6 +51,7 @@ def linear_attention(
     spec: AttentionSpec,
     key_mask: Tensor | None = None,
     mapped: Mapped | None = None,
+    state: State | None = None,
 ) -> Tensor:
     """Bidirectional linear attention over all tokens (specification 5).
 
@@ -54,27 +59,41 @@ def linear_attention(
         query, key, value: (B, H, S, head_dim) as they reach softmax attention, after the position encoding.
         key_mask: bool (B, S), True where a key is valid, or None.
         mapped: for map-then-rotate; then query and key are not read.
-
-    With `spec.process_group` the tokens are those of this process, and the sums run over all processes.
+        state: of :func:`linear_state`, if it was computed before; then key and value are not read.
 
     Returns:
         (B, H, S, value head_dim): phi(q) KV / (phi(q) z + eps), in the dtype of query.
     """
-    rotated_query = rotated_key = None
+    if state is None:
+        state = linear_state(key, value, spec, key_mask, mapped)
+    rotated_query = None
     if mapped is not None:
-        query, key, rotated_query, rotated_key = mapped
-    state = call_operator(torch.ops.salad.linear_state.default, key, value, spec.feature_map, key_mask, rotated_key)
-    if spec.process_group:
-        state = [torch.ops.salad.sum_of_processes.default(state[i], spec.process_group) for i in range(2)]
+        query, rotated_query = mapped.query, mapped.rotated_query
     out: Tensor = call_operator(
         torch.ops.salad.linear_output.default, query, state[0], state[1], spec.feature_map, LINEAR_EPS, rotated_query
     )
     return out
 
 
-def update_of(given: Operands, spec: AttentionSpec) -> Tensor:
+def linear_state(
+    key: Tensor, value: Tensor, spec: AttentionSpec, key_mask: Tensor | None = None, mapped: Mapped | None = None
+) -> State:
+    """KV and z: sums over all tokens. The arguments are those of :func:`linear_attention`.
+
+    With `spec.process_group` the tokens are those of this process, and the sums run over all processes.
+    """
+    rotated_key = None
+    if mapped is not None:
+        key, rotated_key = mapped.key, mapped.rotated_key
+    state = call_operator(torch.ops.salad.linear_state.default, key, value, spec.feature_map, key_mask, rotated_key)
+    if spec.process_group:
+        state = [torch.ops.salad.sum_of_processes.default(state[i], spec.process_group) for i in range(2)]
+    return state[0], state[1]
+
+
+def update_of(given: Operands, spec: AttentionSpec, state: State | None = None) -> Tensor:
     """What the linear branch adds, (B, H, S, value head_dim), in the native order: its sums do not depend on one."""
-    linear = linear_attention(given.query, given.key, given.value, spec, given.key_mask, given.mapped)
+    linear = linear_attention(given.query, given.key, given.value, spec, given.key_mask, given.mapped, state)
     where = segments(given.side, given.tokens, given.video)
     if given.side != "none":
         linear = linear[:, :, where.video_begin : where.video_end]

@@ -54,11 +54,11 @@ def plan_of(scale: ModuleType, folder: Path, kinds: tuple[str, ...]) -> tuple[An
 
 
 def test_two_processes_write_complete_rows(tmp_path: Path, scale: ModuleType) -> None:
-    case, plan = plan_of(scale, tmp_path, ("salad", "dense"))
+    case, plan = plan_of(scale, tmp_path, ("salad", "dense", "salad-in-turn"))
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     (tmp_path / "outputs").mkdir()
     in_two_processes(time_a_step, tmp_path)
-    salad, dense = rows = scale.read_rows(case, OPTIONS, tmp_path, "")
+    salad, dense, in_turn = rows = scale.read_rows(case, OPTIONS, tmp_path, "")
     scale.compare(rows)
     for row in rows:
         assert row["error"] is None
@@ -70,6 +70,7 @@ def test_two_processes_write_complete_rows(tmp_path: Path, scale: ModuleType) ->
     assert salad["speedup"] == dense["median_ms"] / salad["median_ms"]
     assert salad["exchanges"]["gloo:all_to_all"] == 4  # query, key, value; output
     assert dense["ulysses_degree"] == 2
+    assert in_turn["exchanges"] == salad["exchanges"]
 
 
 def test_efficiency_is_of_one_gpu(scale: ModuleType) -> None:
@@ -126,7 +127,7 @@ def test_the_script_runs(tmp_path: Path) -> None:
     run_script(BENCHMARKS / "scale.py", *options, said=tmp_path / "said")
     rows = json.loads(output.read_text())
     assert [(row["kind"], row["degree"]) for row in rows] == [
-        *(("salad", 1), ("dense", 1), ("salad", 2), ("dense", 2)),
+        *(("salad", 1), ("dense", 1), ("salad", 2), ("dense", 2), ("salad-in-turn", 2)),
         *(("ddp", 1), ("ddp", 2), ("fsdp2", 1), ("fsdp2", 2)),
     ]
     assert all(row["error"] is None for row in rows)

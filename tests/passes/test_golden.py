@@ -62,6 +62,7 @@ def test_every_operator_of_one_process_is_in_a_golden_graph() -> None:
     """A golden graph that lost its attention, or was written for another model, would hold nothing."""
     everything = "".join(file.read_text() for file in GOLDEN.iterdir())
     across_processes = {"gather_tokens", "gather_heads", "own_blocks", "sum_of_processes"}
+    across_processes |= {"start_tokens", "finish_tokens", "start_heads", "finish_heads"}
     of_packed_calls = {"require_equal_samples"}
     assert {
         name for name in OPERATORS if f"salad.{name}(" in everything

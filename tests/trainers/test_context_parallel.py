@@ -77,6 +77,9 @@ def equals_one_process(rank: int, folder: Path) -> None:
             model.compile_repeated_blocks(**(AOT if name == "auto" else EAGER))
             assert relative_error(output(model), expected.output) < 1e-5
         if name == "auto":
+            gradients = summed(run(model, CALL, first).gradients)
+            assert all(relative_error(gradients[key], expected.gradients[key]) < 1e-4 for key in gradients)
+        if name == "auto":
             dense_for_a_while(model)
             with pytest.raises(ConfigError, match="processes"):
                 salad_compile.diagnose(model, dict(INPUTS))

@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from salad_compile.kernels import KernelExchangeError
 from salad_compile.kernels.exchange import api as head_exchange
+from salad_compile.kernels.exchange import in_flight
 
 
 @pytest.fixture
@@ -28,6 +30,20 @@ def test_operators_keep_the_rules_of_torch(group: str) -> None:
     for operator in (head_exchange.gather_tokens, head_exchange.gather_heads, head_exchange.sum_of_processes):
         torch.library.opcheck(operator, (x, group))
         assert torch.equal(operator(x, group), x)
+
+
+def test_two_halves_are_the_whole(group: str) -> None:
+    x = torch.randn(2, 4, 6, 3, requires_grad=True).transpose(1, 2).contiguous().transpose(1, 2)
+    halves = [(in_flight.start_tokens, in_flight.finish_tokens), (in_flight.start_heads, in_flight.finish_heads)]
+    for start, finish in halves:
+        out = finish(start(x, group), group)
+        assert torch.equal(out, x)
+        (gradient,) = torch.autograd.grad(out, x, 2 * torch.ones_like(out))
+        assert torch.equal(gradient, 2 * torch.ones_like(x))
+        assert not in_flight._under_way
+        with pytest.raises(KernelExchangeError, match="copied before it was over"):
+            finish(start(x, group).clone(), group)
+        in_flight._under_way.clear()
 
 
 def test_a_group_is_named_by_its_ranks(group: str) -> None:
