@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -63,14 +64,24 @@ class Feed:
             worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # of its own, or it would draw from the global one
         )
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)  # which the processes inherit that it starts
-        try:
+        with _held_back():  # the processes that it starts inherit that
             return iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _ENDS = {signal.SIGTERM}
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """SIGTERM waits, in this thread; Windows has nothing of the kind."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _outlive_signals(worker: int) -> None:
@@ -80,9 +91,9 @@ def _outlive_signals(worker: int) -> None:
     finishes its step, for which it still needs this one.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
     parent = multiprocessing.parent_process()
-    if parent is not None and hasattr(signal, "sigwaitinfo"):  # macOS has it not
+    if parent is not None and sys.platform == "linux":  # others have no sigwaitinfo
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
         threading.Thread(target=_end_by, args=(parent.pid,), daemon=True).start()
 
 
