@@ -11,9 +11,15 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
+
+# Private: a GPU that need not be there (torch 2.11 and 2.13).
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import salad_compile
+from salad_compile.calls.adapters import AttentionArguments
+from salad_compile.passes import prepare_operands
+from salad_compile.passes.attention_call import CONVERTED, AttentionCall
 from tests import toys
 from tests.passes import rotary_styles as styles
 from tests.passes.emitted import emitted_graph
@@ -196,11 +202,24 @@ def test_training_has_the_gradients_of_the_model(style: type[styles.Rotary], fea
     assert_same(actual, expected)
 
 
-def test_it_has_to_be_asked_for() -> None:
+@pytest.mark.parametrize("asked", [False, "auto"])
+def test_on_the_cpu_it_has_to_be_asked_for(asked: bool | str) -> None:
     model, inputs = converted(WanForm, torch.float64), inputs_of(WanForm)
-    _, recorder = compiled(model, inputs, prepare_operands=False)
+    _, recorder = compiled(model, inputs, prepare_operands=asked)
     assert recorder.after["salad.prepare_operand"] == 0
     assert recorder.after["salad.linear_output"] == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "trains", "faster"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_by_default_it_runs_on_a_gpu_in_inference(device: str, trains: bool, faster: bool) -> None:
+    query = fx.Graph().placeholder("query")
+    with FakeTensorMode():
+        query.meta["example_value"] = torch.empty(1, 2, 64, 16, device=device, requires_grad=trains)
+    arguments = AttentionArguments(query=query, key=query, value=query)
+    call = AttentionCall(query, arguments, None, CONVERTED, "")
+    assert prepare_operands._is_faster(call) == faster
 
 
 NORMS = {
