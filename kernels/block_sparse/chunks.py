@@ -64,14 +64,19 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: dict[str, torch.Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor of that shape; contents are whatever was there."""
-        size = math.prod(shape) * dtype.itemsize
-        buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < size:
-            buffer = self._buffers[name] = torch.empty(size, dtype=torch.uint8, device=self._device)
-        return buffer[:size].view(dtype).view(shape)
+        view = self._views.get((name, shape, dtype))
+        if view is None:
+            size = math.prod(shape) * dtype.itemsize
+            buffer = self._buffers.get(name)
+            if buffer is None or len(buffer) < size:
+                buffer = self._buffers[name] = torch.empty(size, dtype=torch.uint8, device=self._device)
+                self._views = {key: kept for key, kept in self._views.items() if key[0] != name}
+            view = self._views[name, shape, dtype] = buffer[:size].view(dtype).view(shape)
+        return view
 
     def blocks(self, name: str, x: torch.Tensor, block: int, dtype: torch.dtype) -> torch.Tensor:
         """(G, S, D) of any strides -> contiguous (G * M, block, D); the short last block ends in 0."""
@@ -81,6 +86,12 @@ class Scratch:
         blocks[:, :tokens] = x
         blocks[:, tokens:] = 0
         return blocks.view(-1, block, head_dim)
+
+    def rows(self, name: str, x: torch.Tensor, block: int, dtype: torch.dtype) -> torch.Tensor:
+        """`blocks` for what is only read where it lies: of one head without a short block, a view."""
+        if len(x) == 1 and x.dtype == dtype and x.shape[1] % block == 0 and x.stride(-1) == 1:
+            return x[0].unflatten(0, (-1, block))
+        return self.blocks(name, x, block, dtype)
 
     def gather(self, blocks: torch.Tensor, index: torch.Tensor, gathered: int) -> torch.Tensor:
         """blocks: (M, block, D), index: (n * K,) -> (n, gathered, D), the blocks of each row side by side.

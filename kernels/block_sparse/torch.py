@@ -34,7 +34,7 @@ def block_sparse_attention(
     any_dense = bool((count == ALL_BLOCKS).any())
     for b, group in head_groups(query, width, dtype.itemsize):
         valid = valid_blocks(None if key_mask is None else key_mask[b], key_block)
-        queries = scratch.blocks("query", query[b, group], query_block, dtype)
+        queries = scratch.rows("query", query[b, group], query_block, dtype)
         keys = scratch.blocks("key", key[b, group], key_block, dtype)
         values = scratch.blocks("value", value[b, group], key_block, value_dtype)
         listed = KeyLists.listed(plan, lut[b, group], count[b, group], valid)
