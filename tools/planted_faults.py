@@ -299,6 +299,24 @@ FAULTS = (
         tests="tests/salad_compile/**/test_schedules.py tests/salad_compile/sites/*.py",
     ),
     _fault(
+        "prepared operands turn by the sine where the cosine belongs",
+        "position",
+        ("(other[first], -1), (other[second], 1)", "(own[first], -1), (other[second], 1)"),
+        tests="tests/passes/test_prepare_operands.py",
+    ),
+    _fault(
+        "prepared operands pair halves as neighbours",
+        "position",
+        ("return pairs, np.flatnonzero(turned & is_first)", 'return "interleaved", np.flatnonzero(turned & is_first)'),
+        tests="tests/passes/test_prepare_operands.py",
+    ),
+    _fault(
+        "a block keeps for its backward pass what is cheap",
+        "passes",
+        ('node.meta["ac_graph_id"] = _BEFORE_EVERY_REGION', 'del node.meta["recompute"]'),
+        tests="tests/passes/test_spare_memory.py",
+    ),
+    _fault(
         "position replay leaves out the key's features",
         "position",
         ("scalings = {node for node in made if is_scaling(node, operation(node)[0])}", "scalings = set()"),

@@ -357,6 +357,13 @@ def _permute(run: Interpreter, node: fx.Node) -> Form:
     return _permuted(run.form(node.args[0]), given[0] if isinstance(given[0], (tuple, list)) else given)  # type: ignore[arg-type]
 
 
+def _movedim(run: Interpreter, node: fx.Node) -> Form:
+    form = run.form(node.args[0])
+    numbered = np.empty(range(1, len(form.axes) + 1))
+    moved = np.moveaxis(numbered, _argument(node, 1, "source"), _argument(node, 2, "destination"))
+    return _permuted(form, [size - 1 for size in moved.shape])
+
+
 def _as_complex(run: Interpreter, node: fx.Node) -> Form:
     form = run.form(node.args[0])
     if form.is_complex or form.axes[-1] is not None or form.shape[-1] != 2:
@@ -385,6 +392,7 @@ _RULES: dict[str, Callable[[Interpreter, fx.Node], Any]] = {
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), _cat),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
     "permute": _permute,
+    **dict.fromkeys(("movedim", "moveaxis"), _movedim),
     **dict.fromkeys(("repeat_interleave", "expand", "repeat"), _repeated),
     "view_as_complex": _as_complex,
     "view_as_real": _as_real,

@@ -99,6 +99,15 @@ class Fused(styles.StackedFlat):
         return self.o(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+class Moved(styles.Halves):
+    """Both halves before the samples, by another name of the move."""
+
+    def place(self, x: Tensor, angle: Tensor) -> Tensor:
+        one, two = styles.heads_of(x).unflatten(-1, (2, -1)).movedim(-2, 0)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.stack([one * cos - two * sin, two * cos + one * sin]).moveaxis([0, 1], [-2, 0]).flatten(-2)
+
+
 ON = {"prepare_operands": True}
 PREPARED = (
     *(
@@ -108,6 +117,7 @@ PREPARED = (
         WrittenOut,
         Squared,
         Fused,
+        Moved,
         styles.InPlace,
         styles.StackedFlat,
         styles.Halves,
@@ -143,7 +153,17 @@ def compiled(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> tup
 
 
 # the others compute the same by other operations
-ALWAYS = {WanForm, HeadForm, Fused, styles.Complex, styles.Partial, styles.Matrices, styles.Scaled, styles.SingleCat}
+ALWAYS = {
+    WanForm,
+    HeadForm,
+    Fused,
+    Moved,
+    styles.Complex,
+    styles.Partial,
+    styles.Matrices,
+    styles.Scaled,
+    styles.SingleCat,
+}
 
 
 def some(found: Iterable[type[styles.Rotary]]) -> list[Any]:
