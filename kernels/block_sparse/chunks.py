@@ -90,7 +90,7 @@ class Scratch:
     def rows(self, name: str, x: torch.Tensor, block: int, dtype: torch.dtype) -> torch.Tensor:
         """`blocks` for what is only read where it lies: of one head without a short block, a view."""
         if len(x) == 1 and x.dtype == dtype and x.shape[1] % block == 0 and x.stride(-1) == 1:
-            return x[0].unflatten(0, (-1, block))
+            return x[0].view(-1, block, x.shape[-1])
         return self.blocks(name, x, block, dtype)
 
     def gather(self, blocks: torch.Tensor, index: torch.Tensor, gathered: int) -> torch.Tensor:
