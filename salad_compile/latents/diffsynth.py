@@ -18,13 +18,14 @@ from typing import Any
 from torch import Tensor
 
 from salad_compile.common.inside import require_inside
-from salad_compile.latents.item import CLIP_FEATURE, LATENTS_IMAGE, LatentItem
+from salad_compile.latents.item import CLIP_FEATURE, LATENTS_IMAGE, VACE_CONTEXT, LatentItem
 from salad_compile.latents.pickles import load_mapped, require_checksums, single
 from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, strip_padding
 from salad_compile.latents.statistics import WAN_2_1
 
 _LATENT, _TEXT = "input_latents", "context"
-_EXTRAS = {"y": (LATENTS_IMAGE, 4), CLIP_FEATURE: (CLIP_FEATURE, 2)}  # name there -> name here, dimensions
+# name there -> name here, dimensions; references of VACE come first in its context and in the latents, as here
+_EXTRAS = {"y": (LATENTS_IMAGE, 4), CLIP_FEATURE: (CLIP_FEATURE, 2), VACE_CONTEXT: (VACE_CONTEXT, 4)}
 _NOT_DATA = ("latents", "noise")  # what training draws anew
 
 

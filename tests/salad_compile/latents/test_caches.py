@@ -44,6 +44,7 @@ def write_diffsynth(folder: Path, items: Sequence[LatentItem]) -> Path:
         (folder / str(number % 2)).mkdir(parents=True, exist_ok=True)
         shared = {"input_latents": item.latent[None], "latents": item.latent[None], "height": 32, "cfg_scale": 1.0}
         shared |= {"y": torch.cat([torch.ones(4, 2, 4, 6), FRAME])[None], "clip_feature": FEATURE[None]}
+        shared |= {"vace_context": CONTEXT[None]}
         torch.save((shared, {"context": padded(item)}, {}), folder / str(number % 2) / f"{number}.pth")
     return folder
 
@@ -121,6 +122,7 @@ def test_conditions_of_image_to_video(tmp_path: Path, layout: str) -> None:
     assert torch.equal(extras["clip_feature"], FEATURE)
     if layout == "diffsynth":
         assert torch.equal(extras["latents_image"][4:], FRAME)
+        assert torch.equal(extras["vace_context"], CONTEXT)
     else:
         assert torch.equal(extras["first_frame_latent"], FRAME)
 
