@@ -22,6 +22,7 @@ from tests.salad_compile.latents.data import make_item, make_items
 Write = Callable[[Path, Sequence[LatentItem]], Path]
 HASH = "A1b2C3d4E5f6G7h8I9j0-_"  # 22 characters, as 16 bytes have in base 64
 FEATURE, FRAME = torch.randn(5, 3), torch.randn(16, 2, 4, 6)
+CONTEXT = torch.arange(96 * 2 * 4 * 6.0).view(96, 2, 4, 6)  # of VACE
 
 
 def padded(item: LatentItem, length: int = 12) -> Tensor:
