@@ -10,6 +10,7 @@ import torch
 
 from ..block_choice import BlockChoice
 from ..layout import block_count
+from ..linear_operands import Keys, Queries
 from ..pools import Pools
 from ..preparation import Preparation
 from ..selection import Selection
@@ -123,11 +124,12 @@ def _linear(arch: int) -> Iterator[GateCall]:
         x, mask, rotated, phi = case.tensor(), case.mask_tensor(), case.rotated_tensor(), case.feature_map
         state = torch.empty((BATCH, HEADS, case.head_dim, case.head_dim), device=META)
         key_sum = torch.empty((BATCH, HEADS, case.head_dim), device=META)
+        keys, queries = Keys(x, x, phi, mask, rotated), Queries(x, state, key_sum, phi, EPS, rotated)
         for operator, arguments in {
-            "linear_state": (x, x, phi, mask, rotated),
-            "linear_state_backward": (state, key_sum, x, x, phi, mask, rotated),
-            "linear_output": (x, state, key_sum, phi, EPS, rotated),
-            "linear_output_backward": (x, x, state, key_sum, phi, EPS, rotated),
+            "linear_state": (keys,),
+            "linear_state_backward": (state, key_sum, keys),
+            "linear_output": (queries,),
+            "linear_output_backward": (x, queries),
         }.items():
             call = Call(operator, META, case.dtype, head_dim=case.head_dim, value_dim=case.head_dim, feature_map=phi)
             yield GateCall(call, _name(operator.removeprefix("linear_"), case), arguments)

@@ -15,6 +15,7 @@ from ..differentiation import refuse_second_derivative, reverse_mode_only
 from ..direct import direct
 from ..engines import Call, choose, serve
 from ..layout import empty_bshd
+from ..linear_operands import Keys, Queries
 from .absent import absent
 from .checks import (
     check_output,
@@ -57,53 +58,41 @@ def linear_state(
         UnsupportedKernelError: the Triton engine has no kernel for this dtype, head_dim, value width or GPU.
     """
     engine, call = serve(_describe_state, key, value, feature_map, key_mask, rotated_key)
-    state, key_sum = engine.run(call, key, value, feature_map, key_mask, rotated_key)
+    state, key_sum = engine.run(call, Keys(key, value, feature_map, key_mask, rotated_key))
     return state, key_sum
 
 
 def _describe_state(*given: Any) -> Call:
-    check_state(*given)
-    key, value, feature_map, key_mask, rotated_key = given
-    return _call("linear_state", key, value, feature_map, rotated_key, masked=key_mask is not None)
+    keys = Keys(*given)
+    check_state(keys)
+    return _call("linear_state", keys)
 
 
-def _call(
-    operator: str,
-    x: torch.Tensor,
-    value: torch.Tensor,
-    feature_map: str,
-    rotated: torch.Tensor | None,
-    *,
-    masked: bool = False,
-) -> Call:
-    """x: the query or the key. value: it or the state, whose last axis is as wide."""
+def _call(operator: str, given: Keys | Queries) -> Call:
+    x, value = given[:2]  # the query or the key; the value or the state, whose last axis is as wide
+    rotated = given.rotated_key if isinstance(given, Keys) else given.rotated_query
     return Call(
         operator,
         x.device,
         x.dtype,
         head_dim=x.shape[-1],
         value_dim=value.shape[-1],
-        masked=masked,
-        feature_map=feature_map,
+        masked=isinstance(given, Keys) and given.key_mask is not None,
+        feature_map=given.feature_map,
         rotated=rotated is not None,
         needs_gradient=x.requires_grad or value.requires_grad or (rotated is not None and rotated.requires_grad),
     )
 
 
 @linear_state.register_fake
-def _(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    feature_map: str,
-    key_mask: torch.Tensor | None = None,
-    rotated_key: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    check_state_types(key, value, feature_map, key_mask, rotated_key)
-    batch, heads, _, head_dim = key.shape
-    dtype = accumulation_dtype(key.dtype)
+def _(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    keys = Keys(*given)
+    check_state_types(keys)
+    batch, heads, _, head_dim = keys.key.shape
+    dtype = accumulation_dtype(keys.key.dtype)
     return (
-        key.new_empty((batch, heads, head_dim, value.shape[-1]), dtype=dtype),
-        key.new_empty((batch, heads, head_dim), dtype=dtype),
+        keys.key.new_empty((batch, heads, head_dim, keys.value.shape[-1]), dtype=dtype),
+        keys.key.new_empty((batch, heads, head_dim), dtype=dtype),
     )
 
 
@@ -132,24 +121,17 @@ def linear_state_backward(
         KernelArgumentError: on a wrong rank, shape, dtype or device, or an unknown feature map.
         UnsupportedKernelError: as `linear_state`.
     """
-    check_state(key, value, feature_map, key_mask, rotated_key)
+    keys = Keys(key, value, feature_map, key_mask, rotated_key)
+    check_state(keys)
     check_state_gradient(grad_state, grad_key_sum, key, value)
-    call = _call("linear_state_backward", key, value, feature_map, rotated_key, masked=key_mask is not None)
-    arguments = (grad_state, grad_key_sum, key, value, feature_map, key_mask, rotated_key)
-    grad_key, grad_value, grad_rotated = choose(call).run(call, *arguments)
+    call = _call("linear_state_backward", keys)
+    grad_key, grad_value, grad_rotated = choose(call).run(call, grad_state, grad_key_sum, keys)
     return grad_key, grad_value, grad_rotated
 
 
 @linear_state_backward.register_fake
-def _(
-    grad_state: torch.Tensor,
-    grad_key_sum: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    feature_map: str,
-    key_mask: torch.Tensor | None = None,
-    rotated_key: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(grad_state: torch.Tensor, grad_key_sum: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
+    key, value, _, _, rotated_key = Keys(*given)
     grad_rotated = absent(key) if rotated_key is None else empty_bshd(key, *key.shape)
     return empty_bshd(key, *key.shape), empty_bshd(value, *value.shape), grad_rotated
 
@@ -206,28 +188,22 @@ def linear_output(
         UnsupportedKernelError: the Triton engine has no kernel for this dtype, head_dim, value width or GPU.
     """
     engine, call = serve(_describe_output, query, state, key_sum, feature_map, eps, rotated_query)
-    out: torch.Tensor = engine.run(call, query, state, key_sum, feature_map, eps, rotated_query)
+    out: torch.Tensor = engine.run(call, Queries(query, state, key_sum, feature_map, eps, rotated_query))
     return out
 
 
 def _describe_output(*given: Any) -> Call:
-    check_output(*given)
-    query, state, _, feature_map, _, rotated_query = given
-    return _call("linear_output", query, state, feature_map, rotated_query)
+    queries = Queries(*given)
+    check_output(queries)
+    return _call("linear_output", queries)
 
 
 @linear_output.register_fake
-def _(
-    query: torch.Tensor,
-    state: torch.Tensor,
-    key_sum: torch.Tensor,
-    feature_map: str,
-    eps: float,
-    rotated_query: torch.Tensor | None = None,
-) -> torch.Tensor:
-    check_output_types(query, state, key_sum, feature_map, eps, rotated_query)
-    batch, heads, tokens, _ = query.shape
-    return empty_bshd(query, batch, heads, tokens, state.shape[-1])
+def _(*given: Any) -> torch.Tensor:
+    queries = Queries(*given)
+    check_output_types(queries)
+    batch, heads, tokens, _ = queries.query.shape
+    return empty_bshd(queries.query, batch, heads, tokens, queries.state.shape[-1])
 
 
 @torch.library.custom_op("salad::linear_output_backward", mutates_args=())
@@ -255,24 +231,17 @@ def linear_output_backward(
         KernelArgumentError: on a wrong rank, shape, dtype, device or eps, or an unknown feature map.
         UnsupportedKernelError: as `linear_output`.
     """
-    check_output(query, state, key_sum, feature_map, eps, rotated_query)
+    queries = Queries(query, state, key_sum, feature_map, eps, rotated_query)
+    check_output(queries)
     check_output_gradient(grad_out, query, state)
-    call = _call("linear_output_backward", query, state, feature_map, rotated_query)
-    arguments = (grad_out, query, state, key_sum, feature_map, eps, rotated_query)
-    grad_query, grad_state, grad_key_sum, grad_rotated = choose(call).run(call, *arguments)
+    call = _call("linear_output_backward", queries)
+    grad_query, grad_state, grad_key_sum, grad_rotated = choose(call).run(call, grad_out, queries)
     return grad_query, grad_state, grad_key_sum, grad_rotated
 
 
 @linear_output_backward.register_fake
-def _(
-    grad_out: torch.Tensor,
-    query: torch.Tensor,
-    state: torch.Tensor,
-    key_sum: torch.Tensor,
-    feature_map: str,
-    eps: float,
-    rotated_query: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(grad_out: torch.Tensor, *given: Any) -> tuple[torch.Tensor, ...]:
+    query, state, key_sum, _, _, rotated_query = Queries(*given)
     batch, heads, head_dim, value_dim = state.shape
     return (
         empty_bshd(query, *query.shape),

@@ -4,32 +4,23 @@ import torch
 
 from .. import checks
 from ..checks import accumulation_dtype, require
+from ..linear_operands import Keys, Queries
 from .feature_maps import find_feature_map
 
 
-def check_state_types(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    feature_map: str,
-    key_mask: torch.Tensor | None,
-    rotated_key: torch.Tensor | None,
-) -> None:
+def check_state_types(keys: Keys) -> None:
     """What can be checked of `linear_state` without reading a size."""
+    key, value, feature_map, key_mask, rotated_key = keys
     checks.check_same_device(key=key, value=value, key_mask=key_mask, rotated_key=rotated_key)
     checks.check_float_4d(key=key, value=value, **_given(rotated_key=rotated_key))
     checks.check_key_mask_type(key_mask)
     find_feature_map(feature_map)
 
 
-def check_state(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    feature_map: str,
-    key_mask: torch.Tensor | None,
-    rotated_key: torch.Tensor | None,
-) -> None:
+def check_state(keys: Keys) -> None:
     """Every check of `linear_state`."""
-    check_state_types(key, value, feature_map, key_mask, rotated_key)
+    key, value, _, key_mask, rotated_key = keys
+    check_state_types(keys)
     require(
         key.shape[:3] == value.shape[:3],
         f"key {tuple(key.shape)} and value {tuple(value.shape)} must agree in batch, heads and tokens",
@@ -53,15 +44,9 @@ def check_state_gradient(
         require(tensor.dtype == expected, f"{name} has dtype {tensor.dtype}; a {key.dtype} key needs {expected}")
 
 
-def check_output_types(
-    query: torch.Tensor,
-    state: torch.Tensor,
-    key_sum: torch.Tensor,
-    feature_map: str,
-    eps: float,
-    rotated_query: torch.Tensor | None,
-) -> None:
+def check_output_types(queries: Queries) -> None:
     """What can be checked of `linear_output` without reading a size."""
+    query, state, key_sum, feature_map, eps, rotated_query = queries
     checks.check_same_device(query=query, state=state, key_sum=key_sum, rotated_query=rotated_query)
     checks.check_float_4d(query=query, **_given(rotated_query=rotated_query))
     require(state.dim() == 4, f"state must have 4 dimensions (B, H, D, Dv), got {state.dim()}")
@@ -76,16 +61,10 @@ def check_output_types(
     require(eps > 0, f"eps must be positive, or a row without any positive feature divides 0 by 0; got {eps}")
 
 
-def check_output(
-    query: torch.Tensor,
-    state: torch.Tensor,
-    key_sum: torch.Tensor,
-    feature_map: str,
-    eps: float,
-    rotated_query: torch.Tensor | None,
-) -> None:
+def check_output(queries: Queries) -> None:
     """Every check of `linear_output`."""
-    check_output_types(query, state, key_sum, feature_map, eps, rotated_query)
+    query, state, key_sum, _, _, rotated_query = queries
+    check_output_types(queries)
     batch, heads, _, head_dim = query.shape
     require(
         state.shape[:3] == key_sum.shape == (batch, heads, head_dim),

@@ -10,6 +10,7 @@ import torch
 
 from ..checks import accumulation_dtype, valid_or_zero
 from ..layout import empty_bshd
+from ..linear_operands import Keys, Queries
 from .absent import absent
 from .feature_maps import find_feature_map
 
@@ -40,14 +41,9 @@ def _keep(x: torch.Tensor, masked: torch.Tensor | None) -> torch.Tensor:
     return x if masked is None else x.masked_fill(masked, 0)
 
 
-def linear_state(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    feature_map: str,
-    key_mask: torch.Tensor | None = None,
-    rotated_key: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def linear_state(keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.linear_state`."""
+    key, value, feature_map, key_mask, rotated_key = keys
     phi, _ = find_feature_map(feature_map)
     dtype = accumulation_dtype(key.dtype)
     if key.numel() <= _CHUNK_ELEMENTS:  # one chunk of all
@@ -67,18 +63,13 @@ def linear_state(
 
 
 def linear_state_backward(
-    grad_state: torch.Tensor,
-    grad_key_sum: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    feature_map: str,
-    key_mask: torch.Tensor | None = None,
-    rotated_key: torch.Tensor | None = None,
+    grad_state: torch.Tensor, grad_key_sum: torch.Tensor, keys: Keys
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """db_j = dKV v_j + dz, dv_j = dKV^T b_j, dk = phi'(k) db (specification 5).
 
     With a rotated key r_j: dr_j = dKV v_j, db_j = dz, dv_j = dKV^T r_j. Its gradient comes last, or `absent`.
     """
+    key, value, feature_map, key_mask, rotated_key = keys
     phi, phi_backward = find_feature_map(feature_map)
     dtype = accumulation_dtype(key.dtype)
     grad_state, grad_key_sum = grad_state.contiguous(), grad_key_sum.contiguous()
@@ -100,15 +91,9 @@ def linear_state_backward(
     return grad_key, grad_value, grad_rotated
 
 
-def linear_output(
-    query: torch.Tensor,
-    state: torch.Tensor,
-    key_sum: torch.Tensor,
-    feature_map: str,
-    eps: float,
-    rotated_query: torch.Tensor | None = None,
-) -> torch.Tensor:
+def linear_output(queries: Queries) -> torch.Tensor:
     """See `reference.linear_output`."""
+    query, state, key_sum, feature_map, eps, rotated_query = queries
     phi, _ = find_feature_map(feature_map)
     batch, heads, tokens, _ = query.shape
     out = empty_bshd(query, batch, heads, tokens, state.shape[-1])
@@ -128,19 +113,14 @@ def linear_output(
 
 
 def linear_output_backward(
-    grad_out: torch.Tensor,
-    query: torch.Tensor,
-    state: torch.Tensor,
-    key_sum: torch.Tensor,
-    feature_map: str,
-    eps: float,
-    rotated_query: torch.Tensor | None = None,
+    grad_out: torch.Tensor, queries: Queries
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """With s_i = a_i.z + eps and w_i = KV g_i (specification 5, g.O written as w.a / s so that O need not be kept):
 
     ds_i = -(w_i.a_i) / s_i^2, da_i = w_i / s_i + ds_i z, dKV = sum_i a_i (g_i / s_i)^T, dz = sum_i ds_i a_i.
     With a rotated query r_i: dr_i = w_i / s_i, ds_i = -(w_i.r_i) / s_i^2, da_i = ds_i z, dKV = sum_i r_i (g_i / s_i)^T.
     """
+    query, state, key_sum, feature_map, eps, rotated_query = queries
     phi, phi_backward = find_feature_map(feature_map)
     dtype = state.dtype
     state, key_sum = state.contiguous(), key_sum.contiguous()

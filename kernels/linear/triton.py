@@ -10,6 +10,7 @@ import torch
 
 from ..launch import launch
 from ..layout import empty_bshd, row_strides, with_dense_rows
+from ..linear_operands import Keys, Queries
 from . import torch as plain
 from .absent import absent
 from .host import constants, mask_bytes, new_state, reduce_splits, split_count
@@ -18,16 +19,11 @@ from .triton_output import output_backward_kernel, output_kernel
 from .triton_state import state_backward_kernel, state_kernel
 
 
-def linear_state(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    feature_map: str,
-    key_mask: torch.Tensor | None = None,
-    rotated_key: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def linear_state(keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.linear_state`. One pass over the tokens, then the sum of the splits."""
+    key, value, feature_map, key_mask, rotated_key = keys
     if key.dtype == torch.float32:
-        return plain.linear_state(key, value, feature_map, key_mask, rotated_key)
+        return plain.linear_state(keys)
     key, value, rotated_key = with_dense_rows(key), with_dense_rows(value), _dense(rotated_key)
     batch, heads, tokens, _ = key.shape
     settings = tiling("state", key, value)
@@ -47,17 +43,12 @@ def linear_state(
 
 
 def linear_state_backward(
-    grad_state: torch.Tensor,
-    grad_key_sum: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    feature_map: str,
-    key_mask: torch.Tensor | None = None,
-    rotated_key: torch.Tensor | None = None,
+    grad_state: torch.Tensor, grad_key_sum: torch.Tensor, keys: Keys
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `torch.linear_state_backward`. One pass over the tokens."""
+    key, value, feature_map, key_mask, rotated_key = keys
     if key.dtype == torch.float32:
-        return plain.linear_state_backward(grad_state, grad_key_sum, key, value, feature_map, key_mask, rotated_key)
+        return plain.linear_state_backward(grad_state, grad_key_sum, keys)
     key, value, rotated_key = with_dense_rows(key), with_dense_rows(value), _dense(rotated_key)
     batch, heads, tokens, _ = key.shape
     settings = tiling("state_backward", key, value)
@@ -77,17 +68,11 @@ def linear_state_backward(
     return grad_key, grad_value, absent(key) if grad_rotated is None else grad_rotated
 
 
-def linear_output(
-    query: torch.Tensor,
-    state: torch.Tensor,
-    key_sum: torch.Tensor,
-    feature_map: str,
-    eps: float,
-    rotated_query: torch.Tensor | None = None,
-) -> torch.Tensor:
+def linear_output(queries: Queries) -> torch.Tensor:
     """See `reference.linear_output`. One pass over the tokens."""
+    query, state, key_sum, feature_map, eps, rotated_query = queries
     if query.dtype == torch.float32:
-        return plain.linear_output(query, state, key_sum, feature_map, eps, rotated_query)
+        return plain.linear_output(queries)
     query, rotated_query = with_dense_rows(query), _dense(rotated_query)
     batch, heads, tokens, _ = query.shape
     settings = tiling("output", query, state)
@@ -105,17 +90,12 @@ def linear_output(
 
 
 def linear_output_backward(
-    grad_out: torch.Tensor,
-    query: torch.Tensor,
-    state: torch.Tensor,
-    key_sum: torch.Tensor,
-    feature_map: str,
-    eps: float,
-    rotated_query: torch.Tensor | None = None,
+    grad_out: torch.Tensor, queries: Queries
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `torch.linear_output_backward`. One pass over the tokens, then the sum of the splits."""
+    query, state, key_sum, feature_map, eps, rotated_query = queries
     if query.dtype == torch.float32:
-        return plain.linear_output_backward(grad_out, query, state, key_sum, feature_map, eps, rotated_query)
+        return plain.linear_output_backward(grad_out, queries)
     grad_out, query, rotated_query = with_dense_rows(grad_out), with_dense_rows(query), _dense(rotated_query)
     batch, heads, tokens, _ = query.shape
     settings = tiling("output_backward", query, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,23 @@ import torch
 from salad_compile.kernels import UnsupportedKernelError, linear_output, linear_state
 from salad_compile.kernels.linear import reference
 from salad_compile.kernels.linear import triton as host
+from salad_compile.kernels.linear_operands import Keys, Queries
 from tests.kernels.helpers import FORWARD_BAR, cosine, make_qkv, relative_l2
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+class Definition:
+    """The functions of `reference`, called as the operators are."""
+
+    @staticmethod
+    def linear_state(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return reference.linear_state(Keys(*given))
+
+    @staticmethod
+    def linear_output(*given: Any) -> torch.Tensor:
+        return reference.linear_output(Queries(*given))
+
 
 EPS = 1e-6
 MAPS = ("relu", "elu", "softmax")
@@ -72,7 +87,7 @@ class Inputs:
         return cls(tensors, mask, grad.to(case.dtype))
 
     def run(self, module: object, feature_map: str, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-        """Output and gradients, through the operators or through the functions of `reference`."""
+        """Output and gradients, through the operators or through their definition."""
         leaves = [x.detach().to(device, dtype).requires_grad_() for x in self.tensors]
         rotated = leaves[3:] or (None, None)
         mask = None if self.key_mask is None else self.key_mask.to(device)
@@ -87,7 +102,7 @@ class operators:
 
 def _settled(query: torch.Tensor, key: torch.Tensor, feature_map: str, mask: torch.Tensor | None) -> torch.Tensor:
     ones = torch.ones(*key.shape[:3], 1, dtype=torch.float64)
-    _, key_sum = reference.linear_state(key.double(), ones, feature_map, mask)
+    _, key_sum = Definition.linear_state(key.double(), ones, feature_map, mask)
     phi = reference.find_feature_map(feature_map)[0]
     return (phi(query.double()) * key_sum[:, :, None]).sum(-1, keepdim=True) > 1e3 * EPS
 
@@ -118,7 +133,7 @@ CASES = [
 def test_equals_the_reference(case: Case, device: str) -> None:
     inputs = Inputs.of(case)
     ours = inputs.run(operators, case.feature_map, case.dtype, device)
-    theirs = inputs.run(reference, case.feature_map, torch.float64, "cpu")
+    theirs = inputs.run(Definition, case.feature_map, torch.float64, "cpu")
     assert relative_l2(ours[0].cpu(), theirs[0]) <= FORWARD_BAR[case.dtype]
     for grad, exact in zip(ours[1:], theirs[1:], strict=True):
         assert grad.dtype == case.dtype
@@ -148,7 +163,7 @@ def test_gradients_survive_values_with_a_large_mean(dtype: torch.dtype, device: 
     case = Case(1023, dtype, heads=1, mean=8.0)
     inputs = Inputs.of(case)
     ours = inputs.run(operators, case.feature_map, dtype, device)
-    theirs = inputs.run(reference, case.feature_map, torch.float64, "cpu")
+    theirs = inputs.run(Definition, case.feature_map, torch.float64, "cpu")
     for index in (0, 1, 3):
         assert relative_l2(ours[index].cpu(), theirs[index]) <= 1e-2
 
@@ -157,7 +172,7 @@ def test_gradients_survive_values_with_a_large_mean(dtype: torch.dtype, device: 
 def test_state_is_a_sum_in_fp32(feature_map: str, device: str) -> None:
     _, key, value = make_qkv(300, dtype=torch.float32, batch=2, heads=1)
     state, key_sum = linear_state(key.to(device), value.to(device), feature_map)
-    expected_state, expected_sum = reference.linear_state(key.double(), value.double(), feature_map)
+    expected_state, expected_sum = Definition.linear_state(key.double(), value.double(), feature_map)
     assert state.is_contiguous()
     assert state.dtype == key_sum.dtype == torch.float32
     assert relative_l2(state.cpu(), expected_state) <= 1e-6
@@ -173,7 +188,8 @@ def test_fp16_neither_overflows_nor_vanishes(factor: float, device: str) -> None
     state, key_sum = linear_state(*narrow[1:], "relu")
     assert (state.max() > 65_504) == (factor > 1)
     out = linear_output(narrow[0], state, key_sum, "relu", 1e-9)
-    expected = reference.linear_output(wide[0], *reference.linear_state(*wide[1:], "relu"), "relu", 1e-9)
+    exact = Definition.linear_state(*wide[1:], "relu")
+    expected = Definition.linear_output(wide[0], *exact, "relu", 1e-9)
     assert relative_l2(out.cpu(), expected) <= FORWARD_BAR[torch.float16]
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).half() * min(1.0, factor * 100)
     ours = torch.autograd.grad(out, narrow, grad.to(device))

@@ -6,6 +6,7 @@ import torch
 from salad_compile.kernels import KernelArgumentError, linear_output, linear_state
 from salad_compile.kernels.linear import reference
 from salad_compile.kernels.linear import torch as engine
+from salad_compile.kernels.linear_operands import Keys, Queries
 from tests.kernels.helpers import FORWARD_BAR, LAYOUTS, LENGTHS, cosine, make_qkv, quadratic_attention, relative_l2
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -60,11 +61,11 @@ def test_each_operator_equals_its_reference(feature_map: str) -> None:
     query, key, value = make_qkv(203)
     value = value[..., :5]  # value width differs from head_dim
     state, key_sum = linear_state(key, value, feature_map)
-    expected_state, expected_sum = reference.linear_state(key, value, feature_map)
+    expected_state, expected_sum = reference.linear_state(Keys(key, value, feature_map))
     torch.testing.assert_close(state, expected_state)
     torch.testing.assert_close(key_sum, expected_sum)
     out = linear_output(query, state, key_sum, feature_map, 0.5)
-    torch.testing.assert_close(out, reference.linear_output(query, state, key_sum, feature_map, 0.5))
+    torch.testing.assert_close(out, reference.linear_output(Queries(query, state, key_sum, feature_map, 0.5)))
     assert out.transpose(1, 2).is_contiguous()
 
 
