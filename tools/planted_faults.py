@@ -124,6 +124,18 @@ FAULTS = (
         tests=ROUTING,
     ),
     _fault(
+        "a cell with few keys counts as a full one",
+        "kernels/routing",
+        ("torch.baddbmm(added, queries[:, rows], keys)", "torch.bmm(queries[:, rows], keys)"),
+        tests="tests/kernels/routing/test_mass.py",
+    ),
+    _fault(
+        "a block's error is that of its values alone",
+        "kernels/routing",
+        ("queries.square() @ _variance(key, block, mask).mT", "queries.square().sum(3, keepdim=True)"),
+        tests="tests/kernels/routing/test_mass.py",
+    ),
+    _fault(
         "a window ends one block early",
         "kernels/windows",
         ("(distance <= reach)", "(distance < reach)"),
