@@ -37,7 +37,7 @@ STARTED = time.perf_counter()
 OUT = results.ROOT / "out" / "real"
 SHOWN = (  # in the strips
     *("dense", "sparse-only", "tail-only", "sparse-lora", "salad", "salad-tail"),
-    *("salad-tail-64-long", "salad-error-64-long"),
+    "salad-error-64",
 )
 
 

@@ -59,6 +59,7 @@ REAL_ARMS = (
     Arm("salad-error-64-taught", "the same, taught by the dense model", TUNED, settings=_ERROR, teacher=1.0),
     Arm("salad-tail-64-taught", "salad-tail-64, taught", TUNED, settings=_TAIL, teacher=1.0),
     Arm("tail-lora-64-taught", "LoRA and means, taught", TUNED, settings={**_TAIL, **_LORA}, teacher=1.0),
+    Arm("dense-lora", "LoRA, nothing left out", TUNED, settings={**_LORA, "sparsity": 0.0}, query_blocks=2),
     *(
         Arm(f"{name}-long", f"{name}, as long as the time allowed", LONGER, settings=settings, trained=False, of=name)
         for name, settings in (
@@ -67,6 +68,7 @@ REAL_ARMS = (
             ("salad-tail-64-taught", _TAIL),
             ("salad-error-64-taught", _ERROR),
             ("tail-lora-64-taught", {**_TAIL, **_LORA}),
+            ("dense-lora", {**_LORA, "sparsity": 0.0}),
         )
     ),
 )
