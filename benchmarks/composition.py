@@ -39,6 +39,7 @@ class Bench:
         self.dense_times = time_dense(shape, self.device, self.clock, training=False)
         self.kernel = fastest(self.dense_times)
         self.outputs: dict[int, torch.Tensor] = {}  # of dense loops
+        self.about: Facts = {}  # of the row that is being measured
 
     def dense(self) -> Wan:
         """Compiled block by block, on the fastest dense attention."""
@@ -100,14 +101,29 @@ class Bench:
         frames, height, width = self.model.latent
         given = {"height": 8 * height, "width": 8 * width, "num_frames": 1 + 4 * (frames - 1), "guidance_scale": 1.0}
         given |= {"prompt_embeds": self.inputs["encoder_hidden_states"], "output_type": "latent", "return_dict": False}
-        seconds, kernel = 0.0, self.kernel if dense else ""
+        seconds, kernel, start = 0.0, self.kernel if dense else "", 0.0
+
+        def tell(_: object, step: int, __: object, kept: dict[str, Any]) -> dict[str, Any]:
+            """After each step: how far the loop has come, on the screen and in the file."""
+            self.clock.synchronize()
+            done = {"steps_done": step + 1, "whole_steps": len(ran), "loop_s": time.perf_counter() - start}
+            self.partial(done | {"steps": count, "error": "not ended"})
+            if (step + 1) % 5 == 0:
+                print(f"    {step + 1} of {count} steps, {len(ran)} whole: {done['loop_s']:.1f} s", flush=True)
+            return kept
+
         for count in (3 if cached else 1, steps):
             ran.clear()
             noise = torch.randn(1, 16, *self.model.latent, generator=torch.Generator().manual_seed(0))
             self.clock.synchronize()
             start = time.perf_counter()
             with preferring(self.dense_times), self_attention_on(kernel):
-                out = pipe(latents=noise.to(self.device, torch.float32), num_inference_steps=count, **given)[0]
+                out = pipe(
+                    latents=noise.to(self.device, torch.float32),
+                    num_inference_steps=count,
+                    **given,
+                    callback_on_step_end=tell,
+                )[0]
             self.clock.synchronize()
             seconds = time.perf_counter() - start
         if dense:
@@ -119,9 +135,14 @@ class Bench:
         dense = self.outputs.get(steps)
         return None if dense is None else float((out.float() - dense).norm() / dense.norm())
 
+    def partial(self, facts: Facts) -> None:
+        """Keep what a row has so far, for a run that is cut off."""
+        self.results.write_sometimes(lambda: [self.about | facts])
+
     def row(self, name: str, measure: Callable[[], Facts]) -> None:
         """Measure, print and keep one row; a failure is a row too."""
         about: Facts = {"row": name, "case": self.model.name, "dense_attention": self.kernel, "error": None}
+        self.about = dict(about)
         if self.budget.spent():
             about["error"] = self.budget.excuse()
         else:

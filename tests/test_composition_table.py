@@ -107,7 +107,11 @@ def test_whole_steps_and_loops_beside_dense(tmp_path: Path) -> None:
     assert "| SALAD with cache-dit, 50 steps | 99.00 | 4.99x (dense derived) |  | 25 of 50 |  |" in block
     goals = "Aimed at 3.2x for SALAD with fp8 weights: 3.20x (Wan2.1 14B, 720p, one step), reached."
     assert goals in block
-    assert goals in composition_gpu.render_speed(tmp_path)
+    speed = composition_gpu.render_speed(tmp_path)
+    assert goals in speed
+    assert "One step of Wan2.1 14B, 720p, 81 frames: dense 9.88 s, SALAD 4.03 s, SALAD with fp8 weights 3.09 s" in speed
+    assert "torchao's own settings" in block, "no graphs were counted"
+    assert "No loop with cache-dit" not in block
     assert "5x for SALAD with cache-dit: 4.99x (Wan2.1 14B, 720p, 50 steps), not reached." in block
     assert "NVIDIA Imaginary, torch 2.11.0, commit 0123456789ab. Dense runs on FlashAttention-3" in block
 
@@ -124,6 +128,21 @@ def test_a_dense_loop_that_was_timed_counts_and_failures_are_shown(tmp_path: Pat
     assert "| SALAD with cache-dit, 50 steps | 5.20 | 5.00x |  | 20 of 50 | 0.250 |" in block
     assert "- SALAD with fp8 weights, one step: ImportError: torchao" in block
     assert "3.2x" not in block
+    assert "torchao's own settings" not in block
+
+
+def test_a_failure_and_what_was_not_timed_are_said(tmp_path: Path) -> None:
+    write_steps(
+        tmp_path, {"row": "dense, one step", "median_ms": 500.0}, {"row": "SALAD, one step", "median_ms": 250.0}
+    )
+    failed = composition_gpu.CELLS[-1]
+    rows = [composition_gpu.outcome_row(failed.test, "no", "AssertionError", 0.0)]
+    (tmp_path / "composition_checks_imaginary.json").write_text(json.dumps(rows))
+    block = composition_gpu.render(tmp_path)
+    assert f"| {failed.beside} | failed | {failed.how}. {failed.failed} |" in block
+    assert "No loop with cache-dit" in block
+    (tmp_path / "composition_checks_imaginary.json").write_text(json.dumps([rows[0] | {"outcome": "yes"}]))
+    assert failed.failed not in composition_gpu.render(tmp_path)
 
 
 def test_the_benchmark_makes_rows_of_this_kind(tmp_path: Path) -> None:

@@ -232,45 +232,56 @@ class Attention(nn.Module):
 
 
 class Net(nn.Module):
-    """Two of them."""
+    """Two of them, each on a function of its own."""
 
-    def __init__(self, attend: Callable[..., Tensor]) -> None:
+    def __init__(self, own: Callable[..., Tensor], cross: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.own, self.cross = Attention(attend), Attention(attend)
+        self.own, self.cross = Attention(own), Attention(cross)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         x = x + self.own(x, x)
         return x + self.cross(x, text)  # type: ignore[no-any-return]
 
 
-def net(attend: Callable[..., Tensor]) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """The network, converted, and its arguments."""
+def net(own: Callable[..., Tensor], cross: Callable[..., Tensor], given: tuple[Tensor, ...]) -> nn.Module:
+    """The network, converted; always the same weights."""
     with seeded(0):
-        model = randomise(Net(attend), 1).eval().to(DEVICE, DTYPE)
-        given = tuple(torch.randn(1, length, 128).to(DEVICE, DTYPE) for length in (1280, 96))
+        model = randomise(Net(own, cross), 1).eval().to(DEVICE, DTYPE)
     salad_compile.convert(model, CONFIG, example_inputs=given, grid=(5, 16, 16))
     randomise_branches(model)
     assert [branch.record.owner for branch in branches(model).values()] == ["own"]
-    return model, given  # type: ignore[return-value]
+    return model
 
 
 def test_sage_attention_on_a_gpu() -> None:
-    """Self-attention becomes SALAD, what stays dense runs on its kernels, which round to 8 bits."""
+    """Self-attention becomes SALAD, what stays dense runs on its kernels.
+
+    These round to 8 bits, and version 1.0.6 does not mask the rest of a last block of 64 keys, so there is none here.
+    Outputs are held against those of models that are written as ours has to run, on the same kernels, and where other
+    kernels ran before them, against twice what the rounding alone does to the dense model.
+    """
     package = pytest.importorskip("sageattention")
     probe = torch.randn(1, 2, 256, 64, device=DEVICE, dtype=DTYPE)
     try:
         package.sageattn(probe, probe.clone(), probe)
     except Exception as error:
         pytest.skip(f"sageattention itself does not run here: {type(error).__name__}")
-    plain, given = net(F.scaled_dot_product_attention)
-    model, _ = net(package.sageattn)
+    draw = torch.Generator().manual_seed(0)
+    given = tuple(torch.randn(1, length, 128, generator=draw).to(DEVICE, DTYPE) for length in (1280, 128))
+    sage, sdpa = package.sageattn, F.scaled_dot_product_attention
+    model = net(sage, sage, given)
     with torch.no_grad():
-        expected, dense = plain(*given), None
-        with salad_compile.dense(plain):
-            dense = plain(*given)
-        assert relative_error(dense, expected) > ERROR_OF_BF16, "SALAD does something"
+        expected = net(sdpa, sage, given)(*given)
+        with salad_compile.dense(model):
+            dense, exact = model(*given), net(sdpa, sdpa, given)
+        with salad_compile.dense(exact):
+            rounding = relative_error(dense, exact(*given))
+        assert 1e-5 < rounding < ERROR_OF_BF16, "of two dense models"
+        same = max(ERROR_OF_BF16, 2 * rounding)
+        assert relative_error(dense, expected) > 2 * same, "SALAD does something"
+        assert relative_error(model(*given), expected) < 4 * SAME, "the same kernels on nearly the same numbers"
         torch._dynamo.reset()
-        for call in (model, torch.compile(model, backend="salad")):
-            assert 1e-5 < relative_error(call(*given), expected) < ERROR_OF_BF16
-            with salad_compile.dense(model):
-                assert 1e-5 < relative_error(call(*given), dense) < ERROR_OF_BF16
+        compiled = torch.compile(model, backend="salad")
+        assert relative_error(compiled(*given), expected) < same
+        with salad_compile.dense(model):
+            assert relative_error(compiled(*given), dense) < same
