@@ -189,6 +189,18 @@ FAULTS = (
     ),
     # ------------------------------------------------------------------------------------------------- the definition
     _fault(
+        "what processes have in common of a head is not added up",
+        "kernels/exchange",
+        ("whole[first:last] += received", "whole[first:last] = received"),
+        tests="tests/trainers/test_split_heads.py",
+    ),
+    _fault(
+        "processes attend with each other's blocks of a head",
+        "kernels/exchange",
+        ("own = torch.zeros_like(x)", "own = x.clone()"),
+        tests="tests/trainers/test_split_heads.py",
+    ),
+    _fault(
         "each process takes the weights of the first heads",
         "definition",
         ("first = first_head(spec.process_group, heads)", "first = 0 * heads"),
