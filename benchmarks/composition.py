@@ -96,7 +96,9 @@ class Bench:
             import cache_dit
 
             first = min(8, self.model.layers - 1)  # its own default is eight
-            cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(Fn_compute_blocks=first))
+            # by default it takes the forwards of a WanPipeline in turns for those with and without a prompt
+            config = cache_dit.DBCacheConfig(Fn_compute_blocks=first, enable_separate_cfg=False)
+            cache_dit.enable_cache(pipe, cache_config=config)
             self.compile(model)
         frames, height, width = self.model.latent
         given = {"height": 8 * height, "width": 8 * width, "num_frames": 1 + 4 * (frames - 1), "guidance_scale": 1.0}

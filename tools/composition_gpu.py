@@ -252,8 +252,9 @@ def _unmeasured(rows: list[Row]) -> list[str]:
     if not any("cache-dit" in row["row"] and not row["error"] for row in rows):
         said.append(
             "No loop with cache-dit has ended in the time there was: 50 steps of 14B had not after 185 s, compilation "
-            "and three steps before them among these. So nothing is claimed of it, nor of few-step loops: "
-            "`python benchmarks/composition.py --only dense cached few`."
+            "and three steps before them among these, and by cache-dit's default for Wan, which takes every second "
+            "forward for one without a prompt (the script says now that there is none). So nothing is claimed of it, "
+            "nor of few-step loops: `python benchmarks/composition.py --only dense cached few`."
         )
     return [*said, ""] if said else []
 
