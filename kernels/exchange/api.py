@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import KernelExchangeError
+from . import under_way
 from .shares import blocks_of, heads_of
 
 _groups: dict[str, dist.ProcessGroup] = {}
@@ -159,6 +160,7 @@ def sum_of_processes(x: Tensor, group: str) -> Tensor:
     """The sum over the processes of a group, of any shape."""
     total = x.clone(memory_format=torch.contiguous_format)
     with among(group):
+        under_way.follow()
         dist.all_reduce(total, group=_groups[group])
     return total
 
@@ -177,6 +179,7 @@ def _exchange(parts: Tensor, group: str, sent: list[int] | None = None, received
     parts = parts.contiguous()
     got = torch.empty_like(parts) if received is None else parts.new_empty((sum(received), *parts.shape[1:]))
     with among(group):
+        under_way.follow()
         dist.all_to_all_single(got, parts, received, sent, group=_groups[group])
     return got
 

@@ -13,10 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import KernelExchangeError
+from . import under_way
 from .api import among, group_of, members
-
-# Exchanges under way, by the address of what they write.
-_under_way: dict[int, Any] = {}
 
 
 @torch.library.custom_op("salad::start_tokens", mutates_args=())
@@ -78,9 +76,8 @@ def _start(parts: Tensor, group: str) -> Tensor:
     parts = parts.contiguous()
     received = torch.empty_like(parts)
     with among(group):
-        # the work keeps what it sends
         work = dist.all_to_all_single(received, parts, group=group_of(group), async_op=True)
-    _under_way[received.data_ptr()] = work, parts
+    under_way.exchanges[received.data_ptr()] = work, parts
     return received
 
 
@@ -88,7 +85,7 @@ def _wait(parts: Tensor, group: str) -> None:
     """Raises KernelExchangeError for a tensor that nothing writes: a copy of one, made too early."""
     if parts.numel() == 0:
         return
-    found = _under_way.pop(parts.data_ptr(), None)
+    found = under_way.exchanges.pop(parts.data_ptr(), None)
     if found is None:
         raise KernelExchangeError("an exchange under way was copied before it was over, by a pass or a hook of others.")
     with among(group):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from salad_compile.kernels import KernelExchangeError
 from salad_compile.kernels.exchange import api as head_exchange
-from salad_compile.kernels.exchange import in_flight
+from salad_compile.kernels.exchange import in_flight, under_way
 
 
 @pytest.fixture
@@ -40,10 +40,27 @@ def test_two_halves_are_the_whole(group: str) -> None:
         assert torch.equal(out, x)
         (gradient,) = torch.autograd.grad(out, x, 2 * torch.ones_like(out))
         assert torch.equal(gradient, 2 * torch.ones_like(x))
-        assert not in_flight._under_way
+        assert not under_way.exchanges
         with pytest.raises(KernelExchangeError, match="copied before it was over"):
             finish(start(x, group).clone(), group)
-        in_flight._under_way.clear()
+        under_way.exchanges.clear()
+
+
+def test_sums_follow_what_is_under_way(group: str) -> None:
+    """Two operations of one communicator must not run at once, on two streams."""
+    x, waited = torch.randn(2, 4, 6, 3), []
+    parts = in_flight.start_tokens(x, group)
+    ((address, (work, sent)),) = under_way.exchanges.items()
+
+    class Watched:
+        def wait(self) -> None:
+            waited.append(work.wait())
+
+    under_way.exchanges[address] = Watched(), sent
+    head_exchange.sum_of_processes(x, group)
+    assert len(waited) == 1
+    assert torch.equal(in_flight.finish_tokens(parts, group), x)
+    assert len(waited) == 2
 
 
 def test_a_group_is_named_by_its_ranks(group: str) -> None:
