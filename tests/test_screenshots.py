@@ -52,6 +52,7 @@ def test_what_is_cut_missing_or_too_wide_is_found(tmp_path: Path) -> None:
 
 
 def test_a_picture_of_a_page(tmp_path: Path) -> None:
-    taken = screenshots.take(page(tmp_path, "one.html", "words"), 400, 300, tmp_path / "pictures")
-    assert taken.name == "one_400.png"
-    assert taken.read_bytes().startswith(b"\x89PNG")
+    tall = page(tmp_path, "one.html", "words")
+    taken = screenshots.take(tall, 400, screenshots.TALLEST + 300, tmp_path / "pictures")
+    assert [each.name for each in taken] == ["one_400.png", "one_400_2.png"]
+    assert all(each.read_bytes().startswith(b"\x89PNG") for each in taken)

@@ -84,6 +84,10 @@ async function main() {{
 main();
 </script></body>"""
 
+# One page in a frame as tall as all of it, moved up by what other pictures show.
+PART = """<!doctype html><body style="margin: 0; overflow: hidden">
+<iframe src="{url}" style="border: 0; width: {width}px; height: {height}px; margin-top: -{top}px"></iframe></body>"""
+
 
 class NoBrowserError(Exception):
     """Chromium is not installed."""
@@ -140,12 +144,18 @@ def faults(seen: dict[str, dict[str, Any]], width: int) -> list[str]:
     return found
 
 
-def take(page: Path, width: int, height: int, output: Path) -> Path:
-    """A picture of a whole page."""
+def take(page: Path, width: int, height: int, output: Path) -> list[Path]:
+    """Pictures of a whole page, one below the other where it is taller than a browser draws: `<page>_<width>_2.png`."""
     output.mkdir(parents=True, exist_ok=True)
-    target = output / f"{page.stem}_{width}.png"
-    run(f"--window-size={width},{min(height, TALLEST)}", f"--screenshot={target}", page.resolve().as_uri())
-    return target
+    taken = []
+    with TemporaryDirectory() as folder:
+        for number, top in enumerate(range(0, height, TALLEST)):
+            shown = Path(folder) / "part.html"
+            shown.write_text(PART.format(url=page.resolve().as_uri(), width=width, height=height, top=top))
+            target = output / f"{page.stem}_{width}{f'_{number + 1}' if number else ''}.png"
+            run(f"--window-size={width},{min(height - top, TALLEST)}", f"--screenshot={target}", shown.as_uri())
+            taken.append(target)
+    return taken
 
 
 def _others() -> list[Path]:
@@ -166,7 +176,7 @@ def main(given: Sequence[str] | None = None) -> int:
         seen = measure(pages, width)
         found += faults(seen, width)
         for page in pages if options.pictures else ():
-            print(take(page, width, seen[page.name]["height"], OUTPUT))
+            print(*take(page, width, seen[page.name]["height"], OUTPUT))
     print("\n".join(found) or f"nothing is cut, missing or too wide on {len(pages)} pages")
     return bool(found)
 
