@@ -358,7 +358,7 @@ def render_rivals(results: Path = RESULTS) -> str:
         lines.append(f"| {row_name} | {cells} | {f'{max(errors):.0e}' if errors else ''} |")
     lines += ["", *(line for line in (_duels(found, shape) for shape in shapes) if line)]
     reasons = {f"{row['row']} {row['pass']}: {row['error'][:160]}" for row in rows if row["error"]}
-    lines += ["", "Without a timing:", *(f"- {reason}" for reason in sorted(reasons))] if reasons else []
+    lines += ["", "Without a timing:", "", *(f"- {reason}" for reason in sorted(reasons))] if reasons else []
     return "\n".join([*lines, RIVALS_END])
 
 

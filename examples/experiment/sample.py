@@ -1,7 +1,7 @@
 """Restore a noisy held-out clip with the dense model, with untrained sparse attention and with fine-tuned SALAD.
 
     python examples/experiment/sample.py                    out/experiment/sample.png; under a minute on two cores
-    python examples/experiment/sample.py --rounds 5 --json benchmarks/results/sample_cpu.json      the README's seconds
+    python examples/experiment/sample.py --rounds 3 --json benchmarks/results/sample_cpu.json      the README's seconds
     python examples/experiment/sample.py --level 1 --steps 30      from pure noise: samples, no clip to compare with
     python examples/experiment/sample.py --look out/look           draws what SALAD attends to: masks, recall, gates
 
@@ -80,7 +80,7 @@ def draw_strip(clips: dict[str, Tensor], path: Path) -> None:
 def restore(
     given: dict[str, nn.Module], noised: Tensor, labels: Tensor, options: argparse.Namespace
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What each model makes of the noise, and in how many seconds: the fastest of some rounds in turn."""
+    """What each model makes of the noise, and in how many CPU seconds: the fastest of rounds in turn."""
     restored: dict[str, Tensor] = {}
     taken: dict[str, list[float]] = {title: [] for title in given}
     with ProgressBar("restoring", len(given) * (options.rounds * options.steps + 1)) as bar:
@@ -90,9 +90,9 @@ def restore(
         for _ in range(options.rounds):
             for title, model in given.items():
                 bar.advance(0, note=title)
-                start = time.perf_counter()
+                start = time.process_time()
                 restored[title] = sample(model, noised, labels, options.steps, options.level, bar.advance)
-                taken[title].append(time.perf_counter() - start)
+                taken[title].append(time.process_time() - start)
     return restored, {title: min(each) for title, each in taken.items()}
 
 
@@ -105,7 +105,7 @@ def write_seconds(options: argparse.Namespace, seconds: dict[str, float]) -> Non
         "steps": options.steps,
         "level": options.level,
         "rounds": options.rounds,
-        "seconds": {title: round(value, 2) for title, value in seconds.items()},
+        "cpu_seconds": {title: round(value, 2) for title, value in seconds.items()},
     }
     options.json.write_text(json.dumps(row, indent=1) + "\n")
 
@@ -135,7 +135,7 @@ def main(given: Sequence[str] | None = None) -> int:
     restored, seconds = restore(models(), noised, clip.labels, options)
     for title, video in restored.items():
         alike = [f"{psnr(video, other):.1f} dB to {name}" for name, other in compared.items()]
-        alike.append(f"{seconds[title]:.1f} s")
+        alike.append(f"{seconds[title]:.1f} CPU s")
         print(f"{title}: {', '.join(alike)}", flush=True)
         rows[f"{title}: {', '.join(alike)}"] = video
         if title == "dense":

@@ -113,3 +113,18 @@ def test_what_to_pick_says_of_quality() -> None:
     of_the_branch = float(closed["salad"]) - float(closed["sparse-lora"])
     for better, worse in (("tail-lora", "sparse-lora"), ("tail-error", "tail"), ("salad", "blocks-128")):
         assert float(closed[better]) - float(closed[worse]) > of_the_branch > 0, better
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_seconds_of_the_strip(page: str) -> None:
+    row = json.loads((RESULTS / "sample_cpu.json").read_text())
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    told = re.search(
+        r"with dense attention \(([\d.]+) s\); with 90 % of it left out \(([\d.]+) s\); and fine-tuned as SALAD "
+        r"\(arXiv 2601.16515, ([\d.]+) s\)",
+        text,
+    )
+    assert told
+    assert list(told.groups()) == [f"{seconds:.1f}" for seconds in row["cpu_seconds"].values()]
+    assert row["threads"] == 1
+    assert "Seconds of one thread of a CPU" in text
