@@ -221,7 +221,7 @@ def _table(path: Path) -> list[str]:
     )
     lines.append(table(heading, shown))
     failed = [f"- {row['row']}: {row['error'][:200]}" for row in rows if row["error"]]
-    return [*lines, *(["", "Without a time:", *failed] if failed else [])]
+    return [*lines, *(["", "Without a time:", "", *failed] if failed else [])]
 
 
 def _steps(results: Path) -> list[str]:
