@@ -212,8 +212,10 @@ class Diagnosis(Report):
         return [
             f"{len(self.sites)} sites, {steps} forward{'s' if steps > 1 else ''}; means over heads and forwards, over "
             "the video's tokens. recall: share of the dense softmax mass that is computed (lowest: of a head). "
-            "L1, cosine: against dense attention of the same queries, keys and values. contribution: norm of what the "
-            "linear branch adds over that of the sparse one.",
+            "L1, cosine: against dense attention of the same queries, keys and values; L1 is the sum of absolute "
+            "differences over that of dense, of the sparse branch alone and of SALAD, with the linear one. Fine-tuning "
+            "aims at the video and not at this: SALAD's may be the larger. contribution: norm of what the linear "
+            "branch adds over that of the sparse one.",
         ]
 
     def to_dict(self) -> dict[str, Any]:
