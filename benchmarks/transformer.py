@@ -49,7 +49,7 @@ from salad_compile.sites.branch import branches
 
 FORWARD, TRAINING = "denoising step", "training step"
 REST_S = 0.3  # before a timing of a burst
-# Settings of SaladConfig that the command line can vary; the default first.
+# Settings of SaladConfig that the command line can vary; what is timed if nothing is said first.
 VARIANTS = {
     "token_order": ("tiles", "flat"),
     "pattern": ("topk", "stswa", "mass8", "mass16", "error8", "error16"),

@@ -94,8 +94,8 @@ class SaladConfig:
         key_block: tokens per key block. One of the two sizes divides the other; no length has to be divisible by them.
         window: with "stswa", the reach of the window on either side in tokens. None: what gives `sparsity`.
         compensation: what stands for the key blocks that a query block leaves out. "none": nothing, as in the paper.
-            "tail": means of their keys and values, in the same softmax, and a learned log-weight for each head
-            (specification 4.6, ours); for a little more work it keeps most of what sparsity loses.
+            "tail" (our choice): means of their keys and values, in the same softmax, and a learned log-weight for each
+            head (specification 4.6); for a little more work it keeps most of what sparsity loses.
         compensation_pool: tokens for which one mean stands; it or `key_block` divides the other.
         linear_branch: whether there is a linear branch; without it a site is sparse attention and LoRA.
         feature_map: feature map of the linear branch: "relu" (the paper), "elu" (elu + 1) or "softmax".
@@ -128,7 +128,7 @@ class SaladConfig:
     query_block: int = 128
     key_block: int = 64
     window: int | None = None
-    compensation: Compensation = COMPENSATIONS[0]
+    compensation: Compensation = "tail"
     compensation_pool: int = COMPENSATION_POOL
     linear_branch: bool = True
     feature_map: FeatureMap = "relu"

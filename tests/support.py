@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from tests.models.zoo import Case
 
 # Small blocks, so that a few hundred tokens are several ragged blocks; everything else as users have it.
-TINY = salad_compile.SaladConfig(sparsity=0.7, query_block=32, key_block=16, lora_rank=3, lora_alpha=6.0, min_tokens=90)
+TINY = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.7, query_block=32, key_block=16, lora_rank=3, lora_alpha=6.0, min_tokens=90
+)
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from salad_compile.training import TrainSettings
 def mistakes(model: nn.Module, diagnosis: Diagnosis) -> None:
     salad_compile.convertt(model)  # type: ignore[attr-defined]
     salad_compile.training.trainn(model)  # type: ignore[attr-defined]
-    salad_compile.SaladConfig(sparsty=0.9)  # type: ignore[call-arg]
-    salad_compile.SaladConfig(gate="tokens")  # type: ignore[arg-type]
-    salad_compile.SaladConfig(feature_map="rellu")  # type: ignore[arg-type]
-    salad_compile.SaladConfig(rope_placement="rotate")  # type: ignore[arg-type]
-    salad_compile.SaladConfig(lora_targets=("to_q",))  # type: ignore[arg-type]
+    salad_compile.SaladConfig(compensation="none", sparsty=0.9)  # type: ignore[call-arg]
+    salad_compile.SaladConfig(compensation="none", gate="tokens")  # type: ignore[arg-type]
+    salad_compile.SaladConfig(compensation="none", feature_map="rellu")  # type: ignore[arg-type]
+    salad_compile.SaladConfig(compensation="none", rope_placement="rotate")  # type: ignore[arg-type]
+    salad_compile.SaladConfig(compensation="none", lora_targets=("to_q",))  # type: ignore[arg-type]
     salad_compile.calibrate_heads(model, {}, measure="recal")  # type: ignore[arg-type]
     salad_compile.latents.open_latents("data", on_error="skipped")  # type: ignore[arg-type]
     salad_compile.latents.open_latents("data", layout="mussubi")  # type: ignore[arg-type]
@@ -30,5 +30,7 @@ def mistakes(model: nn.Module, diagnosis: Diagnosis) -> None:
 
 
 def right(model: nn.Module) -> nn.Module:
-    config = salad_compile.SaladConfig(gate="head", feature_map="elu", lora_targets=("query", "out"), pattern="stswa")
+    config = salad_compile.SaladConfig(
+        compensation="none", gate="head", feature_map="elu", lora_targets=("query", "out"), pattern="stswa"
+    )
     return salad_compile.convert(model, config)

@@ -252,9 +252,10 @@ def render_videos(results: Path = RESULTS) -> str:
             "| --- |" + " --- |" * len(cases),
             *(f"| {name} | {' | '.join(cells)} |" for name, cells in columns.items()),
             "",
-            f"bf16, {pairs[0][1]['sparsity']:.0%} of the key blocks left out, random weights of the real sizes. Beside "
-            "the dense time: the kernel, the",
-            f"fastest in the same run. A video: {VIDEO_STEPS} steps with guidance, {VIDEO_STEPS * GUIDANCE} forwards, "
+            f"bf16, {pairs[0][1]['sparsity']:.0%} of the key blocks left out, without compensation (it takes 2 % of a "
+            "step), random weights of the real sizes.",
+            "Beside the dense time: the kernel, the fastest in the same run. A video: "
+            f"{VIDEO_STEPS} steps with guidance, {VIDEO_STEPS * GUIDANCE} forwards,",
             "without text encoder and VAE. Memory: weights and",
             f"one forward. Fine-tuning: {TUNING_STEPS:,} steps of {TUNING_BATCH} clips on one GPU, from a few of them.",
             f"All rows: `benchmarks/results/{files[0].name}`.",

@@ -30,7 +30,7 @@ def render(results: Path = RESULTS) -> str:
     """The block, markers included."""
     attention = _rows(results, ATTENTION)
     parts = [
-        "**By GPU and model**, whole steps at the sparsity beside them:",
+        "**By GPU and model**, whole steps at the sparsity beside them, without compensation (2 % of a step):",
         _by_model(results),
         "**By length**, attention of one layer with its projection, 12 heads, sparsity 0.9, against the fastest dense "
         f"attention of PyTorch, one {attention[0]['device']}:",

@@ -270,6 +270,7 @@ def config_of(arm: Arm, preset: Preset) -> salad_compile.SaladConfig:
         "rope_placement": "rotate-then-map",
         "lora_rank": preset.rank,
         "min_tokens": 0,
+        "compensation": "none",
         **arm.settings,
     }
     return salad_compile.SaladConfig(**given)

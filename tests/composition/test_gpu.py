@@ -30,7 +30,7 @@ from tests.trainers.processes import WORLD, in_two_processes
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-CONFIG = salad_compile.SaladConfig(sparsity=0.75, lowest_sparsity=0.5, lora_rank=4, min_tokens=512)
+CONFIG = salad_compile.SaladConfig(compensation="none", sparsity=0.75, lowest_sparsity=0.5, lora_rank=4, min_tokens=512)
 GRAPHS = {"mode": "reduce-overhead"}
 OPTION = {"options": {"inductor": {"triton.cudagraphs": True}}}
 STEPS, DENSE, CHANGED = 6, 2, 4  # of a loop: its steps, those that are dense, and the one with another sparsity

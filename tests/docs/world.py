@@ -54,7 +54,7 @@ CALL = {
 }
 
 # Defaults that are smaller here than for users; snippets that set a value keep it.
-CONVERSION = {"query_block": 32, "key_block": 16, "lora_rank": 3, "min_tokens": 90}
+CONVERSION = {"compensation": "none", "query_block": 32, "key_block": 16, "lora_rank": 3, "min_tokens": 90}
 BACKEND = {"query_block": 32, "key_block": 16, "min_tokens": 90, "lowering": "eager"}
 TRAINING = {
     "steps": 2,

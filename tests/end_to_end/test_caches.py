@@ -18,7 +18,9 @@ from tests import toys
 from tests.support import randomise_branches
 
 ROOT = Path(__file__).parents[2]
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=48)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=48
+)
 
 
 def converted() -> torch.nn.Module:

@@ -28,7 +28,9 @@ Compiled = Callable[..., Any]
 WIDTH = toys.WIDTH
 EAGER: dict[str, Any] = {"backend": "salad", "options": {"lowering": "eager"}}
 AOT: dict[str, Any] = {"backend": "salad", "options": {"lowering": "aot_eager"}}
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=48)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=48
+)
 
 
 class Block(nn.Module):

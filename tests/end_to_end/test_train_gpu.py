@@ -22,7 +22,7 @@ from tests.support import seeded
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (16, 5, 32, 34)  # 1,360 tokens: the last block of queries and the last of keys are short
-CONFIG = salad_compile.SaladConfig(sparsity=0.8, lora_rank=8, min_tokens=1024)
+CONFIG = salad_compile.SaladConfig(compensation="none", sparsity=0.8, lora_rank=8, min_tokens=1024)
 SETTINGS = TrainSettings(
     steps=6,
     batch=4,

@@ -35,7 +35,7 @@ from tests.support import randomise_branches, relative_error, seeded
 
 PACK = Path(__file__).parents[2] / "examples" / "comfyui_salad"
 CONFIG = salad_compile.SaladConfig(
-    sparsity=0.6, lowest_sparsity=0.2, query_block=16, key_block=16, lora_rank=2, min_tokens=90
+    compensation="none", sparsity=0.6, lowest_sparsity=0.2, query_block=16, key_block=16, lora_rank=2, min_tokens=90
 )
 TIME = torch.tensor([431.0])
 SCHEDULE = torch.tensor([1.0, 0.8, 0.5, 0.0])

@@ -25,7 +25,9 @@ from salad_compile.passes.context import Context, Counts, Pass
 from tests import toys
 from tests.support import assert_same, check_rewrite, randomise_branches, relative_error, run
 
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64
+)
 
 
 def converted(*layers: nn.Module) -> toys.Stack:

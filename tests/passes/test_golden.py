@@ -19,7 +19,9 @@ from tests.passes.emitted import emitted_graph
 from tests.passes.golden_text import golden_text
 
 GOLDEN = Path(__file__).with_name("golden")
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=0, min_tokens=64)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=0, min_tokens=64
+)
 CASES: dict[str, dict[str, Any]] = {
     "topk_map_then_rotate": {"rope_placement": "map-then-rotate"},
     "topk_prepared": {"rope_placement": "map-then-rotate"},

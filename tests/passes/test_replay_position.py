@@ -29,6 +29,7 @@ from tests.support import Recorder, assert_same, check_rewrite, count_ops, rando
 
 # everything is kept: softmax attention is dense, and what remains is the linear branch
 CONFIG = salad_compile.SaladConfig(
+    compensation="none",
     sparsity=0.0,
     query_block=16,
     key_block=16,

@@ -17,7 +17,9 @@ from salad_compile.passes.driver import run_passes
 from tests import toys
 from tests.support import Recorder, check_rewrite, randomise_branches, relative_error
 
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64
+)
 OPTIONS = {"sparsity": 0.6, "query_block": 16, "key_block": 16, "min_tokens": 64}
 
 

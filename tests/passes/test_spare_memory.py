@@ -23,7 +23,9 @@ from salad_compile.passes.driver import run_passes
 from tests.support import randomise_branches
 
 TOKENS = 8 * 8 * 8
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=64, key_block=64, lora_rank=4, min_tokens=64)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=64, key_block=64, lora_rank=4, min_tokens=64
+)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,9 @@ from tests import toys
 from tests.passes.emitted import emitted_graph
 
 assert _exchange
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=32, lowest_sparsity=0.5, min_tokens=64)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=16, key_block=32, lowest_sparsity=0.5, min_tokens=64
+)
 DTYPES = {"f": torch.float32, "i": torch.int32, "b": torch.bool}
 
 

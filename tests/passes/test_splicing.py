@@ -17,7 +17,9 @@ from salad_compile.passes.provenance import example_value
 from tests import toys
 from tests.support import randomise_branches
 
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=48)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=48
+)
 
 
 class Check(fx.Interpreter):

@@ -73,7 +73,7 @@ def test_densities_are_integers() -> None:
 
 
 def test_specs_travel_as_text() -> None:
-    spec = SaladConfig(sparsity=0.9, query_block=64, key_block=128, feature_map="softmax").spec
+    spec = SaladConfig(sparsity=0.9, query_block=64, key_block=128, compensation="none", feature_map="softmax").spec
     made = AttentionSpec("topk", 100, 64, 128, "softmax", "tiles", rope_placement="map-then-rotate")
     assert AttentionSpec.decode(spec.encode()) == spec == made
     given = {"linear_branch": False, "rope_placement": "rotate-then-map", "gate": "head", "scaling": "v2"}
@@ -82,6 +82,11 @@ def test_specs_travel_as_text() -> None:
     site = dataclasses.replace(spec, token_order="flat", adjustable=True, window=300, **given, **found)
     assert AttentionSpec.decode(site.encode()) == site
     assert all(getattr(site, f.name) != getattr(spec, f.name) for f in dataclasses.fields(spec)[5:])
+
+
+def test_what_is_left_out_is_compensated_unless_settings_say_otherwise() -> None:
+    assert (SaladConfig().compensation, SaladConfig().spec.pool) == ("tail", 256)
+    assert SaladConfig(compensation="none").spec.pool == 0
 
 
 def test_options_remember_what_was_given() -> None:

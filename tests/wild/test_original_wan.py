@@ -26,7 +26,9 @@ def test_the_release_computes_what_diffusers_does(tmp_path: Path) -> None:
         base = randomise(from_diffusers("WanTransformer3DModel", WAN | CHANGES), 3).eval()
     original = wan.model("model", "WanModel", in_dim=4, out_dim=4)().eval()
     original.load_state_dict(to_original_names(base.state_dict()))
-    config = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=30)
+    config = salad_compile.SaladConfig(
+        compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=30
+    )
     salad_compile.convert(base, config, example_inputs=call)
     randomise_branches(base)
     salad_compile.load(original, salad_compile.save(base, tmp_path / "a.safetensors"), example_inputs=given)

@@ -22,7 +22,9 @@ from tests import toys
 from tests.support import randomise_branches, relative_error
 
 SMALL = {"query_block": 16, "key_block": 16, "min_tokens": 64, "lowering": "eager"}
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64
+)
 
 
 @pytest.fixture(autouse=True)

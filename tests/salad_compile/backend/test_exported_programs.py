@@ -17,7 +17,9 @@ from tests import support, toys
 from tests.models.zoo import CASES
 from tests.support import count_ops, randomise_branches, relative_error
 
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64
+)
 LENGTHS = {"x": {1: torch.export.Dim("tokens", min=64, max=512)}}
 
 

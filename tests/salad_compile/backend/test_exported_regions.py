@@ -17,7 +17,9 @@ from tests import toys
 from tests.passes import rotary_styles as styles
 from tests.support import count_ops, randomise_branches, relative_error
 
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64
+)
 
 
 def full() -> AbstractContextManager[Any]:

@@ -85,7 +85,7 @@ def test_what_inductor_wrapped_is_unwrapped() -> None:
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_a_lost_site_is_told_in_few_lines_and_can_be_mended(monkeypatch: pytest.MonkeyPatch, fullgraph: bool) -> None:
     """The model's state, unlike options, may be right at the next call: nothing of the failure is kept."""
-    config = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, min_tokens=0)
+    config = salad_compile.SaladConfig(compensation="none", sparsity=0.6, query_block=16, key_block=16, min_tokens=0)
     model = salad_compile.convert(toys.SelfAttention(), config, example_inputs=(toys.tokens(),))
     randomise_branches(model)
     compiled = torch.compile(model, backend="salad", options={"lowering": "eager"}, fullgraph=fullgraph)

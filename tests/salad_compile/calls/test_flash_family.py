@@ -17,7 +17,7 @@ from salad_compile.sites.branch import branches
 from tests.models import flash_packages as packages
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-CONFIG = {"min_tokens": 64, "sparsity": 0.5, "query_block": 16, "key_block": 16, "lora_rank": 2}
+CONFIG = {"compensation": "none", "min_tokens": 64, "sparsity": 0.5, "query_block": 16, "key_block": 16, "lora_rank": 2}
 AOT: dict[str, Any] = {"backend": "salad", "options": {"lowering": "aot_eager"}}
 TOKENS, BATCH, DIM, TEXT = 96, 2, 24, 8
 
@@ -209,7 +209,7 @@ def test_other_attention_is_refused_with_its_reason(given: dict[str, Any], reaso
     with packages.imported(packages.flash_attn_2()) as module:
         torch.manual_seed(0)
         model = Net(lambda q, k, v: module.flash_attn_func(q, k, v, **given)).double()
-        plan = salad_compile.plan(model, inputs(), config=salad_compile.SaladConfig(min_tokens=64))
+        plan = salad_compile.plan(model, inputs(), config=salad_compile.SaladConfig(compensation="none", min_tokens=64))
     assert not plan.eligible
 
     assert re.search(reason, plan.sites[""][0].reason)

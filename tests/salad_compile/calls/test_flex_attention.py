@@ -104,7 +104,7 @@ def test_what_stays_dense_says_why(attend: Attend, reason: str) -> None:
 def test_sparsity_zero_is_flex_attention(name: str) -> None:
     model = Attention(PLAIN[name]).requires_grad_(False)
     expected = model(x())
-    config = salad_compile.SaladConfig(sparsity=0.0, query_block=32, key_block=32, min_tokens=90)
+    config = salad_compile.SaladConfig(compensation="none", sparsity=0.0, query_block=32, key_block=32, min_tokens=90)
     converted = salad_compile.convert(copy.deepcopy(model), config, example_inputs=(x(),))
     torch.testing.assert_close(converted(x()), expected, atol=1e-5, rtol=1e-4)
     torch._dynamo.reset()
@@ -127,7 +127,7 @@ def test_other_calls_of_a_converted_owner_are_the_real_ones() -> None:
 
     model = Attention(attend).requires_grad_(False)
     expected = model(x())
-    config = salad_compile.SaladConfig(sparsity=0.0, query_block=32, key_block=32, min_tokens=90)
+    config = salad_compile.SaladConfig(compensation="none", sparsity=0.0, query_block=32, key_block=32, min_tokens=90)
     converted = salad_compile.convert(model, config, example_inputs=(x(),))
     with torch.no_grad():  # on the CPU the real one refuses tensors that require gradients
         torch.testing.assert_close(converted(x()), expected, atol=1e-5, rtol=1e-4)

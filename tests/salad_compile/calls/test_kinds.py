@@ -54,7 +54,7 @@ def test_a_kind_counts_only_where_looking_for_it_alone_finds_every_call(
 
 
 def test_a_site_that_calls_sdpa_leaves_the_code_of_flex_attention_alone() -> None:
-    config = salad_compile.SaladConfig(sparsity=0.5, query_block=16, key_block=16, min_tokens=64)
+    config = salad_compile.SaladConfig(compensation="none", sparsity=0.5, query_block=16, key_block=16, min_tokens=64)
     model = salad_compile.convert(styles.Halves(), config, example_inputs=(toys.tokens(),))
     (record,) = [branch.record for branch in model.modules() if hasattr(branch, "record")]
     assert record.call == "sdpa"

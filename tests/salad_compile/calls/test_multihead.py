@@ -17,7 +17,9 @@ from tests.models.zoo_handwritten import HANDWRITTEN_CASES
 from tests.salad_compile.conversion.test_convert import assert_unchanged, fingerprint
 from tests.support import TINY, Recorder, assert_same, randomise_branches, run
 
-DENSE_AT_ZERO = salad_compile.SaladConfig(sparsity=0.0, query_block=32, key_block=16, min_tokens=90)
+DENSE_AT_ZERO = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.0, query_block=32, key_block=16, min_tokens=90
+)
 TOKENS = 100
 
 

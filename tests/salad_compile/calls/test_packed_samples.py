@@ -12,7 +12,7 @@ from salad_compile.errors import SiteLostError
 from tests.models.attention_styles import varlen_attention
 from tests.support import randomise_branches, relative_error
 
-CONFIG = {"min_tokens": 64, "sparsity": 0.0, "query_block": 16, "key_block": 16}
+CONFIG = {"compensation": "none", "min_tokens": 64, "sparsity": 0.0, "query_block": 16, "key_block": 16}
 AOT = {"lowering": "aot_eager"}
 UNEQUAL = {"two lengths": [0, 130, 200], "padding as a sample": [0, 200, 200], "padding outside": [0, 90, 180]}
 
@@ -40,7 +40,9 @@ def model() -> nn.Module:
 
 @pytest.mark.parametrize("ends", UNEQUAL.values(), ids=UNEQUAL)
 def test_plan_refuses(ends: list[int]) -> None:
-    plan = salad_compile.plan(model(), inputs(ends), config=salad_compile.SaladConfig(min_tokens=64))
+    plan = salad_compile.plan(
+        model(), inputs(ends), config=salad_compile.SaladConfig(compensation="none", min_tokens=64)
+    )
     assert [site.eligible for site in plan.sites[""]] == [False]
     assert "different lengths" in plan.sites[""][0].reason
 

@@ -216,7 +216,7 @@ def test_found_uncompiled_and_in_graphs(attend: Attend, scale: float, heads_firs
 def test_sparsity_zero_is_dense(attend: Attend, scale: float, heads_first: bool) -> None:
     model = Attention(attend, heads_first=heads_first)
     expected = model(x())
-    config = salad_compile.SaladConfig(sparsity=0.0, query_block=32, key_block=16, min_tokens=90)
+    config = salad_compile.SaladConfig(compensation="none", sparsity=0.0, query_block=32, key_block=16, min_tokens=90)
     converted = salad_compile.convert(model, config, example_inputs=(x(),))
     torch.testing.assert_close(converted(x()), expected, atol=1e-5, rtol=1e-4)
 

@@ -39,7 +39,7 @@ from tests.support import (
     run,
 )
 
-CONFIG = SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
+CONFIG = SaladConfig(compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
 
 
 def wan() -> tuple[nn.Module, dict[str, Any]]:
@@ -286,7 +286,7 @@ def test_projections_may_have_more_outputs_than_attention_reads() -> None:
     model = toys.Stack(FirstHeads(), toys.SelfAttention())
     model.layers[0].register_forward_hook(lambda module, args, out: torch.cat((out, out), dim=-1))
     expected = model(toys.tokens())
-    config = salad_compile.SaladConfig(min_tokens=48, query_block=16, key_block=16, sparsity=0.0)
+    config = salad_compile.SaladConfig(compensation="none", min_tokens=48, query_block=16, key_block=16, sparsity=0.0)
     plan = salad_compile.plan(model, (toys.tokens(),), config=config)
     assert [site.name for site in plan.eligible] == ["layers.0", "layers.1"]
     salad_compile.convert(model, config, example_inputs=(toys.tokens(),))

@@ -16,7 +16,9 @@ from tests import toys
 from tests.salad_compile.conversion.test_convert import assert_unchanged, fingerprint
 from tests.support import randomise_branches, relative_error
 
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64
+)
 INPUTS = (toys.tokens(),)
 
 

@@ -19,7 +19,14 @@ from salad_compile.errors import ConfigError
 from tests import toys
 from tests.passes import rotary_styles as styles
 
-SETTINGS = {"sparsity": 0.7, "query_block": 16, "key_block": 16, "lora_rank": 2, "min_tokens": 64}
+SETTINGS = {
+    "compensation": "none",
+    "sparsity": 0.7,
+    "query_block": 16,
+    "key_block": 16,
+    "lora_rank": 2,
+    "min_tokens": 64,
+}
 TAIL = {"compensation": "tail", "compensation_pool": 32}
 
 

@@ -44,11 +44,11 @@ def toy(**changes: Any) -> nn.Module:
 
 
 def test_an_unknown_pattern_is_an_error_that_lists_the_known() -> None:
-    for look in (patterns.find, lambda name: SaladConfig(pattern=name)):
+    for look in (patterns.find, lambda name: SaladConfig(compensation="none", pattern=name)):
         with pytest.raises(ConfigError, match=r"'stswa', 'topk'.*Did you mean 'stswa'"):
             look("stwsa")
     with pytest.raises(ConfigError, match="pattern"):
-        SaladConfig(pattern="diagonal")
+        SaladConfig(compensation="none", pattern="diagonal")
 
 
 def test_one_name_means_one_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,10 +67,12 @@ def test_every_file_declares_the_pattern_that_it_is_named_after() -> None:
 @pytest.mark.usefixtures("diagonal")
 def test_a_new_pattern_is_chosen_by_its_name() -> None:
     assert "diagonal" in patterns.names()
-    assert SaladConfig(pattern="diagonal").spec.pattern == "diagonal"
+    assert SaladConfig(compensation="none", pattern="diagonal").spec.pattern == "diagonal"
     with pytest.raises(ConfigError, match="without conversion: it has tensors of its own"):
         BackendOptions(pattern="diagonal")
-    plan = salad_compile.plan(WAN.build(), INPUTS, config=SaladConfig(pattern="diagonal", min_tokens=90))
+    plan = salad_compile.plan(
+        WAN.build(), INPUTS, config=SaladConfig(compensation="none", pattern="diagonal", min_tokens=90)
+    )
     assert [site.name for site in plan.eligible] == list(WAN.sites)
 
 

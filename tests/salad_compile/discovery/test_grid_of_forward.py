@@ -17,7 +17,7 @@ from salad_compile.discovery.discover import Discovery, discover
 from salad_compile.grid.rule import GridRule
 from tests import toys
 
-CONFIG = SaladConfig(query_block=16, key_block=16, lora_rank=0, min_tokens=40)
+CONFIG = SaladConfig(compensation="none", query_block=16, key_block=16, lora_rank=0, min_tokens=40)
 
 
 class Video(nn.Module):

@@ -15,7 +15,9 @@ import salad_compile
 from tests import toys
 from tests.support import randomise_branches, relative_error
 
-CONFIG = salad_compile.SaladConfig(sparsity=0.0, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.0, query_block=16, key_block=16, lora_rank=2, min_tokens=64
+)
 INPUTS = (toys.tokens(96),)
 
 

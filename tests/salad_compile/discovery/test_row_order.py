@@ -17,7 +17,7 @@ from salad_compile.errors import SiteLostError
 from salad_compile.sites.branch import branches
 from tests import toys
 
-CONFIG = SaladConfig(sparsity=0.0, query_block=16, key_block=16, lora_rank=0, min_tokens=40)
+CONFIG = SaladConfig(compensation="none", sparsity=0.0, query_block=16, key_block=16, lora_rank=0, min_tokens=40)
 FRAMES, TOKENS = 4, 72
 ORDER = torch.arange(TOKENS).flip(0)
 Operand = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]

@@ -408,7 +408,7 @@ def test_the_report_says_how_much_is_text() -> None:
     plan = salad_compile.plan(
         Single(lambda video, text: torch.cat([text, video], 1)),
         (clip(), toys.tokens(TEXT)),
-        config=salad_compile.SaladConfig(min_tokens=64),
+        config=salad_compile.SaladConfig(compensation="none", min_tokens=64),
     )
     assert plan.rows()[0][1:3] == ("joint", f"{TEXT} text + {VIDEO}")
 

@@ -26,7 +26,9 @@ from tests import toys
 from tests.salad_compile.conversion.test_convert import assert_unchanged, fingerprint
 from tests.support import Recorder, assert_same, randomise_branches, relative_error, run
 
-CONFIG = salad_compile.SaladConfig(sparsity=0.7, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.7, query_block=16, key_block=16, lora_rank=2, min_tokens=64
+)
 
 
 class Clip(nn.Module):

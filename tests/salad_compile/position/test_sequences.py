@@ -20,7 +20,13 @@ from tests.passes import rotary_styles as styles
 from tests.support import randomise_branches
 
 CONFIG = salad_compile.SaladConfig(
-    sparsity=0.5, query_block=16, key_block=16, lora_rank=2, min_tokens=64, rope_placement="map-then-rotate"
+    compensation="none",
+    sparsity=0.5,
+    query_block=16,
+    key_block=16,
+    lora_rank=2,
+    min_tokens=64,
+    rope_placement="map-then-rotate",
 )
 
 

@@ -29,7 +29,9 @@ import salad_compile
 from tests.models.registry import ALL_CASES
 
 FILES = Path(__file__).with_name("files")
-TINY = salad_compile.SaladConfig(sparsity=0.7, query_block=32, key_block=16, lora_rank=3, lora_alpha=6.0, min_tokens=90)
+TINY = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.7, query_block=32, key_block=16, lora_rank=3, lora_alpha=6.0, min_tokens=90
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ SAVED = {
     "sites-differ": Saved(
         "handwritten_fused",
         {
+            "compensation": "none",
             "overrides": {"blocks.0.*": {"sparsity": 0.5}},
             "lowest_sparsity": 0.3,
             "rope_placement": "rotate-then-map",

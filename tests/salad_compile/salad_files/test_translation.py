@@ -19,6 +19,7 @@ from tests.models.zoo import WAN, from_diffusers, randomise
 from tests.support import randomise_branches, relative_error, seeded
 
 CONFIG = salad_compile.SaladConfig(
+    compensation="none",
     sparsity=0.6,
     query_block=16,
     key_block=16,

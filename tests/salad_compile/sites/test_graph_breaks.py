@@ -23,7 +23,9 @@ from salad_compile.sites.graph_breaks import leave_uncompiled
 from tests import toys
 from tests.support import assert_same, randomise_branches, relative_error, run
 
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64
+)
 X = {"x": toys.tokens()}
 AOT = {"lowering": "aot_eager"}
 """The definition of a module that runs uncompiled is compiled, unless lowering is "eager"."""

@@ -21,9 +21,11 @@ from tests import toys
 from tests.support import check_rewrite, randomise_branches, relative_error
 
 CONFIG = salad_compile.SaladConfig(
-    sparsity=0.6, query_block=16, key_block=16, lora_rank=2, lora_alpha=6.0, min_tokens=64
+    compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, lora_alpha=6.0, min_tokens=64
 )
-DENSE_CONFIG = salad_compile.SaladConfig(sparsity=0.0, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
+DENSE_CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.0, query_block=16, key_block=16, lora_rank=2, min_tokens=64
+)
 WIDTH, HEADS, KEY_HEADS, HEAD_DIM = 16, 6, 2, 8
 Share = Callable[[Tensor], Tensor]
 

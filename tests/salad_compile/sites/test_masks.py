@@ -18,8 +18,12 @@ from salad_compile.errors import SiteLostError
 from tests import toys
 from tests.support import assert_same, check_rewrite, randomise_branches, relative_error, run
 
-CONFIG = salad_compile.SaladConfig(sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
-DENSE_CONFIG = salad_compile.SaladConfig(sparsity=0.0, query_block=16, key_block=16, lora_rank=2, min_tokens=64)
+CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64
+)
+DENSE_CONFIG = salad_compile.SaladConfig(
+    compensation="none", sparsity=0.0, query_block=16, key_block=16, lora_rank=2, min_tokens=64
+)
 TOKENS = 90
 MakeMask = Callable[[Tensor], Tensor]
 

@@ -20,7 +20,13 @@ from tests import toys
 from tests.support import randomise_branches, relative_error
 
 CONFIG = salad_compile.SaladConfig(
-    sparsity=0.6, query_block=16, key_block=16, lora_rank=2, min_tokens=64, rope_placement="rotate-then-map"
+    compensation="none",
+    sparsity=0.6,
+    query_block=16,
+    key_block=16,
+    lora_rank=2,
+    min_tokens=64,
+    rope_placement="rotate-then-map",
 )
 INPUTS = (toys.tokens(96),)
 OPTIONS = {"lowering": "eager"}

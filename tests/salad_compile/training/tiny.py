@@ -21,6 +21,7 @@ from tests.support import seeded
 SHAPE = (4, 3, 8, 8)
 # the placement that costs the uncompiled model least time
 CONFIG = salad_compile.SaladConfig(
+    compensation="none",
     sparsity=0.7,
     lowest_sparsity=0.2,
     query_block=16,

@@ -162,7 +162,7 @@ def test_from_files_beside_the_clips_to_a_training(clips: Path, tmp_path: Path) 
         **{"steps": 1, "batch": 1, "compile": "none", "workers": 0, "gradient_checkpointing": False},
         **{"sample_every": 1, "sample_steps": 1, "sample_items": 2},
     )
-    config = salad_compile.SaladConfig(min_tokens=1, query_block=16, key_block=16, sparsity=0.5)
+    config = salad_compile.SaladConfig(compensation="none", min_tokens=1, query_block=16, key_block=16, sparsity=0.5)
     assert train(model, data, settings, tmp_path / "run", config=config, decode=decode).finished
     assert set(shown) == {(2, *size)}  # without the reference
 

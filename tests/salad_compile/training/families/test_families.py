@@ -216,7 +216,7 @@ def test_a_step_of_sampling_is_that_of_the_scheduler(name: str) -> None:
 def test_every_family_trains(name: str, tmp_path: Path) -> None:
     model = model_of(name)
     write_latents((item_of(model, name, number) for number in range(2)), tmp_path / "data")
-    config = SaladConfig(sparsity=0.5, query_block=16, key_block=16, lora_rank=2, min_tokens=24)
+    config = SaladConfig(compensation="none", sparsity=0.5, query_block=16, key_block=16, lora_rank=2, min_tokens=24)
     data = open_latents(tmp_path / "data")
     result = train(model, data, settings_of(name), tmp_path / "run", validation=data, config=config)
     assert result.finished
