@@ -1,6 +1,7 @@
 """Operators by which processes that share a sequence exchange it."""
 
 from .api import (
+    backend_of,
     first_head,
     gather_heads,
     gather_tokens,
@@ -13,6 +14,7 @@ from .api import (
 from .in_flight import finish_heads, finish_tokens, start_heads, start_tokens
 
 __all__ = [
+    "backend_of",
     "finish_heads",
     "finish_tokens",
     "first_head",

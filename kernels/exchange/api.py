@@ -48,6 +48,11 @@ def group_of(name: str) -> dist.ProcessGroup:
     return _groups[name]
 
 
+def backend_of(name: str) -> str:
+    """The backend of a group, as torch.distributed calls it: "gloo", "nccl", or several, "cpu:gloo,cuda:nccl"."""
+    return str(dist.get_backend(_groups[name]))
+
+
 def members(name: str) -> int:
     """How many processes a group has; 1 for the empty name."""
     return name.partition("/")[0].count("+") + 1

@@ -73,7 +73,8 @@ def _(parts: Tensor, group: str) -> Tensor:
 
 
 def _start(parts: Tensor, group: str) -> Tensor:
-    parts = parts.contiguous()
+    # always a copy: a compiler may use the memory of what it gave for something else as soon as this returns
+    parts = parts.clone(memory_format=torch.contiguous_format)
     received = torch.empty_like(parts)
     with among(group):
         work = dist.all_to_all_single(received, parts, group=group_of(group), async_op=True)

@@ -21,10 +21,13 @@ from salad_compile.definition.token_layout import Segments
 from salad_compile.errors import SiteLostError
 from salad_compile.kernels.block_sparse.api import attend
 from salad_compile.kernels.direct import call_together
-from salad_compile.kernels.exchange.api import first_head, splits_heads
+from salad_compile.kernels.exchange.api import backend_of, first_head, splits_heads
 from salad_compile.kernels.selection import Selection
 
 assert _kernels
+
+OVERLAPPING_BACKENDS = {"gloo"}
+"""Of torch.distributed, where the linear branch is computed while processes exchange heads and tokens: `overlaps`."""
 
 
 def salad_attention(
@@ -148,8 +151,8 @@ def _across_processes(given: Operands, spec: AttentionSpec, scale: float) -> Ten
         raise SiteLostError("attention masks and tokens that are split over processes do not go together.")
     group, salad = spec.process_group, torch.ops.salad
     tensors = (given.query, given.key, given.value)
-    state = None
-    if overlaps(group):
+    state, overlapped = None, overlaps(group)
+    if overlapped:
         under_way = [salad.start_tokens.default(t, group) for t in tensors]
         if spec.linear_branch:
             state = linear_state(given.key, given.value, spec, None, given.mapped)
@@ -161,7 +164,7 @@ def _across_processes(given: Operands, spec: AttentionSpec, scale: float) -> Ten
     arranged = patterns.find(spec.pattern).arrange(whole, spec)
     query, key, value = (arranged.move(t) for t in (query, key, value))
     out: Tensor = arranged.move_back(sparse_attention(query, key, value, arranged.where, spec, scale, None, branch))
-    if not overlaps(group):
+    if not overlapped:
         out = salad.gather_heads.default(out, group)
         return out + cast(update_of(given, spec), out.dtype) if spec.linear_branch else out
     out = salad.start_heads.default(out, group)
@@ -171,8 +174,11 @@ def _across_processes(given: Operands, spec: AttentionSpec, scale: float) -> Ten
 
 
 def overlaps(group: str) -> bool:
-    """Whether the linear branch is computed while heads and tokens are exchanged: where whole heads are."""
-    return not splits_heads(group)
+    """Whether the linear branch is computed while heads and tokens are exchanged: where whole heads are, over gloo.
+
+    Over NCCL that was never run. What was run there is the exchange in one piece, so GPUs keep to it.
+    """
+    return not splits_heads(group) and backend_of(group) in OVERLAPPING_BACKENDS
 
 
 def _of_own_heads(branch: BranchTensors, spec: AttentionSpec, heads: int) -> BranchTensors:

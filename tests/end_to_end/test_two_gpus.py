@@ -9,6 +9,7 @@ file of the command.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from datetime import timedelta
 from typing import Any
@@ -20,6 +21,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import salad_compile
+from salad_compile.definition import attention
 from tests.support import randomise_branches, relative_error, seeded
 from tests.trainers.processes import free_port
 
@@ -74,7 +76,9 @@ def compare(rank: int, port: int) -> None:
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", timeout=timedelta(seconds=120), device_id=device)
     try:
-        for name, changes in CONVERSIONS.items():
+        for (name, changes), backends in itertools.product(CONVERSIONS.items(), (set[str](), {"nccl"})):
+            attention.OVERLAPPING_BACKENDS = backends  # NCCL is none by default, until this has passed
+            torch.compiler.reset()
             model, inputs = model_and_inputs(device, **changes)
             expected, of_one = outcome(model, inputs)
             shared = copy.deepcopy(model)

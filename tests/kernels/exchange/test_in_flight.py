@@ -14,6 +14,7 @@ from torch._inductor.utils import run_and_get_code
 
 from salad_compile.backend.dynamo import salad
 from salad_compile.kernels.exchange import group_name
+from salad_compile.kernels.exchange.under_way import exchanges
 
 
 @pytest.fixture
@@ -46,3 +47,14 @@ def test_inductor_keeps_the_halves_apart(group: str) -> None:
         *("start_tokens", "start_tokens", "linear_state", "sum_of_processes", "finish_tokens", "finish_tokens"),
         *("start_heads", "linear_output", "finish_heads"),
     ]
+
+
+def test_what_is_under_way_is_no_view_of_what_was_given(group: str) -> None:
+    """A compiler writes something else there as soon as nothing reads it any more, and the exchange goes on."""
+    given = torch.randn(1, 4, 64, 16)  # contiguous with its heads in front, too
+    expected = given.clone()
+    under_way = torch.ops.salad.start_tokens(given, group)
+    (_, sent), *others = exchanges.values()
+    assert not others
+    assert sent.untyped_storage().data_ptr() != given.untyped_storage().data_ptr()
+    assert torch.equal(torch.ops.salad.finish_tokens(under_way, group), expected)

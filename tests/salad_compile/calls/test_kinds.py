@@ -53,7 +53,8 @@ def test_a_kind_counts_only_where_looking_for_it_alone_finds_every_call(
     assert kind_among(kind, others) == among
 
 
-def test_a_site_that_calls_sdpa_leaves_the_code_of_flex_attention_alone() -> None:
+def test_calls_of_flex_attention_are_seen_in_a_forward_of_a_site_that_called_sdpa_and_only_then() -> None:
+    # an attention backend may be chosen after conversion
     config = salad_compile.SaladConfig(compensation="none", sparsity=0.5, query_block=16, key_block=16, min_tokens=64)
     model = salad_compile.convert(styles.Halves(), config, example_inputs=(toys.tokens(),))
     (record,) = [branch.record for branch in model.modules() if hasattr(branch, "record")]
@@ -63,5 +64,5 @@ def test_a_site_that_calls_sdpa_leaves_the_code_of_flex_attention_alone() -> Non
     for module in model.modules():
         module.register_forward_hook(lambda *_: seen.append(flex_attention.__code__))
     model(toys.tokens())
-    assert seen
-    assert set(seen) == {code}
+    assert any(each is not code for each in seen)
+    assert flex_attention.__code__ is code
