@@ -24,19 +24,25 @@ def free_port() -> int:
         return int(unused.getsockname()[1])
 
 
-def in_two_processes(function: Callable[[int, Path], None], folder: Path, backend: str = "gloo") -> None:
+def in_two_processes(function: Callable[[int, Path], None], folder: Path, backend: str | None = "gloo") -> None:
     """:func:`in_processes`, two."""
     in_processes(WORLD, function, folder, backend)
 
 
-def in_processes(world: int, function: Callable[[int, Path], None], folder: Path, backend: str = "gloo") -> None:
-    """`function(rank, folder)` in each; what it raises is raised here. The environment is what torchrun sets."""
+def in_processes(world: int, function: Callable[[int, Path], None], folder: Path, backend: str | None = "gloo") -> None:
+    """`function(rank, folder)` in each; what it raises is raised here. The environment is what torchrun sets.
+
+    backend: None where the function makes its group itself. It cannot replace one of ours: the second process may
+    meet the store of the first group, which is about to close.
+    """
     forkserver()
     arguments = (world, function, folder, free_port(), backend)
     mp.start_processes(_run, args=arguments, nprocs=world, start_method="forkserver")
 
 
-def _run(rank: int, world: int, function: Callable[[int, Path], None], folder: Path, port: int, backend: str) -> None:
+def _run(
+    rank: int, world: int, function: Callable[[int, Path], None], folder: Path, port: int, backend: str | None
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
@@ -44,6 +50,9 @@ def _run(rank: int, world: int, function: Callable[[int, Path], None], folder: P
     )  # fmt: skip
     if backend == "nccl":
         torch.cuda.set_device(rank)
+    if backend is None:
+        function(rank, folder)
+        return
     dist.init_process_group(backend, timeout=timedelta(seconds=600))
     try:
         function(rank, folder)

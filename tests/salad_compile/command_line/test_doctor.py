@@ -158,7 +158,8 @@ def test_caches_are_emptied_on_request_and_nothing_else(
         monkeypatch.setenv(f"{variable}_CACHE_DIR", str(tmp_path / name))
     outcome = command("doctor", "--clear-caches")
     assert outcome.code == 0
-    assert "3.0 MiB deleted; left, not of this cache: notes.txt" in outcome.out
+    printed = " ".join(outcome.out.split())  # the table wraps where the folder's name is long
+    assert "3.0 MiB deleted; left, not of this cache: notes.txt" in printed
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in gone)
     assert command("doctor", "--clear-caches", "--run").code == WRONG

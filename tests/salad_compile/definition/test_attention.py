@@ -100,7 +100,7 @@ def test_gradcheck() -> None:
 
 
 def variant(**settings: Any) -> AttentionSpec:
-    return SaladConfig(**{"sparsity": 0.5, "query_block": 32, "key_block": 16, **settings}).spec
+    return SaladConfig(**{"compensation": "none", "sparsity": 0.5, "query_block": 32, "key_block": 16, **settings}).spec
 
 
 def call(given: tuple[Any, ...], spec: AttentionSpec, order: Tensor | None = None) -> Tensor:
