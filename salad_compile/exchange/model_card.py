@@ -31,8 +31,7 @@ def model_card(
     parts = [
         front_matter(base_model, [FORMATS[entry.format] for entry in formats if entry.path]),
         "# SALAD attention" + (f" for {base_model}" if base_model else ""),
-        "Self-attention of the base model is block-sparse softmax attention plus gated linear attention "
-        "([SALAD](https://arxiv.org/abs/2601.16515)), made with `salad_compile`.",
+        _what_it_computes(configs),
         "**LoRA files and merged weights also load without SALAD attention. What they compute then is not this "
         "model:** it has no gates and no linear branch, and it was trained with sparse attention.",
         _method(configs, classes),
@@ -58,14 +57,29 @@ def front_matter(base_model: str | None, written: Sequence[ExportFormat]) -> str
     return f"---\n{data.to_yaml().strip()}\n---"
 
 
+def _what_it_computes(configs: Mapping[str, SaladConfig]) -> str:
+    known = list(configs.values())
+    parts = ["block-sparse softmax attention"]
+    if any(config.compensation != "none" for config in known):
+        parts.append("means of what it leaves out")
+    if any(config.linear_branch for config in known):
+        parts.append("gated linear attention")
+    return (
+        f"Self-attention of the base model is {' plus '.join(parts)} ([SALAD](https://arxiv.org/abs/2601.16515)), "
+        "made with `salad_compile`."
+    )
+
+
 def _method(configs: Mapping[str, SaladConfig], classes: Mapping[str, str]) -> str:
-    rows = [("component", "class", "sparsity", "pattern", "query x key block", "LoRA rank", "LoRA alpha")]
+    titles = ("sparsity", "pattern", "query x key block", "compensation", "LoRA rank", "LoRA alpha")
+    rows = [("component", "class", *titles)]
     rows.append(tuple("---" for _ in rows[0]))  # type: ignore[arg-type]
     for name, config in configs.items():
         blocks, rank = f"{config.query_block} x {config.key_block}", config.lora_rank
         alpha = f"{config.lora_alpha or rank:g}" if rank else "none"
-        cells = (name or "(model)", classes[name], f"{config.sparsity:g}", config.pattern, blocks, str(rank), alpha)
-        rows.append(cells)
+        means = "none" if config.compensation == "none" else f"means of {config.compensation_pool} tokens"
+        settings = (f"{config.sparsity:g}", config.pattern, blocks, means, str(rank), alpha)
+        rows.append((name or "(model)", classes[name], *settings))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -101,8 +115,8 @@ def _training(values: Mapping[str, Any] | None) -> str:
 def _bullets(values: Mapping[str, Any], indent: str = "") -> str:
     lines = []
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             lines += [f"{indent}- {name}:", _bullets(value, indent + "  ")]
         else:
-            lines.append(f"{indent}- {name}: {value}")
+            lines.append(f"{indent}- {name}: {'none' if value is None or value == {} else value}")
     return "\n".join(lines)

@@ -15,7 +15,8 @@ class Outcome:
     """Validation losses on the same items, noises and noise levels; each None if it was not measured.
 
     Attributes:
-        untrained: of the conversion before any training: sparse attention alone, at the sparsity of the conversion.
+        untrained: of the conversion before any training: sparse attention and compensation, at the
+            sparsity of the conversion.
         now: of the branches as they are. dense: of the base model.
         seconds: spent training, all parts of a continued run together.
     """

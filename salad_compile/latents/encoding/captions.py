@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,19 +27,26 @@ class Captions:
 
     def of(self, clip: Path, folder: Path) -> tuple[str, str | None]:
         """The caption of a clip and None, or "" and why there is none."""
-        place = clip.relative_to(folder)
-        for key in (place.as_posix(), place.with_suffix("").as_posix()):
-            if key in self.texts:
-                return (self.texts[key], None) if self.texts[key] else ("", f"its caption in {self.table} is empty")
+        key = self.key_of(clip, folder)
+        if key is not None:
+            return (self.texts[key], None) if self.texts[key] else ("", f"its caption in {self.table} is empty")
         beside = clip.with_name(f"{clip.name if clip.is_dir() else clip.stem}.txt")
         try:
             text = beside.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
             listed = f", and it is not listed in {self.table}" if self.table else ""
             return "", f"it has no caption: there is no {beside.name} beside it{listed}"
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError:
+            return "", f"its caption {beside.name} is not UTF-8"
+        except OSError as error:
             return "", f"its caption {beside.name} cannot be read: {error}"
         return (text, None) if text else ("", f"its caption {beside.name} is empty")
+
+    def key_of(self, clip: Path, folder: Path) -> str | None:
+        """Under which of its names the table lists a clip, or None."""
+        place = clip.relative_to(folder)
+        names = (place.as_posix(), place.with_suffix("").as_posix())
+        return next((name for name in names if name in self.texts), None)
 
 
 def read_captions(
@@ -62,6 +71,8 @@ def read_captions(
     texts = _column(found, rows, caption_column, CAPTION_COLUMNS, "captions")
     listed: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
+        if row and not any(row.values()):
+            continue  # spreadsheets end in such rows
         file, text = row.get(files), row.get(texts)
         if not isinstance(file, str) or not file or not isinstance(text, str):
             raise ConfigError(f"{found}, row {number}: it needs a file in {files!r} and a text in {texts!r}.")
@@ -75,8 +86,9 @@ def read_captions(
 def _place(folder: Path, file: str) -> str:
     """The path within the folder, as :meth:`Captions.of` looks for it."""
     path = Path(file)
-    if path.is_absolute() and path.is_relative_to(folder.resolve()):
-        return path.relative_to(folder.resolve()).as_posix()
+    for root in (folder.absolute(), folder.resolve()):
+        if path.is_absolute() and path.is_relative_to(root):
+            return path.relative_to(root).as_posix()
     return PurePosixPath(path.as_posix()).as_posix()
 
 
@@ -85,16 +97,37 @@ def _rows(table: Path) -> list[dict[str, object]]:
     if table.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"{table} is not a table of captions, which is a .csv or .jsonl file.")
     try:
-        text = table.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = table.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{table} cannot be read: it is not UTF-8, save it as that ({error}).") from error
+    except OSError as error:
         raise ConfigError(f"{table} cannot be read: {error}") from error
-    if table.suffix == ".csv":
-        try:
-            return [dict(row) for row in csv.DictReader(text.splitlines(keepends=True), strict=True)]
-        except csv.Error as error:
-            raise ConfigError(f"{table} is not a CSV file: {error}.") from error
+    return _csv_rows(table, text) if table.suffix == ".csv" else _json_rows(table, text)
+
+
+def _csv_rows(table: Path, text: str) -> list[dict[str, object]]:
+    header = text.partition("\n")[0]
+    separator = next((sign for sign in ",;\t" if sign in header), ",")  # spreadsheets of some countries write ;
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+        rows = [dict(row) for row in reader]
+    except csv.Error as error:
+        raise ConfigError(f"{table} is not a CSV file: {error}.") from error
+    columns = Counter(name for name in reader.fieldnames or () if name)
+    if columns and max(columns.values()) > 1:
+        raise ConfigError(f"{table} has {max(columns.values())} columns {columns.most_common(1)[0][0]!r}.")
+    for number, row in enumerate(rows, start=1):
+        if row.pop(None, None):
+            raise ConfigError(
+                f"{table}, row {number}: it has more fields than the header has columns. Put a text with {separator!r} "
+                'in it into quotes: "a cat, walking".'
+            )
+    return rows
+
+
+def _json_rows(table: Path, text: str) -> list[dict[str, object]]:
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # texts may hold what else splitlines() takes for an end
         if not line.strip():
             continue
         try:
@@ -116,9 +149,10 @@ def _column(
             hint = did_you_mean(asked, map(str, there))
             raise ConfigError(f"{table} has no column {asked!r}; it has {', '.join(map(str, there))}.{hint}")
         return asked
-    found = next((name for name in usual if name in there), None)
+    found = next((column for name in usual for column in there if column.strip().lower() == name), None)
     if found is None:
         raise ConfigError(
-            f"{table} has no column of {what} ({', '.join(usual)}); it has {', '.join(map(str, there))}: say which."
+            f"{table} has no column of {what} ({', '.join(usual)}); it has {', '.join(map(str, there))}: say which "
+            f"(--{what.removesuffix('s')}-column)."
         )
     return found

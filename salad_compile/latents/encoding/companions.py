@@ -76,12 +76,21 @@ def only(name: str, role: str, paths: tuple[Path, ...]) -> Path | None:
 
 
 def read_image(name: str, path: Path) -> Tensor:
-    """(3, H, W) uint8. Raises LatentItemError: it cannot be decoded."""
+    """(3, H, W) uint8, as a viewer shows it: turned as its file says, and 16 bits rounded down to 8.
+
+    Raises:
+        LatentItemError: it cannot be decoded.
+    """
     import numpy
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise item_error(name, f"{path.name} cannot be decoded: {str(error).splitlines()[0]}") from error
+            turned = ImageOps.exif_transpose(image)
+            if turned.mode.startswith("I"):  # 16 bits of gray, which `convert` would cut off at 255
+                gray = (numpy.asarray(turned).clip(0, 65535) >> 8).astype(numpy.uint8)
+                turned = Image.fromarray(gray)
+            return torch.from_numpy(numpy.array(turned.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = str(getattr(error, "strerror", None) or error).partition("\n")[0]
+        raise item_error(name, f"{path.name} cannot be decoded: {reason}") from error

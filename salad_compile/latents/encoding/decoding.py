@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +18,9 @@ from salad_compile.latents.encoding.sizes import ClipSize, longest
 from salad_compile.latents.source import item_error
 
 _EARLY = 1e-3  # of a frame's duration: times are rounded to the time base of their file
+
+_MOST_PIXELS = 2**27  # of a frame; a damaged file may ask for more than there is memory
+_LIMITS = {"max_pixels": str(_MOST_PIXELS)}
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ def read_frames(clip: Clip, size: ClipSize, multiple: int) -> Frames:
         for picture in _at_rate(pictures, size.fps):
             height, width = picture.pixels.shape[:2]
             choice = choice or size.choose(height, width * picture.aspect, multiple)
+            if math.prod(_covering(picture, *choice)) > _MOST_PIXELS:
+                shape = f"{width} x {height} pixels, each {picture.aspect:g} times as wide as high"
+                raise item_error(clip.name, f"it cannot be cut to this size: it says that it has {shape}")
             found.append(_cover(picture, *choice))
             if len(found) == max(size.frames):
                 break
@@ -104,13 +111,17 @@ def _open(clip: Clip, fps: float | None) -> tuple[float | None, Iterator[_Pictur
     import av
 
     try:
-        container: Any = av.open(str(clip.path))
-    except (OSError, ValueError) as error:  # PyAV's own errors derive from them
+        container: Any = av.open(str(clip.path), options=_LIMITS)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
         raise item_error(clip.name, f"it cannot be decoded: {_reason(error)}") from error
     if not container.streams.video:
         container.close()
         raise item_error(clip.name, "it cannot be decoded: it has no video")
     stream = container.streams.video[0]
+    if getattr(stream, "codec_context", None) is None:
+        container.close()
+        raise item_error(clip.name, "it cannot be decoded: FFmpeg has no decoder for it")
+    stream.codec_context.options = _LIMITS
     stream.thread_type = "AUTO"
     rate = stream.average_rate or stream.guessed_rate
     return float(rate) if rate else None, _decode(clip, container, stream, float(rate) if rate else None)
@@ -118,6 +129,8 @@ def _open(clip: Clip, fps: float | None) -> tuple[float | None, Iterator[_Pictur
 
 def _decode(clip: Clip, container: Any, stream: Any, rate: float | None) -> Iterator[_Picture]:
     """Raises LatentItemError, at the place where the file is damaged."""
+    import av
+
     with container:
         try:
             for number, frame in enumerate(container.decode(stream)):
@@ -128,7 +141,7 @@ def _decode(clip: Clip, container: Any, stream: Any, rate: float | None) -> Iter
                 if turns:
                     pixels, aspect = torch.rot90(pixels, turns, (0, 1)), 1 / aspect if turns % 2 else aspect
                 yield _Picture(time, pixels, aspect)
-        except (OSError, ValueError) as error:
+        except (av.error.FFmpegError, OSError, ValueError) as error:
             raise item_error(clip.name, f"it cannot be decoded: {_reason(error)}") from error
 
 
@@ -140,16 +153,9 @@ def _pixel_aspect(stream: Any) -> Fraction:
 
 def _read_images(clip: Clip, fps: float | None) -> Iterator[_Picture]:
     """The images of a folder; their rate is the one asked for. Raises LatentItemError."""
-    import numpy
-    from PIL import Image
-
     size = None
     for number, file in enumerate(clip.images):
-        try:
-            with Image.open(file) as image:
-                pixels = torch.from_numpy(numpy.array(image.convert("RGB")))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise item_error(clip.name, f"{file.name} cannot be decoded: {_reason(error)}") from error
+        pixels = read_image(clip.name, file).permute(1, 2, 0)
         size = size or pixels.shape
         if pixels.shape != size:
             there, first = (f"{shape[1]} x {shape[0]}" for shape in (pixels.shape, size))
@@ -175,12 +181,17 @@ def _at_rate(pictures: Iterator[_Picture], fps: float | None) -> Iterator[_Pictu
         yield shown
 
 
-def _cover(picture: _Picture, height: int, width: int) -> Tensor:
-    """(3, height, width) uint8: scaled to cover, with pixels made square, and cut at the middle."""
-    pixels = picture.pixels.permute(2, 0, 1)
-    rows, columns = pixels.shape[1], pixels.shape[2] * picture.aspect
+def _covering(picture: _Picture, height: int, width: int) -> tuple[int, int]:
+    """The size to scale to, with pixels made square, to cover another."""
+    rows, columns = picture.pixels.shape[0], picture.pixels.shape[1] * picture.aspect
     scale = max(height / rows, width / columns)
-    target = (max(height, round(rows * scale)), max(width, round(columns * scale)))
+    return max(height, round(rows * scale)), max(width, round(columns * scale))
+
+
+def _cover(picture: _Picture, height: int, width: int) -> Tensor:
+    """(3, height, width) uint8: scaled to cover, and cut at the middle."""
+    pixels = picture.pixels.permute(2, 0, 1)
+    target = _covering(picture, height, width)
     if target != tuple(pixels.shape[1:]):
         scaled = torch.nn.functional.interpolate(
             pixels[None].float(), target, mode="bicubic", antialias=True, align_corners=False

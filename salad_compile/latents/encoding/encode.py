@@ -108,6 +108,7 @@ class _Encoding:
     ) -> None:
         self.clips, self.encoder, self.goal, self.size, self.plan = clips, encoder, goal, size, plan
         self.skipped = list(clips.left_out)
+        self.cut: list[str] = []  # clips whose caption is longer than what the text encoder takes
 
     def run(self, held_out: set[str], progress: bool) -> EncodingReport:
         for problem in self.skipped:
@@ -128,6 +129,11 @@ class _Encoding:
                 written, kept = written + (done == "written"), kept + (done == "kept")
                 outside += writer is validation and done != "skipped"
                 bar.advance(note=f"{len(self.skipped)} skipped" if self.skipped else None)
+        if self.cut:
+            logger.warning(
+                "%d captions are longer than what the text encoder of %s takes, and their ends are cut off: %s first",
+                *(len(self.cut), self.encoder.name, self.cut[0]),
+            )
         if not written + kept - outside:
             raise LatentItemError(f"no clip of {self.clips.folder} could be encoded. {summary_of(self.skipped)}")
         if validation is not None:
@@ -151,6 +157,8 @@ class _Encoding:
             found = self.encoder.encode(frames.pixels, clip.caption, beside)
             item = LatentItem(clip.name, found.latent, found.text, clip.caption, frames.fps, found.extras)
             writer.write(item, origin)
+            if self.encoder.tokens_beyond(clip.caption):
+                self.cut.append(clip.name)
         except (LatentItemError, FileNotFoundError) as error:
             problem = Problem(clip.name, str(error).removeprefix(clip.name).lstrip(":, "))
             self.skipped.append(problem)

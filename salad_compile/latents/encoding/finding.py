@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def find_clips(
             left_out.append(Problem(os.fsencode(name).decode(errors="backslashreplace"), problem))
         else:
             found.append(Clip(name, path, text, beside.get(path, {})))
-    left_out += _absent(root, table)
+    left_out += _listed_in_vain(root, table, paths)
     if not found:
         raise LatentLayoutError(
             f"none of the {len(paths)} clips in {root} has a caption ({left_out[0]}): put a .txt beside each, or "
@@ -123,10 +123,21 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(files, key=lambda file: _natural(file.name))
 
 
-def _clip_paths(root: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder that is not hidden, with the names in it, behind links too."""
+    for place, folders, names in os.walk(root, followlinks=True):
         here = Path(place)
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_back(here / name)]
+        yield here, names
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in."""
+    return folder.is_symlink() and folder.resolve() in {parent.resolve() for parent in folder.absolute().parents}
+
+
+def _clip_paths(root: Path) -> Iterator[Path]:
+    for here, names in _folders(root):
         videos = [here / name for name in names if Path(name).suffix.lower() in VIDEOS and not name.startswith(".")]
         yield from videos
         if here != root and not videos and any(not is_companion(image) for image in images_in(here)):
@@ -135,20 +146,28 @@ def _clip_paths(root: Path) -> Iterator[Path]:
 
 def _images_below(root: Path) -> list[Path]:
     """Single images that may lie beside a clip."""
-    return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGES and is_companion(p) and p.is_file())
+    every = (here / name for here, names in _folders(root) for name in names)
+    return sorted(p for p in every if p.suffix.lower() in IMAGES and is_companion(p) and p.is_file())
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """An order in which frame9 comes before frame10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _absent(root: Path, table: Captions) -> list[Problem]:
-    return [
-        Problem(place, f"{table.table} lists it, and it is not there")
-        for place in table.texts
-        if not (root / place).exists() and not any((root / f"{place}{suffix}").exists() for suffix in VIDEOS)
-    ]
+def _listed_in_vain(root: Path, table: Captions, paths: Sequence[Path]) -> list[Problem]:
+    """What a table lists and no clip has for its caption, so that nothing is left out in silence."""
+    used = {table.key_of(path, root) for path in paths}
+    listed = [place for place in table.texts if place not in used]
+    return [Problem(place, f"{table.table} lists it, and {_why(root, place)}") for place in listed]
+
+
+def _why(root: Path, place: str) -> str:
+    if Path(place).is_absolute() or ".." in Path(place).parts:
+        return f"it is not below {root}"
+    if any((root / f"{place}{suffix}").exists() for suffix in VIDEOS):
+        return "another row names the same clip"
+    return "it is no clip" if (root / place).exists() else "it is not there"
 
 
 def _instead(root: Path) -> str:

@@ -133,6 +133,13 @@ class PipelineEncoder:
             latent = torch.cat([references, latent], dim=1)
         return Encoded(latent, text, extras)
 
+    def tokens_beyond(self, caption: str) -> int:
+        """How many tokens of a caption the pipeline cuts off, because its text encoder takes no more."""
+        limit = inspect.signature(self.pipeline.__call__).parameters.get("max_sequence_length")
+        if limit is None or not isinstance(limit.default, int):
+            return 0
+        return max(0, len(self.pipeline.tokenizer(caption, verbose=False)["input_ids"]) - limit.default)
+
     def _encode_text(self, caption: str, image: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """(L, D) without padding, and one vector of the whole text where the pipeline makes one."""
         known = inspect.signature(self.pipeline.encode_prompt).parameters

@@ -346,9 +346,23 @@ def test_the_card(exported: Exported, tmp_path: Path) -> None:
     assert card.data.tags[:2] == ["salad", "lora"]
     for told in ("blocks.{0..1}.attn1", "- steps: 3", "0.7", "32 x 16", "not this model", "from_pretrained"):
         assert told in card.text
+    assert "block-sparse softmax attention plus gated linear attention" in card.text
+    assert "| 32 x 16 | none |" in card.text
     salad_compile.export(exported.model, tmp_path / "out", "salad", base_model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.base_model, data.base_model_relation) == ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "adapter")
+
+
+def test_the_card_names_the_means_of_what_is_left_out(exported: Exported) -> None:
+    from salad_compile.exchange.model_card import model_card
+
+    config = salad_compile.SaladConfig(compensation_pool=64)
+    summary = salad_compile.summary(exported.model)
+    training = {"settings": {"compile_options": {}, "clip": None}}
+    text = model_card(summary, {"": config}, {"": "Wan"}, [], base_model=None, training=training)
+    assert "block-sparse softmax attention plus means of what it leaves out plus gated linear attention" in text
+    assert "| means of 64 tokens |" in text
+    assert "  - compile_options: none\n  - clip: none\n" in text
 
 
 def test_an_earlier_export_is_replaced_as_a_whole(exported: Exported, tmp_path: Path) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import re
+import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -86,6 +91,58 @@ def test_damaged_files(tmp_path: Path) -> None:
     for name in ("cut.mp4", "empty.mp4"):
         with pytest.raises(LatentItemError, match=r"^clip: it cannot be decoded: "):
             read(tmp_path / name, PLAIN)
+
+
+def test_no_damage_of_a_file_ends_the_encoding(tmp_path: Path) -> None:
+    """PyAV has errors of its own, and a file may ask for a decoder or for a size that nobody has."""
+    whole = world.write_video(tmp_path / "a.mp4", world.moving(9)).read_bytes()
+    sizes = [found.start() for found in re.finditer(re.escape(struct.pack(">2H", 64, 40)), whole)]
+    wide = bytearray(whole)
+    for place in sizes:
+        wide[place : place + 4] = struct.pack(">2H", 65535, 65535)
+    damaged = {
+        "codec": whole.replace(b"avc1", b"????"),
+        "size": bytes(wide).replace(b"avc1", b"png "),
+    }
+    for name, content in damaged.items():
+        (tmp_path / f"{name}.mp4").write_bytes(content)
+        with pytest.raises(LatentItemError, match=r"^clip: it cannot be decoded: "):
+            read(tmp_path / f"{name}.mp4", PLAIN)
+    draw = random.Random(0)
+    for _ in range(40):
+        content = bytearray(whole)
+        for _ in range(4):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        (tmp_path / "b.mp4").write_bytes(content)
+        with contextlib.suppress(LatentItemError):
+            read(tmp_path / "b.mp4", PLAIN)
+
+
+def test_pixels_of_no_shape_are_not_scaled(tmp_path: Path) -> None:
+    folder = world.write_images(tmp_path / "clip", world.moving(1, 2, 4000))
+    assert read(folder, ClipSize((1,), 40, 64)).shape == (1, 3, 40, 64)
+    with pytest.raises(
+        LatentItemError, match="clip: it cannot be cut to this size: it says that it has 4000 x 2 pixels"
+    ):
+        read(folder, ClipSize((1,), 480, 832))
+
+
+def test_images_are_as_a_viewer_shows_them(tmp_path: Path) -> None:
+    """Phones write photographs lying, with a note of how to turn them; 16 bits of gray have no end at 255."""
+    (tmp_path / "turned").mkdir()
+    picture = numpy.zeros((32, 48, 3), numpy.uint8)
+    picture[:16, :16] = 255
+    note = Image.Exif()
+    note[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(picture).save(tmp_path / "turned" / "0.png", exif=note)
+    found = read(tmp_path / "turned", ClipSize((1,), 48, 32))
+    assert torch.equal(found[0], torch.from_numpy(numpy.rot90(picture, -1).copy()).permute(2, 0, 1))
+    (tmp_path / "deep").mkdir()
+    gray = numpy.arange(40 * 64, dtype=numpy.uint16).reshape(40, 64) * 25
+    Image.fromarray(gray).save(tmp_path / "deep" / "0.png")
+    assert torch.equal(
+        read(tmp_path / "deep", ClipSize((1,), 40, 64))[0, 1], torch.from_numpy((gray >> 8).astype("u1"))
+    )
 
 
 def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,7 @@ def test_clips_that_cannot_be_encoded_are_skipped_and_named(tmp_path: Path, capl
     (clips / "broken.mp4").write_bytes(b"no video" * 100)
     (clips / "broken.txt").write_text("a cat")
     (clips / "dog.txt").write_text(" \n")
+    (clips / "cat.txt").write_text("a cat walks on the grass " * 100)
     report = world.encode(clips, tmp_path / "data")
     reasons = {problem.name: problem.reason for problem in report.skipped}
     assert reasons == {
@@ -117,6 +118,8 @@ def test_clips_that_cannot_be_encoded_are_skipped_and_named(tmp_path: Path, capl
     }
     assert open_latents(tmp_path / "data").names == ["birds/one", "cat"]
     assert all(f"skipped: {name}" in caplog.text for name in reasons)
+    assert "1 captions are longer than what the text encoder of WanPipeline takes" in caplog.text
+    assert "their ends are cut off: cat first" in caplog.text
 
 
 def test_without_a_clip_nothing_is_left_and_other_settings_may_follow(

@@ -63,6 +63,55 @@ def test_tables(tmp_path: Path) -> None:
     assert captions(clips, **asked) == {"a": "one", "sub/b": "2", "c": "from a file"}
 
 
+def test_tables_as_spreadsheets_and_others_write_them(tmp_path: Path) -> None:
+    for number, text in enumerate(
+        [
+            'File_Name;Caption\r\na.mp4;"one; two"\r\n;\r\n',
+            "file\ttext\na.mp4\tone; two\n",
+            'file, text\na.mp4, "one; two"\n',
+        ]
+    ):
+        clips = put(tmp_path / str(number), "a.mp4")
+        (clips / "metadata.csv").write_text(text, newline="")
+        assert captions(clips) == {"a": "one; two"}
+    clips = put(tmp_path / "lines", "a.mp4")
+    rows = {"file": "a.mp4", "text": "one\u2028two\x85three"}  # line ends, but not of these formats
+    (clips / "metadata.csv").write_text(f"file,text\na.mp4,{rows['text']}\n", encoding="utf-8")
+    assert captions(clips) == {"a": rows["text"]}
+    (clips / "metadata.jsonl").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    assert captions(clips) == {"a": rows["text"]}
+    (tmp_path / "link").symlink_to(clips)
+    (clips / "metadata.jsonl").write_text(json.dumps({"file": str(tmp_path / "link" / "a.mp4"), "text": "one"}))
+    assert captions(tmp_path / "link") == {"a": "one"}
+
+
+def test_nothing_that_a_table_lists_is_left_out_in_silence(tmp_path: Path) -> None:
+    clips = put(tmp_path / "clips", "a.mp4", "b.png", "a.control.mp4")
+    put(tmp_path, "outside.mp4")
+    rows = ["a,one", "a.mp4,two", "b.png,three", "a.control.mp4,four", "../outside.mp4,five"]
+    (clips / "metadata.csv").write_text("\n".join(["file,text", *rows]))
+    found = find_clips(clips)
+    assert {clip.name: clip.caption for clip in found.clips} == {"a": "two"}
+    assert {problem.name: problem.reason.partition("lists it, and ")[2] for problem in found.left_out} == {
+        "a": "another row names the same clip",
+        "b.png": "it is no clip",
+        "a.control.mp4": "it is no clip",
+        "../outside.mp4": f"it is not below {clips}",
+    }
+
+
+def test_folders_behind_links_and_numbers_of_other_scripts(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere", "b.mp4", "b.txt", "b.reference.png")
+    clips = put(
+        tmp_path / "clips", "a1\u00b22.mp4", "a1\u00b22.txt", "\u0663.mp4", "\u0663.txt"
+    )  # a superscript, an Arabic 3
+    (clips / "more").symlink_to(tmp_path / "elsewhere")
+    (clips / "loop").symlink_to(clips)
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path)
+    found = {clip.name: set(clip.beside) for clip in find_clips(clips).clips}
+    assert found == {"a1\u00b22": set(), "\u0663": set(), "more/b": {"reference"}}
+
+
 @pytest.mark.parametrize(
     ("table", "text", "options", "message"),
     [
@@ -71,6 +120,13 @@ def test_tables(tmp_path: Path) -> None:
         ("metadata.csv", "file,text\na.mp4,x\na.mp4,y\n", {}, "row 2: a.mp4 is listed twice"),
         ("metadata.csv", "file,text\na.mp4\n", {}, "row 1: it needs a file in 'file' and a text in 'text'"),
         ("metadata.csv", "file,text\n", {}, "lists nothing"),
+        (
+            "metadata.csv",
+            "file,text\na.mp4,a cat, walking\n",
+            {},
+            "row 1: it has more fields .*Put a text with ',' in it",
+        ),
+        ("metadata.csv", "file,text,text\na.mp4,x,y\n", {}, "has 2 columns 'text'"),
         ("metadata.jsonl", '{"file": "a.mp4"', {}, "line 1: not JSON"),
         ("metadata.jsonl", "[" * 100_000, {}, "line 1: not JSON"),
         ("metadata.jsonl", "[1]", {}, "line 1: it is not a JSON object"),
