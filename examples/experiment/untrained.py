@@ -48,7 +48,7 @@ START_WEIGHT = -0.5  # of the pools, as a fresh conversion has it
 
 @dataclass(frozen=True)
 class Way:
-    """How attention is computed: blocks in tokens, selection, tokens of a pool, and what stands for what is left out."""
+    """How attention is computed: blocks and pools in tokens, the selection, and what stands for what is left out."""
 
     query_block: int
     key_block: int
