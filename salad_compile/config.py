@@ -252,8 +252,14 @@ class SaladConfig:
 
     def difference(self, other: SaladConfig) -> str:
         """`name: ours != theirs` for each field that differs, or the empty string."""
-        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
-        return ", ".join(f"{name}: {ours!r} != {theirs!r}" for name, ours, theirs in pairs if ours != theirs)
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in self.different(other))
+        return ", ".join(f"{name}: {ours!r} != {theirs!r}" for name, ours, theirs in pairs)
+
+    def different(self, other: SaladConfig) -> list[str]:
+        """The fields that differ, without those that mean nothing in either: their defaults were others before."""
+        idle = {"compensation_pool"} if self.compensation == other.compensation == COMPENSATIONS[0] else set()
+        names = (field.name for field in dataclasses.fields(self))
+        return [name for name in names if name not in idle and getattr(self, name) != getattr(other, name)]
 
 
 @checked_names("option")

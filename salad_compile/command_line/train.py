@@ -20,7 +20,6 @@ from salad_compile.errors import ConfigError, SaladError
 if TYPE_CHECKING:
     import torch.nn as nn
 
-    from salad_compile.config import SaladConfig
     from salad_compile.latents.dataset import StoredLatents
     from salad_compile.training import TrainResult, TrainSettings
 
@@ -93,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _estimate_all(arguments: argparse.Namespace, experts: list[Expert], config: SaladConfig | None) -> int:
+def _estimate_all(arguments: argparse.Namespace, experts: list[Expert], config: dict[str, Any] | None) -> int:
     """Tell what the training takes, of each expert and of both. Returns 1 if the disk has too little room."""
     from salad_compile.training import estimate
     from salad_compile.training.dry_run import sum_of
@@ -115,7 +114,7 @@ def _estimate_all(arguments: argparse.Namespace, experts: list[Expert], config: 
 
 
 def _given(
-    arguments: argparse.Namespace, expert: Expert, config: SaladConfig | None
+    arguments: argparse.Namespace, expert: Expert, config: dict[str, Any] | None
 ) -> tuple[nn.Module, StoredLatents, TrainSettings, dict[str, Any]]:
     """Model, data, settings and what else `train` and `estimate` are given for one transformer."""
     from salad_compile.command_line.model_source import import_name
@@ -139,7 +138,7 @@ def _given(
     )
 
 
-def _train_one(arguments: argparse.Namespace, expert: Expert, config: SaladConfig | None) -> int:
+def _train_one(arguments: argparse.Namespace, expert: Expert, config: dict[str, Any] | None) -> int:
     """Train one transformer. Returns 0, or after a signal 128 and its number."""
     from salad_compile.training import train
 
@@ -173,8 +172,8 @@ def settings_of(arguments: argparse.Namespace) -> TrainSettings:
     return settings.with_changes(changes if arguments.steps is None else {**changes, "steps": arguments.steps})
 
 
-def config_of(arguments: argparse.Namespace) -> SaladConfig | None:
-    """The configuration of --conversion and --convert; None with --salad.
+def config_of(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The fields of :class:`SaladConfig` that --conversion and --convert give; None with --salad.
 
     Raises:
         ConfigError: an unknown field or a wrong value, or fields beside --salad. OSError: the file cannot be read.
@@ -186,7 +185,9 @@ def config_of(arguments: argparse.Namespace) -> SaladConfig | None:
             raise ConfigError(f"{arguments.salad} says how the model is converted: leave --conversion, --convert out.")
         return None
     values = read_json(Path(arguments.conversion)) if arguments.conversion else {}
-    return SaladConfig.from_dict({**values, **assignments(arguments.convert, "--convert")})
+    given = {**values, **assignments(arguments.convert, "--convert")}
+    SaladConfig.from_dict(given)  # what is wrong shows before anything is loaded
+    return given
 
 
 def _model(arguments: argparse.Namespace, expert: Expert) -> nn.Module:

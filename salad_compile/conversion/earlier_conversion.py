@@ -37,7 +37,7 @@ def require_same_conversion(
                 "there. Convert a fresh copy of the base model, as a whole."
             )
     before = next(iter(known.values())).config
-    if before != config:
+    if before.different(config):
         raise AlreadyConvertedError(
             f"{subject} was converted before with another configuration (now != before): "
             f"{config.difference(before)}. Convert a fresh copy of the base model."

@@ -182,7 +182,7 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Any, Header]
 
 def _check_base(model: nn.Module, header: Header, file: Path) -> None:
     known = list(branches(model).values())
-    if known and known[0].config != header.config:
+    if known and known[0].config.different(header.config):
         raise AlreadyConvertedError(
             f"the model was converted with another configuration than {file} (model != file): "
             f"{known[0].config.difference(header.config)}. Load into the base model: it is converted from the file."

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from salad_compile.common.files import beside, flush_to_disk, name_failures
 from salad_compile.common.schema import fields_of, stamp
 from salad_compile.common.tensor_files import digest_of, first_not_finite, open_safetensors
+from salad_compile.config import SaladConfig
 from salad_compile.definition.branch_tensors import current_name
 from salad_compile.errors import ResumeError, SaladError, TrainingError, WriteError
 from salad_compile.latents import LatentDataset
@@ -81,7 +82,22 @@ def _weight_sum(model: nn.Module) -> float:
     return sum(float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in frozen)
 
 
+_OF_CONVERSION = "the conversion's"
+
 # --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def as_begun(
+    config: SaladConfig | Mapping[str, Any] | None, found: Checkpoint | None
+) -> SaladConfig | Mapping[str, Any] | None:
+    """Fields of a conversion, and for those that are not given what the run began with.
+
+    Defaults change from one version to the next, and a run that the same command resumes must not. A
+    :class:`SaladConfig` has all fields: it stays, and :func:`require_same` tells what differs.
+    """
+    if found is None or config is None or isinstance(config, SaladConfig):
+        return config
+    return {**fields_of(found.state.fingerprint.config), **config}
 
 
 def require_same(checkpoint: Checkpoint, settings: TrainSettings, fingerprint: Fingerprint) -> None:
@@ -96,9 +112,11 @@ def require_same(checkpoint: Checkpoint, settings: TrainSettings, fingerprint: F
     ]
     changed += _differences(fields_of(state.fingerprint), dataclasses.asdict(fingerprint))
     if changed:
+        converts = any(each.startswith(_OF_CONVERSION) for each in changed)
+        its_own = f"Its own conversion is in {path}: load that into the base model (on the command line: --salad). "
         raise ResumeError(
             f"the run in {path.parent.parent} cannot be resumed, because these have changed: {'; '.join(changed)}. "
-            "Pass what the run began with, or another directory."
+            f"{its_own if converts else ''}Pass what the run began with, or another directory."
         )
     if checkpoint.step > settings.steps:
         raise ResumeError(f"{path} is beyond steps={settings.steps}: pass more steps, or another directory.")
@@ -108,10 +126,9 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     for name in ("base_class", "base_digest"):
         if before[name] != now[name]:
             yield f"the model's {name} (was {before[name][:40]}, is {now[name][:40]})"
-    for name in sorted({*before["config"], *now["config"]}):
-        old, new = before["config"].get(name), now["config"].get(name)
-        if old != new:
-            yield f"the conversion's {name} (was {old!r}, is {new!r})"
+    old, new = (SaladConfig.from_dict(each["config"]) for each in (before, now))
+    for name in old.different(new):
+        yield f"{_OF_CONVERSION} {name} (was {getattr(old, name)!r}, is {getattr(new, name)!r})"
     # another device may sum in another order
     if not math.isclose(before["base_weights"], now["base_weights"], rel_tol=1e-9):
         yield "the model's base_weights: its frozen parameters have other values"

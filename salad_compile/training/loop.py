@@ -29,7 +29,7 @@ from salad_compile.salad_files.runs import SUMMARY_FILE, Checkpoint, checkpoint_
 from salad_compile.salad_files.salad_file import save
 from salad_compile.sites.branch import branches
 from salad_compile.training.ahead import HOST, ahead
-from salad_compile.training.checkpoints import CheckpointWriter, Fingerprint, digest_of_items, require_same
+from salad_compile.training.checkpoints import CheckpointWriter, Fingerprint, as_begun, digest_of_items, require_same
 from salad_compile.training.distillation import SiteDistillation
 from salad_compile.training.ema import MovingAverage
 from salad_compile.training.engine import Engine, make_accelerator
@@ -70,7 +70,8 @@ def train(
         model: converted, or with `config` to be converted; not wrapped.
         latents, validation: of :func:`salad_compile.latents.open_latents`.
         resume: from the newest complete checkpoint in the directory. False: the directory must hold no run.
-        config: converts a model that is not converted, with the largest latent as example.
+        config: converts a model that is not converted, with the largest latent as example. Of a dictionary of fields,
+            those that are missing are as the run in the directory began, else the defaults.
         forward: f(model, latents, timesteps, texts) -> predicted velocity, for models of no family that is known here:
             Wan, LTX-Video, HunyuanVideo and CogVideoX. A fifth parameter gets conditions of the data, by name.
         decode: of the VAE, for `sample_every`: a normalised latent (C, T, H, W) -> frames (F, height, width, 3) uint8.
@@ -118,7 +119,7 @@ def prepare(
     require_decode(settings, given.decode)
     accelerator = make_accelerator(settings, directory)
     feed = Feed(given.latents, settings, accelerator.process_index, accelerator.num_processes)
-    require_converted(bare, given.latents, settings, config, given.family)
+    require_converted(bare, given.latents, settings, as_begun(config, found), given.family)
     make_trainable(bare, settings.precision)
     fingerprint = Fingerprint.of(bare, given.latents)
     if found is not None:
