@@ -56,5 +56,6 @@ def _run(
     dist.init_process_group(backend, timeout=timedelta(seconds=600))
     try:
         function(rank, folder)
+        dist.barrier()  # the first process holds the store, from which another may still be making its last group
     finally:
         dist.destroy_process_group()
