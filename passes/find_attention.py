@@ -41,6 +41,7 @@ from salad_compile.passes.attention_call import (
     recorded_tensor,
 )
 from salad_compile.passes.context import Context, Counts, Pass
+from salad_compile.passes.numbers import may_be_number, number_of
 from salad_compile.passes.open_functions import function_body, open_function
 from salad_compile.passes.provenance import example_value, find_tag, is_dead, mark_of, module_path, projection_inputs
 from salad_compile.sites.markers import DENSE, NO_ORDER, SITES, TAGS
@@ -67,7 +68,7 @@ def find_attention(graph: fx.Graph, options: BackendOptions, *, converted: bool 
         converted: whether the graph belongs to a converted model, where only converted sites are rewritten.
     """
     calls: list[AttentionCall] = []
-    by_hand = ManualAttention({}, _rank, _permute)
+    by_hand = ManualAttention({}, _rank, _permute, may_be_number, number_of)
     _require_own_forward(graph)
     for node in list(graph.nodes):
         body = function_body(node)
@@ -116,6 +117,7 @@ def _calls_of(
         return []
     if node.op == "call_function" and is_attention(node.target):
         arguments = bind(node.target, node.args, node.kwargs, lambda operand: recorded_tensor(operand).dim())
+        arguments = _with_number(arguments)
     else:
         with node.graph.inserting_before(node):
             found = by_hand.bind(node.target, node.args, node.kwargs)
@@ -124,6 +126,17 @@ def _calls_of(
             return []
         arguments = found
     return [_classify(node, arguments, options, before)]
+
+
+def _with_number(arguments: AttentionArguments) -> AttentionArguments:
+    """With the scale as a number."""
+    if not isinstance(arguments.scale, fx.Node) or arguments.reason:
+        return arguments
+    scale = number_of(arguments.scale)
+    if scale is None:
+        reason = "its scale is a tensor in the graph, as NumPy's numbers are, or known at run time only: give a float"
+        return dataclasses.replace(arguments, reason=reason)
+    return dataclasses.replace(arguments, scale=scale)
 
 
 def _rank(value: Any) -> int:

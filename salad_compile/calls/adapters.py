@@ -368,6 +368,8 @@ def dense_reason(
         return call.reason
     if len(query_shape) != 4 or len(key_shape) != 4 or len(value_shape) != 4:
         return f"the query has {len(query_shape)} dimensions, not (batch, heads, tokens, head_dim)"
+    if any(isinstance(size, int) and not size for size in query_shape[:3]):
+        return "it has no samples, or no tokens"
     if call.is_causal:
         return "it is causal"
     if mask == "other":

@@ -45,6 +45,7 @@ class Scores:
         query, key: the operands of the product. query_axes, key_axes: the permutation that makes them (..., S, D).
         axes: what the axes are, "0" and "1" (batch and heads), "q" and "k".
         scale, dropout_p: so far. softmax: whether these are weights. reason: why the call must stay dense.
+        factors: nodes of numbers that the scores are multiplied with besides, or divided by, and by which operation.
     """
 
     query: Any
@@ -56,6 +57,7 @@ class Scores:
     dropout_p: float = 0.0
     softmax: bool = False
     reason: str = ""
+    factors: tuple[tuple[Any, str], ...] = ()
 
 
 class ManualAttention:
@@ -64,6 +66,8 @@ class ManualAttention:
     Args:
         table: value -> its scores. rank: how many dimensions a value has, 0 for what is no tensor.
         permute: a value with its axes in another order.
+        may_be_number, number: whether a value may stand for a number, and the number, or None. A graph of any length
+            is one of this length alone once the number is asked for: only where it counts.
     """
 
     def __init__(
@@ -71,10 +75,14 @@ class ManualAttention:
         table: MutableMapping[Any, Scores],
         rank: Callable[[Any], int],
         permute: Callable[[Any, tuple[int, ...]], Any],
+        may_be_number: Callable[[Any], bool] = lambda value: False,
+        number: Callable[[Any], float | None] = lambda value: None,
     ) -> None:
         self.table = table
         self.rank = rank
         self.permute = permute
+        self.may_be_number = may_be_number
+        self.number = number
 
     def bind(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> AttentionArguments | None:
         """The attention call that this operation completes, or None."""
@@ -97,16 +105,27 @@ class ManualAttention:
                 return None
             axes, layout = read
             value = self._permuted(operands[1], axes)
+        scale, reason = self._scale(weights)
         return AttentionArguments(
             self._laid_out(weights.query, weights.query_axes, layout),
             self._laid_out(weights.key, weights.key_axes, layout),
             value if equation is None or layout != "BSHD" else self.permute(value, (0, 2, 1, 3)),
             dropout_p=weights.dropout_p,
-            scale=weights.scale,
+            scale=scale,
             layout=layout,
-            reason=weights.reason,
+            reason=reason,
             by_hand=True,
         )
+
+    def _scale(self, weights: Scores) -> tuple[float, str]:
+        """The factor of the scores, and why the call stays dense."""
+        scale = weights.scale
+        for factor, name in weights.factors:
+            number = None if weights.reason else self.number(factor)
+            if not number:
+                return scale, weights.reason or _goes_through(name)
+            scale *= 1 / number if name == "div" else number
+        return scale, weights.reason
 
     def note(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """An operation that completes no attention call."""
@@ -146,11 +165,14 @@ class ManualAttention:
             p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
             training = kwargs.get("training", args[2] if len(args) > 2 else True)
             return dataclasses.replace(scores, dropout_p=float(p) if training else scores.dropout_p)
-        if name in ("mul", "div") and not scores.softmax and not kwargs and len(args) == 2:
+        scaled = name == "mul" or (name == "div" and args and args[0] is target)  # a number by the scores is none
+        if scaled and not scores.softmax and not kwargs and len(args) == 2:
             factor = args[1] if args[0] is target else args[0]
             if isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor:
                 factor = 1 / factor if name == "div" else factor
                 return dataclasses.replace(scores, scale=scores.scale * factor)
+            if self.may_be_number(factor):
+                return dataclasses.replace(scores, factors=(*scores.factors, (factor, name)))
         self._alter(target, name)
         if name in _READS or rank != len(scores.axes):
             return None
@@ -252,12 +274,25 @@ def _operands(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tupl
     if name == "einsum" and args and isinstance(args[0], str):
         rest = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
         return rest, args[0].replace(" ", "")
+    if name == "einsum":
+        return _with_letters(args)
     if name == "baddbmm":
         return args[1:3], None
     if name in _PRODUCTS:
         named = [kwargs[other] for other in ("input", "other", "mat2") if other in kwargs]
         return [*args, *named], None
     return (), None
+
+
+def _with_letters(args: Sequence[Any]) -> tuple[Sequence[Any], str | None]:
+    """The same of an einsum whose axes are lists of numbers: einsum(a, [0, 1], b, [1, 2], [0, 2])."""
+    axes = args[1::2] if len(args) % 2 == 0 else (*args[1::2], args[-1])
+    if len(args) % 2 == 0 or not all(isinstance(one, (list, tuple)) for one in axes):
+        return (), None
+    if not all(type(axis) is int and 0 <= axis < 26 for one in axes for axis in one):
+        return (), None
+    *inputs, out = ("".join(chr(ord("a") + axis) for axis in one) for one in axes)
+    return args[:-1:2], f"{','.join(inputs)}->{out}"
 
 
 def _parse(equation: str) -> tuple[str, str, str] | None:

@@ -16,7 +16,7 @@ def gate_rows(call: Call, layout: Layout, probe: Probe) -> tuple[str, str]:
 
     Each "" where there is none.
     """
-    if layout.reason or not layout.streams:
+    if layout.reason or not layout.streams or len(call.shapes[0]) != 4:  # of other ranks the call itself speaks
         return "", ""
     projection, text = layout.streams[0]
     gate_input = projection.gate_input

@@ -35,6 +35,7 @@ from salad_compile.position.run_rows import OperatorRuns, like
 from salad_compile.position.shadows import UnknownError, share_memory
 
 _PLACED = frozenset({"index_put", "index_copy", "scatter", "index_fill", "slice_scatter", "select_scatter"})
+_SEVERAL_IN_ONE = "its heads are of different samples or tokens: heads and batch are one axis"
 _FILLED = frozenset({"ones", "full", "ones_like", "full_like", "new_ones", "new_full"})
 
 
@@ -79,11 +80,8 @@ class RowTracker(RowReader):
             shadow = heads_first(known.shadow)
             if shadow.dim() != 4:
                 return "it is laid out in an unknown way"
-            first = shadow[:, :1, :, :1]
-            if not sh.equal(shadow, first):
-                return "its heads are of different samples or tokens: heads and batch are one axis"
-            result: Tensor = first[:, 0, :, 0]
-            return result
+            rows = sh.one_per_token(shadow, self.entries.blank)
+            return _SEVERAL_IN_ONE if rows is None else rows
 
     def note(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """The next operation."""

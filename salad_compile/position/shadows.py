@@ -97,6 +97,21 @@ def one_channel(shadow: Tensor) -> Tensor:
     return first
 
 
+def one_per_token(shadow: Tensor, blank: int) -> Tensor | None:
+    """The entry (B, S) of each token of (B, H, S, D) in all its heads and channels, or None if it has several.
+
+    Channels or heads of zeros or of something else, padded or joined to it, are no other token.
+    """
+    first = shadow[:, :1, :, :1]
+    if equal(shadow, first):
+        return first[:, 0, :, 0]
+    flat = compact(shadow).transpose(1, 2).flatten(2)
+    highest = flat.amax(-1, keepdim=True)
+    if not bool(((flat == highest) | (flat == blank)).all()):
+        return None
+    return highest[..., 0].expand(shadow.shape[0], shadow.shape[2])
+
+
 def share_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors lie in the same memory; those of subclasses without memory of their own do, if in doubt."""
     try:

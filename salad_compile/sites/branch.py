@@ -25,6 +25,7 @@ from salad_compile.sites.site import Site
 
 # Name of the submodule that a converted attention module gets. No other key of the base model's state dict changes.
 BRANCH_NAME = "salad"
+_UNSAID: Any = object()
 
 
 class SaladBranch(Site):
@@ -98,6 +99,8 @@ class SaladBranch(Site):
         returned: Any,
     ) -> Any:
         """What a projection returned, with its result changed. change: its first role, input and output -> output."""
+        if returned is _UNSAID:  # whoever put another module in the projection's place took the hook with it, but not
+            kwargs, returned = {}, kwargs  # that it wants keywords (torch.ao.quantization)
         if (
             type(module) is nn.Linear
             and len(args) == 1
@@ -110,7 +113,7 @@ class SaladBranch(Site):
             raise no_tensor_error(self.record.owner, first, returned)
         return call.rebuild(change(first, call.x, call.out))
 
-    def on_query(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def on_query(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any = _UNSAID) -> Any:
         """Forward hook of the query (or fused) projection: its update, then the tag or, uncompiled, arming."""
         return self._change(self._begin, "query", module, args, kwargs, out)
 
@@ -168,31 +171,31 @@ class SaladBranch(Site):
             return self.add_updates(first, x, out)
         return mode.run_updates(self.add_updates, first, x, out)
 
-    def on_key(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def on_key(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any = _UNSAID) -> Any:
         """Forward hook of the key projection, unless it is the query's."""
         return self._change(self._add_source, "key", module, args, kwargs, out)
 
-    def on_value(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def on_value(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any = _UNSAID) -> Any:
         """Forward hook of the value projection, unless it is the query's or the key's."""
         return self._change(self._add_updates, "value", module, args, kwargs, out)
 
-    def on_out(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def on_out(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any = _UNSAID) -> Any:
         """Forward hook of the output projection."""
         return self._change(self._add_updates, "out", module, args, kwargs, out)
 
-    def on_text_query(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def on_text_query(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any = _UNSAID) -> Any:
         """Forward hook of the text stream's query (or fused) projection."""
         return self._change(self._add_source, "text_query", module, args, kwargs, out)
 
-    def on_text_key(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def on_text_key(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any = _UNSAID) -> Any:
         """Forward hook of the text stream's key projection."""
         return self._change(self._add_source, "text_key", module, args, kwargs, out)
 
-    def on_text_value(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def on_text_value(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any = _UNSAID) -> Any:
         """Forward hook of the text stream's value projection."""
         return self._change(self._add_updates, "text_value", module, args, kwargs, out)
 
-    def on_text_out(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def on_text_out(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any = _UNSAID) -> Any:
         """Forward hook of the text stream's output projection."""
         return self._change(self._add_updates, "text_out", module, args, kwargs, out)
 

@@ -392,6 +392,6 @@ def _misfit(
 def _result_dtype(operand: Tensor) -> torch.dtype:
     """What the call would return: torch's functions are autocast, operators of torch.library are not."""
     device = operand.device.type
-    if torch.is_autocast_enabled(device) and operand.is_floating_point():
+    if device != "meta" and torch.is_autocast_enabled(device) and operand.is_floating_point():
         return torch.get_autocast_dtype(device)
     return operand.dtype

@@ -90,6 +90,11 @@ def einsum_heads_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", torch.einsum("bqhd,bkhd->bhqk", q, k).mul(0.2).softmax(-1), v)
 
 
+def einsum_of_lists(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.einsum(q, [0, 1, 2, 3], k, [0, 1, 4, 3], [0, 1, 2, 4]).mul(0.2).softmax(-1)
+    return torch.einsum(weights, [0, 1, 2, 4], v, [0, 1, 4, 3], [0, 1, 2, 3])
+
+
 def einsum_odd(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("nqhk,nkhd->nqhd", torch.einsum("nqhd,nkhd->nqhk", q * 0.4, k).softmax(-1), v)
 
@@ -107,6 +112,7 @@ FORMS: dict[str, tuple[Attend, float, bool]] = {
     "einsum": (einsum_heads_first, 0.2, True),
     "einsum, matmul": (einsum_then_matmul, 0.2, True),
     "einsum, heads last": (einsum_heads_last, 0.2, False),
+    "einsum of lists": (einsum_of_lists, 0.2, True),
     "einsum, odd scores": (einsum_odd, 1.0, False),
 }
 every_form = pytest.mark.parametrize(("attend", "scale", "heads_first"), FORMS.values(), ids=FORMS.keys())
@@ -155,6 +161,10 @@ def reweighted_in_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
+def number_by_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (2.0 / (q @ k.transpose(-2, -1))).softmax(-1) @ v
+
+
 def learned_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-2, -1) * torch.tensor(0.3)).softmax(-1) @ v
 
@@ -169,6 +179,7 @@ CHANGED = (
     reweighted_in_place,
     reweighted_in_part,
     learned_scale,
+    number_by_scores,
 )
 
 

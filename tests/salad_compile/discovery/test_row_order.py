@@ -153,3 +153,25 @@ def test_what_moves_tokens_in_other_calls_is_an_error_there(model: type[nn.Modul
     with pytest.raises(Exception, match=r"the tokens are moved|heads and batch are one axis") as caught:
         run(toys.tokens(TOKENS, 2))
     assert isinstance(caught.value.__cause__ or caught.value, SiteLostError) or "SiteLostError" in str(caught.value)
+
+
+def test_attention_in_five_dimensions_stays_dense_and_says_why() -> None:
+    class Extra(toys.SelfAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (toys.heads(p(x)).unsqueeze(1) for p in (self.q, self.k, self.v))
+            result: Tensor = self.o(F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).flatten(2))
+            return result
+
+    (site,) = discover(Extra(), (toys.tokens(),), min_tokens=8).sites
+    assert "5 dimensions" in site.reason
+
+
+def test_padded_channels_are_no_other_tokens() -> None:
+    class Padded(toys.SelfAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (F.pad(toys.heads(p(x)), (0, 5)) for p in (self.q, self.k, self.v))
+            result: Tensor = self.o(F.scaled_dot_product_attention(q, k, v)[..., :-5].transpose(1, 2).flatten(2))
+            return result
+
+    (site,) = discover(Padded(), (toys.tokens(),), min_tokens=8).sites
+    assert site.eligible, site.reason  # `plan` says that channels of no projection are among its heads

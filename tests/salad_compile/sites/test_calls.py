@@ -276,3 +276,36 @@ def test_the_output_projection_may_be_missing() -> None:
     assert model.salad.record.out is None
     assert model.salad.lora_roles == ("query", "key", "value")
     check_rewrite(model, {"x": toys.tokens()}, sites=1)
+
+
+# --- what a site may meet --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_of_no_samples_is_an_error_that_says_so(compiled: bool) -> None:
+    model = convert(toys.SelfAttention())
+    torch._dynamo.reset()
+    called = torch.compile(model, backend=Recorder()) if compiled else model
+    with pytest.raises(SiteLostError, match="it has no samples"):
+        called(toys.tokens(batch=0))
+
+
+def test_a_converted_model_says_its_shapes_on_the_meta_device() -> None:
+    model = convert(toys.SelfAttention(), DENSE_CONFIG).to("meta")
+    assert model(toys.tokens().to("meta")).shape == toys.tokens().shape
+
+
+def test_a_projection_may_be_exchanged_with_its_hooks() -> None:
+    """torch.ao.quantization registers the hooks of a module that it exchanges anew, as hooks without keywords."""
+    model = convert(toys.SelfAttention())
+    expected = run(model, {"x": toys.tokens()})
+    for name in ("q", "k", "v", "o"):
+        linear = nn.Linear(toys.WIDTH, toys.WIDTH)
+        before = getattr(model, name)
+        linear.load_state_dict(before.state_dict())
+        linear.requires_grad_(before.weight.requires_grad)
+        for hook in before._forward_hooks.values():
+            linear.register_forward_hook(hook)
+        setattr(model, name, linear)
+    assert_same(run(model, {"x": toys.tokens()}), expected)
+    check_rewrite(model, {"x": toys.tokens()}, sites=1)
