@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from salad_compile.common.locks import hold, is_held
+from salad_compile.common.paths import require_regular
 from salad_compile.common.schema import LARGEST_FILE
 from salad_compile.errors import ConfigError, SaladError, WriteError
 
@@ -34,9 +35,12 @@ def write_at_once(target: Path, *, held: bool = False) -> Iterator[Path]:
         held: the caller holds the directory, or one above that all its writers hold.
 
     Raises:
-        WriteError: an OSError, or what safetensors makes of one; its `errno` is kept.
+        WriteError: an OSError, or what safetensors makes of one, its `errno` is kept; or `target` is a device, a pipe
+            or a socket.
     """
     temporary = beside(target)
+    with name_failures(target):
+        require_regular(target, follow=False)
     with name_failures(target), contextlib.nullcontext(False) if held else hold(target.parent) as alone:
         if alone:
             for left in leftovers(target):
@@ -67,6 +71,7 @@ def write_directory_at_once(target: Path) -> Iterator[Path]:
         WriteError: as :func:`write_at_once`.
     """
     with name_failures(target), contextlib.ExitStack() as living:
+        require_regular(target, follow=False)
         target.parent.mkdir(parents=True, exist_ok=True)
         with hold(target.parent) as alone:
             if alone:
@@ -171,6 +176,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it holds something else. OSError: it cannot be read.
     """
+    require_regular(path)
     size = path.stat().st_size
     if size > LARGEST_FILE:
         raise ConfigError(f"{path} is not a file of settings: it has {size:,} bytes.")

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from salad_compile.common.paths import require_regular
 from salad_compile.errors import SaladError
 
 T = TypeVar("T")
@@ -222,6 +223,7 @@ def decode(kind: type[T], text: str | bytes, what: str, error: type[SaladError])
 
 def decode_file(kind: type[T], file: Path, error: type[SaladError]) -> T:
     """:func:`decode` of a file. Raises OSError too."""
+    require_regular(file)
     size = file.stat().st_size
     if size > LARGEST_FILE:
         raise error(f"{file} is not readable: it has {size:,} bytes, more than a file of its kind")

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salad_compile.common.paths import require_regular
+
 DIGEST_KEY = "salad_digest"  # in the metadata of files that we write
 CHECKED_KEY, CHECKED = "salad_checked", "sha256"  # beside it: without both a damaged file would pass for an old one
 LARGEST_HEADER = 16 * 2**20  # bytes; that of the largest model takes a few hundred kilobytes
@@ -29,6 +31,7 @@ def open_safetensors(file: Path) -> Iterator[Any]:
 
     with contextlib.ExitStack() as stack:
         try:
+            require_regular(file)
             raw = stack.enter_context(file.open("rb"))
             length = int.from_bytes(raw.read(8), "little")
             if length > LARGEST_HEADER:

@@ -17,6 +17,7 @@ from salad_compile.analysis.inspection import summary
 from salad_compile.analysis.summary import Summary
 from salad_compile.common.files import write_directory_at_once
 from salad_compile.common.logs import logger
+from salad_compile.common.paths import as_path
 from salad_compile.common.progress import ProgressBar
 from salad_compile.common.sharding import is_first_rank
 from salad_compile.common.wrappers import PIPELINE_COMPONENTS, bare_components
@@ -82,7 +83,7 @@ def export(
     """
     chosen = choose_formats(formats)
     modules = bare_components(model)
-    target = Path(directory).resolve()
+    target = as_path(directory).resolve()
     _on_first_rank(lambda: _require_replaceable(target))
     parts = [Component.of(name, module) for name, module in modules.items() if branches(module)]
     if not parts:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from salad_compile.common.inside import require_inside
 from salad_compile.common.logs import logger
+from salad_compile.common.paths import as_path
 from salad_compile.errors import CorruptFileError, HubError
 from salad_compile.salad_files.runs import complete_checkpoints, finished_steps
 
@@ -19,16 +20,20 @@ def file_at(path: str | os.PathLike[str]) -> Path:
     Of the directory of a run of training it is the newest complete state: the result, or else a checkpoint.
 
     Raises:
-        FileNotFoundError: there is no such file. HubError: the download broke off.
+        FileNotFoundError: there is no such file. ConfigError: it is no path. HubError: the download broke off.
     """
-    local = Path(path)
+    local = as_path(path)
+    try:
+        there = local.exists()
+    except OSError as error:  # a name that is too long
+        raise FileNotFoundError(f"no SALAD file at {local}: {error.strerror}") from error
     if local.is_dir():
         return _find_in(local)
-    if local.exists():
+    if there:
         if local.name == FILE_NAME:
             _warn_of_newer(local)
         return local
-    name = os.fspath(path)
+    name = str(local)
     if not is_repository_id(name):
         raise FileNotFoundError(f"no SALAD file at {local}")
     return _download(name)

@@ -21,6 +21,7 @@ from torch import Tensor
 from salad_compile.common.default_device import with_real_tensors
 from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.common.logs import logger
+from salad_compile.common.paths import as_path
 from salad_compile.common.sharding import is_first_rank, shard_like, whole_state
 from salad_compile.common.tensor_files import with_digest
 from salad_compile.common.undo import unchanged_on_failure
@@ -67,15 +68,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The path of the file.
 
     Raises:
-        NotConvertedError: the model has no branch. WriteError: the file cannot be written; a file that was there before
-        is as it was.
+        NotConvertedError: the model has no branch. ConfigError: `path` is none. WriteError: the file cannot be written;
+        a file that was there before is as it was.
     """
     bare = single_model(model, "save")
     header = describe(bare)
     state = whole_state(branch_state(bare))
-    target = Path(path)
-    if target.is_dir():
-        target = target / FILE_NAME
+    target = as_path(path)
+    with name_failures(target):
+        target = target / FILE_NAME if target.is_dir() else target
     if is_first_rank():
         write(state, header, target)
         logger.info("saved %d tensors of %d sites to %s", len(state), len(header.sites), target)

@@ -1,0 +1,42 @@
+"""What a path may name: text that the system takes, and files that are read and replaced as a whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from salad_compile.errors import ConfigError
+
+
+def as_path(path: str | bytes | os.PathLike[str]) -> Path:
+    """A path from the caller.
+
+    Raises:
+        ConfigError: it is no path, or no file can have its name.
+    """
+    try:
+        text = os.fsdecode(path)
+    except TypeError as error:
+        raise ConfigError(f"a path is text or an os.PathLike, got {path!r}.") from error
+    if "\0" in text:
+        raise ConfigError(f"{text!r} is no name of a file.")
+    return Path(text)
+
+
+def require_regular(path: Path, *, follow: bool = True) -> None:
+    """Raises OSError for a device, a pipe or a socket, without opening it.
+
+    A pipe that is read waits for ever for its writer. A device that a file takes the place of is gone, `/dev/null` for
+    every process of the machine.
+
+    Args:
+        follow: whether what a link leads to counts, or the link, which is none of these.
+    """
+    try:
+        mode = path.stat(follow_symlinks=follow).st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+        raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, and no file", str(path))
