@@ -1,6 +1,6 @@
 """What can be decided without training, on a CPU: a first-order term beside the means, sizes of pools, and selections.
 
-    python examples/experiment/untrained.py                 all arms that have no row; an hour of one core
+    python examples/experiment/untrained.py                 all arms that have no row; about 15 minutes of one core
     python examples/experiment/untrained.py table           the block of docs/evidence.md from the rows
 
 Attention of the dense model is replaced layer by layer, nothing is trained, and arms share clips, noises and levels. A
