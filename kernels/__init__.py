@@ -16,7 +16,7 @@ if __name__ != "kernels":
     from .prepare import prepare_operand
     from .routing import kept_blocks, pool_blocks, select_blocks, select_by_mass
     from .rows import take_rows
-    from .tail import attend_with_tail, tail_means, tail_tokens
+    from .tail import attend_with_tail, tail_means, tail_tokens, take_rows_with_means
     from .windows import window_blocks
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "tail_means",
     "tail_tokens",
     "take_rows",
+    "take_rows_with_means",
     "use_engine",
     "window_blocks",
 ]

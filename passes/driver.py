@@ -22,6 +22,7 @@ from salad_compile.passes import (
     erase_markers,
     find_attention,
     order_operands,
+    pool_values,
     prepare_operands,
     replay_position,
     rewrite_attention,
@@ -42,6 +43,7 @@ PASSES: tuple[Pass, ...] = (
     replay_position.PASS,
     rewrite_attention.PASS,
     order_operands.PASS,
+    pool_values.PASS,
     spare_memory.PASS,
     erase_markers.PASS,
 )

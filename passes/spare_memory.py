@@ -26,7 +26,14 @@ from salad_compile.position.operations import operation
 _OPERATORS = torch.ops.salad
 _CHEAP = "salad_cheap"
 """In a node's meta: it is cheap, say other passes."""
-_OF_OURS = frozenset({_OPERATORS.prepare_operand, _OPERATORS.take_rows, _OPERATORS.linear_output})
+_OF_OURS = frozenset(
+    {
+        _OPERATORS.prepare_operand,
+        _OPERATORS.take_rows,
+        _OPERATORS.take_rows_with_means,
+        _OPERATORS.linear_output,
+    }
+)
 _ELEMENTWISE = frozenset({"mul", "add", "addcmul", "sub", "div"})
 _BEFORE_EVERY_REGION = 0
 

@@ -22,6 +22,7 @@ OPERATORS = {
     "prepare_operand": "x=f4 tables=F4 pairs=t norm=t over=t eps=s feature_map=t block=n weight=f1? bias=f1? "
     "order=i1? inverse=i1? -> f4 f14 f14 f14",
     "take_rows": "x=f4 order=i1 inverse=i1 -> f4",
+    "take_rows_with_means": "x=f4 order=i1 inverse=i1 pool=n begin=n end=n -> f4 f4",
     "pool_blocks": "x=f4 block=n key_mask=b2? -> f4",
     "select_blocks": "pooled_query=f4 pooled_key=f4 query_block=n key_block=n density_permille=n "
     "sink_begin=n sink_end=n key_mask=b2? permille=i0? -> i4 i3",
@@ -52,7 +53,7 @@ ATTENTION, ROUTED, WINDOWS, STATE, OUTPUT = (
     *("block_sparse_attention", "select_blocks", "window_blocks", "linear_state", "linear_output"),
 )
 TAILED, COUNTED, MASS = "attend_with_tail", "tail_tokens", "select_by_mass"
-PREPARED = "prepare_operand"
+PREPARED, MOVED = "prepare_operand", "take_rows_with_means"
 POOLED, LISTS = ("pooled_key", "pooled_value"), ("lut", "count", "key_block", "key_mask")
 # What holds for attention without pools and with them: a sentence for each call, and how that is seen.
 OF_ATTENTION: tuple[tuple[str, Callable[[Call], bool]], ...] = (
@@ -72,8 +73,9 @@ RULES: tuple[tuple[str, str, Callable[[Call], bool]], ...] = (
     (OUTPUT, "the query has one dtype", lambda c: c.one_dtype("query", "rotated_query")),
     (ROUTED, "pooled query and key have one dtype", lambda c: c.one_dtype("pooled_query", "pooled_key")),
     (TAILED, "query, key, value and pools have one dtype", lambda c: c.one_dtype("query", "key", "value", *POOLED)),
+    (TAILED, "pools that were moved with values are of its values", lambda c: c.pools_its_values()),
     (TAILED, "its pools are counted from its lists", lambda c: c.agrees(c.maker("pool_tokens", COUNTED), *LISTS)),
-    ("take_rows", "the rows are put back", lambda c: c.is_put_back()),
+    *((name, "the rows are put back", lambda c: c.is_put_back()) for name in ("take_rows", MOVED)),
     (ROUTED, "its means are of its blocks", lambda c: c.pools("query") and c.pools("key")),
     ("pool_blocks", "no gradient flows into a selection", lambda c: c.is_detached("x")),
     (
@@ -193,8 +195,9 @@ class Call:
         made, result = self.prepared(argument)
         if made is not None and result == 0 and made["order"] is not None:
             return made["order"], made["inverse"]
-        moved = Call.of(value.args[1] if getattr(value, "target", None) is torch.where else value)
-        return (moved["order"], moved["inverse"]) if moved is not None and moved.name == "take_rows" else None
+        made = self.maker(argument, MOVED, result=0)
+        moved = made or Call.of(value.args[1] if getattr(value, "target", None) is torch.where else value)
+        return (moved["order"], moved["inverse"]) if moved is not None and moved.name in ("take_rows", MOVED) else None
 
     def one_order(self, *arguments: str) -> bool:
         """Whether the rows of all these arguments were moved in the same way."""
@@ -204,6 +207,11 @@ class Call:
         """Whether some call undoes this move of rows."""
         pairs = [(call["order"], call["inverse"]) for call in map(Call.of, self.node.graph.nodes) if call is not None]
         return (self["inverse"], self["order"]) in pairs
+
+    def pools_its_values(self) -> bool:
+        """Whether, if one call moved its values and pooled them, that is one call."""
+        rows, pools = self.maker("value", MOVED, result=0), self.maker("pooled_value", MOVED, result=1)
+        return (rows and rows.node) is (pools and pools.node)
 
     def is_detached(self, argument: str) -> bool:
         """Whether no gradient flows into an argument."""

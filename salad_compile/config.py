@@ -280,7 +280,8 @@ class BackendOptions:
         dump_graphs: a folder; each graph gets a folder in it with the graph as captured and after each of our passes.
         prepare_operands: whether graphs of converted models compute norm, position and features of a query or key in
             one kernel of ours where its form is known (docs/kernels.md), instead of leaving them to `lowering`. "auto":
-            on a GPU, where it is the faster one, in inference. On the CPU what `lowering` makes of them is faster.
+            on a GPU, where it is the faster one, in inference. On the CPU what `lowering` makes of them is faster. Also
+            whether the move of values into token order leaves their means for compensation; "auto": on a GPU.
         spare_memory: whether training computes again in the backward pass what is cheap (docs/architecture.md), and so
             keeps no more of a block than dense attention does. False: it is kept, which takes a little less time.
 

@@ -17,6 +17,8 @@ FOLDERS = {
     "block_sparse_attention": "block_sparse",
     "block_sparse_attention_backward": "block_sparse",
     "count_tail": "tail",
+    "tail_means": "tail",
+    "take_rows_with_means": "tail",
     "attend_with_tail": "tail",
     "attend_with_tail_backward": "tail",
     "linear_state": "linear",

@@ -197,6 +197,7 @@ def _tail(arch: int) -> Iterator[GateCall]:
         call = Call("count_tail", META, torch.float32, key_block=KEY_BLOCK, masked=mask is not None)
         name = f"count_tail {pool} of {KEY_BLOCK}" + " mask" * call.masked
         yield GateCall(call, name, (lut, lut[..., 0], TOKENS, KEY_BLOCK, pool, 0, TOKENS, mask))
+    yield from _pool_means(arch)
     for case in _attention_cases(arch):
         x, query_blocks = case.tensor(), block_count(TOKENS, case.query_block)
         lut = torch.empty((BATCH, HEADS, query_blocks, KEPT), dtype=torch.int32, device=META)
@@ -220,6 +221,22 @@ def _tail(arch: int) -> Iterator[GateCall]:
                 masked=case.mask,
             )
             yield GateCall(call, _name(operator, case), arguments)
+
+
+def _pool_means(arch: int) -> Iterator[GateCall]:
+    """Means of rows, of rows that are moved, and of means of blocks."""
+    order = torch.empty((TOKENS,), dtype=torch.int32, device=META)
+    for case in _attention_cases(arch):
+        x, mask = case.tensor(), case.mask_tensor()
+        blocks = torch.empty((BATCH, HEADS, block_count(TOKENS, KEY_BLOCK), case.head_dim), device=META)
+        settings = (x, POOL, 0, TOKENS, mask)
+        for operator, words, arguments in (
+            ("tail_means", "", (*settings, None, 0)),
+            ("tail_means", " known", (*settings, blocks, KEY_BLOCK)),
+            ("take_rows_with_means", "", (x, order, order, POOL, 0, TOKENS)),
+        ):
+            call = Call(operator, META, case.dtype, head_dim=case.head_dim, masked=case.mask)
+            yield GateCall(call, _name(operator + words, case), arguments)
 
 
 def _name(function: str, case: Case) -> str:

@@ -2,5 +2,6 @@
 
 from .api import attend_with_tail, tail_tokens
 from .means import tail_means
+from .moved import take_rows_with_means
 
-__all__ = ["attend_with_tail", "tail_means", "tail_tokens"]
+__all__ = ["attend_with_tail", "tail_means", "tail_tokens", "take_rows_with_means"]

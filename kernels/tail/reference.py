@@ -6,8 +6,10 @@ from ..block_sparse.reference import block_mask, token_mask
 from ..checks import accumulation_dtype
 from ..layout import block_count
 from ..pools import Pools
+from ..rows.reference import take_rows
 from ..selection import Selection
 from .bias import bias_of
+from .runs import plain_means, valid_rows
 
 
 def tail_tokens(
@@ -28,6 +30,30 @@ def tail_tokens(
         left &= key_mask[:, None, None, :]
     padded = torch.nn.functional.pad(left, (0, -tokens % pool))
     return torch.unflatten(padded, -1, (-1, pool)).sum(dim=-1).to(torch.float32)
+
+
+def tail_means(
+    x: torch.Tensor,
+    pool: int,
+    begin: int,
+    end: int,
+    key_mask: torch.Tensor | None = None,
+    block_means: torch.Tensor | None = None,
+    block: int = 0,
+) -> torch.Tensor:
+    """(B, H, P, D) in the dtype of x: means over the tokens of each pool that are valid and in [begin, end); 0 of none.
+
+    block_means: what `pool_blocks` gives for blocks of `block` tokens, if it is known, from which an engine may start.
+    """
+    return plain_means(x, pool, valid_rows(x, begin, end, key_mask))
+
+
+def take_rows_with_means(
+    x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, pool: int, begin: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rows.reference.take_rows`, and the means over pools of the rows as they are moved."""
+    rows = take_rows(x, order, inverse)
+    return rows, tail_means(rows, pool, begin, end)
 
 
 def attend_with_tail(

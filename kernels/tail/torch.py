@@ -9,8 +9,9 @@ from ..block_sparse.torch import block_sparse_attention, block_sparse_attention_
 from ..checks import accumulation_dtype
 from . import composed
 from .counting import count_tail
+from .runs import tail_means, take_rows_with_means
 
-__all__ = ["attend_with_tail", "attend_with_tail_backward", "count_tail"]
+__all__ = ["attend_with_tail", "attend_with_tail_backward", "count_tail", "tail_means", "take_rows_with_means"]
 
 _CHUNK_BYTES = 4 << 20  # scores of the rows worked on together
 

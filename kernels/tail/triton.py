@@ -14,7 +14,10 @@ from ..launch import launch
 from ..layout import block_count, has_aligned_rows, row_strides, with_dense_rows
 from . import composed
 from .triton_count import count_kernel
+from .triton_host import tail_means, take_rows_with_means
 from .triton_kernels import merge_kernel, pool_gradient_kernel, query_gradient_kernel
+
+__all__ = ["attend_with_tail", "attend_with_tail_backward", "count_tail", "tail_means", "take_rows_with_means"]
 
 _PROGRAMS = 528  # four for each multiprocessor of an H200
 

@@ -289,7 +289,7 @@ def test_a_pass_is_added_by_one_entry_in_the_list(monkeypatch: pytest.MonkeyPatc
     assert explanation.to_dict()["graphs"][0]["passes"][0]["counts"] == {"salad": 2}
     names = {file.name for file in (tmp_path / "graph_0").iterdir()}
     files = sorted(names - {"passes.txt"}, key=lambda name: int(name.partition("_")[0]))
-    told = "0_captured.txt 6_rewrite_attention.txt 8_spare_memory.txt 9_erase_markers.txt 10_count_linears.txt"
+    told = "0_captured.txt 6_rewrite_attention.txt 9_spare_memory.txt 10_erase_markers.txt 11_count_linears.txt"
     assert files == told.split()
     assert len(names) == len(files) + 1
     before, after = ((tmp_path / "graph_0" / name).read_text() for name in files[3:5])
@@ -307,7 +307,8 @@ def test_each_graph_is_dumped_into_a_folder_of_its_own(tmp_path: Path) -> None:
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["graph_0", "graph_1", "graph_2"]
     assert not list((tmp_path / "graph_1").iterdir())
     assert "replay_position" in (tmp_path / "graph_2" / "passes.txt").read_text()
-    captured, erased = ((tmp_path / "graph_0" / name).read_text() for name in ("0_captured.txt", "9_erase_markers.txt"))
+    names = ("0_captured.txt", "10_erase_markers.txt")
+    captured, erased = ((tmp_path / "graph_0" / name).read_text() for name in names)
     assert "salad.tag" in captured
     assert "salad.tag" not in erased
     assert "salad.block_sparse_attention" in erased

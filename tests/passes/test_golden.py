@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stswa_map_then_rotate": {"pattern": "stswa", "rope_placement": "map-then-rotate"},
     "stswa_rotate_then_map": {"pattern": "stswa", "rope_placement": "rotate-then-map"},
     "tail": {"rope_placement": "rotate-then-map", "compensation": "tail", "compensation_pool": 32},
+    "tail_prepared": {"rope_placement": "map-then-rotate", "compensation": "tail", "compensation_pool": 32},
     "error8": {"rope_placement": "rotate-then-map", "pattern": "error8"},
     "text_in_the_sequence": {"rope_placement": "rotate-then-map"},
 }
@@ -48,7 +49,7 @@ def text_of(name: str) -> str:
     model = toys.Stack(toys.SelfAttention(toys.rotated_in_place))
     salad_compile.convert(model, config, example_inputs=inputs, grid=(3, 5, 7))
     with salad_compile.token_grid(model, (3, 5, 7)):  # its order is an input of the block's graph
-        return golden_text(emitted_graph(model.layers[0], *inputs, prepare_operands=name == "topk_prepared"))
+        return golden_text(emitted_graph(model.layers[0], *inputs, prepare_operands=name.endswith("_prepared")))
 
 
 @pytest.mark.parametrize("name", [*CASES, "training_free"])

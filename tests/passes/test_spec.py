@@ -36,20 +36,20 @@ def masked_and_rotated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @functools.cache
 def _graph(pattern: str) -> fx.Graph:
     attend = toys.positional if pattern == "stswa" else masked_and_rotated
-    attend = toys.rotated_in_place if pattern == "prepared" else attend
-    config = {**CONFIG.to_dict(), "pattern": "topk" if pattern in ("tail", "prepared") else pattern}
-    if pattern == "tail":
+    attend = toys.rotated_in_place if pattern in ("prepared", "moved") else attend
+    config = {**CONFIG.to_dict(), "pattern": "topk" if pattern in ("tail", "prepared", "moved") else pattern}
+    if pattern in ("tail", "moved"):
         config |= {"compensation": "tail", "compensation_pool": 64}
     model = salad_compile.convert(
         toys.SelfAttention(attend), config, example_inputs=(toys.tokens(105),), grid=(3, 5, 7)
     )
-    return emitted_graph(model, toys.tokens(105), prepare_operands=pattern == "prepared")
+    return emitted_graph(model, toys.tokens(105), prepare_operands=pattern in ("prepared", "moved"))
 
 
 def graph_of(pattern: str = "topk") -> fx.Graph:
     """An emitted graph to be spoilt. Of "topk": with key padding, position, and tokens moved into tiles.
 
-    Of "tail": the same with compensation.
+    Of "tail": the same with compensation. Of "moved": that, without key padding, with operands that are prepared.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(_graph(pattern), {}))
@@ -134,6 +134,17 @@ def keep_moved(graph: fx.Graph) -> None:
     graph.erase_node(last.node)
 
 
+def pools_of_others(graph: fx.Graph) -> None:
+    """Of values that another call moved."""
+    moved = call_of(graph, "take_rows_with_means").node
+    with graph.inserting_after(moved):
+        again = graph.node_copy(moved)
+    with graph.inserting_after(again):
+        pools = graph.call_function(operator.getitem, (again, 1))
+    pools.meta["example_value"] = again.meta["example_value"][1]
+    put(graph, "attend_with_tail", "pooled_value", pools)
+
+
 def without_detach(graph: fx.Graph) -> None:
     detached = call_of(graph, "pool_blocks")["x"]
     put(graph, "pool_blocks", "x", detached.args[0])
@@ -186,6 +197,8 @@ PLANTS: dict[tuple[str, str], Callable[[fx.Graph], None]] = {
     ("prepare_operand", "a preparation has a norm for its weight and bias"): lambda g: put(
         g, "prepare_operand", "weight", next(n for n in g.nodes if n.op == "placeholder")
     ),
+    ("take_rows_with_means", "the rows are put back"): keep_moved,
+    ("attend_with_tail", "pools that were moved with values are of its values"): pools_of_others,
     ("attend_with_tail", "its pools are counted from its lists"): lambda g: put(g, "tail_tokens", "key_mask", None),
 }
 
@@ -194,8 +207,9 @@ PLANTS: dict[tuple[str, str], Callable[[fx.Graph], None]] = {
 def test_each_rule_names_its_violation(rule: tuple[str, str]) -> None:
     """A rule without a planted violation has no entry here, and fails."""
     name, says = rule
-    others = {"attend_with_tail": "tail", "select_by_mass": "error8"}
-    graph = graph_of("prepared" if "preparation" in says else others.get(name, "topk"))
+    others = {"attend_with_tail": "tail", "select_by_mass": "error8", "take_rows_with_means": "moved"}
+    of_rule = {"moved": "moved with" in says, "prepared": "preparation" in says}
+    graph = graph_of(next((kind for kind, is_needed in of_rule.items() if is_needed), others.get(name, "topk")))
     PLANTS[rule if rule in PLANTS else ("block_sparse_attention", says)](graph)
     graph.lint()
     found = verify(graph)

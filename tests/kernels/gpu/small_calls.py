@@ -22,6 +22,7 @@ from salad_compile.kernels import (
     select_blocks,
     tail_means,
     tail_tokens,
+    take_rows_with_means,
     use_engine,
 )
 from tests.kernels.helpers import make_qkv, make_selection
@@ -62,13 +63,19 @@ def sparse(engine: str, dtype: torch.dtype, head_dim: int, query_block: int, mas
 
 
 def tail(engine: str, dtype: torch.dtype, head_dim: int, query_block: int, masked: bool, device: str) -> None:
-    """The same with pools: counting, means, attention and all gradients."""
+    """The same with pools: counting, means (without a mask of values that are moved), attention and all gradients."""
     qkv, mask = _qkv(device, dtype, head_dim), _mask(device, masked)
     (query, key, value), lists = qkv, _lists(qkv, query_block)
     weight = torch.linspace(-0.5, 0.5, HEADS, device=device).requires_grad_()
     with use_engine("triton"):
         counted = tail_tokens(*lists, TOKENS, 64, POOL, 0, TOKENS, mask)
-        means = [tail_means(x, POOL, 0, TOKENS, mask) for x in (key, value)]
+        means = [tail_means(key, POOL, 0, TOKENS, mask, pool_blocks(key.detach(), 64, mask), 64)]
+        if mask is None:
+            order = torch.arange(TOKENS, dtype=torch.int32, device=device).flip(0)
+            value, pooled = take_rows_with_means(value, order, order, POOL, 0, TOKENS)
+            means.append(pooled)
+        else:
+            means.append(tail_means(value, POOL, 0, TOKENS, mask))
     with use_engine(engine):
         out, _ = attend_with_tail(query, key, value, *means, counted, weight, *lists, query_block, 64, SCALE, mask)
         _differentiate((out,), [*qkv, weight])

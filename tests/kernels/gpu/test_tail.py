@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from salad_compile.kernels import tail_tokens, use_engine
+from salad_compile.kernels import pool_blocks, tail_means, tail_tokens, take_rows, take_rows_with_means, use_engine
 from salad_compile.kernels.launch import interpreting
 from salad_compile.kernels.tail import reference
 from tests.kernels.helpers import make_qkv
@@ -69,3 +69,52 @@ def test_equals_the_definition(case: Case, dtype: torch.dtype) -> None:
         assert error(ours, expected) < max(BAR[dtype], 2 * error(theirs, expected))
     for first, second in zip(ours_twice[0], ours_twice[-1], strict=True):
         assert torch.equal(first[0], second[0]), "two runs differ"
+
+
+MEANS = (  # pool, block of known means, masked, first and last token of the video
+    (256, 0, False, 0, 333),
+    (64, 0, True, 30, 300),
+    (600, 0, True, 0, 333),
+    (24, 0, False, 5, 6),
+    (128, 64, False, 0, 333),
+    (64, 16, True, 0, 333),
+)
+
+
+# interpreted, one dtype
+DTYPES = [pytest.param(x, marks=pytest.mark.all_cases if interpreting() and x != torch.bfloat16 else ()) for x in BAR]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("pool", "block", "masked", "begin", "end"), MEANS)
+def test_means_of_pools(pool: int, block: int, masked: bool, begin: int, end: int, dtype: torch.dtype) -> None:
+    """Of rows that are not valid whatever stands in them is left out."""
+    device = "cpu" if interpreting() else "cuda"
+    x = make_qkv(333, "fused", dtype, head_dim=48)[1].to(device)
+    mask = torch.rand(2, 333, generator=torch.Generator().manual_seed(1)).to(device) < 0.6 if masked else None
+    if mask is not None:
+        x = x.masked_fill(~mask[:, None, :, None], float("nan"))
+    clean = torch.nan_to_num(x.double())
+    expected = reference.tail_means(clean, pool, begin, end, mask)
+    with use_engine("torch"):
+        known = pool_blocks(torch.nan_to_num(x), block, mask) if block else None
+    with use_engine("triton"):
+        ours = tail_means(x, pool, begin, end, mask, known, block)
+    torch.testing.assert_close(ours.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    assert (expected != 0).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("pool", "begin", "end"), [(256, 0, 333), (96, 30, 300)])
+def test_rows_are_moved_and_their_means_with_them(pool: int, begin: int, end: int, dtype: torch.dtype) -> None:
+    device = "cpu" if interpreting() else "cuda"
+    x = make_qkv(333, "fused", dtype, head_dim=48)[2].to(device)
+    order = torch.randperm(333, generator=torch.Generator().manual_seed(2)).to(torch.int32)
+    order, inverse = order.to(device), order.argsort().to(torch.int32).to(device)
+    with use_engine("triton"):
+        rows, means = take_rows_with_means(x, order, inverse, pool, begin, end)
+    moved = take_rows(x, order, inverse)
+    assert torch.equal(rows, moved)
+    assert rows.stride() == moved.stride()
+    expected = reference.tail_means(moved.double(), pool, begin, end)
+    torch.testing.assert_close(means.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)

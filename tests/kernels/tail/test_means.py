@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from salad_compile.kernels import KernelArgumentError, pool_blocks, tail_means
+from salad_compile.kernels import KernelArgumentError, pool_blocks, tail_means, take_rows, take_rows_with_means
 from tests.kernels.helpers import make_qkv
 from tests.kernels.tail.cases import means
 
@@ -45,8 +45,38 @@ def test_16_bits_are_summed_in_32() -> None:
     assert torch.equal(tail_means(x, 256, 0, 512), exact.bfloat16())
 
 
+@pytest.mark.parametrize(("pool", "begin", "end"), [(1, 0, 203), (64, 70, 203), (192, 0, 150)])
+def test_rows_that_are_moved_leave_their_means_with_gradients(pool: int, begin: int, end: int) -> None:
+    x = make_qkv(203, "fused")[1].requires_grad_()
+    order, inverse = permutation(203)
+    ours = take_rows_with_means(x, order, inverse, pool, begin, end)
+    moved = x[:, :, order.long()]
+    valid = torch.zeros(2, 203, dtype=x.dtype)
+    valid[:, begin:end] = 1
+    expected = moved, means(moved, pool, valid)
+    generator = torch.Generator().manual_seed(2)
+    grads = [torch.randn(result.shape, dtype=x.dtype, generator=generator) for result in expected]
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(torch.autograd.grad(ours, x, grads), torch.autograd.grad(expected, x, grads))
+    assert ours[0].stride() == take_rows(x, order, inverse).stride()
+
+
+def permutation(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(3)).to(torch.int32)
+    return order, order.argsort().to(torch.int32)
+
+
 def test_wrong_arguments_are_refused() -> None:
     x = make_qkv(203)[1]
+    order, inverse = permutation(203)
+    for arguments, match in (
+        ((order[1:], inverse, 64, 0, 203), "202 entries"),
+        ((order, order, 64, 0, 203), "inverse"),
+        ((order, inverse, 0, 0, 203), "pool"),
+        ((order, inverse, 64, 0, 204), "within 203"),
+    ):
+        with pytest.raises(KernelArgumentError, match=match):
+            take_rows_with_means(x, *arguments)
     for given, match in (((0, 0, 203), "pool"), ((64, 0, 204), "within 203"), ((64, 5, 4), "within 203")):
         with pytest.raises(KernelArgumentError, match=match):
             tail_means(x, *given)
@@ -64,4 +94,5 @@ def test_operator_passes_torchs_own_checks() -> None:
     torch.library.opcheck(torch.ops.salad.tail_means.default, (x, 16, 3, 100, torch.rand(2, 130) < 0.5))
     blocks = pool_blocks(x, 64)
     torch.library.opcheck(torch.ops.salad.tail_means.default, (x, 64, 0, 130, None, blocks, 64))
+    torch.library.opcheck(torch.ops.salad.take_rows_with_means.default, (x, *permutation(130), 64, 0, 100))
     assert tail_means(x, 64, 0, 130, None, blocks, 64).data_ptr() != blocks.data_ptr()
