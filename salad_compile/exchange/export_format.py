@@ -5,16 +5,21 @@ Modules of formats import torch inside their methods: the command line lists the
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+
+from salad_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch.nn as nn
 
     from salad_compile.conversion.merge import MergedProjection
     from salad_compile.exchange.component import Component
+
+_SIZE = re.compile(r"0*[1-9]\d*(\.\d+)?\s*[kmgt]b", re.IGNORECASE)  # as huggingface_hub reads it
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,13 @@ class ExportOptions:
 
     base_model: str | None = None
     max_shard_size: int | str = "5GB"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError: a size that is none."""
+        size = self.max_shard_size
+        whole = isinstance(size, int) and size > 0
+        if not whole and not (isinstance(size, str) and _SIZE.fullmatch(size.strip())):
+            raise ConfigError(f'max_shard_size is a size as in "5GB" (KB, MB, GB, TB), or bytes, got {size!r}.')
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,8 @@ def open_source(path: Path, layout: str = "auto") -> LatentSource:
 
 def _describe_content(path: Path) -> str:
     """What the path holds instead: the number of files of each kind, and the first name."""
+    from salad_compile.latents.encoding.finding import VIDEOS
+
     if path.is_file():
         return f"no known layout; it is a single file of kind {path.suffix or '(none)'}"
     files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
@@ -110,4 +112,6 @@ def _describe_content(path: Path) -> str:
     caches = sorted({file.stem.removesuffix("_te").rsplit("_", 1)[-1] for file in path.glob("*_te.safetensors")})
     other = f" (caches of musubi-tuner for {', '.join(caches)}?)" if caches else ""
     listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(4))
-    return f"no known layout; it holds {listed}{other}, the first {files[0].name!r}"
+    clips = any(file.suffix.lower() in VIDEOS for file in files)
+    hint = ": videos, of which `salad-compile latents encode` makes data" if clips else ""
+    return f"no known layout; it holds {listed}{other}, the first {files[0].name!r}{hint}"

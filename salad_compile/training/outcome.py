@@ -69,7 +69,11 @@ def outcome_of(log: list[dict[str, Any]]) -> Outcome:
         return next((line[name] for line in reversed(log) if name in line), None)
 
     untrained, dense = last("untrained_validation_loss"), last("dense_validation_loss")
-    return Outcome(untrained, last("validation_loss"), dense, last("seconds") or 0.0)
+    found = Outcome(untrained, last("validation_loss"), dense, last("seconds") or 0.0)
+    validations = [line for line in log if "validation_loss" in line]
+    if validations and validations[-1].get("gap_closed", 0.0) is None and found.gap_closed is not None:
+        return dataclasses.replace(found, untrained=None)  # the sparsity still grew: that loss is of another one
+    return found
 
 
 def duration(seconds: float) -> str:

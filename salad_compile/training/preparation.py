@@ -54,6 +54,19 @@ def require_converted(
             torch.manual_seed(derive_seed(settings.seed, "branches"))
             convert(model, wanted, example_inputs=example)
     _require_fit(next(iter(branches(model).values())).config, settings)
+    _warn_of_contradictions(settings)
+
+
+def _warn_of_contradictions(settings: TrainSettings) -> None:
+    """Settings that are valid, each alone, and together are hardly meant."""
+    if settings.sparsity_warmup >= settings.steps:
+        logger.warning(
+            "sparsity_warmup=%d, and the run has %d steps: it ends at a lower sparsity than the conversion's, which "
+            "its file keeps",
+            *(settings.sparsity_warmup, settings.steps),
+        )
+    if not settings.learning_rate:
+        logger.warning("learning_rate=0: nothing is trained")
 
 
 def _require_fit(config: SaladConfig, settings: TrainSettings) -> None:

@@ -166,7 +166,7 @@ class Records:
             return
         self._validated = f", validation {loss:.4f}"
         outcome = self._outcome(loss)
-        if step < self.settings.sparsity_warmup:
+        if 0 < step <= self.settings.sparsity_warmup:  # step n has taken the n-th sparsity, counted from 0
             outcome = Outcome(None, loss, None, outcome.seconds)
         seconds = round(outcome.seconds, 3)
         self._log({"step": step, "validation_loss": loss, "gap_closed": outcome.gap_closed, "seconds": seconds})

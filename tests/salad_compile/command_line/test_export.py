@@ -53,6 +53,8 @@ def test_both_experts(command: Run, pipeline: Path, wan: Path, salad_file: Path,
         (("--formats", "difusers"), "unknown format 'difusers'"),
         (("--training", "nowhere.json"), "nowhere.json"),
         (("--component", "transformer_3"), ""),
+        (("--max-shard-size", "5"), "max_shard_size is a size as in \"5GB\" (KB, MB, GB, TB), or bytes, got '5'"),
+        (("--max-shard-size", "0GB"), "got '0GB'"),
     ],
 )
 def test_wrong_arguments(

@@ -54,7 +54,10 @@ def test_unknown_layouts_say_what_was_seen(tmp_path: Path) -> None:
     ):
         open_latents(tmp_path)
     (tmp_path / "a.mp4").touch()
-    with pytest.raises(LatentLayoutError, match=r"it holds 1 x \.mp4, the first 'a.mp4'. Supported: "):
+    with pytest.raises(
+        LatentLayoutError,
+        match=r"it holds 1 x \.mp4, the first 'a.mp4': videos, of which `salad-compile latents encode`",
+    ):
         open_latents(tmp_path)
     with pytest.raises(LatentLayoutError, match=r"a single file of kind \.mp4"):
         open_latents(tmp_path / "a.mp4")

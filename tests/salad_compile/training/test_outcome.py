@@ -14,6 +14,7 @@ import salad_compile
 from salad_compile.sites.branch import branches
 from salad_compile.training import Outcome, read_log, train
 from salad_compile.training.flow_matching import losses, validation_sample
+from salad_compile.training.outcome import outcome_of
 from salad_compile.training.reference_states import as_base, as_untrained
 from tests.models.zoo import randomise
 from tests.salad_compile.training.tiny import CONFIG, SETTINGS, SHAPE, base, converted, latents, wan_forward
@@ -112,10 +113,15 @@ def test_the_sentence(values: tuple[Any, ...], said: str) -> None:
     assert Outcome(0.139, 0.098, 0.079, 11520.0).sentence().endswith("; 3 h 12 min")
 
 
-def test_losses_at_a_growing_sparsity_are_not_compared(tmp_path: Path) -> None:
+def test_losses_at_a_growing_sparsity_are_not_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data, held_out = latents(tmp_path / "latents"), latents(tmp_path / "held-out", 1, prefix="held", seed=9)
     settings = dataclasses.replace(RUN, sparsity_warmup=2, validation_every=1, steps=2)
     train(trained(), data, settings, tmp_path / "run", validation=held_out)
     log = read_log(tmp_path / "run")
     assert CONFIG.lowest_sparsity is not None
-    assert next(line["gap_closed"] for line in log if "gap_closed" in line) is None
+    assert [line["gap_closed"] for line in log if "gap_closed" in line] == [None] * 3  # two validations, and the end
+    assert "the run has 2 steps: it ends at a lower sparsity" in caplog.text
+    measured = {"step": 0, "untrained_validation_loss": 2.0, "dense_validation_loss": 1.0, "validation_loss": 2.0}
+    growing, grown = ({"step": 2, "validation_loss": 1.5, "gap_closed": closed} for closed in (None, 0.5))
+    assert outcome_of([measured, growing]).verdict() == "validation 1.5"
+    assert outcome_of([measured, growing, grown]).gap_closed == 0.5
