@@ -159,7 +159,7 @@ class ManualAttention:
         if name in _CASTS:
             return scores if args and args[0] is target else None
         if name == "softmax" and not scores.softmax:
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            dim = named(kwargs, "dim", args[1] if len(args) > 1 else None)
             return dataclasses.replace(scores, softmax=True) if dim in (-1, len(scores.axes) - 1) else None
         if name == "dropout" and scores.softmax:
             p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
@@ -267,6 +267,14 @@ def name_of(function: Any, args: Sequence[Any]) -> tuple[str, bool]:
     name = raw.strip("_")
     writes = name in _WRITES or (raw.endswith("_") and not raw.endswith("__"))
     return _SAME.get(name, name), writes
+
+
+_NUMPYS = {"dim": "axis", "keepdim": "keepdims"}
+
+
+def named(kwargs: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """An argument by its name, or by NumPy's name for it, which torch's functions take too."""
+    return kwargs.get(name, kwargs.get(_NUMPYS.get(name, name), default))
 
 
 def _operands(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], str | None]:

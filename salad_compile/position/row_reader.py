@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from salad_compile.calls.softmax_products import named
 from salad_compile.position import shadows as sh
 from salad_compile.position.kept_rows import Entries, Operation, carry
 from salad_compile.position.operations import LIKE_ANOTHER, MOVES
@@ -185,7 +186,7 @@ class RowReader:
         parts: list[Tensor] = self._mapped(list(args[0] if args else kwargs["tensors"]))
         if name in ("vstack", "dstack"):
             parts = list((torch.atleast_2d if name == "vstack" else torch.atleast_3d)(parts))  # type: ignore[no-untyped-call]
-        dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else _JOINS[name]))
+        dim = named(kwargs, "dim", args[1] if len(args) > 1 else _JOINS[name])
         dim = 0 if name == "hstack" and parts[0].dim() == 1 else dim
         return sh.stack(parts, dim) if name == "stack" else sh.cat(parts, dim)
 

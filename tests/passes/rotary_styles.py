@@ -112,7 +112,7 @@ class Halves(Rotary):
         x = heads_of(x)
         cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
         first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-second, first], dim=-1) * sin
+        return x * cos + torch.cat([-second, first], axis=-1) * sin  # type: ignore[call-overload]  # NumPy's name
 
     def rotated(self, x: Tensor) -> Tensor:
         angle = angles(x.shape[2], x.dtype)

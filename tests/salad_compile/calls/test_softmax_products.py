@@ -49,6 +49,10 @@ def scaled_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.softmax((q * 0.5) @ (k * 0.5).permute(0, 1, 3, 2), dim=-1) @ v
 
 
+def names_of_numpy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * 0.25).softmax(axis=-1) @ v
+
+
 def in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.transpose(2, 3)
     scores *= 0.25
@@ -104,6 +108,7 @@ FORMS: dict[str, tuple[Attend, float, bool]] = {
     "at and method": (at_and_method, 0.25, True),
     "divided": (divided, 1 / math.sqrt(WIDTH), True),
     "scaled before": (scaled_before, 1.0, True),
+    "names of numpy": (names_of_numpy, 0.25, True),
     "in place": (in_place, 0.125, True),
     "casts": (casts, 1 / 3, True),
     "number left": (negative_left, 0.25, True),

@@ -74,6 +74,7 @@ def written(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         (lambda a, b, c: torch.cat([a, b, c])[1:3], {0, 1}),
         (lambda a, b, c: torch.cat([a, b, c]).flip(0)[:2], {0, 1, 2}),  # moved: not followed
         (lambda a, b, c: torch.cat([torch.cat([a, b]), torch.cat([b, c])], dim=1)[2:], {1, 2}),
+        (lambda a, b, c: torch.concatenate([torch.cat([a, b]), torch.cat([b, c])], axis=1)[2:], {1, 2}),
         (lambda a, b, c: torch.cat([a, b, c]).sum(0), {0, 1, 2}),
         (lambda a, b, c: torch.cat([a, b]).transpose(0, 1)[:, 2:], {1}),
     ],
