@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from salad_compile.config import SaladConfig
+from salad_compile.discovery.advice import advice
 
 if TYPE_CHECKING:
     from salad_compile.discovery.attention_site import AttentionSite
@@ -117,7 +118,7 @@ class Plan(Report):
                 f"{worst.reachable:.3f}: at {worst.tokens:,} tokens there are too few blocks, or too many of them hold "
                 "text. Smaller blocks (query_block, key_block) or a longer video mend it."
             )
-        return lines
+        return [*lines, *advice(self.config, (entry.tokens for entry in found))]
 
     def to_dict(self) -> dict[str, Any]:
         return {

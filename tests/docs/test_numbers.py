@@ -128,3 +128,15 @@ def test_the_seconds_of_the_strip(page: str) -> None:
     assert list(told.groups()) == [f"{seconds:.1f}" for seconds in row["cpu_seconds"].values()]
     assert row["threads"] == 1
     assert "Seconds of one thread of a CPU" in text
+
+
+def test_what_plan_advises_is_what_the_rows_say() -> None:
+    from salad_compile.discovery.advice import GAP_CLOSED, MEASURED_TOKENS
+
+    _, _, real = text_of("evidence.md").partition("<!-- real:begin -->")
+    assert f"{MEASURED_TOKENS:,} tokens" in real
+    closed = dict(re.findall(r"^\| `([\w-]+)` .*?\| [\d.]+ \| [\d.]+ \| (-?[\d.]+)% \|", real, re.MULTILINE))
+    assert {name: round(float(closed[name])) for name in GAP_CLOSED} == GAP_CLOSED
+    for page in ("what_to_pick.md", "method.md"):
+        for name in ("tail-only", "tail-only-64"):
+            assert f"{GAP_CLOSED[name]} %" in prose_of(page)
