@@ -12,9 +12,10 @@ if __name__ != "kernels":
     from .engines import use_engine
     from .errors import KernelArgumentError, KernelDifferentiationError, KernelExchangeError, UnsupportedKernelError
     from .linear import linear_output, linear_state
+    from .mass import select_by_mass
     from .measure import Execution, measure_executions
     from .prepare import prepare_operand
-    from .routing import kept_blocks, pool_blocks, select_blocks, select_by_mass
+    from .routing import kept_blocks, pool_blocks, select_blocks
     from .rows import take_rows
     from .tail import attend_with_tail, tail_means, tail_tokens, take_rows_with_means
     from .windows import window_blocks

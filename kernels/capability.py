@@ -12,11 +12,12 @@ from .checks import BLOCK_SIZES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 128
+CELL_SIZES = (8, 16, 32)  # of selection by mass
 # (major, minor) of the oldest GPU: asynchronous copies and bf16 matrix products came with Ampere.
 OLDEST_ARCH = (8, 0)
 # stands in where kernels are interpreted or recorded
 NEWEST_TUNED_ARCH = (9, 0)
-_OTHERWISE = "salad_compile.kernels.use_engine('torch') runs plain torch operators instead, more slowly"
+OTHERWISE = "salad_compile.kernels.use_engine('torch') runs plain torch operators instead, more slowly"
 
 
 def next_power(number: int) -> int:
@@ -42,19 +43,19 @@ def why_unsupported(
     """
     if dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        return f"no Triton kernel for {dtype}; there are {names}. {_OTHERWISE}"
+        return f"no Triton kernel for {dtype}; there are {names}. {OTHERWISE}"
     for head_dim in head_dims:
         if head_dim is not None and not 1 <= head_dim <= LARGEST_HEAD_DIM:
-            return f"no Triton kernel for head_dim {head_dim}; any from 1 to {LARGEST_HEAD_DIM} will do. {_OTHERWISE}"
+            return f"no Triton kernel for head_dim {head_dim}; any from 1 to {LARGEST_HEAD_DIM} will do. {OTHERWISE}"
     for block in blocks:
         if block is not None and block not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
-            return f"no Triton kernel for blocks of {block} tokens; there are {sizes}. {_OTHERWISE}"
+            return f"no Triton kernel for blocks of {block} tokens; there are {sizes}. {OTHERWISE}"
     if device.type == "cuda" and arch_of(device) < OLDEST_ARCH:
         major, minor = arch_of(device)
         return (
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the Triton kernels need "
-            f"{OLDEST_ARCH[0]}.{OLDEST_ARCH[1]} or newer. {_OTHERWISE}"
+            f"{OLDEST_ARCH[0]}.{OLDEST_ARCH[1]} or newer. {OTHERWISE}"
         )
     return None
 

@@ -125,15 +125,15 @@ FAULTS = (
     ),
     _fault(
         "a cell with few keys counts as a full one",
-        "kernels/routing",
+        "kernels/mass",
         ("torch.baddbmm(added, queries[:, rows], keys)", "torch.bmm(queries[:, rows], keys)"),
-        tests="tests/kernels/routing/test_mass.py",
+        tests="tests/kernels/mass/test_mass.py",
     ),
     _fault(
         "a block's error is that of its values alone",
-        "kernels/routing",
+        "kernels/mass",
         ("queries.square() @ _variance(key, block, mask).mT", "queries.square().sum(3, keepdim=True)"),
-        tests="tests/kernels/routing/test_mass.py",
+        tests="tests/kernels/mass/test_mass.py",
     ),
     _fault(
         "a window ends one block early",

@@ -22,6 +22,7 @@ class Call:
         device, dtype: of the tensors.
         head_dim, value_dim: of query and key, and of value; None if the operator works with any.
         query_block, key_block: tokens per block; None if the operator has none. `pool_blocks` has a key_block.
+        cell: tokens of which `select_by_mass` takes the mean; None elsewhere.
         masked: whether a key mask is given.
         feature_map: of the linear branch, "" elsewhere.
         rotated: whether the linear branch gets features that were rotated.
@@ -39,6 +40,7 @@ class Call:
     value_dim: int | None = None
     query_block: int | None = None
     key_block: int | None = None
+    cell: int | None = None
     masked: bool = False
     feature_map: str = ""
     rotated: bool = False

@@ -14,6 +14,7 @@ FOLDERS = {
     "prepare_operand": "prepare",
     "pool_blocks": "routing",
     "select_blocks": "routing",
+    "select_by_mass": "mass",
     "block_sparse_attention": "block_sparse",
     "block_sparse_attention_backward": "block_sparse",
     "count_tail": "tail",

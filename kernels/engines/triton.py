@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..capability import why_unsupported
+from ..capability import CELL_SIZES, OTHERWISE, why_unsupported
 from ..launch import interpreting, recording
 from .call import Call
 from .engine import FOLDERS, GateCall, implementation
@@ -25,6 +25,9 @@ class TritonEngine:
                 f"the tensors are on {call.device}: move them to CUDA, or set TRITON_INTERPRET=1 before Triton is "
                 "imported to interpret the kernels, slowly"
             )
+        if call.cell is not None and call.cell not in CELL_SIZES:
+            sizes = ", ".join(map(str, CELL_SIZES))
+            return f"no Triton kernel for cells of {call.cell} tokens; there are {sizes}. {OTHERWISE}"
         return why_unsupported(
             call.device,
             call.dtype,

@@ -30,6 +30,7 @@ def gate_calls(arch: int) -> Iterator[GateCall]:
     """See `Engine.gate_calls`."""
     yield from _prepare(arch)
     yield from _routing(arch)
+    yield from _mass(arch)
     yield from _linear(arch)
     yield from _block_sparse(arch)
     yield from _tail(arch)
@@ -116,6 +117,39 @@ def _routing(arch: int) -> Iterator[GateCall]:
             yield GateCall(
                 call, _name("select_blocks" + words, case), (pooled_query, pooled_key, BlockChoice(*settings, permille))
             )
+
+
+def _mass(arch: int) -> Iterator[GateCall]:
+    """Selection by mass and by error: what is shipped as patterns in the usual blocks, and the largest of each kind."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for case, key_block, cell, by_error in (
+        (Case(bf16), KEY_BLOCK, 16, True),
+        (Case(bf16), KEY_BLOCK, 8, True),
+        (Case(bf16), KEY_BLOCK, 8, False),
+        (Case(bf16, query_block=64), KEY_BLOCK, 16, True),
+        (Case(bf16, query_block=64, mask=True), KEY_BLOCK, 8, True),
+        (Case(bf16, query_block=16), 16, 16, True),
+        (Case(bf16, query_block=16), 16, 8, True),
+        (Case(bf16, 64, mask=True), KEY_BLOCK, 16, True),
+        (Case(fp16, 80, query_block=256, mask=True, unaligned=True), 256, 8, True),
+        (Case(fp32, mask=True), KEY_BLOCK, 8, True),
+        (Case(fp32, 64), KEY_BLOCK, 16, False),
+    ):
+        x = case.tensor()
+        choice = BlockChoice(case.query_block, key_block, DENSITY_PERMILLE, 0, 512, case.mask_tensor())
+        call = Call(
+            "select_by_mass",
+            META,
+            case.dtype,
+            head_dim=case.head_dim,
+            value_dim=case.head_dim if by_error else None,
+            query_block=case.query_block,
+            key_block=key_block,
+            cell=cell,
+            masked=case.mask,
+        )
+        name = _name(f"select_by_{'error' if by_error else 'mass'}{cell} keys{key_block}", case)
+        yield GateCall(call, name, (x, x, x if by_error else None, cell, SCALE, choice))
 
 
 def _linear(arch: int) -> Iterator[GateCall]:

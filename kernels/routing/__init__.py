@@ -2,6 +2,5 @@
 
 from .api import pool_blocks, select_blocks
 from .density import kept_blocks
-from .mass import select_by_mass
 
-__all__ = ["kept_blocks", "pool_blocks", "select_blocks", "select_by_mass"]
+__all__ = ["kept_blocks", "pool_blocks", "select_blocks"]

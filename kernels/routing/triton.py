@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..block_choice import BlockChoice
 from ..capability import padded_head_dim
 from ..launch import launch
-from ..layout import ALL_BLOCKS, block_count, has_aligned_rows, row_strides, with_dense_rows
+from ..layout import ALL_BLOCKS, block_count, empty_lists, has_aligned_rows, row_strides, with_dense_rows
 from .density import list_width, touched_blocks
 from .triton_pool import pool_kernel, valid_blocks_kernel
 from .triton_select import select_kernel
@@ -26,7 +28,7 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
     batch, heads, tokens, head_dim = x.shape
     blocks = block_count(tokens, block)
     pooled = x.new_empty((batch, heads, blocks, head_dim), dtype=torch.float32)
-    mask = _mask_bytes(key_mask)
+    mask = mask_bytes(key_mask)
     launch(
         pool_kernel,
         (batch * blocks * heads,),
@@ -46,24 +48,41 @@ def select_blocks(
     pooled_query: torch.Tensor, pooled_key: torch.Tensor, choice: BlockChoice
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.select_blocks`. Scores are one product of the library, in the precision that torch is set to."""
+    query, key = pooled_query.flatten(0, 1), pooled_key.flatten(0, 1).transpose(1, 2)
+
+    def fill(heads: slice, scores: torch.Tensor) -> None:
+        torch.bmm(query[heads], key[heads], out=scores[:, :, : key.shape[2]])
+
+    return keep_best(fill, pooled_query, (*pooled_query.shape[:3], pooled_key.shape[2]), choice)
+
+
+def keep_best(
+    fill: Callable[[slice, torch.Tensor], None],
+    like: torch.Tensor,
+    shape: tuple[int, int, int, int],
+    choice: BlockChoice,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks with the best scores, as of `reference.select_blocks`.
+
+    Args:
+        fill: writes the scores of a slice of the B * H heads into the first Mk columns of fp32 (heads, Mq, width).
+        like: a tensor of the device. shape: (B, H, Mq, Mk).
+    """
     query_block, key_block, density_permille, sink_begin, sink_end, key_mask, permille = choice
-    batch, heads, query_blocks, _ = pooled_query.shape
-    key_blocks = pooled_key.shape[2]
+    batch, heads, query_blocks, key_blocks = shape
     slots = list_width(key_blocks, query_block, key_block, density_permille, sink_begin, sink_end)
-    lut = pooled_query.new_empty((batch, heads, query_blocks, slots), dtype=torch.int32)
-    count = pooled_query.new_empty((batch, heads, query_blocks), dtype=torch.int32)
+    lut, count = empty_lists(like, batch, heads, query_blocks, slots)
     width = block_count(key_blocks, 16) * 16  # of a row in memory: a vector never crosses its end
     valid = None
     if key_mask is not None:
         valid = _valid_blocks(key_mask, key_block, width)
         valid = valid[:, None].expand(batch, heads, width).reshape(batch * heads, width).contiguous()
     text = (*touched_blocks(sink_begin, sink_end, key_block), *touched_blocks(sink_begin, sink_end, query_block))
-    query, key = pooled_query.flatten(0, 1), pooled_key.flatten(0, 1).transpose(1, 2)
     group = max(1, SCORES_AT_ONCE // (query_blocks * width))
     for first in range(0, batch * heads, group):
-        part = slice(first, first + group)
-        scores = query.new_empty((query[part].shape[0], query_blocks, width))
-        torch.bmm(query[part], key[part], out=scores[:, :, :key_blocks])
+        part = slice(first, min(first + group, batch * heads))
+        scores = like.new_empty((part.stop - first, query_blocks, width), dtype=torch.float32)
+        fill(part, scores)
         launch(
             select_kernel,
             (scores.shape[0] * query_blocks,),
@@ -89,12 +108,13 @@ def _valid_blocks(key_mask: torch.Tensor, block: int, width: int) -> torch.Tenso
         valid_blocks_kernel,
         (block_count(tokens, block), batch),
         key_mask.device,
-        *(_mask_bytes(key_mask), valid, tokens, width, block),
+        *(mask_bytes(key_mask), valid, tokens, width, block),
         CHUNK=128,
         num_warps=1,
     )
     return valid
 
 
-def _mask_bytes(key_mask: torch.Tensor | None) -> torch.Tensor | None:
+def mask_bytes(key_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """uint8 (B, S), contiguous, or None."""
     return None if key_mask is None else key_mask.contiguous().view(torch.uint8)

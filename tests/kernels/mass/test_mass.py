@@ -7,7 +7,8 @@ import torch
 
 from salad_compile.kernels import KernelArgumentError, pool_blocks, select_blocks, select_by_mass
 from salad_compile.kernels.block_choice import BlockChoice
-from salad_compile.kernels.routing import mass
+from salad_compile.kernels.mass import reference
+from salad_compile.kernels.mass import torch as plain
 
 TOKENS, SCALE = 107, 0.3
 
@@ -71,15 +72,15 @@ def test_scores_are_those_of_the_definition(
     mask = a_mask() if masked else None
     given = value if by_error else None
     seen: list[torch.Tensor] = []
-    kept = mass.keep_best
+    kept = plain.keep_best
 
     def look(scores: torch.Tensor, choice: BlockChoice) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append(scores.clone())
         return kept(scores, choice)
 
-    monkeypatch.setattr(mass, "keep_best", look)
+    monkeypatch.setattr(plain, "keep_best", look)
     for at_once in (1, 1 << 25):  # a query block at a time, and all
-        monkeypatch.setattr(mass, "_SCORES_AT_ONCE", at_once)
+        monkeypatch.setattr(plain, "_SCORES_AT_ONCE", at_once)
         select_by_mass(query, key, given, 8, SCALE, *blocks, 400, 0, 0, mask)
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-12, atol=0)
     valid = torch.ones(2, TOKENS, dtype=torch.bool) if mask is None else mask
@@ -87,6 +88,8 @@ def test_scores_are_those_of_the_definition(
         tensors = (query[sample], key[sample], None if given is None else given[sample])
         expected = scores_in_words(*tensors, 8, blocks, valid[sample])
         torch.testing.assert_close(seen[1][sample], expected, rtol=1e-9, atol=1e-12)
+    choice = BlockChoice(*blocks, 400, key_mask=mask)
+    torch.testing.assert_close(seen[1], reference.scores_of(query, key, given, 8, SCALE, choice), rtol=1e-9, atol=1e-9)
 
 
 def test_of_one_cell_a_block_the_order_is_that_of_means() -> None:
