@@ -11,6 +11,7 @@ import torch
 
 from salad_compile.kernels import UnsupportedKernelError, select_by_mass, use_engine
 from salad_compile.kernels.block_choice import BlockChoice
+from salad_compile.kernels.capability import target_arch
 from salad_compile.kernels.launch import interpreting, record_launches
 from salad_compile.kernels.layout import ALL_BLOCKS
 from salad_compile.kernels.mass import reference
@@ -76,7 +77,7 @@ CASES = [
     Case(203, FP32, (32, 16), 16, 24, masked=True, layout="fused"),
     Case(130, FP32, (16, 32), 8, by_error=False, head_dim=16, layout="bhsd", sinks=(100, 130)),
     Case(90, BF16, (16, 16), 16, masked=True, sinks=(80, 90), batch=1),
-    Case(150, BF16, (256, 16), 8, 128, heads=1, batch=1),
+    pytest.param(Case(150, BF16, (256, 16), 8, 128, heads=1, batch=1), marks=pytest.mark.all_cases),
     Case(31, FP16, (64, 32), 32, by_error=False, masked=True),
     *(
         pytest.param(Case(tokens, dtype, blocks, cell, 128, by_error, "fused", masked=tokens % 2 == 1, size=size))
@@ -186,6 +187,15 @@ def test_heads_one_after_another(device: str, monkeypatch: pytest.MonkeyPatch) -
     whole = run(case, device)
     monkeypatch.setattr(routing_host, "SCORES_AT_ONCE", 2 * 3 * 16)  # two heads: a sequence begins within a group
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(case, device), whole, strict=True))
+
+
+@pytest.mark.skipif(not interpreting(), reason="a GPU has the settings of its own generation")
+def test_settings_of_other_gpus(device: str) -> None:
+    case = Case(130, BF16, head_dim=16, batch=1, heads=1)
+    ours = run(case, device)
+    with target_arch((8, 0)):
+        others = run(case, device)
+    assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
 
 
 @pytest.mark.parametrize("by_error", [False, True])
