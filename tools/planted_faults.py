@@ -181,6 +181,20 @@ FAULTS = (
         interpreted=True,
     ),
     _fault(
+        "Triton: a cell with few keys counts as a full one",
+        "kernels/mass",
+        ("factor[None, :] + held[:, None] - lse", "factor[None, :] - lse"),
+        tests="tests/kernels/gpu/test_mass.py",
+        interpreted=True,
+    ),
+    _fault(
+        "Triton: a query cell with few tokens counts as a full one",
+        "kernels/mass",
+        ("largest + tl.log2(total) - held", "largest + tl.log2(total)"),
+        tests="tests/kernels/gpu/test_mass.py",
+        interpreted=True,
+    ),
+    _fault(
         "Triton: lse not converted from base 2",
         "kernels/block_sparse",
         ("(highest + tl.log2(total)) * _LN2", "(highest + tl.log2(total))"),

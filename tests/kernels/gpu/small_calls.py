@@ -20,6 +20,7 @@ from salad_compile.kernels import (
     pool_blocks,
     prepare_operand,
     select_blocks,
+    select_by_mass,
     tail_means,
     tail_tokens,
     take_rows_with_means,
@@ -90,6 +91,15 @@ def routing(dtype: torch.dtype, head_dim: int, masked: bool, device: str) -> Non
         select_blocks(*pooled, 128, 64, 400, 0, 64, mask)
 
 
+def mass(dtype: torch.dtype, head_dim: int, cell: int, masked: bool, device: str) -> None:
+    """Rows of cells, their softmax, what means of blocks get wrong, and the choice among them."""
+    query, key, value = (x.detach() for x in _qkv(device, dtype, head_dim))
+    mask = _mask(device, masked)
+    with use_engine("triton"):
+        select_by_mass(query, key, value, cell, SCALE, 128, 64, 400, 0, 64, mask)
+        select_by_mass(query, key, None, cell, SCALE, 16, 16, 400, 0, 0, mask)
+
+
 def linear(dtype: torch.dtype, head_dim: int, feature_map: str, masked: bool, device: str) -> None:
     """State and output of the linear branch, with the rotation after the features, and their gradients."""
     query, key, value = _qkv(device, dtype, head_dim)
@@ -125,6 +135,8 @@ CALLS: dict[str, Callable[[str], None]] = {
     "triton tail bf16 d128 128x64 mask": functools.partial(tail, "triton", BF16, 128, 128, True),
     "triton routing bf16 d128": functools.partial(routing, BF16, 128, False),
     "triton routing fp32 d80 mask": functools.partial(routing, FP32, 80, True),
+    "triton mass bf16 d128 cells of 16": functools.partial(mass, BF16, 128, 16, False),
+    "triton mass fp32 d80 cells of 8 mask": functools.partial(mass, FP32, 80, 8, True),
     "triton linear bf16 d128 relu": functools.partial(linear, BF16, 128, "relu", False),
     "triton linear fp16 d64 softmax mask": functools.partial(linear, FP16, 64, "softmax", True),
     "triton prepare bf16 Wan": functools.partial(prepare, WAN, BF16),
