@@ -10,7 +10,8 @@ from ..layout import block_count
 from ..selection import Selection
 
 _GROUP_BYTES = 16 << 20  # query, key and value of the heads worked on together: half of a common last-level cache
-_CHUNK_BYTES = 4 << 20  # gathered keys or values, and scores, of the query blocks worked on together; measured
+# Gathered keys or values, and scores, of the query blocks that a thread works on, measured, and of all threads.
+_THREAD_BYTES, _CHUNK_BYTES = 2 << 20, 32 << 20
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Plan:
     def chunk(self, width: int, itemsize: int) -> int:
         """Query blocks worked on together; width is the number of elements kept per gathered key token."""
         per_query_block = self.gathered * width * itemsize
-        blocks = max(1, _CHUNK_BYTES // per_query_block)
         threads = torch.get_num_threads()
+        blocks = max(1, min(threads * _THREAD_BYTES, _CHUNK_BYTES) // per_query_block)
         return blocks // threads * threads if blocks > threads else blocks  # every thread gets whole matrices
 
 
@@ -89,9 +90,8 @@ class Scratch:
 
     def rows(self, name: str, x: torch.Tensor, block: int, dtype: torch.dtype) -> torch.Tensor:
         """`blocks` for what is only read where it lies: of one head without a short block, a view."""
-        if len(x) == 1 and x.dtype == dtype and x.shape[1] % block == 0 and x.stride(-1) == 1:
-            return x[0].view(-1, block, x.shape[-1])
-        return self.blocks(name, x, block, dtype)
+        view = whole_blocks(x, block) if x.dtype == dtype else None
+        return self.blocks(name, x, block, dtype) if view is None else view
 
     def gather(self, blocks: torch.Tensor, index: torch.Tensor, gathered: int) -> torch.Tensor:
         """blocks: (M, block, D), index: (n * K,) -> (n, gathered, D), the blocks of each row side by side.
@@ -101,6 +101,13 @@ class Scratch:
         _, block, head_dim = blocks.shape
         out = self("gathered", (len(index), block, head_dim), blocks.dtype)
         return torch.index_select(blocks, 0, index, out=out).view(-1, gathered, head_dim)
+
+
+def whole_blocks(x: torch.Tensor, block: int) -> torch.Tensor | None:
+    """(1, S, D) -> (M, block, D), a view; None for several heads or a short block, which need memory of their own."""
+    if len(x) > 1 or x.shape[1] % block or x.stride(-1) != 1:
+        return None
+    return x[0].view(-1, block, x.shape[-1])
 
 
 def from_blocks(blocks: torch.Tensor, out: torch.Tensor) -> None:

@@ -4,12 +4,14 @@ The selected key and value blocks of a few query blocks at a time are gathered s
 large batched matmuls over buffers that stay in cache. Nothing ever holds S x S elements.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from ..checks import accumulation_dtype
 from ..layout import ALL_BLOCKS, empty_bshd
 from ..selection import Selection
-from .chunks import KeyLists, Plan, Scratch, from_blocks, head_groups, valid_blocks
+from .chunks import KeyLists, Plan, Scratch, from_blocks, head_groups, valid_blocks, whole_blocks
 from .whole import attend_whole
 
 
@@ -38,12 +40,18 @@ def block_sparse_attention(
         keys = scratch.blocks("key", key[b, group], key_block, dtype)
         values = scratch.blocks("value", value[b, group], key_block, value_dtype)
         listed = KeyLists.listed(plan, lut[b, group], count[b, group], valid)
-        blocks_out, blocks_lse = _forward_group(queries, keys, values, listed, scale, scratch)
+        blocks_out = whole_blocks(out[b, group], query_block)
+        in_scratch = blocks_out is None
+        if blocks_out is None:
+            blocks_out = scratch("out", (*queries.shape[:2], value.shape[-1]), value_dtype)
+        blocks_lse = _forward_group(queries, keys, values, listed, scale, scratch, blocks_out)
         if any_dense and len(rows := _dense_rows(count[b, group])):
             everything = KeyLists.everything(plan, rows, valid)
-            dense = _forward_group(queries[rows], keys, values, everything, scale, dense_scratch)
-            blocks_out[rows], blocks_lse[rows] = dense
-        from_blocks(blocks_out, out[b, group])
+            dense = dense_scratch("out", (len(rows), *blocks_out.shape[1:]), value_dtype)
+            blocks_lse[rows] = _forward_group(queries[rows], keys, values, everything, scale, dense_scratch, dense)
+            blocks_out[rows] = dense.to(blocks_out.dtype)
+        if in_scratch:
+            from_blocks(blocks_out, out[b, group])
         from_blocks(blocks_lse, lse[b, group])
     return out, lse
 
@@ -60,33 +68,73 @@ def _forward_group(
     lists: KeyLists,
     scale: float,
     scratch: Scratch,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """query: (R, query_block, D); key and value: (G * Mk, key_block, D). Returns blocks of out and lse."""
-    plan, value_dim = lists.plan, value.shape[-1]
-    out = scratch("out", (*query.shape[:2], value_dim), value.dtype)
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """query: (R, query_block, D); key and value: (G * Mk, key_block, D). Writes blocks of out; returns those of lse."""
+    plan = lists.plan
     lse, largest = (scratch(name, query.shape[:2], query.dtype) for name in ("lse", "largest"))
-    step = plan.chunk(max(key.shape[-1], value_dim) + plan.query_block, key.element_size())
-    for rows, index, masked in lists.chunks(step):
-        shape = (rows.stop - rows.start, plan.query_block, plan.gathered)
-        keys = scratch.gather(key, index, plan.gathered)
-        scores = scratch("scores", shape, query.dtype)
-        torch.baddbmm(scores, query[rows], keys.transpose(1, 2), beta=0, alpha=scale, out=scores)
+    step = plan.chunk(max(key.shape[-1], value.shape[-1]) + plan.query_block, key.element_size())
+    # Cut and allocated up front: between two operations of a chunk all threads but one wait for Python.
+    pieces = zip(*(torch.split(x, step) for x in (query, lse, largest, out)), strict=True)
+    buffers = _Buffers.of(min(step, len(query)), plan, key, value, scratch)
+    for (rows, index, masked), (queries, highest, share, result) in zip(lists.chunks(step), pieces, strict=True):
+        if len(queries) != len(buffers.scores):  # the last ones
+            buffers = _Buffers.of(len(queries), plan, key, value, scratch)
+        scores = buffers.scores
+        keys = buffers.gather_keys(key, index)
+        torch.baddbmm(scores, queries, keys, beta=0, alpha=scale, out=scores)
         if masked:
             lists.mask(scores, rows)
-        highest = torch.amax(scores, dim=-1, out=lse[rows])
+        torch.amax(scores, dim=-1, out=highest)
         # In place on the CPU, where the kernel is done with a row before it writes it (tested); not promised elsewhere.
-        in_place = scores if scores.device.type == "cpu" else None
-        weights = torch.softmax(scores, dim=-1, out=in_place)
-        torch.amax(weights, dim=-1, out=largest[rows])
+        weights = torch.softmax(scores, dim=-1, out=scores if scores.is_cpu else None)
+        torch.amax(weights, dim=-1, out=share)
         if masked:
             empty = highest == float("-inf")
             weights.masked_fill_(empty[..., None], 0)
-            largest[rows].masked_fill_(empty, 1)
-        if weights.dtype != value.dtype:
-            weights = scratch("rounded", shape, value.dtype).copy_(weights)
-        torch.bmm(weights, scratch.gather(value, index, plan.gathered), out=out[rows])
+            share.masked_fill_(empty, 1)
+        if buffers.rounded is not None:
+            weights = buffers.rounded.copy_(weights)
+        torch.bmm(weights, buffers.gather_values(value, index), out=buffers.attended)
+        result.copy_(buffers.attended)  # while it is in cache
     # the largest weight is exp(highest - lse), and at least 1 / gathered: its logarithm loses no digits
-    return out, lse.sub_(largest.log_())
+    return lse.sub_(largest.log_())
+
+
+class _Buffers(NamedTuple):
+    """What the forward needs for n query blocks at a time. Keys and values share memory, which then stays in cache."""
+
+    scores: torch.Tensor  # (n, query_block, gathered)
+    rounded: torch.Tensor | None  # the same in the dtype of values, if that is another
+    keys: torch.Tensor  # (n * K, key_block, D)
+    values: torch.Tensor  # (n * K, key_block, Dv)
+    keys_transposed: torch.Tensor  # (n, D, gathered)
+    values_by_row: torch.Tensor  # (n, gathered, Dv)
+    attended: torch.Tensor  # (n, query_block, Dv)
+
+    @classmethod
+    def of(cls, n: int, plan: Plan, key: torch.Tensor, value: torch.Tensor, scratch: Scratch) -> "_Buffers":
+        shape = (n, plan.query_block, plan.gathered)
+        keys, values = (scratch("gathered", (n * plan.slots, *x.shape[1:]), x.dtype) for x in (key, value))
+        return cls(
+            scores=scratch("scores", shape, key.dtype),
+            rounded=None if key.dtype == value.dtype else scratch("rounded", shape, value.dtype),
+            keys=keys,
+            values=values,
+            keys_transposed=keys.view(n, plan.gathered, -1).transpose(1, 2),
+            values_by_row=values.view(n, plan.gathered, -1),
+            attended=scratch("attended", (*shape[:2], value.shape[-1]), value.dtype),
+        )
+
+    def gather_keys(self, key: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """The blocks of `key` that each query block sees, side by side."""
+        torch.index_select(key, 0, index, out=self.keys)
+        return self.keys_transposed
+
+    def gather_values(self, value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """The same of `value`; overwrites the keys."""
+        torch.index_select(value, 0, index, out=self.values)
+        return self.values_by_row
 
 
 def block_sparse_attention_backward(

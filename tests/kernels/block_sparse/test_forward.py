@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from salad_compile.kernels import block_sparse_attention
-from salad_compile.kernels.block_sparse import reference
+from salad_compile.kernels.block_sparse import chunks, reference
+from salad_compile.kernels.layout import ALL_BLOCKS
 from salad_compile.kernels.selection import Selection
 from tests.kernels.helpers import (
     ACCURACY,
@@ -141,6 +142,39 @@ def test_several_head_groups_agree_with_one_head_at_a_time(dtype: torch.dtype) -
         single, single_lse = block_sparse_attention(*one, 128, 128, 0.1)
         assert torch.equal(out[:, h : h + 1], single)
         assert torch.equal(lse[:, h : h + 1], single_lse)
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1.0, torch.bfloat16), (4.0, torch.float32), (16.0, torch.float32)])
+@pytest.mark.parametrize("tokens", [640, 641])  # whole blocks of one head are written where they belong
+def test_one_head_by_itself(tokens: int, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 1 << 18)  # several chunks, the last of them short
+    qkv = make_qkv(tokens, dtype=dtype, heads=1, head_dim=32, scale=scale)
+    lut, count = make_selection(*qkv[:2], 64, 32)
+    count = count.clone()
+    count[0, 0, 3] = ALL_BLOCKS
+    count[1, 0, 0] = 0
+    selection = Selection(lut, count, 64, 32, 32**-0.5)
+    out, lse = block_sparse_attention(*qkv, *selection)
+    expected, expected_lse = reference.block_sparse_attention(*(x.double() for x in qkv), selection)
+    assert relative_l2(out, expected) < FORWARD_BAR[dtype]
+    empty = expected_lse == float("-inf")
+    assert empty.any()
+    assert torch.equal(lse == float("-inf"), empty)
+    torch.testing.assert_close(lse[~empty].double(), expected_lse[~empty], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_show(threads: int) -> None:
+    qkv = make_qkv(2048, dtype=torch.float32, batch=1, heads=1, head_dim=64)
+    selection = Selection(*make_selection(*qkv[:2], 128, 128), 128, 128, SCALE)
+    expected, _ = reference.block_sparse_attention(*(x.double() for x in qkv), selection)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out, _ = block_sparse_attention(*qkv, *selection)
+    finally:
+        torch.set_num_threads(before)
+    assert relative_l2(out, expected) < FORWARD_BAR[torch.float32]
 
 
 @pytest.mark.parametrize("tokens", [65, 1023])
