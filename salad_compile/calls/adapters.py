@@ -326,7 +326,7 @@ def mask_kind(mask: torch.Tensor | None) -> str:
     """
     if mask is None:
         return ""
-    if mask.dtype == torch.bool and mask.dim() == 4 and _is_one(mask.shape[1]):
+    if mask.dtype == torch.bool and mask.dim() == 4 and _is_one(mask.shape[1]) and not _is_one(mask.shape[3]):
         return "keys" if _is_one(mask.shape[2]) else "square"
     return "other"
 
@@ -373,14 +373,21 @@ def dense_reason(
     if call.is_causal:
         return "it is causal"
     if mask == "other":
-        return "its attention mask is no key-padding mask: not bool, or not the same for all heads"
+        return "its attention mask is no key-padding mask: not bool, or not the same for all heads, or of one key"
     if mask == "square" and not square_is_padding:
         return "its attention mask differs from query to query"
     if key_shape[1] != value_shape[1] or query_shape[1] % key_shape[1]:
         return f"{query_shape[1]} query heads do not share {key_shape[1]} key and {value_shape[1]} value heads evenly"
+    if any(_is_broadcast(query_shape[0], other[0]) for other in (key_shape, value_shape)):
+        return f"its queries are of {query_shape[0]} samples, keys of {key_shape[0]} and values of {value_shape[0]}"
     if query_shape[3] != key_shape[3]:
         return "query and key have different head dimensions"
     return ""
+
+
+def _is_broadcast(one: Any, other: Any) -> bool:
+    # without a guard, as above: a symbolic size is no size of one, and may be that of another symbol
+    return one != other if isinstance(one, int) and isinstance(other, int) else _is_one(one) or _is_one(other)
 
 
 _warned_of_dropout: set[float] = set()

@@ -44,7 +44,10 @@ def test_self_attention_is_found_however_it_is_called(attend: toys.Attend) -> No
     ("attend", "reason"),
     [
         (toys.causal, "it is causal"),
-        (toys.masked, "its attention mask is no key-padding mask: not bool, or not the same for all heads"),
+        (
+            toys.masked,
+            "its attention mask is no key-padding mask: not bool, or not the same for all heads, or of one key",
+        ),
         (toys.dropped, "it applies dropout (p=0.1)"),
     ],
 )

@@ -30,7 +30,10 @@ def sites_of(model: nn.Module, *inputs: Tensor, min_tokens: int = 64) -> list[At
         (toys.positional, ""),
         (toys.rotated_in_place, ""),
         (toys.causal, "it is causal"),
-        (toys.masked, "its attention mask is no key-padding mask: not bool, or not the same for all heads"),
+        (
+            toys.masked,
+            "its attention mask is no key-padding mask: not bool, or not the same for all heads, or of one key",
+        ),
         (toys.dropped, ""),
         (toys.grouped, ""),
     ],

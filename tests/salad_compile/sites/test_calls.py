@@ -309,3 +309,29 @@ def test_a_projection_may_be_exchanged_with_its_hooks() -> None:
         setattr(model, name, linear)
     assert_same(run(model, {"x": toys.tokens()}), expected)
     check_rewrite(model, {"x": toys.tokens()}, sites=1)
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]), "its queries are of 2 samples, keys of 1"),
+        (lambda q, k, v: (q[:1] @ k.mT).softmax(-1) @ v, "its queries are of 1 samples, keys of 2"),
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q.new_ones(2, 1, 1, 1).bool()), "or of one key"),
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q.new_ones(1, 1, 70, 1).bool()), "or of one key"),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_is_broadcast_stays_dense_or_is_an_error(attend: toys.Attend, reason: str, batch: int) -> None:
+    model = toys.SelfAttention(attend)
+    (site,) = discover(model, (toys.tokens(),), min_tokens=64).sites
+    assert reason in site.reason
+    torch._dynamo.reset()
+    recorder = Recorder({"lowering": "eager", "min_tokens": 64})
+    inputs = toys.tokens(batch=batch)
+    if batch == 2:  # never converted
+        torch.testing.assert_close(torch.compile(model, backend=recorder)(inputs), model(inputs))
+        assert not recorder.after["salad.block_sparse_attention"]
+    elif "samples" in reason:  # with one sample at conversion nothing tells
+        salad_compile.convert(model, CONFIG, example_inputs=(inputs,))
+        with pytest.raises(SiteLostError, match=reason):
+            model(toys.tokens())

@@ -170,7 +170,7 @@ def block_causal(valid: Tensor) -> Tensor:
 
 
 PER_QUERY = "its attention mask differs from query to query"
-NO_PADDING = "its attention mask is no key-padding mask: not bool, or not the same for all heads"
+NO_PADDING = "its attention mask is no key-padding mask: not bool, or not the same for all heads, or of one key"
 
 
 @pytest.mark.parametrize(
