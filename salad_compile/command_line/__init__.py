@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name. None: those of the process.
     """
     given = [SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
+    _make_printable()
     try:
         code = _run(given)
         sys.stdout.flush()  # a closed pipe shows here, and not at the interpreter's end
@@ -84,6 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
     except Exception as error:
         return _report_error(error, debug="--debug" in given)
+
+
+def _make_printable() -> None:
+    """Let no result be lost in its printing: streams that are closed, or whose encoding lacks a sign (LANG=C)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the start, `>&-`
+            setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: SIM115 (it is open until the end)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def _run(given: list[str]) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salad_compile.command_line.latents_encode import add_encode, encode, list_problems
+from salad_compile.command_line.model_arguments import positive
 from salad_compile.command_line.output import tell
 from salad_compile.latents.layouts import LAYOUTS, WRITABLE
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Reads a dataset and says what is in it. Exit code 1: items are damaged.",
     )
     inspect.add_argument("path", type=Path, help="directory, or Parquet file")
-    inspect.add_argument("--sample", type=int, metavar="N", help="read only N items, spread over the dataset")
+    inspect.add_argument("--sample", type=positive, metavar="N", help="read only N items, spread over the dataset")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     convert = commands.add_parser(
         "convert",

@@ -326,7 +326,7 @@ def positive(text: str) -> int:
     """An argument that counts something."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a size")
+        raise argparse.ArgumentTypeError(f"{value} is not a number of 1 or more")
     return value
 
 

@@ -65,7 +65,8 @@ def test_version(command: Run) -> None:
         (["inspect", "file", "--jso"], "unrecognized arguments: --jso. There is no --jso; did you mean '--json'?\n"),
         (["inspect", "file", "--xylophone"], "unrecognized arguments: --xylophone\n"),
         (["plan", "model", "--latent", "21x60"], "'21x60' is not a size: write three numbers, 21x30x52"),
-        (["plan", "model", "--frames", "0"], "0 is not a size"),
+        (["plan", "model", "--frames", "0"], "0 is not a number of 1 or more"),
+        (["latents", "inspect", "data", "--sample", "0"], "0 is not a number of 1 or more"),
     ],
 )
 def test_wrong_usage(command: Run, words: list[str], said: str) -> None:
@@ -154,6 +155,24 @@ def test_help_and_version_load_no_torch() -> None:
 def test_runs_as_a_module(module: str) -> None:
     result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=600)
     assert (result.returncode, result.stdout) == (0, f"salad-compile {salad_compile.__version__}\n")
+
+
+def test_no_result_is_lost_in_its_printing() -> None:
+    """An encoding without the lines of tables (LANG=C), and streams that were closed before the start."""
+    code = (
+        "import sys, types; from salad_compile import command_line\n"
+        "run = lambda arguments: print('\\u2500 found', file=sys.stderr) or print('\\u2500 found \\udcff') or 0\n"
+        "module = types.SimpleNamespace(HELP='', add_arguments=lambda parser: None, run=run)\n"
+        "command_line.command_module = lambda name: module\n"
+        "sys.exit(command_line.main(['doctor']))"
+    )
+    for encoding, sign in (("ascii", "?"), ("utf-8", "\u2500")):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=600)
+        assert (result.returncode, result.stdout, result.stderr) == (0, f"{sign} found ?\n", f"{sign} found\n")
+    closed = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&- 2>&-', *command], timeout=600)
+    assert closed.returncode == 0
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
