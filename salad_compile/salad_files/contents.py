@@ -102,6 +102,35 @@ def structure_digest(model: nn.Module, records: tuple[SiteRecord, ...], cls: str
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def layers_left_out(model: nn.Module, records: Iterable[SiteRecord]) -> list[str]:
+    """Names of modules like those of a file's sites that the file has no site for, from its first one on.
+
+    Like them: named so but for numbers, and of their class. Where a file of a smaller model fits a larger one, these
+    are the layers of which it knows nothing. What comes before its first site is what `dense_layers` leaves out.
+    """
+    owners = {plain_key(record.owner) for record in records}
+    modules = {plain_key(name): module for name, module in model.named_modules()}
+    first: dict[tuple[str, type], tuple[int, ...]] = {}
+    for owner in owners:
+        pattern, numbers = _numbers(owner)
+        kind = (pattern, type(modules[owner]))
+        first[kind] = min(numbers, first.get(kind, numbers))
+    found = []
+    for name, module in modules.items():
+        pattern, numbers = _numbers(name)
+        start = first.get((pattern, type(module)))
+        if start is not None and numbers > start and name not in owners:
+            found.append(name)
+    return found
+
+
+def _numbers(name: str) -> tuple[str, tuple[int, ...]]:
+    """A module's name with its numbers taken out, and these."""
+    parts = name.split(".")
+    pattern = ".".join("*" if part.isdecimal() else part for part in parts)
+    return pattern, tuple(int(part) for part in parts if part.isdecimal())
+
+
 def weight_sums(model: nn.Module, records: tuple[SiteRecord, ...]) -> Iterator[float]:
     """:func:`weight_sum` of each site's projections; of sharded weights every rank must call it."""
     for record in records:

@@ -39,6 +39,7 @@ from salad_compile.salad_files.contents import (
     base_digest,
     branch_state,
     describe,
+    layers_left_out,
     leave_meta,
     require_writable,
     weight_sums,
@@ -150,6 +151,11 @@ def load(
                 undo.callback(parameter.copy_, parameter.clone())
             parameter.copy_(shard_like(tensors[file_name(name)], parameter))
     logger.info("loaded %d tensors of %d sites from %s", len(tensors), len(header.sites), file)
+    if not known and (left := layers_left_out(bare, header.sites)):
+        names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        logger.warning(
+            "%s has nothing for %d layers that are like its own, and they stay dense: %s", file, len(left), names
+        )
     return model
 
 
