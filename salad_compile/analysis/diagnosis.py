@@ -13,7 +13,7 @@ from torch import Tensor
 from salad_compile.analysis.forwards import converted_branches, forward_inputs, run_observed
 from salad_compile.analysis.site_call import Dense, SiteCall, Sparse
 from salad_compile.common.checks import check_choice
-from salad_compile.common.reports import Report, Row
+from salad_compile.common.reports import Report, Row, plural
 
 Detail: TypeAlias = Literal["site", "head", "step"]
 DETAILS: tuple[Detail, ...] = get_args(Detail)
@@ -210,7 +210,7 @@ class Diagnosis(Report):
     def notes(self) -> list[str]:
         steps = len({call.step for call in self.calls})
         return [
-            f"{len(self.sites)} sites, {steps} forward{'s' if steps > 1 else ''}; means over heads and forwards, over "
+            f"{plural(len(self.sites), 'site')}, {plural(steps, 'forward')}; means over heads and forwards, over "
             "the video's tokens. recall: share of the dense softmax mass that is computed (lowest: of a head). "
             "L1, cosine: against dense attention of the same queries, keys and values; L1 is the sum of absolute "
             "differences over that of dense, of the sparse branch alone and of SALAD, with the linear one. Fine-tuning "

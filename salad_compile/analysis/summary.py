@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from salad_compile.common.reports import Report, Row, site_path
+from salad_compile.common.reports import Report, Row, plural, site_path
 from salad_compile.conversion.cost import SiteCost
 from salad_compile.kernels.repairs import Repairs
 
@@ -104,14 +104,14 @@ class Summary(Report):
         dense, salad = (sum(getattr(site.cost, name) for site in self.sites) for name in ("dense", "salad"))
         rotated = [site_path(site.component, site.name) for site in self.sites if site.rotated_first]
         return [
-            f"{len(self.sites)} sites; {self.branch_parameters:,} parameters added by gates and projections "
+            f"{plural(len(self.sites), 'site')}; {self.branch_parameters:,} parameters added by gates and projections "
             f"({self.branch_parameters * share:+.2f} %), {self.lora_parameters:,} by LoRA "
             f"({self.lora_parameters * share:+.2f} %); {trainable:,} of them trainable.",
             f"Attention FLOPs per forward at the tokens of the conversion, computed: {dense / 1e12:.3f} T dense, "
             f"{salad / 1e12:.3f} T SALAD.",
             *([_UNMEASURED] if any(site.measured_sparsity is None for site in self.sites) else []),
             *(
-                f"{len(rotated)} sites rotate before the feature map, {name} first; `plan` says why."
+                f"Rotated before the feature map: {plural(len(rotated), 'site')}, {name} first; `plan` says why."
                 for name in rotated[:1]
             ),
             *(

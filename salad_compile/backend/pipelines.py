@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch.nn as nn
 
 from salad_compile.common.logs import logger
+from salad_compile.common.reports import plural
 from salad_compile.common.wrappers import bare_components
 from salad_compile.config import BackendOptions
 from salad_compile.errors import require_conversion
@@ -62,7 +63,10 @@ def compile_pipeline(
             module.compile(backend="salad", **how)
         _compiled[module] = how
         logger.info(
-            "%s: %d sites, compiled %s", label, len(branches(module)), "block by block" if blockwise else "whole"
+            "%s: %s, compiled %s",
+            label,
+            plural(len(branches(module)), "site"),
+            "block by block" if blockwise else "whole",
         )
     return pipe
 

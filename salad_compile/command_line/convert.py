@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salad_compile.command_line import model_arguments
-from salad_compile.command_line.output import plural, tell
+from salad_compile.command_line.output import tell
+from salad_compile.common.reports import plural
 from salad_compile.salad_files.location import FILE_NAME
 
 if TYPE_CHECKING:

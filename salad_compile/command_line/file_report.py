@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from salad_compile.common.reports import Report, Row
+from salad_compile.common.reports import Report, Row, plural
 from salad_compile.config import SaladConfig
 from salad_compile.salad_files.header import HEADER_KEY, Header
 from salad_compile.salad_files.salad_file import open_file
@@ -61,7 +61,7 @@ class FileReport(Report):
         notes = [
             f"{self.file}: format {self.format_version}, {self.file_bytes:,} bytes, written by {versions}",
             f"base: {header.base_class}, structure {header.base_digest[:12]}",
-            f"{len(header.sites)} sites, {self.tensors} tensors, {numbers}",
+            f"{plural(len(header.sites), 'site')}, {plural(self.tensors, 'tensor')}, {numbers}",
             f"token grid: {header.grid or 'not known, flat order'}",
             f"settings that are not the defaults: {changed_settings(header.config) or 'none'}",
         ]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from salad_compile.command_line.model_arguments import DEFAULT_PIXELS, device_of, positive
-from salad_compile.command_line.output import plural, tell
+from salad_compile.command_line.output import tell
+from salad_compile.common.reports import plural
 
 DTYPES = ("bfloat16", "float16", "float32")
 DESCRIPTION = """\

@@ -39,8 +39,3 @@ def tell(arguments: argparse.Namespace, text: str, values: Mapping[str, Any]) ->
 def show_json(values: Mapping[str, Any]) -> None:
     """One JSON object on stdout."""
     print(json.dumps(values, indent=2))
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 site`, `2 sites`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from salad_compile.common.reports import Report, Row
+from salad_compile.common.reports import Report, Row, plural
 
 Call = Callable[[], object]
 MOST_FORWARDS = 16
@@ -72,7 +72,7 @@ class BenchReport(Report):
         return [
             f"{facts['device']}, torch {facts['torch']}, {facts['dtype']}, {facts['compile']}; "
             f"{facts['rounds']} rounds of {facts['steps']} forwards each, dense and SALAD in turns",
-            f"{facts['model']}: {facts['sites']} sites, up to {facts['tokens']:,} tokens, sparsity "
+            f"{facts['model']}: {plural(facts['sites'], 'site')}, up to {facts['tokens']:,} tokens, sparsity "
             f"{facts['sparsity']:.3f} ({measured} measured), LoRA {facts['lora']}",
         ]
 

@@ -81,6 +81,11 @@ def _markdown(text: str) -> str:
     return " ".join(text.split("\n")).replace("<", "&lt;").replace("*", "\\*")
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def fold(rows: Sequence[Row]) -> list[Row]:
     """Merge rows that are equal but for one consecutive number in the first cell: blocks.{0..39}.attn1."""
     groups: dict[tuple[str, Row], list[Row]] = {}

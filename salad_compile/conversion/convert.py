@@ -12,6 +12,7 @@ from salad_compile.calls.multihead import in_projection_owner, projection, take_
 from salad_compile.common.default_device import with_real_tensors
 from salad_compile.common.foreign_hooks import forward_slot
 from salad_compile.common.logs import logger
+from salad_compile.common.reports import plural
 from salad_compile.common.sharding import reshard
 from salad_compile.common.undo import unchanged_on_failure
 from salad_compile.common.wrappers import base_layer, components, without_base_layer
@@ -140,7 +141,7 @@ def convert(
                 require_same_sites(known, again, name)
             for branch in known.values():
                 branch.requires_grad_(True)
-            logger.info("%s is converted already: %d sites", name or type(module).__name__, len(known))
+            logger.info("%s is converted already: %s", name or type(module).__name__, plural(len(known), "site"))
             continue
         _require_whole(module)
         found = _discover(module, example_inputs, config, grid, sites)
@@ -216,7 +217,9 @@ def attach(
             if in_projection_owner(model, name) is not None:
                 continue  # of an nn.MultiheadAttention that stays whole, which the passes leave alone
             base_layer(model.get_submodule(name)).register_forward_hook(leave_dense, with_kwargs=True)
-    logger.info("converted %d sites of %s at sparsity %s", len(prepared), type(model).__name__, config.sparsity)
+    logger.info(
+        "converted %s of %s at sparsity %s", plural(len(prepared), "site"), type(model).__name__, config.sparsity
+    )
 
 
 def require_names(model: nn.Module, records: Sequence[SiteRecord], dense: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from salad_compile.discovery.advice import advice
 if TYPE_CHECKING:
     from salad_compile.discovery.attention_site import AttentionSite
     from salad_compile.grid.rule import GridSource
-from salad_compile.common.reports import Report, Row, site_path
+from salad_compile.common.reports import Report, Row, plural, site_path
 
 NEARLY = 0.02  # so much less than the sparsity asked for is no reason for a warning
 
@@ -93,7 +93,9 @@ class Plan(Report):
         ]
         if faults:
             name, role, reason = faults[0]
-            lines.append(f"{len(faults)} sites would rotate before the feature map, {name} first: {role}: {reason}.")
+            lines.append(
+                f"{plural(len(faults), 'site')} would rotate before the feature map, {name} first: {role}: {reason}."
+            )
         return [*lines, *self._forecast_notes()]
 
     def _forecast_notes(self) -> list[str]:
@@ -114,9 +116,9 @@ class Plan(Report):
         if short:
             worst = min(short, key=lambda entry: entry.reachable)
             lines.append(
-                f"Warning: {len(short)} sites cannot reach the sparsity {worst.sparsity:g} that is asked for, only "
-                f"{worst.reachable:.3f}: at {worst.tokens:,} tokens there are too few blocks, or too many of them hold "
-                "text. Smaller blocks (query_block, key_block) or a longer video mend it."
+                f"Warning: {plural(len(short), 'site')} cannot reach the sparsity {worst.sparsity:g} that is asked "
+                f"for, only {worst.reachable:.3f}: at {worst.tokens:,} tokens there are too few blocks, or too many of "
+                "them hold text. Smaller blocks (query_block, key_block) or a longer video mend it."
             )
         return [*lines, *advice(self.config, (entry.tokens for entry in found))]
 

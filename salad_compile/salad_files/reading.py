@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salad_compile.common.reports import plural
 from salad_compile.common.tensor_files import first_not_finite, open_safetensors, require_digest
 from salad_compile.common.wrappers import plain_key
 from salad_compile.definition.branch_tensors import current_name
@@ -99,4 +100,4 @@ def _require_kind(dtype: torch.dtype, wanted: torch.dtype, name: str, file: Path
 def _require_keys(keys: list[str], error: type[CheckpointError], what: str, hint: str) -> None:
     if keys:
         more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-        raise error(f"{what} {len(keys)} tensors: {', '.join(keys[:3])}{more}. {hint}")
+        raise error(f"{what} {plural(len(keys), 'tensor')}: {', '.join(keys[:3])}{more}. {hint}")

@@ -22,6 +22,7 @@ from salad_compile.common.default_device import with_real_tensors
 from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.paths import as_path
+from salad_compile.common.reports import plural
 from salad_compile.common.sharding import is_first_rank, shard_like, whole_state
 from salad_compile.common.tensor_files import with_digest
 from salad_compile.common.undo import unchanged_on_failure
@@ -80,7 +81,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         target = target / FILE_NAME if target.is_dir() else target
     if is_first_rank():
         write(state, header, target)
-        logger.info("saved %d tensors of %d sites to %s", len(state), len(header.sites), target)
+        logger.info("saved %d tensors of %s to %s", len(state), plural(len(header.sites), "site"), target)
     return target
 
 
@@ -150,12 +151,10 @@ def load(
             if known:
                 undo.callback(parameter.copy_, parameter.clone())
             parameter.copy_(shard_like(tensors[file_name(name)], parameter))
-    logger.info("loaded %d tensors of %d sites from %s", len(tensors), len(header.sites), file)
+    logger.info("loaded %d tensors of %s from %s", len(tensors), plural(len(header.sites), "site"), file)
     if not known and (left := layers_left_out(bare, header.sites)):
         names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        logger.warning(
-            "%s has nothing for %d layers that are like its own, and they stay dense: %s", file, len(left), names
-        )
+        logger.warning("%s has nothing for %s like its own, dense now: %s", file, plural(len(left), "layer"), names)
     return model
 
 
@@ -197,20 +196,21 @@ def _check_base(model: nn.Module, header: Header, file: Path) -> None:
     places = {record.owner: record.projections() for record in header.sites}
     if known and {b.record.owner: b.record.projections() for b in known} != places:
         raise BaseModelMismatchError(
-            f"the model has {len(known)} converted sites and {file} has {len(header.sites)} sites, or under other "
-            "names. Load into the base model: it is converted from the file."
+            f"the model has {plural(len(known), 'converted site')} and {file} has "
+            f"{plural(len(header.sites), 'site')}, or under other names. Load into the base model: it is converted from the file."
         )
     try:
         digest = base_digest(model, header.sites)
     except AttributeError as error:
         raise BaseModelMismatchError(
-            f"{file} belongs to another {header.base_class}: {error}. It has {len(header.sites)} sites, "
+            f"{file} belongs to another {header.base_class}: {error}. It has {plural(len(header.sites), 'site')}, "
             f"from {header.sites[0].owner!r} to {header.sites[-1].owner!r}."
         ) from error
     if digest != header.base_digest:
         raise BaseModelMismatchError(
-            f"{file} belongs to a {header.base_class} with other widths or heads: it has {len(header.sites)} sites, "
-            f"the first with {header.sites[0].heads} heads of {header.sites[0].head_dim}."
+            f"{file} belongs to a {header.base_class} with other widths or heads: it has "
+            f"{plural(len(header.sites), 'site')}, the first with {header.sites[0].heads} heads of "
+            f"{header.sites[0].head_dim}."
         )
     here = weight_sums(model, header.sites) if header.merged_weights else ()
     if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(here, header.merged_weights, strict=True)):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch.nn as nn
 
+from salad_compile.common.reports import plural
 from salad_compile.common.wrappers import plain_key
 from salad_compile.config import OVERRIDES, SaladConfig
 from salad_compile.discovery.attention_site import AttentionSite
@@ -77,8 +78,8 @@ def translate(model: nn.Module, header: Header, file: Path, example_inputs: Any,
     if structure_digest(model, sites, header.base_class, owners.values()) != header.base_digest:
         first = header.sites[0]
         raise BaseModelMismatchError(
-            f"{other} with other widths or heads: the file has {len(sites)} sites, the first with {first.heads} heads "
-            f"of {first.head_dim}."
+            f"{other} with other widths or heads: the file has {plural(len(sites), 'site')}, the first with "
+            f"{first.heads} heads of {first.head_dim}."
         )
     translated = dataclasses.replace(
         header,

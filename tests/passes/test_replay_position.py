@@ -240,12 +240,12 @@ def test_where_position_cannot_be_told_auto_leaves_it_where_it_is(tmp_path: Path
     config = dataclasses.replace(CONFIG, rope_placement="auto")
     model, x = toys.Stack(style(), other()).double(), toys.tokens(70).double()
     noted = str(salad_compile.plan(model, (x,), config=config))
-    assert "1 sites would rotate before the feature map, layers.0 first: " in noted
+    assert "1 site would rotate before the feature map, layers.0 first: " in noted
     salad_compile.convert(model, config, example_inputs=(x,))
     randomise_branches(model)
     specs = [branch.decoded_spec().rope_placement for branch in branches(model).values()]
     assert specs == ["rotate-then-map", "map-then-rotate"]
-    assert "1 sites rotate before the feature map, layers.0 first" in str(salad_compile.summary(model))
+    assert "Rotated before the feature map: 1 site, layers.0 first" in str(salad_compile.summary(model))
     assert [site.rotated_first for site in salad_compile.summary(model).sites] == [True, False]
     by_choice = dataclasses.replace(config, rope_placement="rotate-then-map")
     assert "would rotate" not in str(salad_compile.plan(toys.Stack(style()).double(), (x,), config=by_choice))

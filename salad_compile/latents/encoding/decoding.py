@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salad_compile.common.reports import plural
 from salad_compile.errors import LatentItemError, MissingPackageError
 from salad_compile.latents.encoding.companions import Beside, only, read_image
 from salad_compile.latents.encoding.finding import IMAGES, Clip
@@ -78,7 +79,7 @@ def read_frames(clip: Clip, size: ClipSize, multiple: int) -> Frames:
     count = longest(size.frames, len(found))
     if count is None:
         at = f" at {size.fps:g} frames per second" if size.fps else ""
-        raise item_error(clip.name, f"it has {len(found)} frames{at}, {min(size.frames)} are asked for")
+        raise item_error(clip.name, f"it has {plural(len(found), 'frame')}{at}, {min(size.frames)} are asked for")
     return Frames(torch.stack(found[:count]), size.fps or rate)
 
 
