@@ -197,7 +197,8 @@ def _check_base(model: nn.Module, header: Header, file: Path) -> None:
     if known and {b.record.owner: b.record.projections() for b in known} != places:
         raise BaseModelMismatchError(
             f"the model has {plural(len(known), 'converted site')} and {file} has "
-            f"{plural(len(header.sites), 'site')}, or under other names. Load into the base model: it is converted from the file."
+            f"{plural(len(header.sites), 'site')}, or under other names. Load into the base "
+            "model: it is converted from the file."
         )
     try:
         digest = base_digest(model, header.sites)
