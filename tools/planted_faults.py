@@ -272,7 +272,7 @@ FAULTS = (
     _fault(
         "the linear branch sees rotated features where it should not",
         "definition",
-        ("query, key, rotated_query, rotated_key = mapped", "rotated_query, rotated_key, query, key = mapped"),
+        ("key, rotated_key = mapped.key, mapped.rotated_key", "rotated_key, key = mapped.key, mapped.rotated_key"),
         tests=DEFINITION,
     ),
     # --------------------------------------------------------------------------------------------------------- grid
@@ -333,7 +333,7 @@ FAULTS = (
     _fault(
         "dense stays switched on",
         "sites",
-        ("            switch.dense = was\n", "            pass\n"),
+        ("            switch.turn(was)\n", "            pass\n"),
         tests="tests/salad_compile/**/test_schedules.py tests/salad_compile/sites/*.py",
     ),
     _fault(
