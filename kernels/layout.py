@@ -24,6 +24,11 @@ def empty_lists(
     return like.new_empty((*shape, slots), dtype=torch.int32), like.new_empty(shape, dtype=torch.int32)
 
 
+def mask_bytes(key_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A key mask as kernels read it: uint8 (B, S), contiguous; or None."""
+    return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+
+
 def with_dense_rows(x: torch.Tensor) -> torch.Tensor:
     """x (B, H, S, D), or a copy of it where the channels of a row do not lie side by side in memory."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -67,10 +67,6 @@ def reduce_splits(state: torch.Tensor, key_sum: torch.Tensor) -> tuple[torch.Ten
     return whole_state, whole_sum
 
 
-def mask_bytes(key_mask: torch.Tensor | None) -> torch.Tensor | None:
-    return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-
-
 def constants(
     x: torch.Tensor, value: torch.Tensor, feature_map: str, settings: Tiling, rotated: torch.Tensor | None
 ) -> dict[str, Any]:

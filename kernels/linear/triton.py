@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from ..launch import launch
-from ..layout import empty_bshd, row_strides, with_dense_rows
+from ..layout import empty_bshd, mask_bytes, row_strides, with_dense_rows
 from ..linear_operands import Keys, Queries
 from . import torch as plain
 from .absent import absent
-from .host import constants, mask_bytes, new_state, reduce_splits, split_count
+from .host import constants, new_state, reduce_splits, split_count
 from .tiles import tiling
 from .triton_output import output_backward_kernel, output_kernel
 from .triton_state import state_backward_kernel, state_kernel

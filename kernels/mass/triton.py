@@ -10,8 +10,8 @@ import torch
 from ..block_choice import BlockChoice
 from ..capability import arch_of, padded_head_dim
 from ..launch import launch
-from ..layout import block_count, has_aligned_rows, row_strides, with_dense_rows
-from ..routing.triton import keep_best, mask_bytes
+from ..layout import block_count, has_aligned_rows, mask_bytes, row_strides, with_dense_rows
+from ..routing.triton import keep_best
 from .triton_kernels import denominators_kernel, masses_kernel
 from .triton_rows import NOTHING, SPREAD, SQUARED_MEAN, VARIANCE, rows_kernel
 

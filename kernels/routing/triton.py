@@ -9,7 +9,7 @@ import torch
 from ..block_choice import BlockChoice
 from ..capability import padded_head_dim
 from ..launch import launch
-from ..layout import ALL_BLOCKS, block_count, empty_lists, has_aligned_rows, row_strides, with_dense_rows
+from ..layout import ALL_BLOCKS, block_count, empty_lists, has_aligned_rows, mask_bytes, row_strides, with_dense_rows
 from .density import list_width, touched_blocks
 from .triton_pool import pool_kernel, valid_blocks_kernel
 from .triton_select import select_kernel
@@ -113,8 +113,3 @@ def _valid_blocks(key_mask: torch.Tensor, block: int, width: int) -> torch.Tenso
         num_warps=1,
     )
     return valid
-
-
-def mask_bytes(key_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """uint8 (B, S), contiguous, or None."""
-    return None if key_mask is None else key_mask.contiguous().view(torch.uint8)

@@ -9,14 +9,14 @@ import torch
 from ..autocast import without_autocast
 from ..block_sparse.api import call_of
 from ..block_sparse.checks import check_arguments, check_contents, check_gradient
-from ..checks import require, valid_or_zero
+from ..checks import valid_or_zero
 from ..differentiation import refuse_second_derivative, reverse_mode_only
 from ..engines import Call, choose
 from ..layout import block_count
 from ..measure import is_listening, record_execution
 from ..pools import Pools
 from ..selection import Selection
-from .checks import check_pool_size, check_pools
+from .checks import check_pool_size, check_pools, check_video
 
 
 @torch.library.custom_op("salad::tail_tokens", mutates_args=())
@@ -46,7 +46,7 @@ def tail_tokens(
         KernelArgumentError: a size is not positive, neither divides the other, or the range lies outside the tokens.
     """
     check_pool_size(pool, key_block)
-    require(0 <= begin <= end <= tokens, f"the video [{begin}, {end}) must lie within {tokens} tokens")
+    check_video(begin, end, tokens)
     call = Call("count_tail", lut.device, torch.float32, key_block=key_block, masked=key_mask is not None)
     counted: torch.Tensor = choose(call).run(call, lut, count, tokens, key_block, pool, begin, end, key_mask)
     return counted

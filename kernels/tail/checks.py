@@ -15,6 +15,11 @@ def check_pool_size(pool: int, key_block: int) -> None:
     )
 
 
+def check_video(begin: int, end: int, tokens: int) -> None:
+    """The tokens that pools are made of lie among all."""
+    require(0 <= begin <= end <= tokens, f"the video [{begin}, {end}) must lie within {tokens} tokens")
+
+
 def check_pools(
     query: torch.Tensor,
     value: torch.Tensor,

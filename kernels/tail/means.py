@@ -11,6 +11,7 @@ from ..checks import check_block, check_float_4d, check_key_mask, check_key_mask
 from ..differentiation import reverse_mode_only
 from ..engines import Call, choose
 from ..layout import block_count
+from .checks import check_video
 from .runs import spread_gradient
 
 
@@ -44,7 +45,7 @@ def tail_means(
     """
     batch, heads, tokens, head_dim = x.shape
     _check(x, pool, key_mask, block_means, block)
-    require(0 <= begin <= end <= tokens, f"the video [{begin}, {end}) must lie within {tokens} tokens")
+    check_video(begin, end, tokens)
     check_key_mask(key_mask, batch, tokens)
     if block_means is not None:
         require(

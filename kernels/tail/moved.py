@@ -19,6 +19,7 @@ from ..differentiation import reverse_mode_only
 from ..engines import Call, choose
 from ..layout import block_count, empty_bshd
 from ..rows.reference import take_rows
+from .checks import check_video
 from .runs import spread_gradient
 
 
@@ -49,7 +50,7 @@ def take_rows_with_means(
     for permutation in (order, inverse):
         check_order(permutation, tokens)
     check_inverse(order, inverse)
-    require(0 <= begin <= end <= tokens, f"the video [{begin}, {end}) must lie within {tokens} tokens")
+    check_video(begin, end, tokens)
     call = Call("take_rows_with_means", x.device, x.dtype, head_dim=x.shape[-1])
     rows, means = choose(call).run(call, x, order, inverse, pool, begin, end)
     return rows, means

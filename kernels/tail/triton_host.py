@@ -6,7 +6,7 @@ import torch
 
 from ..capability import next_power, padded_head_dim
 from ..launch import launch
-from ..layout import block_count, empty_bshd, has_aligned_rows, row_strides, with_dense_rows
+from ..layout import block_count, empty_bshd, has_aligned_rows, mask_bytes, row_strides, with_dense_rows
 from .triton_means import block_means_kernel, row_means_kernel
 
 _ROWS = 32  # of a tile that is loaded at once
@@ -25,7 +25,7 @@ def tail_means(
     """See `reference.tail_means`."""
     batch, heads, tokens, head_dim = x.shape
     pools = block_count(tokens, pool)
-    mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    mask = mask_bytes(key_mask)
     if block_means is None:
         return _row_means(x, None, pool, begin, end, mask)[1]
     means = x.new_empty((batch, heads, pools, head_dim))

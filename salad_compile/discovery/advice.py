@@ -23,8 +23,8 @@ def advice(config: SaladConfig, tokens: Iterable[int]) -> list[str]:
     if config.query_block <= 64:
         return [
             f'At {longest:,} tokens pattern="error8" may close more of the gap: {GAP_CLOSED["error-only-64"]} % where '
-            f"this pattern closed {GAP_CLOSED['tail-only-64']} %, untrained (docs/method.md). It runs on plain torch "
-            "operators; its time was not measured."
+            f"this pattern closed {GAP_CLOSED['tail-only-64']} %, untrained (docs/method.md). Its time was not "
+            "measured."
         ]
     return [
         f"At {longest:,} tokens smaller query blocks may close more of the gap: query_block=64 "
