@@ -9,7 +9,15 @@ from fnmatch import fnmatchcase
 from os import PathLike
 from typing import Any, Literal, TypeAlias, get_args
 
-from salad_compile.common.checks import check_choice, check_names, checked_names, is_int, require
+from salad_compile.common.checks import (
+    LARGEST_SIZE,
+    check_choice,
+    check_names,
+    checked_names,
+    is_count,
+    is_number,
+    require,
+)
 from salad_compile.definition import patterns
 from salad_compile.definition.spec import (
     BLOCK_SIZES,
@@ -51,7 +59,7 @@ TRAINING_FREE_COMPENSATION: Compensation = "tail"
 
 def _check_sparsity(value: object) -> None:
     require(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1,
+        is_number(value) and 0 <= value < 1,  # type: ignore[operator]
         f"sparsity is the share of attention that is left out: a number in [0, 1), got {value!r}. "
         "0 computes everything, 0.9 computes a tenth.",
     )
@@ -66,12 +74,12 @@ def _check_attention_options(options: SaladConfig | BackendOptions) -> None:
     check_choice("compensation", options.compensation, COMPENSATIONS)
     pool, block = options.compensation_pool, options.key_block
     require(
-        is_int(pool) and pool > 0 and (pool % block == 0 or block % pool == 0),
+        is_count(pool, 1, LARGEST_SIZE) and (pool % block == 0 or block % pool == 0),
         f"compensation_pool is a number of tokens, and it or key_block ({block}) divides the other, got {pool!r}.",
     )
     require(
-        is_int(options.min_tokens) and options.min_tokens >= 0,
-        f"min_tokens is a number of tokens, 0 or more, got {options.min_tokens!r}.",
+        is_count(options.min_tokens),
+        f"min_tokens is a number of tokens, 0 to 2**53, got {options.min_tokens!r}.",
     )
 
 
@@ -155,14 +163,18 @@ class SaladConfig:
         check_choice("gate", self.gate, GATES)
         check_choice("scaling", self.scaling, SCALINGS)
         self._check_schedule()
-        require(is_int(self.lora_rank) and self.lora_rank >= 0, f"lora_rank must be 0 or more, got {self.lora_rank!r}.")
+        require(is_count(self.lora_rank), f"lora_rank must be a whole number, 0 or more, got {self.lora_rank!r}.")
         require(
-            self.lora_alpha is None or (isinstance(self.lora_alpha, (int, float)) and self.lora_alpha > 0),
+            self.lora_alpha is None or (is_number(self.lora_alpha) and self.lora_alpha > 0),
             f"lora_alpha must be a positive number or None, got {self.lora_alpha!r}.",
         )
         require(
             not isinstance(self.lora_targets, str),
             f"lora_targets is a tuple of names, got the string {self.lora_targets!r}: write ({self.lora_targets!r},).",
+        )
+        require(
+            isinstance(self.lora_targets, (tuple, list)),  # a set has another order in each process
+            f"lora_targets is a tuple of names, of {', '.join(map(repr, PROJECTIONS))}, got {self.lora_targets!r}.",
         )
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for target in self.lora_targets:
@@ -175,11 +187,11 @@ class SaladConfig:
     def _check_schedule(self) -> None:
         """The settings that differ between sites, or change after conversion."""
         require(
-            self.window is None or (is_int(self.window) and self.window > 0),
+            self.window is None or is_count(self.window, 1, LARGEST_SIZE),
             f"window is a number of tokens, 1 or more, or None, got {self.window!r}.",
         )
         require(
-            is_int(self.dense_layers) and self.dense_layers >= 0,
+            is_count(self.dense_layers),
             f"dense_layers is a number of sites, 0 or more, got {self.dense_layers!r}.",
         )
         require(
@@ -313,8 +325,9 @@ class BackendOptions:
         for name in ("strict", "spare_memory"):
             value = getattr(self, name)
             require(isinstance(value, bool), f"{name} must be True or False, got {value!r}.")
-        prepares = isinstance(self.prepare_operands, bool) or self.prepare_operands == "auto"
-        require(prepares, f'prepare_operands must be True, False or "auto", got {self.prepare_operands!r}.')
+        asked = self.prepare_operands
+        prepares = isinstance(asked, bool) or (isinstance(asked, str) and asked == "auto")
+        require(prepares, f'prepare_operands must be True, False or "auto", got {asked!r}.')
         check_choice("lowering", self.lowering, LOWERINGS)
         require(
             isinstance(self.inductor, Mapping), f"inductor is a dictionary of Inductor options, got {self.inductor!r}."

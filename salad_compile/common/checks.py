@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from salad_compile.errors import ConfigError, did_you_mean
 
 Settings = TypeVar("Settings")
+
+# What files hold (schema.py): a setting beyond these could be written and not be read again.
+LARGEST_SIZE = 2**31 - 1
+LARGEST_COUNT = 2**53
 
 
 def require(condition: bool, message: str) -> None:
@@ -23,11 +28,21 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_count(value: object, least: int = 0, most: int = LARGEST_COUNT) -> bool:
+    """Whether it is an integer from `least` to `most`, and not a bool."""
+    return is_int(value) and least <= value <= most  # type: ignore[operator]
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an integer or a float, finite also as a float, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def check_choice(name: str, value: object, valid: tuple[Any, ...]) -> None:
     """Raises ConfigError unless `value` is one of `valid`, naming the nearest."""
     if type(value) is type(valid[0]) and value in valid:  # 128.0 equals 128, and is no block size
         return
-    hint = did_you_mean(value, valid) if isinstance(value, str) else ""
+    hint = did_you_mean(value, valid) if isinstance(value, str) and isinstance(valid[0], str) else ""
     raise ConfigError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}.{hint}")
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from salad_compile.common.checks import LARGEST_COUNT, LARGEST_SIZE
 from salad_compile.common.paths import require_regular
 from salad_compile.errors import SaladError
 
@@ -24,8 +25,8 @@ T = TypeVar("T")
 LARGEST_FILE = 16 * 2**20  # bytes of a JSON file: those of a run take some kilobytes
 DIGEST = "digest"
 
-Count = Annotated[int, Meta(ge=0, le=2**53)]
-Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=0, le=LARGEST_COUNT)]
+Size = Annotated[int, Meta(ge=1, le=LARGEST_SIZE)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
 Text = Annotated[str, Meta(max_length=10_000)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from salad_compile.common.checks import check_choice, check_names, checked_names
+from salad_compile.common.checks import check_choice, check_names, checked_names, is_count, is_int, is_number
 from salad_compile.common.files import read_json
 from salad_compile.errors import ConfigError
 
@@ -166,7 +166,8 @@ class TrainSettings:
         check_choice("compile", self.compile, COMPILE_MODES)
         check_choice("on_non_finite", self.on_non_finite, NON_FINITE)
         check_choice("gradient_checkpointing", self.gradient_checkpointing, (False, True))
-        _require(isinstance(self.compile_options, dict), "compile_options", "a dictionary", self.compile_options)
+        held = _fits_json(self.compile_options)
+        _require(held, "compile_options", "a dictionary of values that JSON can hold", self.compile_options)
         _require(isinstance(self.trackers, tuple), "trackers", "a list of names", self.trackers)
         for tracker in self.trackers:
             check_choice("trackers", tracker, TRACKERS)
@@ -174,15 +175,16 @@ class TrainSettings:
     def _check_counts(self) -> None:
         for name in (*_COUNTS, *_POSITIVE_COUNTS, "micro_batch"):
             value, least = getattr(self, name), 0 if name in _COUNTS else 1
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            _require(whole and value >= least, name, f"a whole number of at least {least}", value)
+            # a seed goes into a digest, as text: it may be as large as others draw theirs
+            good = is_int(value) and value >= least if name == "seed" else is_count(value, least)
+            _require(good, name, f"a whole number of at least {least}, at most 2**53", value)
         if self.batch % self.micro_batch:
             raise ConfigError(f"batch ({self.batch}) must be a multiple of micro_batch ({self.micro_batch}).")
 
     def _check_numbers(self) -> None:
         def within(name: str, low: float, high: float, text: str) -> None:
             value = getattr(self, name)
-            _require(_is_number(value) and low <= value < high, name, text, value)
+            _require(is_number(value) and low <= value < high, name, text, value)
 
         within("learning_rate", 0.0, float("inf"), "a number of at least 0")
         within("weight_decay", 0.0, float("inf"), "a number of at least 0")
@@ -202,7 +204,7 @@ class TrainSettings:
         within("text_dropout", 0.0, 1.0 + 1e-12, "a share in [0, 1]")
         within("ema_decay", 0.0, 1.0, "a number in [0, 1)")
         pair = isinstance(self.betas, tuple) and len(self.betas) == 2
-        good = pair and all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas)
+        good = pair and all(is_number(beta) and 0 <= beta < 1 for beta in self.betas)
         _require(good, "betas", "two numbers in [0, 1)", self.betas)
 
     def to_dict(self) -> dict[str, Any]:
@@ -243,8 +245,12 @@ class TrainSettings:
         return self.from_dict({**self.to_dict(), **changes})
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _fits_json(value: object) -> bool:
+    """Whether it is a dictionary that a checkpoint can hold: JSON has no NaN, and knows no other kinds of objects."""
+    try:
+        return isinstance(value, dict) and bool(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:

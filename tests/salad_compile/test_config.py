@@ -5,14 +5,21 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy
 import pytest
+import torch
 
+from salad_compile.common.schema import ConfigFields, SummaryFields, decode, fields_of, stamp
 from salad_compile.config import BackendOptions, SaladConfig
 from salad_compile.definition.spec import AttentionSpec, density_permille
-from salad_compile.errors import ConfigError
+from salad_compile.errors import ConfigError, CorruptFileError
 from salad_compile.training.settings import TrainSettings
+
+RESULT = {"steps": 1, "loss": None, "validation_loss": None, "items": 1, "processes": 1}
 
 
 def test_json_round_trip() -> None:
@@ -45,9 +52,52 @@ def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
         SaladConfig.from_dict(values)
 
 
+ODD = (
+    *(None, True, float("nan"), float("inf"), -1, 2**31, 2**54, 2**70, 10**400, "x", b"x", 1j, object(), float),
+    *(
+        (),
+        [None],
+        {"a"},
+        {1: 2},
+        {"x": float("nan")},
+        {"x": torch.float32},
+        torch.tensor([1.0, 2.0]),
+        torch.tensor(0.5),
+    ),
+    *(numpy.float32(0.5), numpy.float64(0.5), numpy.int64(4), numpy.array([1, 2]), Fraction(1, 2), Decimal("0.5")),
+)
+
+
+@pytest.mark.parametrize("cls", [SaladConfig, TrainSettings, BackendOptions])
+def test_a_setting_of_any_kind_is_refused_or_fits_into_a_file(cls: Any) -> None:
+    accepted = 0
+    for name in (field.name for field in dataclasses.fields(cls) if field.init):
+        for value in ODD:
+            try:
+                made = cls(**{name: value})
+            except ConfigError:
+                continue
+            accepted += 1
+            if cls is SaladConfig:
+                fields = fields_of(decode(ConfigFields, json.dumps(made.to_dict()), "a file", CorruptFileError))
+                assert SaladConfig.from_dict(fields) == made, (name, value)
+            if cls is TrainSettings:
+                text = json.dumps(stamp({**RESULT, "settings": made.to_dict()}))
+                held = fields_of(decode(SummaryFields, text, "a file", CorruptFileError))["settings"]
+                assert TrainSettings.from_dict(held).to_dict() == made.to_dict(), (name, value)
+    assert accepted >= 10  # so many were looked at
+
+
 @pytest.mark.parametrize(
     ("cls", "values", "message"),
     [
+        (SaladConfig, {"query_block": "x"}, "query_block must be one of"),
+        (SaladConfig, {"lora_targets": 5}, "'query'"),
+        (SaladConfig, {"lora_alpha": float("inf")}, "lora_alpha"),
+        (SaladConfig, {"window": 2**31}, "window"),
+        (TrainSettings, {"gradient_checkpointing": "yes"}, "gradient_checkpointing must be one of"),
+        (TrainSettings, {"compile_options": {"x": torch.float32}}, "that JSON can hold"),
+        (TrainSettings, {"learning_rate": 10**400}, "learning_rate"),
         (SaladConfig, {"sparsty": 0.9}, "unknown setting 'sparsty'. Did you mean 'sparsity'"),
         (BackendOptions, {"lowring": "eager"}, "unknown option 'lowring'. Did you mean 'lowering'"),
         (BackendOptions, {"given": frozenset()}, "unknown option 'given'"),
