@@ -75,7 +75,8 @@ def _check_attention_options(options: SaladConfig | BackendOptions) -> None:
     pool, block = options.compensation_pool, options.key_block
     require(
         is_count(pool, 1, LARGEST_SIZE) and (pool % block == 0 or block % pool == 0),
-        f"compensation_pool is a number of tokens, and it or key_block ({block}) divides the other, got {pool!r}.",
+        f"compensation_pool is a number of tokens below 2**31, and it or key_block ({block}) divides the other, got "
+        f"{pool!r}.",
     )
     require(
         is_count(options.min_tokens),
@@ -188,7 +189,7 @@ class SaladConfig:
         """The settings that differ between sites, or change after conversion."""
         require(
             self.window is None or is_count(self.window, 1, LARGEST_SIZE),
-            f"window is a number of tokens, 1 or more, or None, got {self.window!r}.",
+            f"window is a number of tokens, 1 or more and below 2**31, or None, got {self.window!r}.",
         )
         require(
             is_count(self.dense_layers),

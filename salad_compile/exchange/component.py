@@ -9,10 +9,10 @@ from functools import cached_property
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.common.sharding import is_first_rank, whole, whole_state
+from salad_compile.common.sharding import is_first_rank, whole
 from salad_compile.common.wrappers import plain_key
 from salad_compile.exchange.low_rank import LowRank, low_rank_updates
-from salad_compile.salad_files.contents import branch_state, describe
+from salad_compile.salad_files.contents import describe, gathered_state
 from salad_compile.salad_files.header import Header
 from salad_compile.sites.branch import BRANCH_NAME
 
@@ -37,7 +37,7 @@ class Component:
 
     def gather(self, *, base: bool) -> None:
         """Bring the tensors together, those of the base model if asked; every rank must call it."""
-        state = whole_state(branch_state(self.model))
+        state = gathered_state(self.model)
         self.branch_state = state if is_first_rank() else {}
         if base:
             self.base_state = _gather_base(self.model, keep=is_first_rank())

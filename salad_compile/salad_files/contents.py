@@ -15,11 +15,11 @@ from salad_compile.calls.multihead import projection
 from salad_compile.common.foreign_hooks import is_on_disk, stored
 from salad_compile.common.logs import logger
 from salad_compile.common.projections import channels, weight_name
-from salad_compile.common.sharding import whole
+from salad_compile.common.sharding import whole, whole_state
 from salad_compile.common.version import __version__
 from salad_compile.common.wrappers import plain_key
 from salad_compile.conversion.convert import dense_projections
-from salad_compile.errors import WrappedModelError, require_conversion
+from salad_compile.errors import ExportError, WrappedModelError, require_conversion
 from salad_compile.grid.rule import GridRule
 from salad_compile.salad_files.header import Header
 from salad_compile.sites.branch import SaladBranch, branches
@@ -70,6 +70,18 @@ def require_writable(model: nn.Module) -> None:
         for key, tensor in branch.state_dict(keep_vars=True).items():
             if is_on_disk(model, branch, key, tensor):
                 raise WrappedModelError(f"{name}.{key} is offloaded to a file: load first, then offload.")
+
+
+def gathered_state(model: nn.Module) -> dict[str, Tensor]:
+    """:func:`branch_state` with whole tensors on the CPU; of sharded ones every rank must call it.
+
+    Raises ExportError: one has no values, because the model is on the meta device.
+    """
+    state = branch_state(model)
+    empty = next((name for name, tensor in state.items() if tensor.is_meta), None)
+    if empty is not None:
+        raise ExportError(f"{empty} has no values, it is on the meta device: load a file or weights first.")
+    return whole_state(state)
 
 
 def leave_meta(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from salad_compile.errors import (
     CheckpointError,
     CorruptFileError,
     DtypeMismatchError,
+    ExportError,
     MissingKeysError,
     ShapeMismatchError,
     UnexpectedKeysError,
@@ -82,6 +83,30 @@ def read_tensors(content: Any, header: Header, expected: Mapping[str, Tensor], f
     if bad is not None:
         raise CorruptFileError(f"{file}: {bad} holds NaN or infinity.")
     return tensors
+
+
+def require_loadable(state: Mapping[str, Tensor], header: Header, file: Path) -> None:
+    """Whether :func:`read_tensors` would take what is about to be written; a file that was there before may be good.
+
+    Raises:
+        ExportError: it would not.
+    """
+    bad = first_not_finite(state)
+    if bad is not None:
+        raise ExportError(
+            f"{file} is not written, and what was there before is as it was: {bad} holds NaN or infinity. Go back to "
+            "what was saved before the training diverged."
+        )
+    for name, tensor in state.items():
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in FLOATS:
+            raise ExportError(
+                f"{file} is not written: {name} is {tensor.dtype}, and branches are kept as "
+                f"{', '.join(map(str, FLOATS))}: bring them back to one of these (model.to(torch.bfloat16))."
+            )
+    try:
+        Header.from_json(header.to_json(), file)
+    except CheckpointError as error:
+        raise ExportError(f"{file} is not written, because nothing could read it: {error}") from error
 
 
 def _require_as_written(content: Any, header: Header, tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -68,6 +68,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, state.step, state)
 
 
+def is_complete(path: Path) -> bool:
+    """Whether :func:`read_checkpoint` takes the directory."""
+    try:
+        return read_checkpoint(path).path == path
+    except (OSError, CheckpointError):
+        return False
+
+
 def finished_steps(directory: Path) -> int | None:
     """The steps of a run that is finished; None for another directory.
 

@@ -23,7 +23,7 @@ from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.paths import as_path
 from salad_compile.common.reports import plural
-from salad_compile.common.sharding import is_first_rank, shard_like, whole_state
+from salad_compile.common.sharding import is_first_rank, shard_like
 from salad_compile.common.tensor_files import with_digest
 from salad_compile.common.undo import unchanged_on_failure
 from salad_compile.common.wrappers import plain_key, single_model
@@ -40,6 +40,7 @@ from salad_compile.salad_files.contents import (
     base_digest,
     branch_state,
     describe,
+    gathered_state,
     layers_left_out,
     leave_meta,
     require_writable,
@@ -47,7 +48,7 @@ from salad_compile.salad_files.contents import (
 )
 from salad_compile.salad_files.header import CHECKED, HEADER_KEY, Header
 from salad_compile.salad_files.location import FILE_NAME, file_at
-from salad_compile.salad_files.reading import open_salad, read_tensors, require_rank
+from salad_compile.salad_files.reading import open_salad, read_tensors, require_loadable, require_rank
 from salad_compile.salad_files.translation import translate
 from salad_compile.sites.branch import BRANCH_NAME, SaladBranch, branches
 
@@ -70,25 +71,33 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The path of the file.
 
     Raises:
-        NotConvertedError: the model has no branch. ConfigError: `path` is none. WriteError: the file cannot be written;
-        a file that was there before is as it was.
+        NotConvertedError: the model has no branch. ConfigError: `path` is none. ExportError: :func:`load` would refuse
+        the file: a value is NaN or infinite, of 8 bits, or missing (on the meta device). WriteError: the file cannot be
+        written. A file that was there before is as it was.
     """
     bare = single_model(model, "save")
     header = describe(bare)
-    state = whole_state(branch_state(bare))
+    state = gathered_state(bare)
     target = as_path(path)
     with name_failures(target):
         target = target / FILE_NAME if target.is_dir() else target
     if is_first_rank():
         write(state, header, target)
         logger.info("saved %d tensors of %s to %s", len(state), plural(len(header.sites), "site"), target)
+    else:
+        require_loadable(state, header, target)  # all processes raise what the first one does
     return target
 
 
 def write(state: Mapping[str, Tensor], header: Header, target: Path) -> None:
-    """Write a SALAD file as a whole, in a directory that is made if necessary. Raises WriteError."""
+    """Write a SALAD file as a whole, in a directory that is made if necessary.
+
+    Raises:
+        ExportError: nothing could read it, see :func:`require_loadable`. WriteError.
+    """
     from safetensors.torch import save_file
 
+    require_loadable(state, header, target)
     with name_failures(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     text = dataclasses.replace(header, checked=CHECKED).to_json()

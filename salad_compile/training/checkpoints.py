@@ -28,7 +28,15 @@ from salad_compile.common.schema import fields_of, stamp
 from salad_compile.common.tensor_files import digest_of, first_not_finite, open_safetensors
 from salad_compile.config import SaladConfig
 from salad_compile.definition.branch_tensors import current_name
-from salad_compile.errors import ResumeError, SaladError, TrainingError, WriteError
+from salad_compile.errors import (
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    ResumeError,
+    SaladError,
+    TrainingError,
+    WriteError,
+)
 from salad_compile.latents import LatentDataset
 from salad_compile.salad_files.contents import describe
 from salad_compile.salad_files.location import FILE_NAME
@@ -36,12 +44,16 @@ from salad_compile.salad_files.runs import (
     FOLDER,
     STATE_FILE,
     STATE_VERSION,
+    SUMMARY_FILE,
     TENSORS_FILE,
     Checkpoint,
     checkpoint_name,
+    complete_checkpoints,
+    is_complete,
 )
 from salad_compile.salad_files.salad_file import load, save
 from salad_compile.training.ema import MovingAverage
+from salad_compile.training.records import read_log
 from salad_compile.training.settings import MAY_CHANGE, TrainSettings
 from salad_compile.training.tensors import fits_shape, optimizer_tensors, restore_optimizer, trained_parameters
 
@@ -64,7 +76,10 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module, latents: LatentDataset) -> Fingerprint:
-        """Of a converted model before it is sharded."""
+        """Of a converted model before it is sharded.
+
+        Raises ConfigError: a frozen parameter holds NaN or infinity, so that every loss would.
+        """
         header = describe(model)
         config = json.loads(json.dumps(header.config.to_dict()))
         return cls(header.base_class, header.base_digest, config, _weight_sum(model), digest_of_items(latents))
@@ -78,13 +93,57 @@ def digest_of_items(latents: LatentDataset) -> str:
 
 def _weight_sum(model: nn.Module) -> float:
     trained = {id(parameter) for parameter in trained_parameters(model).values()}
-    frozen = [p for p in model.parameters() if id(p) not in trained and p.is_floating_point() and p.itemsize > 1]
-    return sum(float(parameter.detach().abs().sum(dtype=torch.float64)) for parameter in frozen)
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if id(parameter) in trained or not parameter.is_floating_point() or parameter.itemsize == 1:
+            continue
+        of_this = float(parameter.detach().abs().sum(dtype=torch.float64))
+        if not math.isfinite(of_this):
+            raise ConfigError(
+                f"the base model cannot be trained: {name} holds NaN or infinity. Is its checkpoint damaged, or of a "
+                "precision that it was not made for?"
+            )
+        total += of_this
+    return total
 
 
 _OF_CONVERSION = "the conversion's"
 
 # --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def newest_checkpoint(directory: Path, resume: bool) -> Checkpoint | None:
+    """The checkpoint that a run in the directory goes on from; None: it begins.
+
+    Raises:
+        ResumeError: there is a run, and `resume` is not wanted, or what it has written would be lost.
+    """
+    try:
+        found = complete_checkpoints(directory)
+    except CheckpointError as error:
+        raise ResumeError(str(error)) from error
+    if not resume and (found or read_log(directory)):
+        raise ResumeError(f"{directory} holds a run already: resume it (resume=True), or pass another directory.")
+    if not found:
+        _require_nothing_to_lose(directory)
+    return found[-1] if found else None
+
+
+def _require_nothing_to_lose(directory: Path) -> None:
+    """Raises ResumeError where a run that begins again would replace what cannot be made again from its checkpoints."""
+    damaged = sorted((directory / FOLDER).glob("step-*"))
+    if damaged:
+        raise ResumeError(
+            f"none of the checkpoints in {damaged[0].parent} is complete, so the run cannot go on. Pass another "
+            f"directory, and the branches of {damaged[-1]} to start from if they are whole (--salad). To begin again "
+            "here, delete the checkpoints."
+        )
+    if (directory / SUMMARY_FILE).exists():
+        raise ResumeError(
+            f"{directory} holds the result of a finished run ({SUMMARY_FILE}), and its checkpoints are gone, so it "
+            f"cannot go on; beginning again would replace the result. Pass another directory, with --salad {directory} "
+            "to start from that result."
+        )
 
 
 def as_begun(
@@ -164,7 +223,8 @@ class CheckpointWriter:
         """Write the checkpoint after `step` steps, and remove all but the last few.
 
         Raises:
-            TrainingError: it cannot be written (a full disk, say). Earlier checkpoints are as they were.
+            TrainingError: it cannot be written (a full disk, say), or holds values that no run can go on from. Earlier
+                checkpoints are as they were.
         """
         target = self.folder / checkpoint_name(step)
         temporary = beside(target)
@@ -173,17 +233,25 @@ class CheckpointWriter:
                 temporary.mkdir(parents=True)
             save(self.model, temporary / FILE_NAME)
             tensors = self._tensors()
+            if (bad := first_not_finite(tensors)) is not None:
+                raise ExportError(f"{bad} holds NaN or infinity.")
             if self.main:
                 self._write_rest(temporary, step, tensors)
                 _remove(target)  # a damaged one, which was skipped
                 temporary.replace(target)
                 flush_to_disk(target.parent)
+        except ExportError as error:
+            raise TrainingError(
+                f"there is no checkpoint of step {step}: {error} Earlier checkpoints are as they were: start from one "
+                f"with a lower learning rate, in another directory (on the command line --salad {target.parent}/...)."
+            ) from error
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise TrainingError(
                 f"the checkpoint of step {step} could not be written to {target}: {error}. Earlier checkpoints are as "
                 "they were: make room or give another directory, and run the same command again."
             ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         if self.main:
             self._remove_old()
         return target
@@ -227,7 +295,10 @@ class CheckpointWriter:
             raise failure
 
     def _remove_old(self) -> None:
-        for path in sorted(self.folder.glob("step-*"))[: -self.settings.keep_last]:
+        """Remove what is older than the last few complete ones; a damaged one takes no place of theirs."""
+        there = sorted(self.folder.glob("step-*"))
+        kept = [path for path in there if is_complete(path)][-self.settings.keep_last :]
+        for path in there[: there.index(kept[0])]:
             _remove(path)
 
     def remove_leftovers(self) -> None:

@@ -22,14 +22,21 @@ from salad_compile.common.schema import stamp
 from salad_compile.common.wrappers import single_model
 from salad_compile.config import SaladConfig
 from salad_compile.conversion.schedules import ramp_sparsity
-from salad_compile.errors import CheckpointError, ResumeError, TrainingError
+from salad_compile.errors import ResumeError, TrainingError
 from salad_compile.latents import LatentDataset
 from salad_compile.salad_files.location import FILE_NAME
 from salad_compile.salad_files.runs import SUMMARY_FILE, Checkpoint, checkpoint_name, complete_checkpoints
 from salad_compile.salad_files.salad_file import save
 from salad_compile.sites.branch import branches
 from salad_compile.training.ahead import HOST, ahead
-from salad_compile.training.checkpoints import CheckpointWriter, Fingerprint, as_begun, digest_of_items, require_same
+from salad_compile.training.checkpoints import (
+    CheckpointWriter,
+    Fingerprint,
+    as_begun,
+    digest_of_items,
+    newest_checkpoint,
+    require_same,
+)
 from salad_compile.training.distillation import SiteDistillation
 from salad_compile.training.ema import MovingAverage
 from salad_compile.training.engine import Engine, make_accelerator
@@ -78,14 +85,15 @@ def train(
 
     Raises:
         ConfigError: settings, model and engine do not fit each other. NotConvertedError: no branch and no `config`.
-        ResumeError: the directory holds a run with other settings, model or data, or any run without `resume`.
+        ResumeError: the directory holds a run with other settings, model or data, any run without `resume`, or one that
+            is finished, or has checkpoints, and none that is complete.
         TrainingError: a loss that is not finite, or a checkpoint that cannot be written. What was written stays.
         MissingPackageError: accelerate or a tracker is not installed.
     """
     bare, target = single_model(model, "train"), Path(directory)
     family = family_of(bare, settings, forward)
     require_trackers(settings.trackers)
-    found = _newest(target, settings, resume)
+    found = newest_checkpoint(target, resume)
     given = Given(latents, validation, family, decode)
     run = prepare(bare, given, settings, target, found=found, config=config)
     with StopRequest() as stop:
@@ -125,16 +133,6 @@ def prepare(
     if found is not None:
         require_same(found, settings, fingerprint)
     return Run(Engine.prepare(accelerator, bare, settings), feed, given, directory, fingerprint)
-
-
-def _newest(directory: Path, settings: TrainSettings, resume: bool) -> Checkpoint | None:
-    try:
-        found = complete_checkpoints(directory)
-    except CheckpointError as error:
-        raise ResumeError(str(error)) from error
-    if not resume and (found or read_log(directory)):
-        raise ResumeError(f"{directory} holds a run already: resume it (resume=True), or pass another directory.")
-    return found[-1] if found else None
 
 
 class Run:

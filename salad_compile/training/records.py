@@ -223,7 +223,7 @@ def set_aside(directory: Path, step: int) -> None:
     """The results of a run that goes on are no longer those of its newest state: they get their step's name."""
     if not (directory / SUMMARY_FILE).exists():
         return
-    for name in (SUMMARY_FILE, FILE_NAME, EMA_FILE_NAME):
+    for name in (FILE_NAME, EMA_FILE_NAME, SUMMARY_FILE):  # after a kill in between the next start does the rest
         file = directory / name
         if file.exists():
             aside = file.with_stem(f"{file.stem}-{checkpoint_name(step)}")

@@ -186,7 +186,7 @@ class TrainSettings:
             value = getattr(self, name)
             _require(is_number(value) and low <= value < high, name, text, value)
 
-        within("learning_rate", 0.0, float("inf"), "a number of at least 0")
+        within("learning_rate", 0.0, 1e30, "a number of at least 0")  # larger ones overflow in fp32
         within("weight_decay", 0.0, float("inf"), "a number of at least 0")
         within("clip", 0.0, float("inf"), "a number of at least 0")
         within("flow_shift", 1e-9, float("inf"), "a number above 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from salad_compile.errors import (
     ConfigError,
     CorruptFileError,
     DtypeMismatchError,
+    ExportError,
     FormatVersionError,
     MissingKeysError,
     NotASaladFileError,
@@ -131,6 +133,31 @@ def test_saving_is_atomic(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         salad_compile.save(converted(), file)
     assert file.read_bytes() == before
     assert [entry.name for entry in file.parent.iterdir()] == [file.name]
+
+
+def with_nan(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        next(iter(branches(model).values())).gate_weight.view(-1)[0] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_nan, "gate_weight holds NaN or infinity"),
+        (lambda model: model.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn"),
+        (lambda model: model.to("meta"), "has no values"),
+    ],
+)
+def test_what_load_would_refuse_is_not_written(change: Callable[[Any], Any], said: str, file: Path) -> None:
+    before = file.read_bytes()
+    model = change(converted())
+    with pytest.raises(ExportError, match=said):
+        salad_compile.save(model, file)
+    with pytest.raises(ExportError, match=said):
+        salad_compile.export(model, file.parent / "exported", ["salad"])
+    assert file.read_bytes() == before
+    assert os.listdir(file.parent) == [file.name]
 
 
 def edited(file: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Path:
