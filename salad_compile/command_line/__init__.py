@@ -45,7 +45,7 @@ COMMANDS = {
     "train": "fine-tune a converted model on precomputed latents",
     "inspect": "what a SALAD file holds; reads its header alone",
     "export": "write a fine-tuned model in the formats of other programs",
-    "latents": "look at precomputed latents, or convert them between layouts",
+    "latents": "make latents of a folder of videos, look at latents, convert their layout",
     "bench": "time one denoising step, dense and SALAD in turns",
     "viz": "draw what a converted model attends to",
     "doctor": "versions, devices and caches: what will run where, and what will not",

@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from salad_compile.common.reports import Report, Row
+from salad_compile.common.reports import Report, Row, plural
 
 if TYPE_CHECKING:
     from salad_compile.command_line.caches import Cache
 
 FINE, WARNING, FAULT, MISSING = "ok", "warning", "FAULT", "-"
 DISTRIBUTION = "salad-compile"
+EXTRAS = ("diffusers", "train", "clips", "pictures")  # those that users install; a package may be in several
 LITTLE_SPACE = 2**30  # bytes; a cache of compiled graphs can grow to some hundred million
 
 
@@ -56,7 +57,7 @@ class Checkup(Report):
 
     def notes(self) -> list[str]:
         faults, warnings = (sum(f.status == status for f in self.findings) for status in (FAULT, WARNING))
-        return [f"{faults} faults, {warnings} warnings"]
+        return [f"{plural(faults, 'fault')}, {plural(warnings, 'warning')}"]
 
     def to_dict(self) -> dict[str, Any]:
         return {"healthy": self.healthy, "findings": [asdict(finding) for finding in self.findings]}
@@ -127,9 +128,7 @@ def _packages() -> Iterator[Finding]:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield _package(requirement, None)
         else:
-            extra = next(
-                (e for e in ("diffusers", "train", "pictures") if requirement.marker.evaluate({"extra": e})), ""
-            )
+            extra = next((each for each in EXTRAS if requirement.marker.evaluate({"extra": each})), "")
             if extra and not requirement.name.startswith(DISTRIBUTION):
                 yield _package(requirement, extra)
     yield from _optional("peft", "loads what export writes for it; not needed here")
@@ -206,7 +205,7 @@ def _devices() -> Iterator[Finding]:
     """Each device with the engine that computes the operators of this package there."""
     import torch
 
-    yield Finding("cpu", FINE, f"engine {_engine(torch.device('cpu'))}, {torch.get_num_threads()} threads")
+    yield Finding("cpu", FINE, f"engine {_engine(torch.device('cpu'))}, {plural(torch.get_num_threads(), 'thread')}")
     if not torch.cuda.is_available():
         yield _no_gpu(torch.version.cuda)
         return

@@ -37,7 +37,7 @@ def test_a_fault_is_a_no(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = command("doctor")
     assert outcome.code == NO
     assert "too old" in outcome.out
-    assert "1 faults, 0 warnings" in outcome.out
+    assert "1 fault, 0 warnings" in outcome.out
 
 
 @pytest.mark.parametrize(("name", "expected"), [("TORCH_COMPILE_DISABLE", FAULT), ("TRITON_INTERPRET", WARNING)])
@@ -56,15 +56,16 @@ def test_packages_are_held_against_our_own_metadata(monkeypatch: pytest.MonkeyPa
     wrong = {"safetensors": "0.1", "diffusers": "0.1"}
 
     def version(name: str) -> str:
-        if name == "pyarrow":
+        if name in ("pyarrow", "av"):
             raise importlib.metadata.PackageNotFoundError(name)
         return wrong.get(name) or real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     findings = list(checkup._packages())
-    states = {name: finding(findings, name).status for name in ("torch", "safetensors", "diffusers", "pyarrow")}
-    assert states == {"torch": FINE, "safetensors": FAULT, "diffusers": WARNING, "pyarrow": MISSING}
+    states = {name: finding(findings, name).status for name in ("torch", "safetensors", "diffusers", "pyarrow", "av")}
+    assert states == {"torch": FINE, "safetensors": FAULT, "diffusers": WARNING, "pyarrow": MISSING, "av": MISSING}
     assert "salad-compile[train]" in finding(findings, "pyarrow").mend
+    assert "salad-compile[clips]" in finding(findings, "av").mend
     assert "salad-compile[diffusers]" in finding(findings, "diffusers").mend
 
 
