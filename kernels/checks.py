@@ -58,8 +58,21 @@ def check_order_type(order: torch.Tensor) -> None:
     require(order.dim() == 1, f"order must have 1 dimension (S,), got {order.dim()}")
 
 
-def check_order(order: torch.Tensor, tokens: int) -> None:
-    """The token order has one entry per token; on the CPU also that it is a permutation (elsewhere that would sync)."""
+def check_move(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> None:
+    """order and inverse are permutations of the tokens of x (B, H, S, D), each the inverse of the other.
+
+    Contents are read on the CPU only (elsewhere that would sync), and once: a layer moves rows in the same order at
+    every step.
+    """
+    if x.is_cpu and order.shape == x.shape[2:3] and _are_inverse(order, inverse):
+        return
+    for permutation in (order, inverse):
+        _check_order(permutation, x.shape[2])
+        require(permutation.device == x.device, f"order is on {permutation.device}, x on {x.device}")
+    _check_inverse(order, inverse)
+
+
+def _check_order(order: torch.Tensor, tokens: int) -> None:
     check_order_type(order)
     require(order.shape[0] == tokens, f"order has {order.shape[0]} entries but there are {tokens} tokens")
     if order.device.type == "cpu" and not _is_permutation(fact_of(order)):
@@ -81,15 +94,15 @@ class _InverseOf(NamedTuple):
     version: int
 
 
-def are_inverse(order: torch.Tensor, inverse: torch.Tensor) -> bool:
+def _are_inverse(order: torch.Tensor, inverse: torch.Tensor) -> bool:
     """Whether these are known to be two permutations, each the inverse of the other."""
     fact = fact_of(inverse)
     return isinstance(fact, _InverseOf) and fact.order() is order and fact.version == order._version
 
 
-def check_inverse(order: torch.Tensor, inverse: torch.Tensor) -> None:
+def _check_inverse(order: torch.Tensor, inverse: torch.Tensor) -> None:
     """inverse[order[i]] = i of two permutations, read on the CPU only."""
-    if order.device.type != "cpu" or are_inverse(order, inverse):
+    if order.device.type != "cpu":
         return
     found = inverse.index_select(0, order)
     require(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..autocast import without_autocast
-from ..checks import accumulation_dtype, check_inverse
+from ..checks import accumulation_dtype, check_move
 from ..differentiation import reverse_mode_only
 from ..engines import Call, engines, serve
 from ..layout import block_count, empty_bshd
@@ -14,6 +14,8 @@ from ..linear.absent import absent
 from ..preparation import Preparation
 from .checks import check_sizes, check_types
 from .gradient import gradients
+
+_SETTINGS = len(Preparation._fields) - 1  # what follows the tables, of which there are two or four
 
 
 @torch.library.custom_op("salad::prepare_operand", mutates_args=())
@@ -65,19 +67,19 @@ def prepare_operand(
         UnsupportedKernelError: the engine has no kernel for this dtype, head_dim, width, block or GPU.
     """
     preparation = Preparation(tuple(tables), pairs, norm, over, eps, feature_map, block, weight, bias, order, inverse)
-    engine, call = serve(_describe, *preparation.tables, x, *preparation[1:])
+    engine, call = serve(_describe, x, *preparation[1:], *preparation.tables)
     if order is not None and inverse is not None:
-        check_inverse(order, inverse)
+        check_move(x, order, inverse)
     rotated, plain, features, means = engine.run(call, x, preparation)
     return rotated, plain, features, means
 
 
-def _describe(*arguments: Any) -> Call:
-    *tables, x, pairs, norm, over, eps, feature_map, block, weight, bias, order, inverse = arguments
-    preparation = Preparation(tables, pairs, norm, over, eps, feature_map, block, weight, bias, order, inverse)
+def _describe(x: torch.Tensor, *given: Any) -> Call:
+    settings, tables = given[:_SETTINGS], given[_SETTINGS:]
+    preparation = Preparation(tables, *settings)
     check_types(x, preparation)
     check_sizes(x, preparation)
-    return _call(x, feature_map, block)
+    return _call(x, preparation.feature_map, preparation.block)
 
 
 def _call(x: torch.Tensor, feature_map: str, block: int) -> Call:

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import (
-    FLOAT_DTYPES,
-    check_block,
-    check_float_4d,
-    check_order,
-    check_order_type,
-    check_same_device,
-    require,
-)
+from ..checks import FLOAT_DTYPES, check_block, check_float_4d, check_order_type, check_same_device, require
 from ..linear.feature_maps import find_feature_map
 from ..preparation import Preparation
 
@@ -54,11 +46,8 @@ def check_types(x: torch.Tensor, preparation: Preparation) -> None:
 
 
 def check_sizes(x: torch.Tensor, preparation: Preparation) -> None:
-    """The rest of the checks."""
+    """The rest of the checks, but for the order, whose contents they would have to read: see `checks.check_move`."""
     require(x.shape[2] > 0, "x has no tokens: S must be at least 1")
     for table in preparation.tables:
         fits = all(size in (1, wanted) for size, wanted in zip(table.shape[:3], x.shape[:3], strict=True))
         require(fits, f"a table of shape {tuple(table.shape)} does not broadcast to x of shape {tuple(x.shape)}")
-    for permutation in (preparation.order, preparation.inverse):
-        if permutation is not None:
-            check_order(permutation, x.shape[2])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import FunctionCtx
 
-from ..checks import are_inverse, check_inverse, check_order, check_order_type, require
+from ..checks import check_move, check_order_type, require
 from ..differentiation import reverse_mode_only
 from ..direct import direct
 from .reference import take_rows as _take_rows
@@ -37,14 +37,9 @@ def take_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> to
         KernelArgumentError: on a wrong rank, dtype, device or length; on the CPU also if order is not a permutation, or
             inverse not its inverse.
     """
-    shape = x.shape
-    if len(shape) != 4:  # a message takes as long to write as a small operation
-        require(False, f"x must have 4 dimensions (B, H, S, D), got {len(shape)}")
-    if not (x.is_cpu and order.shape == shape[2:3] and are_inverse(order, inverse)):
-        for permutation in (order, inverse):
-            check_order(permutation, x.shape[2])
-            require(permutation.device == x.device, f"order is on {permutation.device}, x on {x.device}")
-        check_inverse(order, inverse)
+    if len(x.shape) != 4:  # a message takes as long to write as a small operation
+        require(False, f"x must have 4 dimensions (B, H, S, D), got {len(x.shape)}")
+    check_move(x, order, inverse)
     return _take_rows(x, order, inverse)
 
 

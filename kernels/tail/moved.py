@@ -7,14 +7,7 @@ from typing import Any
 import torch
 
 from ..autocast import without_autocast
-from ..checks import (
-    check_float_4d,
-    check_inverse,
-    check_order,
-    check_order_type,
-    check_same_device,
-    require,
-)
+from ..checks import check_float_4d, check_move, check_order_type, require
 from ..differentiation import reverse_mode_only
 from ..engines import Call, choose
 from ..layout import block_count, empty_bshd
@@ -45,12 +38,8 @@ def take_rows_with_means(
         UnsupportedKernelError: the engine has no kernel for this dtype, head_dim or GPU.
     """
     _check(x, order, inverse, pool)
-    tokens = x.shape[2]
-    check_same_device(x=x, order=order, inverse=inverse)
-    for permutation in (order, inverse):
-        check_order(permutation, tokens)
-    check_inverse(order, inverse)
-    check_video(begin, end, tokens)
+    check_move(x, order, inverse)
+    check_video(begin, end, x.shape[2])
     call = Call("take_rows_with_means", x.device, x.dtype, head_dim=x.shape[-1])
     rows, means = choose(call).run(call, x, order, inverse, pool, begin, end)
     return rows, means

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -83,6 +84,17 @@ def test_wrong_sizes_are_errors_that_say_so() -> None:
         prepare_operand(x, (cos, sin), *rest, weight, bias, order, None)
     with pytest.raises(KernelArgumentError, match="inverse is not the inverse"):
         prepare_operand(x, (cos, sin), *rest, weight, bias, order, order)
+
+
+@pytest.mark.parametrize(
+    ("shift", "message"), [(lambda order: order * 0, "not a permutation"), (lambda order: order + 1, "outside")]
+)
+def test_the_order_of_each_call_is_looked_at(shift: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
+    """Calls of one shape are described once; what an order holds is not in its shape."""
+    *arguments, order, inverse = Case().arguments(torch.float32)
+    prepare_operand(*arguments, order, inverse)
+    with pytest.raises(KernelArgumentError, match=message):
+        prepare_operand(*arguments, shift(order), inverse)
 
 
 GRADIENTS = [
