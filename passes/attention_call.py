@@ -12,8 +12,7 @@ from torch import fx
 from salad_compile.calls.adapters import AttentionArguments, default_scale, mask_kind
 from salad_compile.definition.operands import Mapped
 from salad_compile.definition.spec import AttentionSpec
-from salad_compile.passes.provenance import erase_dead, example_value, module_path
-from salad_compile.sites.markers import DENSE
+from salad_compile.passes.provenance import Tag, erase_dead, example_value, module_path
 
 CONVERTED, TRAINING_FREE, LEFT_DENSE = "salad", "block-sparse", "dense"
 
@@ -52,10 +51,15 @@ class AttentionCall:
         return self.result.dtype
 
     @property
+    def tagged(self) -> Tag:
+        """What the tag of its query projection carries; only of calls that have one."""
+        assert self.tag is not None
+        return Tag.of(self.tag)
+
+    @property
     def spec(self) -> AttentionSpec:
         """What the converted site of this call computes."""
-        assert self.tag is not None
-        return AttentionSpec.decode(str(self.tag.args[4]))
+        return AttentionSpec.decode(self.tagged.spec)
 
     @property
     def shapes(self) -> list[tuple[Any, ...]]:
@@ -87,7 +91,7 @@ class AttentionCall:
     @property
     def is_lost(self) -> bool:
         """Whether this is a converted site whose call can no longer become SALAD."""
-        return self.status == LEFT_DENSE and self.tag is not None and self.tag.args[4] != DENSE
+        return self.status == LEFT_DENSE and self.tag is not None and self.tagged.is_converted
 
     def replace_with(self, value: fx.Node) -> None:
         """Let every user of the attention's result read `value`, and erase the node.

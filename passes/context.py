@@ -11,7 +11,8 @@ from torch import fx
 from salad_compile.config import BackendOptions
 from salad_compile.passes.attention_call import AttentionCall
 from salad_compile.passes.open_functions import APPLY
-from salad_compile.sites.markers import DENSE, SITES, TAGS
+from salad_compile.passes.provenance import Tag
+from salad_compile.sites.markers import SITES, TAGS
 
 Counts = Mapping[str, int]
 """What a pass matched -> how often, in one graph."""
@@ -73,7 +74,7 @@ def graph_modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 def has_converted_tags(graph: fx.Graph) -> bool:
     """Whether the query projection of a converted site is in a graph."""
-    return any(node.target in TAGS and node.args[4] != DENSE for node in graph.nodes)
+    return any(node.target in TAGS and Tag.of(node).is_converted for node in graph.nodes)
 
 
 def has_sites(graph: fx.Graph) -> bool:

@@ -15,20 +15,21 @@ from torch import fx
 
 from salad_compile.common.logs import logger
 from salad_compile.passes.context import Context, Counts, Pass
-from salad_compile.passes.provenance import mark_of, module_path
+from salad_compile.passes.provenance import Tag, mark_of, module_path
 from salad_compile.sites.graph_breaks import leave_uncompiled
-from salad_compile.sites.markers import DENSE, PROJECTED, SITES, TAGS
+from salad_compile.sites.markers import PROJECTED, SITES, TAGS
 
 
 def _run(graph: fx.Graph, context: Context) -> Counts:
     tags, sites, projected = ([n for n in graph.nodes if n.target in kind] for kind in (TAGS, SITES, PROJECTED))
     used = {call.tag for call in context.calls[graph]}  # rewritten, or left dense and named
-    for tag in tags:
-        if tag.args[4] != DENSE and tag not in used:
+    converted = [tag for tag in tags if Tag.of(tag).is_converted]
+    for tag in converted:
+        if tag not in used:
             context.lost.append(_describe(tag, "its attention call is not in the same graph"))
-    tagged = [mark_of(tag) for tag in tags if tag.args[4] != DENSE]
+    marks = [mark_of(tag) for tag in converted]
     for site in sites:
-        if mark_of(site) not in tagged and not (_is_last(site) and _leave_uncompiled(site, context)):
+        if mark_of(site) not in marks and not (_is_last(site) and _leave_uncompiled(site, context)):
             context.lost.append(_describe(site, "its query projection did not run"))
     for node in [*tags, *projected]:
         out = node.args[0]

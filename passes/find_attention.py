@@ -43,8 +43,16 @@ from salad_compile.passes.attention_call import (
 from salad_compile.passes.context import Context, Counts, Pass
 from salad_compile.passes.numbers import may_be_number, number_of
 from salad_compile.passes.open_functions import function_body, open_function
-from salad_compile.passes.provenance import example_value, find_tag, is_dead, mark_of, module_path, projection_inputs
-from salad_compile.sites.markers import DENSE, NO_ORDER, SITES, TAGS
+from salad_compile.passes.provenance import (
+    Tag,
+    example_value,
+    find_tag,
+    is_dead,
+    mark_of,
+    module_path,
+    projection_inputs,
+)
+from salad_compile.sites.markers import NO_ORDER, SITES, TAGS
 from salad_compile.sites.outside_owner import twice_error
 
 _REGISTERED = (flex_attention, multihead)
@@ -99,10 +107,10 @@ def _require_own_forward(graph: fx.Graph) -> None:
     entered = Counter(mark_of(node) for node in graph.nodes if node.target in SITES)
     ran: Counter[object] = Counter()
     for node in graph.nodes:
-        if node.target not in TAGS or node.args[4] == DENSE:
+        if node.target not in TAGS or not Tag.of(node).is_converted:
             continue
         where = module_path(node) or "of this graph"
-        if node.args[4] == NO_ORDER:
+        if Tag.of(node).spec == NO_ORDER:
             raise order_error(where)
         ran[mark_of(node)] += 1
         if 0 < entered[mark_of(node)] < ran[mark_of(node)]:
@@ -154,11 +162,11 @@ def _classify(
     node: fx.Node, arguments: AttentionArguments, options: BackendOptions, before: Sequence[AttentionCall]
 ) -> AttentionCall:
     tag = find_tag(arguments.query)
-    if tag is None or tag.args[4] == DENSE:
+    if tag is None or not Tag.of(tag).is_converted:
         reason = LEFT_BY_CONVERSION if tag is not None else _dense_reason(arguments, options)
         reason = reason or _other_results(node, arguments)
         return AttentionCall(node, arguments, tag, LEFT_DENSE if reason else TRAINING_FREE, reason)
-    spec = AttentionSpec.decode(str(tag.args[4]))
+    spec = AttentionSpec.decode(Tag.of(tag).spec)
     shapes, kind = operand_shapes(arguments), kind_of_mask(arguments)
     # a mask, causality, ... that was not there at conversion
     reason = dense_reason(arguments, shapes, kind, square_is_padding=spec.square_mask)
@@ -177,7 +185,7 @@ def _site_of(tag: fx.Node) -> fx.Node | None:
 
 
 def _without_text(spec: AttentionSpec, tag: fx.Node, site: fx.Node | None) -> str:
-    known = tag.args[3] is not None or (site is not None and len(site.args) > 1 and site.args[1] is not None)
+    known = Tag.of(tag).order is not None or (site is not None and site.args[1] is not None)
     return "" if known or not spec.single else "nothing in this graph tells how much of it is text"
 
 
@@ -185,7 +193,7 @@ def _sample(
     query_shape: Sequence[Any], tag: fx.Node, spec: AttentionSpec, before: Sequence[AttentionCall]
 ) -> int | None:
     """Which sample a call is about that sees one, while its projection saw several."""
-    gate_input = recorded_tensor(tag.args[1])
+    gate_input = recorded_tensor(Tag.of(tag).gate_input)
     all_rows = spec.text in ("none", "prefix") or spec.single
     if spec.gate_axes or (all_rows and statically_known_true(math.prod(gate_input.shape[:-1]) == query_shape[2])):
         return None

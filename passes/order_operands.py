@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from salad_compile.kernels.preparation import Preparation
 from salad_compile.passes.context import Context, Counts, Pass
 from salad_compile.passes.provenance import example_value
 from salad_compile.position.operations import SIZES, operation
 
 _OPERATORS = torch.ops.salad
-_ROTATED, _MEANS = 0, 3
-_BLOCK, _ORDER = 7, 10  # arguments of a preparation
-_ARGUMENTS = 12
+_ROTATED, _MEANS = 0, 3  # results of a preparation
+_ARGUMENTS = ("x", *Preparation._fields)
 
 
 def _run(graph: fx.Graph, context: Context) -> Counts:
@@ -46,7 +46,7 @@ PASS = Pass("order_operands", _run)
 def _order(move: fx.Node) -> bool:
     """Whether a move of rows went into the kernel that made them."""
     made = _rows_of(move.args[0], move)
-    if made is None or _given(made, _ORDER) is not None:
+    if made is None or _given(made).get("order") is not None:
         return False
     order, inverse = move.args[1:]
     number = {node: at for at, node in enumerate(move.graph.nodes)}
@@ -59,7 +59,7 @@ def _order(move: fx.Node) -> bool:
             late.append(permutation)
     for permutation in late:
         made.prepend(permutation)
-    _give(made, _ORDER, order, inverse)
+    _give(made, order=order, inverse=inverse)
     move.replace_all_uses_with(move.args[0])  # type: ignore[arg-type]
     move.graph.erase_node(move)
     return True
@@ -70,9 +70,9 @@ def _pool(pool: fx.Node) -> bool:
     rows, block, *mask = pool.args
     detached = rows if isinstance(rows, fx.Node) and operation(rows)[0] == "detach" else None
     made = None if detached is None else _rows_of(detached.args[0], None)
-    if made is None or any(given is not None for given in mask) or _given(made, _BLOCK):
+    if made is None or any(given is not None for given in mask) or _given(made)["block"]:
         return False
-    _give(made, _BLOCK, block)
+    _give(made, block=block)
     recorded = example_value(made)
     assert isinstance(recorded, tuple)
     name = "example_value" if "example_value" in made.meta else "val"
@@ -116,11 +116,10 @@ def _same_kind(value: fx.Node, source: Any) -> bool:
     return (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
 
 
-def _given(made: fx.Node, at: int) -> Any:
-    return made.args[at] if at < len(made.args) else None
+def _given(made: fx.Node) -> dict[str, Any]:
+    """The arguments of a preparation by name; the last ones may be left out."""
+    return dict(zip(_ARGUMENTS, made.args, strict=False))
 
 
-def _give(made: fx.Node, at: int, *values: Any) -> None:
-    arguments = [*made.args, *(None,) * (_ARGUMENTS - len(made.args))]
-    arguments[at : at + len(values)] = values
-    made.args = tuple(arguments)
+def _give(made: fx.Node, **values: Any) -> None:
+    made.args = tuple((dict.fromkeys(_ARGUMENTS) | _given(made) | values).values())

@@ -1,4 +1,4 @@
-"""Walking rules: from a value in a Dynamo graph back to the tag or the projection that made it.
+"""Walking rules: from a value in a Dynamo graph back to the tag or the projection that made it; what a tag carries.
 
 Dynamo's graphs are not functional: Wan's rotation is `empty_like` and two `setitem`s, so writers of a value are parents
 too. Shapes and scalars are not: following sizes made one attention call resolve to seventeen projections.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
 from salad_compile.calls.adapters import is_attention
-from salad_compile.sites.markers import TAGS
+from salad_compile.sites.markers import DENSE, TAGS
 
 PROJECTIONS = frozenset({F.linear, torch.ops.aten.linear.default})
 # Methods whose further tensor arguments lend a shape or a dtype, and no data.
@@ -40,9 +41,35 @@ def module_path(node: fx.Node) -> str:
     return re.sub(r"^bound\.0\.?", "", path)  # `video_grid.RootForward` holds the root
 
 
+class Tag(NamedTuple):
+    """The arguments of a call of :func:`salad_compile.sites.markers.tag`: nodes, and the spec as text.
+
+    Attributes:
+        out, gate_input: output and input of the query projection. tensors: the site's mark, then its tensors.
+        order: of the video's tokens, or None.
+        spec: encoded :class:`AttentionSpec`, or the word for a site that has none.
+    """
+
+    out: fx.Node
+    gate_input: fx.Node
+    tensors: Sequence[fx.Node]
+    order: fx.Node | None
+    spec: str
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Tag:
+        """What a node carries whose target is among `TAGS`."""
+        return cls(*node.args)  # type: ignore[arg-type]
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether its site is to become SALAD; attention that the conversion left dense has a tag too."""
+        return self.spec != DENSE
+
+
 def mark_of(node: fx.Node) -> object:
     """The graph input by which the tag and the entry marker of a site know each other (`BranchParameters.mark`)."""
-    given = node.args[2] if node.target in TAGS else node.args[0]
+    given = Tag.of(node).tensors if node.target in TAGS else node.args[0]
     mark = given[0] if isinstance(given, (list, tuple)) else given
     # export takes a cast to the dtype that a tensor has for that tensor
     while isinstance(mark, fx.Node) and mark.op in ("call_function", "call_method"):

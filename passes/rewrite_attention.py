@@ -64,13 +64,11 @@ def _splice(call: AttentionCall, definition: Callable[[AttentionCall, Wrap], Any
 
 
 def _define_salad(call: AttentionCall, proxy: Wrap) -> Any:
-    assert call.tag is not None
-    _, gate_input, tensors, order, _ = call.tag.args
-    assert isinstance(tensors, (list, tuple))
+    tagged = call.tagged
     if call.arguments.dropout_p:
         warn_of_dropout(call.arguments.dropout_p)
     text = call.site.args[1] if call.site is not None else None
-    rows = proxy(gate_input)
+    rows = proxy(tagged.gate_input)
     arguments, (query, key, value) = _operands(call, proxy)
     mapped = None
     if call.mapped is not None:
@@ -80,8 +78,8 @@ def _define_salad(call: AttentionCall, proxy: Wrap) -> Any:
         key,
         value,
         rows if call.sample is None else rows[call.sample : call.sample + 1],
-        branch_tensors.from_flat([proxy(node) for node in tensors[1:]], call.spec),
-        None if order is None else proxy(order),
+        branch_tensors.from_flat([proxy(node) for node in tagged.tensors[1:]], call.spec),
+        None if tagged.order is None else proxy(tagged.order),
         call.spec,
         scale=call.scale,
         dtype=call.dtype,

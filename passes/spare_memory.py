@@ -53,7 +53,7 @@ def _run(graph: fx.Graph, context: Context) -> Counts:
             counts += 1
         for call in context.calls[graph]:
             if call.status == CONVERTED and call.tag is not None:
-                _spare_gate_input(call.tag.args[1])
+                _spare_gate_input(call.tagged.gate_input)
     return {"computed again": counts}
 
 
