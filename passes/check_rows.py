@@ -28,7 +28,7 @@ from salad_compile.position.rows import RowTracker
 from salad_compile.position.run_rows import like
 from salad_compile.position.shadows import share_memory
 from salad_compile.sites.markers import TAGS
-from salad_compile.sites.row_check import checked_rows
+from salad_compile.sites.row_check import gate_fault
 
 
 def _run(graph: fx.Graph, context: Context) -> Counts:
@@ -177,10 +177,4 @@ def _fault(call: AttentionCall, tracker: RowTracker, first: Mapping[fx.Node, int
     if packed is not None:  # how many samples there are is in its size
         arguments = dataclasses.replace(arguments, batch=torch.empty(packed))
     rows = tracker.rows(arguments.query, arguments.heads_first)
-    if isinstance(rows, str):
-        return f"which of its tokens is which row of its query projection is not known: {rows}"
-    rows = rows - first[call.tag]
-    spec = call.spec
-    leading = (_shape(call.tag) or ())[:-1]
-    side = "" if spec.single else {"before": "last", "after": "first"}.get(spec.text, "")
-    return checked_rows(rows, leading, call.sample, spec.gate_axes, side)
+    return gate_fault(rows, first[call.tag], (_shape(call.tag) or ())[:-1], call.sample, call.spec)

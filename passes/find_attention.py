@@ -194,8 +194,8 @@ def _sample(
 ) -> int | None:
     """Which sample a call is about that sees one, while its projection saw several."""
     gate_input = recorded_tensor(Tag.of(tag).gate_input)
-    all_rows = spec.text in ("none", "prefix") or spec.single
-    if spec.gate_axes or (all_rows and statically_known_true(math.prod(gate_input.shape[:-1]) == query_shape[2])):
+    rows = math.prod(gate_input.shape[:-1])
+    if spec.gate_axes or (spec.gates_every_query and statically_known_true(rows == query_shape[2])):
         return None
     several = gate_input.dim() == 3 and isinstance(gate_input.shape[0], int) and gate_input.shape[0] > 1
     if not several or not isinstance(query_shape[0], int) or query_shape[0] != 1:

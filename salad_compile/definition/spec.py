@@ -79,6 +79,11 @@ class AttentionSpec:
         return self.linear_branch and self.rope_placement == "map-then-rotate"
 
     @property
+    def gates_every_query(self) -> bool:
+        """Whether the query projection's input has a row for each query of the call, and not for the video's alone."""
+        return self.text in ("none", "prefix") or self.single
+
+    @property
     def gate_order(self) -> list[int]:
         """`gate_axes` as numbers; none: as they are."""
         return [int(axis) for axis in self.gate_axes.split()]

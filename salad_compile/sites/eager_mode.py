@@ -169,7 +169,8 @@ class SaladMode(Recorded, TorchFunctionMode):
 
     def _begin(self, add: AddUpdates, first: str, x: Tensor, out: Tensor) -> Tensor:
         self._arm(x)
-        out = self.rows.start(x, self._project(add, first, x, out))
+        out = self._project(add, first, x, out)
+        self.rows.start(x, out)
         if self.rows.tracker is not None:
             self.follows = None
         return out
@@ -280,8 +281,7 @@ class SaladMode(Recorded, TorchFunctionMode):
         samples = 1 if call.batch is None else call.batch.shape[0] - 1
         batch, _, queries, _ = call.shape(call.query.shape, samples)
         spec = self.site.decoded_spec()
-        all_rows = spec.text in ("none", "prefix") or spec.single
-        one_call = bool(spec.gate_axes) or (all_rows and armed.shape[:-1].numel() == batch * queries)
+        one_call = bool(spec.gate_axes) or (spec.gates_every_query and armed.shape[:-1].numel() == batch * queries)
         if batch == 1 and armed.dim() == 3 and armed.shape[0] > 1 and not one_call:
             if self.replaced >= armed.shape[0]:
                 return None
@@ -289,7 +289,8 @@ class SaladMode(Recorded, TorchFunctionMode):
         elif self.replaced:
             return None
         rows = armed.shape[:-1].numel()
-        return armed if (rows == batch * queries if all_rows else rows <= batch * queries) else None
+        fits = rows == batch * queries if spec.gates_every_query else rows <= batch * queries
+        return armed if fits else None
 
     def _replace(self, call: AttentionArguments, gate_input: Tensor) -> Tensor:
         site = self.site

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from salad_compile.definition.spec import AttentionSpec
 from salad_compile.position.gate_rows import row_fault
 from salad_compile.position.rows import RowTracker, of_tensors
 
@@ -30,13 +31,11 @@ class RowCheck:
         self.first = 0
         self.leading: Sequence[int] = ()
 
-    def start(self, x: Tensor, out: Tensor) -> Tensor:
-        """The query projection has returned `out` for `x`. Returns `out`."""
-        if x.shape in self.site.checked_rows and self.tracker is None:
-            return out
-        self.tracker = self.tracker or of_tensors(WeakIdKeyDictionary())
-        self.first, self.leading = self.tracker.add_source(out), tuple(out.shape[:-1])
-        return out
+    def start(self, x: Tensor, out: Tensor) -> None:
+        """The query projection has returned `out` for `x`."""
+        if x.shape not in self.site.checked_rows or self.tracker is not None:
+            self.tracker = self.tracker or of_tensors(WeakIdKeyDictionary())
+            self.first, self.leading = self.tracker.add_source(out), tuple(out.shape[:-1])
 
     def note(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """An operation of the model ran."""
@@ -52,9 +51,7 @@ class RowCheck:
         if self.tracker is None:
             return ""
         rows = self.tracker.rows(call.query, call.heads_first)
-        if isinstance(rows, str):
-            return f"which of its tokens is which row of its query projection is not known: {rows}"
-        return checked_rows(rows - self.first, self.leading, sample, self.site.record.gate_axes, self._video_side())
+        return gate_fault(rows, self.first, self.leading, sample, self.site.decoded_spec())
 
     def remember(self, x: Tensor) -> None:
         """This shape of the projection's input was right."""
@@ -62,23 +59,21 @@ class RowCheck:
             self.site.checked_rows.add(x.shape)
             self.tracker = None
 
-    def _video_side(self) -> str:
-        spec = self.site.decoded_spec()
-        return "" if spec.single else {"before": "last", "after": "first"}.get(spec.text, "")
 
-
-def checked_rows(rows: Tensor, leading: Sequence[int], sample: int | None, axes: str, video: str) -> str:
-    """Why rows are not those of the gate's input, or the empty string.
+def gate_fault(rows: Tensor | str, first: int, leading: Sequence[int], sample: int | None, spec: AttentionSpec) -> str:
+    """Why the gates of a call would belong to other tokens than its own, or the empty string.
 
     Args:
-        rows: int64 (B, S), which row of the projection each token is. leading: sizes of the axes of its output but C.
-        sample: see :meth:`RowCheck.fault`. axes: see position/gate_rows.py.
-        video: which of the tokens are the projection's: "first", "last" or all ("").
+        rows: of :meth:`RowTracker.rows`: int64 (B, S), which row each token is, or why that is not known.
+        first: the number of the query projection's first row. leading: sizes of the axes of its output but C.
+        sample: see :meth:`RowCheck.fault`. spec: what the site computes.
     """
-    count = torch.Size(leading).numel()
-    video_tokens = count // (rows.shape[0] if sample is None else leading[0])
-    if video:
-        rows = rows[:, -video_tokens:] if video == "last" else rows[:, :video_tokens]
+    if isinstance(rows, str):
+        return f"which of its tokens is which row of its query projection is not known: {rows}"
+    rows = rows - first
+    tokens = torch.Size(leading).numel() // (rows.shape[0] if sample is None else leading[0])
+    if not spec.gates_every_query:  # the others are text, of another projection
+        rows = rows[:, -tokens:] if spec.text == "before" else rows[:, :tokens]
     if sample is not None:
-        rows, leading = rows - sample * video_tokens, (1, video_tokens)
-    return row_fault(rows, leading, axes)
+        rows, leading = rows - sample * tokens, (1, tokens)
+    return row_fault(rows, leading, spec.gate_axes)
