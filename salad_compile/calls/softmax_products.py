@@ -20,21 +20,10 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from salad_compile.calls.adapters import AttentionArguments, Layout
+from salad_compile.common.torch_calls import argument_of, name_of
 
 _PRODUCTS = frozenset({"matmul", "bmm"})
 _CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone"})
-_SAME = {
-    "multiply": "mul",
-    "rmul": "mul",
-    "imul": "mul",
-    "truediv": "div",
-    "true_divide": "div",
-    "divide": "div",
-    "itruediv": "div",
-    "rmatmul": "other way round",
-    "rtruediv": "other way round",
-}
-_WRITES = frozenset({"imul", "itruediv", "iadd", "isub", "setitem"})
 
 
 @dataclass(frozen=True)
@@ -159,11 +148,10 @@ class ManualAttention:
         if name in _CASTS:
             return scores if args and args[0] is target else None
         if name == "softmax" and not scores.softmax:
-            dim = named(kwargs, "dim", args[1] if len(args) > 1 else None)
+            dim = argument_of(args, kwargs, 1, "dim")
             return dataclasses.replace(scores, softmax=True) if dim in (-1, len(scores.axes) - 1) else None
         if name == "dropout" and scores.softmax:
-            p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-            training = kwargs.get("training", args[2] if len(args) > 2 else True)
+            p, training = argument_of(args, kwargs, 1, "p", 0.5), argument_of(args, kwargs, 2, "training", True)
             return dataclasses.replace(scores, dropout_p=float(p) if training else scores.dropout_p)
         scaled = name == "mul" or (name == "div" and args and args[0] is target)  # a number by the scores is none
         if scaled and not scores.softmax and not kwargs and len(args) == 2:
@@ -251,30 +239,6 @@ _VIEWS = frozenset(
 
 def _goes_through(name: str) -> str:
     return f"its scores go through {name} (a mask or bias?) on the way to the weights"
-
-
-def name_of(function: Any, args: Sequence[Any]) -> tuple[str, bool]:
-    """One name for functions, methods and operators that do the same, and whether it writes into its operand."""
-    if isinstance(function, str):
-        raw = function
-    elif function is getattr:
-        raw = str(args[1])
-    else:
-        raw = getattr(function, "__name__", "")
-        if raw == "__get__":  # of a property: `x.mT`
-            raw = getattr(getattr(function, "__self__", None), "__name__", "")
-    raw = raw.partition(".")[0]  # an overload's is "copy_.default"
-    name = raw.strip("_")
-    writes = name in _WRITES or (raw.endswith("_") and not raw.endswith("__"))
-    return _SAME.get(name, name), writes
-
-
-_NUMPYS = {"dim": "axis", "keepdim": "keepdims"}
-
-
-def named(kwargs: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """An argument by its name, or by NumPy's name for it, which torch's functions take too."""
-    return kwargs.get(name, kwargs.get(_NUMPYS.get(name, name), default))
 
 
 def _operands(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], str | None]:

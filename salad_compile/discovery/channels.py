@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from salad_compile.calls.softmax_products import name_of, named
+from salad_compile.common.torch_calls import argument_of, name_of
 from salad_compile.position.operations import LIKE_ANOTHER, MOVES
 
 _VIEW_NAMES = (
@@ -131,7 +131,7 @@ class ChannelTracker:
     def _joined(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Channels | None:
         """Values that are joined along the first axis, or None."""
         parts = kwargs.get("tensors", args[0] if args else None)
-        dim = named(kwargs, "dim", args[1] if len(args) > 1 else 0)
+        dim = argument_of(args, kwargs, 1, "dim", 0)
         if name not in _JOINS or dim not in (0, -out.dim()):
             return None
         if not all(part in self._known for part in parts):

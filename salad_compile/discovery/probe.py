@@ -26,9 +26,10 @@ from salad_compile.calls import autograd_functions
 from salad_compile.calls.adapters import AttentionArguments, bind, is_attention, result_of
 from salad_compile.calls.flash_family import run_or_stand_in
 from salad_compile.calls.kinds import CallKind, kind_of
-from salad_compile.calls.softmax_products import ManualAttention, name_of, of_tensors
+from salad_compile.calls.softmax_products import ManualAttention, of_tensors
 from salad_compile.common.projections import fits, projection_call, says_its_widths
 from salad_compile.common.signatures import argument_names
+from salad_compile.common.torch_calls import name_of
 from salad_compile.discovery.channel_axes import ChannelAxes
 from salad_compile.discovery.channels import ChannelTracker
 from salad_compile.discovery.history import history, ordinary, write_into_memory

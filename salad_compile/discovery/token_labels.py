@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.weak import WeakIdKeyDictionary
 
-from salad_compile.calls.softmax_products import name_of
+from salad_compile.common.torch_calls import name_of
 from salad_compile.position.kept_rows import Entries, Operation
 from salad_compile.position.row_reader import Rows, leaves
 from salad_compile.position.rows import RowTracker, values_of_tensors

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from salad_compile.calls.softmax_products import named
+from salad_compile.common.torch_calls import argument_of
 from salad_compile.position.channel_forms import (
     ENTRY,
     FACTOR_ONE,
@@ -233,7 +233,7 @@ def _joined(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> np.ndarra
 
 
 def _argument(node: fx.Node, at: int, name: str, default: Any = None) -> Any:
-    return node.args[at] if at < len(node.args) else named(node.kwargs, name, default)
+    return argument_of(node.args, node.kwargs, at, name, default)
 
 
 def _channel_axis(form: Form, given: Any, added: int = 0) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salad_compile.calls.softmax_products import named
+from salad_compile.common.torch_calls import argument_of
 from salad_compile.position.shadows import ELSEWHERE, SEVERAL, UnknownError, compact, equal
 
 Lookup = Callable[[Any], "Tensor | None"]
@@ -132,7 +132,7 @@ def _reduced(operation: Operation, entries: Entries) -> Tensor:
     if shadow is None:
         raise UnknownError(f"{operation.name} has another operand than expected")
     at = _REDUCTIONS[operation.name]
-    axes = named(kwargs, "dim", args[at] if len(args) > at else None)
+    axes = argument_of(args, kwargs, at, "dim")
     if axes is None or isinstance(axes, bool):
         axes = tuple(range(shadow.dim()))
     axes = [axis % shadow.dim() for axis in (axes if isinstance(axes, (tuple, list)) else (axes,))]

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.calls.softmax_products import name_of
+from salad_compile.common.torch_calls import name_of
 
 PLAIN = frozenset({Tensor, nn.Parameter})
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from salad_compile.calls.softmax_products import name_of
+from salad_compile.common.torch_calls import argument_of, name_of
 
 # Fresh memory without data: their tensor arguments lend a shape.
 BLANKS = frozenset(
@@ -174,14 +174,14 @@ def _places_nothing_but(node: fx.Node, name: str) -> bool:
     if name == "setitem":
         value = node.args[2]
     elif name == "masked_fill":
-        value = node.kwargs.get("value", node.args[2] if len(node.args) > 2 else 0)
+        value = argument_of(node.args, node.kwargs, 2, "value", 0)
         return not isinstance(value, fx.Node) and value == 0
     elif name == "pad":
-        value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else 0) or 0
-        if node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant") != "constant":
+        value = argument_of(node.args, node.kwargs, 3, "value", 0) or 0
+        if argument_of(node.args, node.kwargs, 2, "mode", "constant") != "constant":
             return False
     elif name == "constant_pad_nd":
-        value = node.args[2] if len(node.args) > 2 else 0
+        value = argument_of(node.args, node.kwargs, 2, "value", 0)
     elif name == "where":
         return all(isinstance(argument, fx.Node) or argument == 0 for argument in node.args[1:3])
     return isinstance(value, fx.Node) or value == 0

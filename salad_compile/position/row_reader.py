@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from salad_compile.calls.softmax_products import named
+from salad_compile.common.torch_calls import argument_of
 from salad_compile.position import shadows as sh
 from salad_compile.position.kept_rows import Entries, Operation, carry
 from salad_compile.position.operations import LIKE_ANOTHER, MOVES
@@ -186,12 +186,12 @@ class RowReader:
         parts: list[Tensor] = self._mapped(list(args[0] if args else kwargs["tensors"]))
         if name in ("vstack", "dstack"):
             parts = list((torch.atleast_2d if name == "vstack" else torch.atleast_3d)(parts))  # type: ignore[no-untyped-call]
-        dim = named(kwargs, "dim", args[1] if len(args) > 1 else _JOINS[name])
+        dim = argument_of(args, kwargs, 1, "dim", _JOINS[name])
         dim = 0 if name == "hstack" and parts[0].dim() == 1 else dim
         return sh.stack(parts, dim) if name == "stack" else sh.cat(parts, dim)
 
     def _padded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        given = kwargs.get("pad", args[1] if len(args) > 1 else ())
+        given = argument_of(args, kwargs, 1, "pad", ())
         mode = kwargs.get("mode", args[2] if len(args) > 2 and isinstance(args[2], str) else "constant")
         if mode != "constant":
             raise UnknownError(f"it is padded in mode {mode!r}")

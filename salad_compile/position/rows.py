@@ -19,7 +19,7 @@ from torch import Tensor
 # Private; seen in torch 2.11 and 2.13 (tests/salad_compile/position/test_private_names.py).
 from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
-from salad_compile.calls.softmax_products import name_of
+from salad_compile.common.torch_calls import name_of
 from salad_compile.position import shadows as sh
 from salad_compile.position.kept_rows import Entries, Operation, carry
 from salad_compile.position.operations import (
