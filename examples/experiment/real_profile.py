@@ -93,35 +93,35 @@ def measure(run: Run, steps: int) -> dict[str, float]:
     taken = run.feed.accumulation
     for number in range(2):  # compiles, and fills what is kept
         with parts.of("first steps"):
-            run.take_step(number, [run.draw(next(loader), number) for _ in range(taken)], stop)
+            run.stepper.take(number, [run.stepper.draw(next(loader), number) for _ in range(taken)], stop)
     for number in range(2, 2 + steps):
         with parts.of("reading"):
             micro = [next(loader) for _ in range(taken)]
         with parts.of("noise"):
-            drawn = [run.draw(one, number) for one in micro]
+            drawn = [run.stepper.draw(one, number) for one in micro]
         with parts.of("copying"):
-            samples = [run.on_device(one) for one in drawn]
+            samples = [run.stepper.on_device(one) for one in drawn]
         with parts.of("forward and backward"):
-            run.match_flow(samples)
+            run.stepper.match_flow(samples)
         with parts.of("optimizer"):
             run.engine.clip()
             run.engine.optimizer.step()
             run.engine.optimizer.zero_grad()
-    drawn_ahead = (run.draw(micro, 2 + steps) for micro in loader)
+    drawn_ahead = (run.stepper.draw(micro, 2 + steps) for micro in loader)
     with ahead(drawn_ahead, run.accelerator.device) as made:
         for number in range(2 + steps, 2 + 2 * steps):
             with parts.of("whole step"):
-                run.take_step(number, [next(made) for _ in range(taken)], stop)
+                run.stepper.take(number, [next(made) for _ in range(taken)], stop)
     return {name: seconds / (2 if name == "first steps" else steps) for name, seconds in parts.seconds.items()}
 
 
 def kernels(run: Run, first: int) -> tuple[float, str]:
     """Seconds of the device in one step, and a table of its kernels."""
     loader, stop = run.feed.micro_batches(first), StopRequest()
-    drawn = [run.draw(next(loader), first) for _ in range(run.feed.accumulation)]
+    drawn = [run.stepper.draw(next(loader), first) for _ in range(run.feed.accumulation)]
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if torch.cuda.is_available() else [ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
-        run.take_step(first, drawn, stop)
+        run.stepper.take(first, drawn, stop)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     events = profiler.key_averages()

@@ -201,7 +201,8 @@ def _model(arguments: argparse.Namespace, expert: Expert) -> nn.Module:
 
 def _tell(result: TrainResult, expert: Expert, arguments: argparse.Namespace) -> None:
     file = None if result.file is None else str(result.file)
-    sentence = f"wrote {file}: {result.step} steps, loss {result.loss}\n{result.outcome.sentence()}; next: "
+    loss = "not finite in the last step, which was left out" if result.loss is None else result.loss
+    sentence = f"wrote {file}: {result.step} steps, loss {loss}\n{result.outcome.sentence()}; next: "
     sentence += _next(arguments, expert)
     if not result.finished:
         sentence = (

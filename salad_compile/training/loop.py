@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,12 @@ from salad_compile.common.logs import logger
 from salad_compile.common.schema import stamp
 from salad_compile.common.wrappers import single_model
 from salad_compile.config import SaladConfig
-from salad_compile.conversion.schedules import ramp_sparsity
 from salad_compile.errors import ResumeError, TrainingError
 from salad_compile.latents import LatentDataset
 from salad_compile.salad_files.location import FILE_NAME
 from salad_compile.salad_files.runs import SUMMARY_FILE, Checkpoint, checkpoint_name, complete_checkpoints
 from salad_compile.salad_files.salad_file import save
-from salad_compile.sites.branch import branches
-from salad_compile.training.ahead import HOST, ahead
+from salad_compile.training.ahead import ahead
 from salad_compile.training.checkpoints import (
     CheckpointWriter,
     Fingerprint,
@@ -37,20 +33,18 @@ from salad_compile.training.checkpoints import (
     newest_checkpoint,
     require_same,
 )
-from salad_compile.training.distillation import SiteDistillation
 from salad_compile.training.ema import MovingAverage
 from salad_compile.training.engine import Engine, make_accelerator
 from salad_compile.training.families import Family, family_of
-from salad_compile.training.feeding import Feed, Placed, name_dead_readers
-from salad_compile.training.flow_matching import Forward, Noised, losses, stack
+from salad_compile.training.feeding import Feed, name_dead_readers
+from salad_compile.training.flow_matching import Forward, Noised
 from salad_compile.training.interrupts import StopRequest
 from salad_compile.training.outcome import TrainResult, outcome_of
-from salad_compile.training.preparation import DTYPES, make_trainable, mean_sparsity, require_converted
+from salad_compile.training.preparation import make_trainable, require_converted
 from salad_compile.training.records import EMA_FILE_NAME, Records, flat, read_log, require_trackers, set_aside
-from salad_compile.training.reference_states import target_of
 from salad_compile.training.samples import Decode, SampleStrips, require_decode
-from salad_compile.training.seeds import derive_seed
 from salad_compile.training.settings import TrainSettings
+from salad_compile.training.step import Stepper
 from salad_compile.training.validation import first_losses, validation_loss
 
 WAIT_SECONDS = 15.0  # for another run in the directory: processes that read ahead outlive a killed one for some seconds
@@ -145,15 +139,14 @@ class Run:
         shown = given.validation or given.latents
         strips = self.settings.sample_every
         self.strips = SampleStrips(engine, given.family, shown, given.decode, directory) if strips else None
-        self.known = branches(engine.bare)
         decay = self.settings.ema_decay
         self.average = MovingAverage(engine.parameters, decay) if decay else None
+        self.stepper = Stepper(engine, feed, given.family, self.average)
         optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # torch's own inside accelerate's
         main = bool(self.accelerator.is_main_process)
         self.writer = CheckpointWriter(
             directory, engine.bare, optimizer, self.average, self.settings, fingerprint, main
         )
-        self.distillation = SiteDistillation(engine.bare, 1 / feed.accumulation)
 
     def run(self, found: Checkpoint | None, stop: StopRequest) -> TrainResult:
         self.accelerator.wait_for_everyone()  # every process has looked for checkpoints before the first is written
@@ -192,11 +185,13 @@ class Run:
                 records.samples(0, self.strips.write(0))
             with self._drawn(first) as drawn:
                 while step < self.settings.steps and not stopped:
-                    values, stopped = self.take_step(step, [next(drawn) for _ in range(self.feed.accumulation)], stop)
+                    micro = [next(drawn) for _ in range(self.feed.accumulation)]
+                    values, stopped = self.stepper.take(step, micro, stop)
                     step += 1
                     records.step(values)
                     self._after(step, records, stopped)
             if step == self.settings.steps:
+                self._require_progress()
                 records.result(step)
         finally:
             records.close()
@@ -221,105 +216,13 @@ class Run:
     def _drawn(self, first: int) -> Iterator[Iterator[Noised]]:
         """The micro-batches from step `first` on, on the host: made in a thread where items are read ahead."""
         loader = self.feed.micro_batches(first)  # here: its processes are forks of this thread's
-        drawn = (self.draw(micro, first + n // self.feed.accumulation) for n, micro in enumerate(loader))
+        drawn = (self.stepper.draw(micro, first + n // self.feed.accumulation) for n, micro in enumerate(loader))
         del loader
         if not self.settings.workers:
             yield drawn
             return
         with ahead(drawn, self.accelerator.device) as made:
             yield made
-
-    # --- one step ----------------------------------------------------------------------------------------------------
-
-    def take_step(self, step: int, drawn: list[Noised], stop: StopRequest) -> tuple[dict[str, Any], int]:
-        """Step number `step`, counted from 0: its line of the log, and the number of a signal that came, or 0.
-
-        Args:
-            drawn: of :meth:`draw`, one for each micro-batch.
-        """
-        settings = self.settings
-        # for what a model draws itself (dropout)
-        torch.manual_seed(derive_seed(settings.seed, "model", step, self.accelerator.process_index))
-        if settings.sparsity_warmup and step <= settings.sparsity_warmup:
-            ramp_sparsity(self.engine.bare, step / settings.sparsity_warmup)
-        rate = self.engine.set_learning_rate(step)
-        distils = step < settings.distillation_steps
-        if not distils:
-            self.engine.checkpoint_activations()
-        samples = [self.on_device(batch) for batch in drawn]
-        own = self._distil(samples) if distils else self.match_flow(samples)
-        each, stopped = self._gather(own, stop)
-        norm = self.engine.clip()
-        finite = bool(each.isfinite().all()) and math.isfinite(norm)
-        if not finite:
-            self._not_finite(step, each, norm)
-        else:
-            self.engine.optimizer.step()
-        self.engine.optimizer.zero_grad()
-        if self.average is not None and finite:
-            self.average.step()
-        values = {
-            "step": step + 1,
-            "loss": float(each.double().mean()) if finite else None,
-            "learning_rate": rate,
-            "gradient_norm": norm if finite else None,
-            "sparsity": round(mean_sparsity(self.known), 6),
-            "stage": "distillation" if distils else "flow matching",
-        }
-        return values, stopped
-
-    def draw(self, micro: list[Placed], step: int) -> Noised:
-        """A micro-batch with its noise, on the host, in the dtype of the model."""
-        batch = stack([self.family.sample(item, step, place) for place, item in micro])
-        return batch.to(HOST, DTYPES[self.settings.precision])
-
-    def on_device(self, batch: Noised) -> Noised:
-        return batch.to(self.accelerator.device, DTYPES[self.settings.precision])
-
-    def match_flow(self, samples: list[Noised]) -> torch.Tensor:
-        """Gradients of the mean over the global batch; the losses of this process's samples."""
-        found, predict = [], partial(self.family.predict, self.engine.wrapped)
-        for number, batch in enumerate(samples):
-            last = number == len(samples) - 1
-            target = target_of(batch, self.settings.teacher, self.known.values(), predict)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.engine.wrapped):
-                each = losses(predict(batch), target, batch.given, batch.weights)
-                self.accelerator.backward(each.mean() / len(samples))
-            found.append(each.detach())
-        return torch.cat(found)
-
-    def _distil(self, samples: list[Noised]) -> torch.Tensor:
-        """As :meth:`match_flow`, of the sites' own errors."""
-        found = []
-        # what is compiled runs as it was: the hooks that compare are not there when it is traced
-        with self.distillation.watching(), torch.compiler.set_stance("force_eager"):
-            for batch in samples:
-                self.distillation.errors.clear()
-                self.family.predict(self.engine.bare, batch)
-                found.append(self.distillation.losses())
-        self.engine.set_gradients(self.distillation.take_gradients())
-        return torch.cat(found)
-
-    def _gather(self, own: torch.Tensor, stop: StopRequest) -> tuple[torch.Tensor, int]:
-        """The losses of the global batch by place, (batch,), on the CPU; and the signal that any process got, or 0."""
-        sent = torch.cat([own, own.new_tensor([float(stop.number)])])
-        rows = self.accelerator.gather(sent[None]).cpu()
-        each = torch.empty(self.settings.batch)
-        for rank, row in enumerate(rows):
-            each[[place for places in self.feed.places(rank) for place in places]] = row[:-1]
-        return each, int(rows[:, -1].max())
-
-    def _not_finite(self, step: int, each: torch.Tensor, norm: float) -> None:
-        names = self.feed.names(step)
-        bad = [name for name, loss in zip(names, each.tolist(), strict=True) if not math.isfinite(loss)]
-        said = f"the loss of {', '.join(bad)}" if bad else f"the gradient (its norm is {norm}) of {', '.join(names)}"
-        text = f"step {step + 1}: {said} is not finite"
-        if self.settings.on_non_finite == "raise":
-            raise TrainingError(
-                f"{text}. Nothing was changed by this step, and the checkpoints are as they were. Look at these items; "
-                'on_non_finite="skip" leaves such steps out.'
-            )
-        logger.warning("%s: the step is left out", text)
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
@@ -349,6 +252,16 @@ class Run:
         if last or stopped or step % settings.checkpoint_every == 0:
             records.sync()
             self._checkpoint(step)
+
+    def _require_progress(self) -> None:
+        """Raises TrainingError where every step was left out: the branches are what they were at the beginning."""
+        losses = [line["loss"] for line in read_log(self.directory) if "loss" in line]
+        if losses and all(loss is None for loss in losses):
+            raise TrainingError(
+                f"nothing was trained: no loss of the {len(losses)} steps was finite, or no gradient, and "
+                'on_non_finite="skip" left all of them out. on_non_finite="raise" names the items of the first one; '
+                "where all items fail, look at the learning rate and at the model in this precision."
+            )
 
     def _checkpoint(self, step: int) -> None:
         """All processes fail together, so that none waits for one that is gone."""

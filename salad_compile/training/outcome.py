@@ -90,7 +90,8 @@ class TrainResult:
 
     Attributes:
         finished: False after SIGTERM or SIGINT; the same call resumes.
-        step: optimizer steps taken. loss: of the last one. validation_loss: of the last validation, or None.
+        step: optimizer steps taken. loss: of the last one, None if it was left out.
+        validation_loss: of the last validation, or None.
         file: the SALAD file of the trained branches; None unless finished.
         outcome: what the training gained.
         checkpoint: the directory of the newest checkpoint. signal: the number of the signal that ended the run, or 0.

@@ -114,9 +114,9 @@ class Rehearsal:
         times: list[float] = []
         while len(times) < MEASURED_STEPS or (len(times) < MOST_STEPS and self._differ(times[1:])):
             read = self._clock()
-            batches = [self.run.draw(micro, number) for micro in self._micro_batches(step)]
+            batches = [self.run.stepper.draw(micro, number) for micro in self._micro_batches(step)]
             began = self._clock() if self.settings.workers else read  # others read ahead, and a thread draws
-            self.run.take_step(number, batches, self._stop)
+            self.run.stepper.take(number, batches, self._stop)
             times.append(self._clock() - began)
             self.bar.advance(note=f"{times[-1]:.3g} s")
         # a GPU that begins to work is faster than one that is warm: the last one is like those that follow
@@ -132,7 +132,8 @@ class Rehearsal:
         """Forward and backward of one micro-batch, and a step."""
         engine = self.run.engine
         engine.bare.train()
-        self.run.match_flow([self.run.on_device(self.run.draw(micro, number))])
+        stepper = self.run.stepper
+        stepper.match_flow([stepper.on_device(stepper.draw(micro, number))])
         engine.optimizer.step()
         engine.optimizer.zero_grad()
 

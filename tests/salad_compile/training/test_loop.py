@@ -8,7 +8,7 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -352,25 +352,25 @@ def test_a_target_that_cannot_be_written_is_one_sentence(data: Path, tmp_path: P
 
 
 class Broken(LatentDataset):
-    """A dataset in which one item is NaN; `open_latents` would have told, so it comes from elsewhere."""
+    """A dataset in which some items are NaN; `open_latents` would have told, so it comes from elsewhere."""
 
-    def __init__(self, latents: LatentDataset, index: int) -> None:
-        self.latents, self.index, self.names, self.shapes = latents, index, latents.names, latents.shapes
+    def __init__(self, latents: LatentDataset, broken: Sequence[int]) -> None:
+        self.latents, self.broken, self.names, self.shapes = latents, broken, latents.names, latents.shapes
 
     def __getitem__(self, number: int) -> LatentItem:
         item = self.latents[number]
-        return dataclasses.replace(item, latent=item.latent * float("nan")) if number == self.index else item
+        return dataclasses.replace(item, latent=item.latent * float("nan")) if number in self.broken else item
 
 
 def broken_at_the_second_step(data: Path) -> Broken:
     given = open_latents(data / "latents")
     batches = ShapeBatches(given.shapes, RUN.batch, seed=RUN.seed)
-    return Broken(given, next(index for index in batches.at(1) if index not in batches.at(0)))
+    return Broken(given, [next(index for index in batches.at(1) if index not in batches.at(0))])
 
 
 def test_a_loss_that_is_not_finite_names_the_items_and_changes_nothing(data: Path, tmp_path: Path) -> None:
     bad, model = broken_at_the_second_step(data), converted()
-    with pytest.raises(TrainingError, match=f"step 2: the loss of {bad.names[bad.index]} is not finite"):
+    with pytest.raises(TrainingError, match=f"step 2: the loss of {bad.names[bad.broken[0]]} is not finite"):
         train(model, bad, dataclasses.replace(RUN, checkpoint_every=1), tmp_path)
     assert [line["step"] for line in read_log(tmp_path)] == [1]
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
@@ -388,6 +388,15 @@ def test_steps_with_such_a_loss_can_be_left_out(data: Path, tmp_path: Path) -> N
     assert len(skipped) < 4
     final = load_file(tmp_path / "salad.safetensors")
     assert all(tensor.isfinite().all() for tensor in final.values())
+
+
+def test_a_run_of_which_every_step_was_left_out_is_an_error(data: Path, tmp_path: Path) -> None:
+    given = open_latents(data / "latents")
+    bad, settings = Broken(given, range(len(given))), dataclasses.replace(RUN, on_non_finite="skip")
+    for _ in range(2):  # and resumed
+        with pytest.raises(TrainingError, match=f"nothing was trained: no loss of the {RUN.steps} steps was finite"):
+            train(converted(), bad, settings, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "log.jsonl"]
 
 
 @pytest.mark.parametrize(
