@@ -23,6 +23,7 @@ import common
 import torch
 import torch.nn.functional as F
 
+from salad_compile.common.neighbours import Neighbours
 from salad_compile.kernels import (
     block_sparse_attention,
     linear_output,
@@ -136,16 +137,6 @@ def measured_sparsity(settings: Settings) -> float:
     return 1 - executions[0].computed_pairs / executions[0].total_pairs
 
 
-def busy_seconds() -> tuple[float, float]:
-    """CPU seconds used so far by all processes, and by this one; zeros if /proc/stat does not exist."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0, 0.0
-    user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
-    own = os.times()
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), own.user + own.system
-
-
 @dataclass
 class Timings:
     """Results of the rounds: milliseconds by row and round, and by round the CPU share of other processes."""
@@ -162,8 +153,7 @@ def time_rows(settings: Settings, rows: list[Row]) -> Timings:
     """Time every row once per round; round 0 warms up and is thrown away."""
     timings = Timings({row.name: {} for row in rows}, {})
     for number in range(settings.rounds + 1):
-        everybody, own = busy_seconds()
-        begin = time.perf_counter()
+        neighbours = Neighbours()
         for row in rows:
             if "dense" in row.name and "backward" in row.name and (number - 1) % settings.slow_every:
                 continue
@@ -171,9 +161,7 @@ def time_rows(settings: Settings, rows: list[Row]) -> Timings:
             row.run()
             if number:
                 timings.milliseconds[row.name][number] = (time.perf_counter() - start) * 1e3
-        everybody_after, own_after = busy_seconds()
-        taken = (everybody_after - everybody) - (own_after - own)
-        timings.others[number] = max(0.0, taken / (time.perf_counter() - begin))
+        timings.others[number] = neighbours.cores
     return timings
 
 

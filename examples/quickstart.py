@@ -31,6 +31,7 @@ from rich.console import Console
 from torch import Tensor
 
 import salad_compile
+from salad_compile.common.neighbours import Neighbours, caution
 from salad_compile.common.progress import ProgressBar
 
 # a pipe has no width, and tables should not wrap there
@@ -82,7 +83,9 @@ def build(size: Size, device: str) -> WanTransformer3DModel:
         ffn_dim=size.ffn_dim,
         text_dim=512,
     )
-    return model.to(device, size.dtype).eval()
+    if size.dtype != torch.float32:  # which it has already; diffusers warns about any cast
+        model = model.to(size.dtype)
+    return model.to(device).eval()
 
 
 def make_inputs(size: Size, device: str) -> dict[str, Tensor]:
@@ -125,18 +128,22 @@ def compile_both(base: torch.nn.Module, model: torch.nn.Module, *, tiny: bool) -
 
 def compare_speed(
     dense: Callable[[], object], salad: Callable[[], object], device: str, timings: int, bar: ProgressBar
-) -> tuple[list[float], list[float]]:
-    """Interleaved timings of both, after one warm-up call of each; `bar` moves on by 2 + timings."""
+) -> tuple[list[float], list[float], float]:
+    """Interleaved timings of both, after one warm-up call of each, and the cores that others kept busy meanwhile.
+
+    `bar` moves on by 2 + timings.
+    """
     bar.advance(0, note="dense compiles")
     dense()
     bar.advance(note="SALAD compiles")
     salad()
     bar.advance(note="timed in turn")
+    neighbours = Neighbours()
     pairs = []
     for _ in range(timings):
         pairs.append((seconds(dense, device), seconds(salad, device)))
         bar.advance()
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs], neighbours.cores
 
 
 def write_row(path: Path, size: Size, device: str, row: dict[str, object]) -> None:
@@ -194,7 +201,7 @@ def main(argv: list[str] | None = None) -> float:
     compiling = step("compiling and timing both", 2 + size.timings)
     with compiling as bar, torch.inference_mode():
         compiled_dense, compiled_salad = compile_both(base, model, tiny=arguments.tiny)
-        dense, salad = compare_speed(
+        dense, salad, others = compare_speed(
             lambda: compiled_dense(**inputs), lambda: compiled_salad(**inputs), device, size.timings, bar
         )
     speed_up = statistics.median(dense) / statistics.median(salad)
@@ -202,6 +209,8 @@ def main(argv: list[str] | None = None) -> float:
         spread = f"{min(times):.2f} to {max(times):.2f}"
         console.print(f"   {name}: {statistics.median(times):.2f} s a forward (median of {len(times)}, {spread})")
     console.print(f"   [bold]speed-up of the whole forward at {size.config.sparsity:.0%} sparsity: {speed_up:.2f}x[/]")
+    if device == "cpu" and (said := caution(others)):
+        console.print(f"   {said}")
 
     if arguments.json:
         write_row(arguments.json, size, device, {"dense": dense, "salad": salad, "speed_up": speed_up})

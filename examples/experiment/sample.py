@@ -152,7 +152,7 @@ def main(given: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     if options.publish:
         vars(options).update(PUBLISHED)
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)  # CPU seconds of several would count those in which one waits for another
     size = FULL.model.clip
     clip = draw(HELD_OUT_SEED, torch.tensor([options.clip]), size)
     noise = torch.randn(clip.video.shape, generator=torch.Generator().manual_seed(options.clip))

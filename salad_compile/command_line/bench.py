@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from salad_compile.command_line import model_arguments
 from salad_compile.command_line.output import show
+from salad_compile.common.neighbours import Neighbours
 from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import ConfigError
 
@@ -106,7 +107,10 @@ def _measure(arguments: argparse.Namespace) -> BenchReport:
     with ProgressBar("timing", 2 * arguments.rounds) as bar:
         steps = forwards_of(calls.values(), device, arguments.steps, getattr(arguments, "least_ms", 0.0))
         how = {"steps": steps, "rounds": arguments.rounds}
+        neighbours = Neighbours()
         times = time_in_turns(calls, first, device, advance=bar.advance, **how)
+        if device.type == "cpu":
+            facts["other_cores"] = neighbours.cores
     return BenchReport(times["dense"], times["SALAD"], facts | how)
 
 

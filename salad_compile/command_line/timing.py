@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from salad_compile.common.neighbours import caution
 from salad_compile.common.reports import Report, Row, plural
 
 Call = Callable[[], object]
@@ -74,6 +75,7 @@ class BenchReport(Report):
             f"{facts['rounds']} rounds of {facts['steps']} forwards each, dense and SALAD in turns",
             f"{facts['model']}: {plural(facts['sites'], 'site')}, up to {facts['tokens']:,} tokens, sparsity "
             f"{facts['sparsity']:.3f} ({measured} measured), LoRA {facts['lora']}",
+            *filter(None, [caution(facts.get("other_cores", 0.0))]),
         ]
 
     def to_dict(self) -> dict[str, Any]:
