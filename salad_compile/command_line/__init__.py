@@ -26,7 +26,7 @@ from salad_compile.command_line.logging_setup import logs_on_stderr
 from salad_compile.command_line.parser import Parser
 from salad_compile.common.progress import quiet
 from salad_compile.common.version import __version__
-from salad_compile.errors import MissingPackageError, SaladError
+from salad_compile.errors import ConfigError, MissingPackageError, SaladError
 
 OK, NO, WRONG, FAILED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
 
@@ -99,6 +99,7 @@ def _make_printable() -> None:
 
 
 def _run(given: list[str]) -> int:
+    _require_words(given)
     parser = build_parser(_command_in(given))
     try:
         arguments = parser.parse_args([word for word in given if word not in COMMON])
@@ -111,6 +112,13 @@ def _run(given: list[str]) -> int:
         setattr(arguments, option.removeprefix("--"), option in given)
     with logs_on_stderr(verbose=arguments.verbose, silent=arguments.quiet), quiet(arguments.quiet):
         return int(command_module(arguments.command).run(arguments))
+
+
+def _require_words(given: Sequence[str]) -> None:
+    """Raises ConfigError for an empty one, which would be taken for the directory that the shell is in."""
+    for before, word in zip(["the first word", *given], given, strict=False):
+        if not word or (word.startswith("--") and word.find("=") == len(word) - 1):
+            raise ConfigError(f"what {word or before} is given is empty: is a variable of the shell unset?")
 
 
 def build_parser(*commands: str | None) -> argparse.ArgumentParser:

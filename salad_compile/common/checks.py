@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ Settings = TypeVar("Settings")
 # What files hold (schema.py): a setting beyond these could be written and not be read again.
 LARGEST_SIZE = 2**31 - 1
 LARGEST_COUNT = 2**53
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def require(condition: bool, message: str) -> None:
@@ -36,6 +39,11 @@ def is_count(value: object, least: int = 0, most: int = LARGEST_COUNT) -> bool:
 def is_number(value: object) -> bool:
     """Whether it is an integer or a float, finite also as a float, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_text(value: object) -> bool:
+    """Whether it is text that a file can hold: not half of a sign, as in JSON that was cut off in the middle of one."""
+    return isinstance(value, str) and not _HALF.search(value)
 
 
 def check_choice(name: str, value: object, valid: tuple[Any, ...]) -> None:

@@ -14,15 +14,28 @@ def as_path(path: str | bytes | os.PathLike[str]) -> Path:
     """A path from the caller.
 
     Raises:
-        ConfigError: it is no path, or no file can have its name.
+        ConfigError: it is no path, is empty, or no file can have its name.
     """
     try:
         text = os.fsdecode(path)
+        name = os.fsencode(text)
     except TypeError as error:
         raise ConfigError(f"a path is text or an os.PathLike, got {path!r}.") from error
-    if "\0" in text:
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{path!r} is no name of a file.") from error
+    if not name:
+        raise ConfigError("a path is empty: write . for the directory that you are in.")
+    if b"\0" in name:
         raise ConfigError(f"{text!r} is no name of a file.")
     return Path(text)
+
+
+def as_directory(path: str | bytes | os.PathLike[str]) -> Path:
+    """As :func:`as_path`, of a directory that is written to and need not exist. Raises ConfigError for a file, too."""
+    found = as_path(path)
+    if found.exists() and not found.is_dir():
+        raise ConfigError(f"{found} is a file: name a directory.")
+    return found
 
 
 def require_regular(path: Path, *, follow: bool = True) -> None:

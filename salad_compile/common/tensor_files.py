@@ -82,10 +82,11 @@ def require_digest(metadata: Mapping[str, str] | None, tensors: Mapping[str, Ten
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with NaN or infinity in it."""
-    return next((name for name, tensor in tensors.items() if not _is_finite(tensor)), None)
+    return next((name for name, tensor in tensors.items() if not is_finite(tensor)), None)
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinity; of integers it is true."""
     if tensor.is_floating_point() and tensor.itemsize == 1:
         tensor = tensor.float()  # torch does not ask 8-bit formats for it
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())

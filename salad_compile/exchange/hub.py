@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from salad_compile.common.paths import as_path
 from salad_compile.errors import ConfigError, HubError
 from salad_compile.exchange.export_directory import HEADER_COPY
 
@@ -31,7 +31,7 @@ def push_to_hub(
         ConfigError: the directory holds no export. HubError: the Hub refused or the transfer broke off; the directory
         is as it was, and files that were complete are not sent again.
     """
-    folder = Path(directory)
+    folder = as_path(directory)
     if not (folder / HEADER_COPY).is_file():
         raise ConfigError(f"{folder} holds no export (no {HEADER_COPY}): write one with salad_compile.export.")
     from huggingface_hub import HfApi

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from salad_compile.common.logs import logger
+from salad_compile.common.paths import as_path
 from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import ConfigError, LatentItemError, did_you_mean
 from salad_compile.latents.dataset import OnError, StoredLatents, summary_of
@@ -86,7 +87,7 @@ def convert_latents(
     """
     if to not in WRITABLE:
         raise ConfigError(f"to is one of {', '.join(WRITABLE)}; got {to!r}.{did_you_mean(to, WRITABLE)}")
-    origin, goal = Path(source), Path(destination)
+    origin, goal = as_path(source), as_path(destination)
     latents = open_latents(origin, layout=layout, normalized=normalized, statistics=statistics, on_error=on_error)
     if to == "fastvideo" and latents.statistics is None:
         raise ConfigError("FastVideo's latents are not normalised: pass statistics= of their VAE to undo it.")

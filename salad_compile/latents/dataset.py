@@ -61,7 +61,11 @@ class StoredLatents(LatentDataset):
         self.names = [entry.name for entry in kept]
         self.shapes = [entry.shape for entry in kept if entry.shape is not None]
         if not kept:
-            raise LatentItemError(f"none of {len(source.entries)} items is good. {summary_of(self.problems)}")
+            raise LatentItemError(
+                f"none of {len(source.entries)} items is good. {summary_of(self.problems)}"
+                if source.entries
+                else "there is no item: what wrote the dataset was given none."
+            )
         self.normalized = source.normalized if normalized is None else normalized
         self.takes_statistics_of_model = statistics is None and vae is not None and source.guesses_statistics
         self.guesses_statistics = statistics is None and vae is None and source.guesses_statistics

@@ -21,6 +21,7 @@ import torch
 
 from salad_compile.common.files import name_failures
 from salad_compile.common.inside import inside
+from salad_compile.common.paths import as_directory
 from salad_compile.common.schema import (
     InfoFields,
     ItemFields,
@@ -34,7 +35,7 @@ from salad_compile.common.schema import (
 from salad_compile.common.tensor_files import first_not_finite, open_safetensors, require_digest
 from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError
 from salad_compile.latents.item import LatentItem
-from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, check_item, item_error
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, check_item, item_error, require_kinds
 from salad_compile.latents.statistics import LatentStatistics
 from salad_compile.latents.storing import file_stem, save_tensors, save_text, writing_in
 
@@ -70,9 +71,11 @@ def write_latents(
         LatentLayoutError: the directory holds a dataset with other statistics, or of another version.
         WriteError: the disk is full, say, or the directory cannot be written to, or another process writes there.
     """
-    with writing_in(Path(directory)):
-        writer = NativeWriter(Path(directory), statistics)
+    goal = as_directory(directory)
+    with writing_in(goal):
+        writer = NativeWriter(goal, statistics)
         for item in items:
+            require_kinds(item)
             if item.name in writer.names:
                 raise item_error(item.name, f"an item of this name is in {writer.directory} already")
             writer.write(item)
@@ -130,6 +133,7 @@ class NativeWriter:
         Raises:
             LatentItemError: the latent is not (C, T, H, W), the text not (L, D), or a value is not finite.
         """
+        require_kinds(item)
         shape = as_latent_shape(item.latent.shape) if item.latent.ndim == 4 else None
         if shape is None:
             raise item_error(item.name, f"the latent has shape {tuple(item.latent.shape)}, it needs (C, T, H, W)")

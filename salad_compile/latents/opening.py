@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from salad_compile.common.logs import logger
+from salad_compile.common.paths import as_path
 from salad_compile.errors import ConfigError, LatentItemError, LatentLayoutError, did_you_mean
 from salad_compile.latents.checking import check, doubt_reading, evenly_spaced, require_no_contradiction
 from salad_compile.latents.dataset import SKIPPING, OnError, StoredLatents, summary_of
@@ -56,7 +57,7 @@ def open_latents(
             of the model's VAE; or, where nothing says them, latents that look like those of another VAE.
         MissingPackageError: FastVideo's data without pyarrow.
     """
-    source = open_source(Path(path), layout)
+    source = open_source(as_path(path), layout)
     latents = StoredLatents(source, normalized=normalized, statistics=statistics, vae=vae, on_error=on_error)
     logger.info(
         "%s: %d items of layout %s, %s",

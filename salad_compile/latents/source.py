@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from salad_compile.common.checks import is_number, is_text
+from salad_compile.common.tensor_files import is_finite
 from salad_compile.errors import LatentItemError
 from salad_compile.latents.item import LatentItem, Shape
 from salad_compile.latents.statistics import LatentStatistics
@@ -81,8 +83,9 @@ def check_item(item: LatentItem, shape: Shape) -> LatentItem:
     """The item with a float32 latent of `shape` and a float32 or bfloat16 text, or an error.
 
     Raises:
-        LatentItemError: another shape, not floating point, no text, NaN or infinity.
+        LatentItemError: another shape, not floating point, no text, NaN or infinity; or what no index could hold.
     """
+    require_kinds(item)
     latent, text = item.latent, item.text
     if tuple(latent.shape) != shape:
         raise item_error(item.name, f"the latent has shape {tuple(latent.shape)}, its header said {shape}")
@@ -91,13 +94,29 @@ def check_item(item: LatentItem, shape: Shape) -> LatentItem:
     for what, tensor in (("latent", latent), ("text", text)):
         if not tensor.is_floating_point():
             raise item_error(item.name, f"the {what} is {tensor.dtype}, it must be floating point")
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor.float()):  # of float64, too, what float32 holds
             raise item_error(item.name, f"the {what} holds NaN or infinity")
     for name, tensor in item.extras.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise item_error(item.name, f"its {name} holds NaN or infinity")
     text = text if text.dtype == torch.bfloat16 else text.float()
     return replace(item, latent=latent.float(), text=text)
+
+
+def require_kinds(item: object) -> None:
+    """Raises LatentItemError: one item that JSON cannot hold would make the index of all items unreadable."""
+    if not isinstance(item, LatentItem):
+        raise LatentItemError(f"{item!r:.80} is no LatentItem.")
+    if not is_text(item.name):
+        raise LatentItemError(f"{item.name!r} is no name of an item, which is text.")
+    if not is_text(item.caption):
+        raise item_error(item.name, f"its caption is {item.caption!r:.80}, and no text; without one it is ''")
+    if item.fps is not None and not (is_number(item.fps) and item.fps >= 0):
+        raise item_error(item.name, f"its fps is {item.fps!r:.80}: it is a number, or None where nothing says it")
+    for name, tensor in {"latent": item.latent, "text": item.text, **item.extras}.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta or not is_text(name):
+            kind = "a tensor without values" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise item_error(item.name, f"its {name!r} is {kind}, and no tensor with values")
 
 
 def as_latent_shape(sizes: Sequence[int] | None) -> Shape | None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from salad_compile.common.files import name_failures
+from salad_compile.common.paths import as_directory
 from salad_compile.common.wrappers import single_model
 from salad_compile.config import SaladConfig
 from salad_compile.latents import LatentDataset
@@ -22,6 +24,7 @@ from salad_compile.training.families import family_of
 from salad_compile.training.flow_matching import Forward
 from salad_compile.training.loop import Given, Run, prepare
 from salad_compile.training.outcome import duration
+from salad_compile.training.preparation import require_kinds
 from salad_compile.training.records import peak_memory
 from salad_compile.training.rehearsal import COUNTED_STEPS, Rehearsal, clock
 from salad_compile.training.samples import Decode
@@ -116,10 +119,11 @@ def estimate(
     afterwards as they were; the model is prepared for training, as train() leaves it. Nothing stays on the disk. Of
     data with several sizes up to three are measured, the largest among them, and the others are interpolated.
     """
-    bare = single_model(model, "train")
+    bare, target = single_model(model, "train"), as_directory(directory)
+    require_kinds(settings, latents, validation, forward)
     wanted = dataclasses.replace(settings, trackers=(), steps=max(settings.steps, COUNTED_STEPS))
     given = Given(latents, validation, family_of(bare, wanted, forward), decode)
-    run = prepare(bare, given, wanted, Path(directory), found=None, config=config)
+    run = prepare(bare, given, wanted, target, found=None, config=config)
     parameters = run.engine.parameters
     keep = torch.clone if run.accelerator.is_fsdp2 else _on_the_host  # so that the peak is that of the run
     before = {name: keep(parameter.detach()) for name, parameter in parameters.items()}
@@ -128,7 +132,7 @@ def estimate(
         step_seconds = rehearsal.step_seconds()
         validation_seconds = 0.0 if validation is None else rehearsal.validation_seconds(validation)
         sample_seconds = rehearsal.sample_seconds()
-        checkpoint_seconds, disk, free = _checkpoints(run, settings, Path(directory))
+        checkpoint_seconds, disk, free = _checkpoints(run, settings, target)
         first = rehearsal.first_seconds + rehearsal.compile_seconds()
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -178,7 +182,8 @@ def _shared_folder(run: Run, parent: Path) -> Iterator[Path]:
     from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 
     main = run.accelerator.is_main_process
-    made = [tempfile.mkdtemp(prefix=".salad-dry-run-", dir=parent) if main else ""]
+    with name_failures(parent):
+        made = [tempfile.mkdtemp(prefix=".salad-dry-run-", dir=parent) if main else ""]
     (name,) = broadcast_object_list(made)
     try:
         yield Path(name)

@@ -16,6 +16,7 @@ import torch.nn as nn
 from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.common.locks import hold
 from salad_compile.common.logs import logger
+from salad_compile.common.paths import as_directory
 from salad_compile.common.schema import stamp
 from salad_compile.common.wrappers import single_model
 from salad_compile.config import SaladConfig
@@ -40,7 +41,7 @@ from salad_compile.training.feeding import Feed, name_dead_readers
 from salad_compile.training.flow_matching import Forward, Noised
 from salad_compile.training.interrupts import StopRequest
 from salad_compile.training.outcome import TrainResult, outcome_of
-from salad_compile.training.preparation import make_trainable, require_converted
+from salad_compile.training.preparation import make_trainable, require_converted, require_kinds
 from salad_compile.training.records import EMA_FILE_NAME, Records, flat, read_log, require_trackers, set_aside
 from salad_compile.training.samples import Decode, SampleStrips, require_decode
 from salad_compile.training.settings import TrainSettings
@@ -78,13 +79,14 @@ def train(
         decode: of the VAE, for `sample_every`: a normalised latent (C, T, H, W) -> frames (F, height, width, 3) uint8.
 
     Raises:
-        ConfigError: settings, model and engine do not fit each other. NotConvertedError: no branch and no `config`.
-        ResumeError: the directory holds a run with other settings, model or data, any run without `resume`, or one that
-            is finished, or has checkpoints, and none that is complete.
+        ConfigError: an argument is of the wrong kind, or settings, model and engine do not fit each other.
+        NotConvertedError: no branch and no `config`.
+        ResumeError: the directory holds another run, any run without `resume`, or one that would be lost.
         TrainingError: a loss that is not finite, or a checkpoint that cannot be written. What was written stays.
         MissingPackageError: accelerate or a tracker is not installed.
     """
-    bare, target = single_model(model, "train"), Path(directory)
+    bare, target = single_model(model, "train"), as_directory(directory)
+    require_kinds(settings, latents, validation, forward)
     family = family_of(bare, settings, forward)
     require_trackers(settings.trackers)
     found = newest_checkpoint(target, resume)

@@ -23,6 +23,18 @@ from salad_compile.training.tensors import trained_parameters
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def require_kinds(settings: object, latents: object, validation: object, forward: object) -> None:
+    """Raises ConfigError: an argument of `train` is of another kind, as a path in the place of what is opened of it."""
+    if not isinstance(settings, TrainSettings):
+        raise ConfigError(f"settings are a TrainSettings(...), got a {type(settings).__name__}.")
+    for name, data in (("latents", latents), ("validation", validation)):
+        opened = hasattr(data, "names") and hasattr(data, "shapes")
+        if not opened and (data is not None or name == "latents"):
+            raise ConfigError(f"{name} are what open_latents(path) returns, got a {type(data).__name__}.")
+    if forward is not None and not callable(forward):
+        raise ConfigError(f"forward is a function, f(model, latents, timesteps, texts), got {forward!r:.80}.")
+
+
 def require_converted(
     model: nn.Module,
     latents: LatentDataset,

@@ -15,6 +15,7 @@ import torch
 from salad_compile.common.checks import is_int
 from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.common.logs import logger
+from salad_compile.common.paths import as_path
 from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import MissingPackageError
 from salad_compile.salad_files.location import FILE_NAME
@@ -35,7 +36,7 @@ def read_log(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
     What is no line of a log is left out: a last one that a killed run left unfinished, and what a loss of power left of
     lines after the last checkpoint.
     """
-    path = Path(directory) / LOG_FILE
+    path = as_path(directory) / LOG_FILE
     if not path.exists():
         return []
     whole = path.read_bytes().rpartition(b"\n")[0]

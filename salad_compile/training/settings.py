@@ -8,11 +8,11 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from salad_compile.common.checks import check_choice, check_names, checked_names, is_count, is_int, is_number
 from salad_compile.common.files import read_json
+from salad_compile.common.paths import as_path
 from salad_compile.errors import ConfigError
 
 SCHEMA_VERSION = 1
@@ -234,7 +234,7 @@ class TrainSettings:
         Raises:
             ConfigError: not a JSON object, or see :meth:`from_dict`. FileNotFoundError: no file.
         """
-        return cls.from_dict(read_json(Path(path)))
+        return cls.from_dict(read_json(as_path(path)))
 
     def with_changes(self, changes: Mapping[str, Any]) -> TrainSettings:
         """A copy with other values.

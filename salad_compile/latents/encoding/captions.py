@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from salad_compile.common.checks import is_text
 from salad_compile.errors import ConfigError, did_you_mean
 
 # Tables that are found by themselves: the names of datasets on the Hub, of DiffSynth-Studio and of musubi-tuner.
@@ -29,7 +30,10 @@ class Captions:
         """The caption of a clip and None, or "" and why there is none."""
         key = self.key_of(clip, folder)
         if key is not None:
-            return (self.texts[key], None) if self.texts[key] else ("", f"its caption in {self.table} is empty")
+            text = self.texts[key]
+            if not is_text(text):
+                return "", f"its caption in {self.table} holds half of a sign: it was cut off in the middle of one"
+            return (text, None) if text else ("", f"its caption in {self.table} is empty")
         beside = clip.with_name(f"{clip.name if clip.is_dir() else clip.stem}.txt")
         try:
             text = beside.read_text(encoding="utf-8-sig").strip()

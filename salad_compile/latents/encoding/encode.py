@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from salad_compile.common.logs import logger
+from salad_compile.common.paths import as_directory
 from salad_compile.common.progress import ProgressBar
 from salad_compile.errors import ConfigError, LatentItemError
 from salad_compile.latents.dataset import summary_of
@@ -75,7 +76,7 @@ def encode_clips(
         WriteError: for example, the disk is full. Clips that were written stay, for the next run; without any, nothing
             is left.
     """
-    size, goal = size or ClipSize(), Path(output)
+    size, goal = size or ClipSize(), as_directory(output)
     if not 0 <= validation_share < 1:
         raise ConfigError(f"the validation share is in [0, 1), got {validation_share}.")
     if validation_share and len(clips.clips) < 2:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from salad_compile.common.paths import as_path
 from salad_compile.errors import ConfigError, LatentLayoutError
 from salad_compile.latents.dataset import summary_of
 from salad_compile.latents.encoding.captions import Captions, read_captions
@@ -75,7 +76,7 @@ def find_clips(
         LatentLayoutError: no such folder, or no clip in it, or none with a caption.
         ConfigError: the table cannot be used.
     """
-    root = Path(folder)
+    root = as_path(folder)
     if not root.is_dir():
         raise LatentLayoutError(f"{root} is {'a file' if root.exists() else 'not there'}: name a folder of videos.")
     paths, beside = split_companions(_clip_paths(root), _images_below(root))
@@ -83,7 +84,7 @@ def find_clips(
     if not paths:
         raise LatentLayoutError(f"{root} holds no video ({', '.join(VIDEOS)}){_instead(root)}.")
     table = read_captions(
-        root, None if captions is None else Path(captions), file_column=file_column, caption_column=caption_column
+        root, None if captions is None else as_path(captions), file_column=file_column, caption_column=caption_column
     )
     places = [path.relative_to(root) for path in paths]
     plain = [(place if (root / place).is_dir() else place.with_suffix("")).as_posix() for place in places]

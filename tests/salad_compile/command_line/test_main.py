@@ -67,6 +67,9 @@ def test_version(command: Run) -> None:
         (["plan", "model", "--latent", "21x60"], "'21x60' is not a size: write three numbers, 21x30x52"),
         (["plan", "model", "--frames", "0"], "0 is not a number of 1 or more"),
         (["latents", "inspect", "data", "--sample", "0"], "0 is not a number of 1 or more"),
+        (["latents", "inspect", ""], "what inspect is given is empty"),
+        (["train", "--model", "wan", "--latents", "data", "--output", ""], "what --output is given is empty"),
+        (["plan", "model", "--settings="], "what --settings= is given is empty"),
     ],
 )
 def test_wrong_usage(command: Run, words: list[str], said: str) -> None:

@@ -16,6 +16,8 @@ from salad_compile.common.files import read_json, write_at_once, write_directory
 from salad_compile.common.schema import SummaryFields, decode_file
 from salad_compile.common.tensor_files import open_safetensors
 from salad_compile.errors import ConfigError, CorruptFileError, WriteError
+from salad_compile.latents import convert_latents, open_latents, write_latents
+from salad_compile.training import TrainSettings, read_log
 from tests import toys
 from tests.support import TINY
 
@@ -46,13 +48,26 @@ def test_a_pipe_is_not_waited_for(pipe: Path) -> None:
         decode_file(SummaryFields, pipe, CorruptFileError)
 
 
-@pytest.mark.parametrize("path", [None, 3, "a\0b"])
-def test_what_is_no_path(path: Any) -> None:
+@pytest.mark.parametrize("path", [None, 3, "a\0b", "", "\ud800"])
+def test_what_is_no_path(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     model = salad_compile.convert(toys.SelfAttention(), CONFIG, example_inputs=(toys.tokens(),))
-    with pytest.raises(ConfigError):
-        salad_compile.save(model, path)
-    with pytest.raises(ConfigError):
-        salad_compile.load(toys.SelfAttention(), path)
+    takers: list[Callable[[], Any]] = [
+        lambda: salad_compile.save(model, path),
+        lambda: salad_compile.load(toys.SelfAttention(), path),
+        lambda: salad_compile.export(model, path),
+        lambda: salad_compile.push_to_hub(path, "owner/name"),
+        lambda: open_latents(path),
+        lambda: write_latents([], path),
+        lambda: convert_latents(path, "destination"),
+        lambda: convert_latents("source", path),
+        lambda: TrainSettings.from_file(path),
+        lambda: read_log(path),
+    ]
+    for take in takers:
+        with pytest.raises(ConfigError, match=r"a path is|is no name of a file"):
+            take()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -69,12 +71,38 @@ def test_an_interrupted_first_write_says_so_and_can_be_repeated(tmp_path: Path) 
         ({"latent": torch.ones(16, 2, 2)}, "needs \\(C, T, H, W\\)"),
         ({"latent": torch.ones(16, 1, 2, 2, dtype=torch.int32)}, "int32"),
         ({"text": torch.ones(0, 8)}, "one token"),
+        ({"latent": torch.full((16, 1, 2, 2), 1e300, dtype=torch.float64)}, "latent holds NaN or infinity"),
+        ({"latent": torch.ones(16, 1, 2, 2, device="meta")}, "a tensor without values"),
+        ({"text": numpy.ones((1, 8))}, "'text' is a ndarray"),
+        ({"extras": {"clip_feature": [1.0]}}, "'clip_feature' is a list"),
+        ({"caption": None}, "its caption is None"),
+        ({"caption": "a cat \ud83d"}, "its caption is 'a cat"),
+        ({"fps": float("nan")}, "its fps is nan"),
+        ({"fps": "16"}, "its fps is '16'"),
     ],
 )
-def test_unfit_items_are_not_written(tmp_path: Path, change: dict[str, torch.Tensor], message: str) -> None:
+def test_unfit_items_are_not_written(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(LatentItemError, match=f"clip0: .*{message}"):
         write_latents([replace(make_item(0), **change)], tmp_path)
     assert not list((tmp_path / "items").iterdir())
+
+
+@pytest.mark.parametrize("item", [3, "clip0", replace(make_item(0), name=3), replace(make_item(0), name="\ud83d")])
+def test_what_is_no_item_spoils_no_dataset(tmp_path: Path, item: Any) -> None:
+    write_latents(make_items(2), tmp_path)
+    with pytest.raises(LatentItemError, match=r"is no LatentItem|is no name of an item"):
+        write_latents([make_item(2), item], tmp_path)
+    assert open_latents(tmp_path, sample=0).names == ["clip0", "clip1"]
+    write_latents([], tmp_path / "none")
+    with pytest.raises(LatentItemError, match="there is no item"):
+        open_latents(tmp_path / "none")
+
+
+def test_formats_of_8_bits_are_read_as_float32(tmp_path: Path) -> None:
+    item = make_item(0)
+    kept = item.latent.to(torch.float8_e4m3fn)
+    write_latents([replace(item, latent=kept)], tmp_path)
+    assert torch.equal(open_latents(tmp_path, sample=0)[0].latent, kept.float())
 
 
 def item_file(directory: Path, name: str) -> Path:

@@ -4,17 +4,42 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from salad_compile.errors import ConfigError
 from salad_compile.salad_files.salad_file import branch_state
 from salad_compile.sites.branch import branches
+from salad_compile.training import estimate, train
 from salad_compile.training.families import family_of
 from salad_compile.training.preparation import make_trainable, require_converted
 from salad_compile.training.tensors import trained_parameters
 from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, items, latents
 from tests.support import randomise_branches
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"settings": {"steps": 2}}, "settings are a TrainSettings.*got a dict"),
+        ({"latents": "data"}, "latents are what open_latents.* returns, got a str"),
+        ({"latents": None}, "latents are what"),
+        ({"validation": "data"}, "validation are what"),
+        ({"forward": 5}, "forward is a function"),
+        ({"directory": None}, "a path is text"),
+        ({"directory": ""}, "a path is empty"),
+        ({"directory": __file__}, "is a file: name a directory"),
+    ],
+)
+@pytest.mark.parametrize("function", [train, estimate])
+def test_arguments_of_another_kind(function: Any, change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    data = latents(tmp_path / "data")
+    given = {"latents": data, "settings": SETTINGS, "directory": tmp_path / "run"} | change
+    with pytest.raises(ConfigError, match=said):
+        function(converted(), **given)
+    assert not (tmp_path / "run").exists()
 
 
 def test_branches_are_fp32_and_trainable_and_the_base_is_neither() -> None:

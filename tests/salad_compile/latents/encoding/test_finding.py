@@ -146,6 +146,15 @@ def test_tables_that_cannot_be_used(
         find_clips(tmp_path, **options)  # type: ignore[arg-type]
 
 
+def test_half_a_sign_is_no_caption(tmp_path: Path) -> None:
+    put(tmp_path, "a.mp4", "b.mp4")
+    rows = [{"file": "a.mp4", "text": "a cat"}, {"file": "b.mp4", "text": "a dog \ud83d"}]  # a picture, cut in two
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = find_clips(tmp_path)
+    assert [clip.name for clip in found.clips] == ["a"]
+    assert str(found.left_out[0]).startswith(f"b: its caption in {tmp_path / 'metadata.jsonl'} holds half of a sign")
+
+
 def test_folders_without_clips(tmp_path: Path) -> None:
     def said(folder: Path) -> str:
         with pytest.raises(SaladError) as error:
