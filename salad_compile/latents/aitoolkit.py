@@ -25,8 +25,8 @@ from salad_compile.latents.source import (
     Entry,
     LatentSource,
     as_latent_shape,
+    attempt,
     folders_beside,
-    item_error,
     strip_padding,
     unique_names,
 )
@@ -59,31 +59,30 @@ class AIToolkitSource(LatentSource):
     def matches(cls, path: Path) -> bool:
         return path.is_dir() and bool(_latent_files(path))
 
-    def read(self, index: int) -> LatentItem:
+    def load(self, index: int) -> LatentItem:
         name, file = self.entries[index].name, self._files[index]
-        try:
-            with open_safetensors(file) as content:
-                latent = content.get_tensor("latent")
-            with open_safetensors(self._texts[_name(file)][0]) as content:
-                text, extras = _text(content)
-        except Exception as error:  # whatever a damaged file makes safetensors raise
-            raise item_error(name, str(error)) from error
+        with open_safetensors(file) as content:
+            latent = content.get_tensor("latent")
+        with open_safetensors(self._texts[_name(file)][0]) as content:
+            text, extras = _text(content)
         return LatentItem(name, latent if latent.ndim == 4 else latent.unsqueeze(1), text, extras=extras)
 
     def _entry(self, name: str, file: Path, others: set[str]) -> Entry:
         texts = self._texts[_name(file)]
-        try:
+
+        def look() -> Entry:
             for part in (file, *texts):
                 require_inside(self._root, part)
             with open_safetensors(file) as content:
                 shape = as_latent_shape(content.get_slice("latent").get_shape())
-                others |= set(content.keys()) - {"latent"}
-        except Exception as error:  # whatever a damaged file makes safetensors raise
-            return Entry(name, problem=str(error))
-        if len(texts) != 1:
-            said = f"there are {len(texts)} texts of its name" if texts else "its text is missing"
-            return Entry(name, shape, f"{said} in {TEXTS}")
-        return Entry(name, shape)
+                others.update(set(content.keys()) - {"latent"})
+            if len(texts) != 1:
+                said = f"there are {len(texts)} texts of its name" if texts else "its text is missing"
+                return Entry(name, shape, f"{said} in {TEXTS}")
+            return Entry(name, shape)
+
+        entry, problem = attempt(look)
+        return entry or Entry(name, problem=problem)
 
 
 def _latent_files(path: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from salad_compile.common.inside import require_inside
 from salad_compile.latents.item import CLIP_FEATURE, LATENTS_IMAGE, VACE_CONTEXT, LatentItem
 from salad_compile.latents.pickles import load_mapped, require_checksums, single
-from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, strip_padding
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, attempt, strip_padding
 from salad_compile.latents.statistics import WAN_2_1
 
 _LATENT, _TEXT = "input_latents", "context"
@@ -47,34 +47,29 @@ class DiffSynthSource(LatentSource):
     def matches(cls, path: Path) -> bool:
         return path.is_dir() and bool(_files(path))
 
-    def read(self, index: int) -> LatentItem:
+    def load(self, index: int) -> LatentItem:
         file, name = self._files[index], self.entries[index].name
-        try:
-            require_checksums(file, file.name)
-            shared, positive = _dictionaries(file)
-            both = {**shared, **positive}
-            extras = {
-                ours: single(both[theirs], usual).float().clone()
-                for theirs, (ours, usual) in _EXTRAS.items()
-                if isinstance(both.get(theirs), Tensor)
-            }
-            text = strip_padding(single(both[_TEXT], 2)).clone()
-            return LatentItem(name, single(both[_LATENT], 4).clone(), text, _caption(both), extras=extras)
-        except Exception as error:  # whatever a damaged archive makes torch.load raise
-            raise item_error(name, f"{type(error).__name__}: {error}") from error
+        require_checksums(file, file.name)
+        both = _dictionaries(file)
+        extras = {
+            ours: single(both[theirs], usual).float().clone()
+            for theirs, (ours, usual) in _EXTRAS.items()
+            if isinstance(both.get(theirs), Tensor)
+        }
+        text = strip_padding(single(both[_TEXT], 2)).clone()
+        return LatentItem(name, single(both[_LATENT], 4).clone(), text, _caption(both), extras=extras)
 
     def _entry(self, file: Path, others: set[str]) -> Entry:
         name = f"{file.parent.name}-{file.stem}"
-        try:
+
+        def look() -> Entry:
             require_inside(self._root, file)
-            shared, positive = _dictionaries(file)
-            known = (_LATENT, _TEXT, *_EXTRAS, *_NOT_DATA)
-            both = {**shared, **positive}
-            others |= {key for key, value in both.items() if isinstance(value, Tensor) and key not in known}
+            both, known = _dictionaries(file), (_LATENT, _TEXT, *_EXTRAS, *_NOT_DATA)
+            others.update(key for key, value in both.items() if isinstance(value, Tensor) and key not in known)
             return Entry(name, as_latent_shape(single(both[_LATENT], 4).shape))
-        except Exception as error:  # whatever a damaged archive makes torch.load raise
-            reason = str(error).splitlines()[0] if str(error) else ""
-            return Entry(name, problem=f"{file.name} cannot be read: {type(error).__name__}: {reason}")
+
+        entry, problem = attempt(look)
+        return entry or Entry(name, problem=problem)
 
 
 def _files(path: Path) -> list[Path]:
@@ -82,12 +77,12 @@ def _files(path: Path) -> list[Path]:
     return sorted(found, key=lambda file: (int(file.parent.name), int(file.stem)))
 
 
-def _dictionaries(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of both guidances and of the text. Raises ValueError: something else."""
+def _dictionaries(file: Path) -> dict[str, Any]:
+    """Those of both guidances and of the text in one. Raises ValueError: something else."""
     values = load_mapped(file)
     if not isinstance(values, (tuple, list)) or len(values) != 3 or not all(isinstance(v, dict) for v in values):
         raise ValueError("it does not hold three dictionaries")
-    return values[0], values[1]
+    return {**values[0], **values[1]}
 
 
 def _caption(values: dict[str, Any]) -> str:

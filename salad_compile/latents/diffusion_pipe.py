@@ -26,7 +26,7 @@ from salad_compile.common.inside import require_inside
 from salad_compile.errors import LatentLayoutError
 from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, LatentItem
 from salad_compile.latents.pickles import load_bytes, single
-from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, strip_padding
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, attempt, strip_padding
 from salad_compile.latents.statistics import WAN_2_1
 
 LATENTS, DATABASE = "latents", "metadata.db"
@@ -68,30 +68,28 @@ class DiffusionPipeSource(LatentSource):
     def matches(cls, path: Path) -> bool:
         return (path / LATENTS / DATABASE).is_file()
 
-    def read(self, index: int) -> LatentItem:
-        name = self.entries[index].name
-        try:
-            values, texts = self._latents.item(index), self._texts.item(index * self._captions)
-            text = single(texts["text_embeddings"], 2)
-            length = texts.get("seq_lens")
-            text = strip_padding(text) if length is None else text[: int(torch.as_tensor(length))]
-            extras = {}
-            if isinstance(values.get("y"), Tensor) and values["y"].numel():
-                extras[FIRST_FRAME] = single(values["y"], 4).float()
-            if isinstance(values.get("clip_context"), Tensor) and values["clip_context"].numel():
-                extras[CLIP_FEATURE] = single(values["clip_context"], 2).float()
-            return LatentItem(name, single(values["latents"], 4), text, extras=extras)
-        except Exception as error:  # whatever a damaged archive makes torch.load raise
-            raise item_error(name, f"{type(error).__name__}: {error}") from error
+    def load(self, index: int) -> LatentItem:
+        values, texts = self._latents.item(index), self._texts.item(index * self._captions)
+        text = single(texts["text_embeddings"], 2)
+        length = texts.get("seq_lens")
+        text = strip_padding(text) if length is None else text[: int(torch.as_tensor(length))]
+        extras = {}
+        if isinstance(values.get("y"), Tensor) and values["y"].numel():
+            extras[FIRST_FRAME] = single(values["y"], 4).float()
+        if isinstance(values.get("clip_context"), Tensor) and values["clip_context"].numel():
+            extras[CLIP_FEATURE] = single(values["clip_context"], 2).float()
+        return LatentItem(self.entries[index].name, single(values["latents"], 4), text, extras=extras)
 
     def _entry(self, index: int, others: set[str]) -> Entry:
         name = f"item-{index}"
-        try:
+
+        def look() -> Entry:
             values = self._latents.item(index)
-            others |= {key for key, value in values.items() if isinstance(value, Tensor) and key not in _KNOWN}
+            others.update(key for key, value in values.items() if isinstance(value, Tensor) and key not in _KNOWN)
             return Entry(name, as_latent_shape(single(values["latents"], 4).shape))
-        except Exception as error:  # whatever a damaged archive makes torch.load raise
-            return Entry(name, problem=f"it cannot be read: {type(error).__name__}: {error}")
+
+        entry, problem = attempt(look)
+        return entry or Entry(name, problem=problem)
 
 
 class _Cache:
@@ -108,7 +106,7 @@ class _Cache:
         return len(self._places)
 
     def item(self, index: int) -> dict[str, Any]:
-        """Raises whatever a damaged file makes torch.load raise."""
+        """What torch.save wrote. Raises ValueError, OSError, BadZipFile: it is damaged."""
         shard, offset, size = self._places[index]
         file = self._folder / f"shard_{shard}.bin"
         require_inside(self._folder, file)

@@ -30,7 +30,7 @@ from torch import Tensor
 from salad_compile.common.inside import require_inside
 from salad_compile.errors import LatentLayoutError, MissingPackageError
 from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, LatentItem
-from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, strip_padding, unique_names
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, strip_padding, unique_names
 from salad_compile.latents.statistics import WAN_2_1
 
 NEEDED = (
@@ -119,7 +119,7 @@ class FastVideoSource(LatentSource):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cursor": None}  # an open file cannot be sent to another process
 
-    def read(self, index: int) -> LatentItem:
+    def load(self, index: int) -> LatentItem:
         name, row = self.entries[index].name, self._rows[index]
         assert row is not None
         if self._cursor is None or not self._cursor.reaches(row):
@@ -129,9 +129,9 @@ class FastVideoSource(LatentSource):
             latent = _tensor(values, "vae_latent")
             text = _text(values)
             extras = {name: _extra(values, name) for name in _EXTRAS if values.get(f"{name}_bytes")}
-        except _DAMAGED as error:
+        except _DAMAGED:
             self._cursor = None
-            raise item_error(name, str(error)) from error
+            raise
         if latent.ndim == 3:  # an image
             latent = latent.unsqueeze(1)
         fps = values.get("fps")

@@ -29,7 +29,7 @@ from torch import Tensor
 from salad_compile.common.inside import require_inside
 from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, LatentItem, Shape
 from salad_compile.latents.pickles import load_mapped, require_checksums, single
-from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, strip_padding
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, attempt, strip_padding
 from salad_compile.latents.statistics import WAN_2_1, LatentStatistics
 
 _FILE = re.compile(r"latent-(?:(\d+)-)?(\d+)\.pt")
@@ -65,17 +65,14 @@ class FinetrainersSource(LatentSource):
     def matches(cls, path: Path) -> bool:
         return path.is_dir() and bool(_latent_files(path))
 
-    def read(self, index: int) -> LatentItem:
+    def load(self, index: int) -> LatentItem:
         file = self._files[index]
-        try:
-            for part in (file, _text_file(file)):
-                require_checksums(part, part.name)
-            values, texts = load_mapped(file), load_mapped(_text_file(file))
-            text = single(next(texts[name] for name in _TEXT if name in texts), 2)
-            extras = {name: tensor.float().clone() for name, tensor in _extras(values).items()}
-            return LatentItem(file.stem, _posterior_mean(values).clone(), strip_padding(text).clone(), extras=extras)
-        except Exception as error:  # whatever a damaged archive makes torch.load raise
-            raise item_error(file.stem, f"{type(error).__name__}: {error}") from error
+        for part in (file, _text_file(file)):
+            require_checksums(part, part.name)
+        values, texts = load_mapped(file), load_mapped(_text_file(file))
+        text = single(next(texts[name] for name in _TEXT if name in texts), 2)
+        extras = {name: tensor.float().clone() for name, tensor in _extras(values).items()}
+        return LatentItem(file.stem, _posterior_mean(values).clone(), strip_padding(text).clone(), extras=extras)
 
 
 def _latent_files(path: Path) -> list[Path]:
@@ -140,7 +137,8 @@ def _contradiction(stated: LatentStatistics | None, usual: LatentStatistics | No
 def _head(file: Path) -> _Head:
     if not _text_file(file).exists():
         return _Head(problem=f"its text is missing: no {_text_file(file).name}")
-    try:
+
+    def look() -> _Head:
         for part in (file, _text_file(file)):
             require_inside(file.parent, part)
         values = load_mapped(file)
@@ -148,5 +146,6 @@ def _head(file: Path) -> _Head:
         shape = as_latent_shape(sizes) if len(sizes) == 4 else None
         problem = None if shape else f"latents have shape {tuple(sizes)}"
         return _Head(shape, problem, _statistics(values), tuple(name for name in values if name not in _KNOWN))
-    except Exception as error:  # whatever a damaged archive makes torch.load raise
-        return _Head(problem=f"{file.name} cannot be read: {type(error).__name__}: {error}")
+
+    head, problem = attempt(look)
+    return head or _Head(problem=problem)

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from salad_compile.common.inside import require_inside
-from salad_compile.latents.item import LatentItem, Shape
+from salad_compile.latents.item import LatentItem
 from salad_compile.latents.pickles import load_mapped, require_checksums, single
 from salad_compile.latents.source import (
     Entry,
     LatentSource,
     as_latent_shape,
+    attempt,
     folders_beside,
-    item_error,
     strip_padding,
 )
 
@@ -52,19 +52,16 @@ class LTXSource(LatentSource):
         root = _root(path)
         return (root / CONDITIONS).is_dir() and next((root / LATENTS).rglob("*.pt"), None) is not None
 
-    def read(self, index: int) -> LatentItem:
+    def load(self, index: int) -> LatentItem:
         file, name = self._files[index], self.entries[index].name
-        try:
-            for part in (file, self._text_file(file)):
-                require_checksums(part, part.name)
-            values, texts = load_mapped(file), load_mapped(self._text_file(file))
-            text = single(texts["prompt_embeds"], 2)
-            mask = texts.get("prompt_attention_mask")
-            text = strip_padding(text) if mask is None else text[mask.flatten().bool()]
-            fps = values.get("fps")
-            return LatentItem(name, _latent(values).clone(), text.clone(), fps=float(fps) if fps else None)
-        except Exception as error:  # whatever a damaged archive makes torch.load raise
-            raise item_error(name, f"{type(error).__name__}: {error}") from error
+        for part in (file, self._text_file(file)):
+            require_checksums(part, part.name)
+        values, texts = load_mapped(file), load_mapped(self._text_file(file))
+        text = single(texts["prompt_embeds"], 2)
+        mask = texts.get("prompt_attention_mask")
+        text = strip_padding(text) if mask is None else text[mask.flatten().bool()]
+        fps = values.get("fps")
+        return LatentItem(name, _latent(values).clone(), text.clone(), fps=float(fps) if fps else None)
 
     def _text_file(self, file: Path) -> Path:
         return self._root / CONDITIONS / file.relative_to(self._root / LATENTS)
@@ -74,22 +71,20 @@ class LTXSource(LatentSource):
         text = self._text_file(file)
         if not text.exists():
             return Entry(name, problem=f"its text is missing: no {CONDITIONS}/{text.name}")
-        try:
+
+        def look() -> Entry:
             for part in (file, text):
                 require_inside(self._root, part)
             values = load_mapped(file)
-            others |= {key for key in values if key not in _KNOWN}
-            return Entry(name, _shape(values))
-        except Exception as error:  # whatever a damaged archive makes torch.load raise
-            return Entry(name, problem=f"{file.name} cannot be read: {type(error).__name__}: {error}")
+            others.update(key for key in values if key not in _KNOWN)
+            return Entry(name, as_latent_shape(_latent(values).shape))
+
+        entry, problem = attempt(look)
+        return entry or Entry(name, problem=problem)
 
 
 def _root(path: Path) -> Path:
     return path / FOLDER if (path / FOLDER).is_dir() else path
-
-
-def _shape(values: dict[str, Any]) -> Shape | None:
-    return as_latent_shape(_latent(values).shape)
 
 
 def _latent(values: dict[str, Any]) -> Tensor:

@@ -23,7 +23,7 @@ from salad_compile.common.files import name_failures
 from salad_compile.common.inside import require_inside
 from salad_compile.common.tensor_files import open_safetensors, require_digest
 from salad_compile.latents.item import CLIP_FEATURE, CONTROL, FRAME_INDICES, LATENTS_IMAGE, LatentItem, Shape
-from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, item_error, unique_names
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, unique_names
 from salad_compile.latents.statistics import WAN_2_1
 from salad_compile.latents.storing import file_stem, save_tensors
 
@@ -62,18 +62,15 @@ class MusubiSource(LatentSource):
     def matches(cls, path: Path) -> bool:
         return path.is_dir() and bool(_latent_files(path))
 
-    def read(self, index: int) -> LatentItem:
+    def load(self, index: int) -> LatentItem:
         name, (latent_file, text_file) = self.entries[index].name, self._files[index]
-        try:
-            with open_safetensors(latent_file) as content:
-                latent = _as_written(content, _latent_key(content))
-                extras = _extras(content)
-                fps = (content.metadata() or {}).get(_FPS)
-            with open_safetensors(text_file) as content:
-                text = _as_written(content, _text_key(content))
-                caption = (content.metadata() or {}).get("caption1", "")
-        except Exception as error:  # whatever a damaged file makes safetensors raise
-            raise item_error(name, str(error)) from error
+        with open_safetensors(latent_file) as content:
+            latent = _as_written(content, _latent_key(content))
+            extras = _extras(content)
+            fps = (content.metadata() or {}).get(_FPS)
+        with open_safetensors(text_file) as content:
+            text = _as_written(content, _text_key(content))
+            caption = (content.metadata() or {}).get("caption1", "")
         return LatentItem(name, latent, text, caption, float(fps) if fps else None, extras)
 
 

@@ -188,26 +188,22 @@ class NativeSource(LatentSource):
     def matches(cls, path: Path) -> bool:
         return (path / INFO).exists() and ((path / INDEX).exists() or (path / FOLDER).is_dir())
 
-    def read(self, index: int) -> LatentItem:
+    def load(self, index: int) -> LatentItem:
         record = self._records[index]
-        name = record["name"]
-        try:
-            with open_safetensors(inside(self._path, record["file"])) as content:
-                tensors = {key: content.get_tensor(key) for key in _keys(record)}
-                stated = _stated(content, Path(record["file"]))
-                if any(record.get(key) != value for key, value in stated.items()):
-                    raise ValueError(f"its file is of {stated}, and {INDEX} says otherwise")
-                bad = first_not_finite(tensors)
-                if bad is not None:
-                    raise ValueError(f"the {bad} holds NaN or infinity")
-                require_digest(content.metadata(), tensors)
-        except Exception as error:  # whatever a damaged file makes safetensors raise
-            raise item_error(name, str(error)) from error
+        with open_safetensors(inside(self._path, record["file"])) as content:
+            tensors = {key: content.get_tensor(key) for key in _keys(record)}
+            stated = _stated(content, Path(record["file"]))
+            if any(record.get(key) != value for key, value in stated.items()):
+                raise ValueError(f"its file is of {stated}, and {INDEX} says otherwise")
+            bad = first_not_finite(tensors)
+            if bad is not None:
+                raise ValueError(f"the {bad} holds NaN or infinity")
+            require_digest(content.metadata(), tensors)
         latent = tensors["latent"]
         if latent.dtype != torch.float32:
-            raise item_error(name, f"the latent is {latent.dtype}, this format has float32")
+            raise ValueError(f"the latent is {latent.dtype}, this format has float32")
         extras = {key.removeprefix(_EXTRA): value for key, value in tensors.items() if key.startswith(_EXTRA)}
-        return LatentItem(name, latent, tensors["text"], record["caption"], record["fps"], extras)
+        return LatentItem(record["name"], latent, tensors["text"], record["caption"], record["fps"], extras)
 
     def _entry(self, record: dict[str, Any]) -> Entry:
         name, shape = record["name"], as_latent_shape(record["shape"])

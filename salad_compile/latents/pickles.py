@@ -14,15 +14,24 @@ from torch import Tensor
 def load_mapped(file: Path) -> Any:
     """What a file holds; tensors are mapped, and read when they are used. Checksums are not looked at.
 
-    Raises whatever a damaged archive makes torch raise.
+    Raises:
+        ValueError: it is damaged, or holds more than tensors and plain values.
     """
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return _load(file, file.name, mmap=True)
 
 
 def load_bytes(data: bytes) -> Any:
-    """What torch.save wrote into bytes, after a look at its checksums. Raises as :func:`load_mapped`."""
+    """What torch.save wrote into bytes. Raises as :func:`load_mapped`; BadZipFile: its checksums differ."""
     require_checksums(io.BytesIO(data), "an item")
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return _load(io.BytesIO(data), "it")
+
+
+def _load(content: Path | IO[bytes], name: str, **options: Any) -> Any:
+    try:
+        return torch.load(content, map_location="cpu", weights_only=True, **options)
+    except Exception as error:  # whatever a damaged archive makes it raise
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"{name} cannot be read: {type(error).__name__}: {said}") from error
 
 
 def require_checksums(file: Path | IO[bytes], name: str) -> None:

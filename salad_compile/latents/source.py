@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from salad_compile.common.tensor_files import is_finite
 from salad_compile.errors import LatentItemError
 from salad_compile.latents.item import LatentItem, Shape
 from salad_compile.latents.statistics import LatentStatistics
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,34 @@ class LatentSource(ABC):
     def matches(cls, path: Path) -> bool:
         """Whether this looks like the format, from names alone."""
 
-    @abstractmethod
     def read(self, index: int) -> LatentItem:
         """Item `index` as stored: not normalised by this, text without padding.
 
         Raises:
             LatentItemError: the item is damaged.
         """
+        try:
+            return self.load(index)
+        except Exception as error:  # whatever damaged files make their libraries raise
+            raise item_error(self.entries[index].name, _reason(error)) from error
+
+    @abstractmethod
+    def load(self, index: int) -> LatentItem:
+        """:meth:`read`, which names the item in what this raises, whatever that is."""
+
+
+def attempt(look: Callable[[], Found]) -> tuple[Found | None, str]:
+    """What `look` finds in files, and the empty string; or None, and why it finds nothing."""
+    try:
+        return look(), ""
+    except Exception as error:  # whatever damaged files make their libraries raise
+        return None, _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    """In one line. What readers say themselves are ValueErrors; others need their kind: a KeyError is a name alone."""
+    said = str(error).partition("\n")[0]
+    return said if said and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {said}"
 
 
 def item_error(name: str, reason: str) -> LatentItemError:
