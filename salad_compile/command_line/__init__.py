@@ -24,6 +24,7 @@ from types import ModuleType
 
 from salad_compile.command_line.logging_setup import logs_on_stderr
 from salad_compile.command_line.parser import Parser
+from salad_compile.common.printable import printable
 from salad_compile.common.progress import quiet
 from salad_compile.common.version import __version__
 from salad_compile.errors import ConfigError, MissingPackageError, SaladError
@@ -185,7 +186,7 @@ def _report_error(error: Exception, *, debug: bool) -> int:
     if own is None:
         print(f"{PROGRAM}: unexpected error: {type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
-    print(f"{PROGRAM}: error: {str(own) or type(own).__name__}", file=sys.stderr)
+    print(f"{PROGRAM}: error: {printable(str(own)) or type(own).__name__}", file=sys.stderr)
     return NO if type(own).__name__ in ("NoEligibleSiteError", "NoAttentionError") else WRONG
 
 

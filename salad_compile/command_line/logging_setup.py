@@ -8,13 +8,14 @@ import sys
 from collections.abc import Iterator
 
 from salad_compile.common.logs import logger
+from salad_compile.common.printable import printable
 
 
 class _Stderr(logging.Handler):
     """Writes to what `sys.stderr` is at that moment: while a bar is shown, that is what writes above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print(printable(self.format(record)), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

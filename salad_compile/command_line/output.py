@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from salad_compile.common.printable import printable
+
 if TYPE_CHECKING:
     from salad_compile.common.reports import Report
 
@@ -33,7 +35,7 @@ def tell(arguments: argparse.Namespace, text: str, values: Mapping[str, Any]) ->
     if arguments.json:
         show_json(values)
     else:
-        print(text)
+        print(printable(text))
 
 
 def show_json(values: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from salad_compile.command_line.experts import FIRST, Expert, experts_of
 from salad_compile.command_line.model_arguments import assignments
 from salad_compile.command_line.output import tell
 from salad_compile.common.files import read_json
+from salad_compile.common.printable import printable
 from salad_compile.errors import ConfigError, SaladError
 
 if TYPE_CHECKING:
@@ -237,5 +238,5 @@ def _process(arguments: argparse.Namespace) -> None:
         try:
             run(arguments)
         except (SaladError, OSError) as error:
-            print(f"salad-compile: error: {error}", file=sys.stderr)
+            print(f"salad-compile: error: {printable(str(error))}", file=sys.stderr)
             sys.exit(2)

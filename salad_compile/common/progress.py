@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
+from salad_compile.common.printable import printable
+
 REFRESH_SECONDS = 0.1
 LINE_SECONDS = 60.0
 
@@ -41,11 +43,12 @@ class ProgressBar:
 
         console = Console(stderr=True)
         columns = (
-            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
-            TextColumn("{task.fields[note]}"),
+            *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         shown = shown and not _quiet
         self._shown, self._lines, self._every = shown, shown and not console.is_terminal, every
+        what = printable(what)
         self._what, self._total, self._first, self._done, self._note = what, total, done, done, ""
         self._began = self._said = time.monotonic()
         shown = shown and console.is_terminal
@@ -61,8 +64,8 @@ class ProgressBar:
             self._total = self._done
             self._progress.update(self._task, total=self._total)
         if note is not None:
-            self._note = note
-            self._progress.update(self._task, note=note)
+            self._note = printable(note)
+            self._progress.update(self._task, note=self._note)
         self._progress.advance(self._task, count)
         if time.monotonic() - self._refreshed > REFRESH_SECONDS:
             self._progress.refresh()
@@ -85,7 +88,7 @@ class ProgressBar:
     def say(self, text: str) -> None:
         """A line of its own on stderr, above the bar."""
         if self._shown:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Take the bar away."""

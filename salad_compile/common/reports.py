@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from salad_compile.common.printable import printable
 from salad_compile.common.table_layout import lay_out
 
 if TYPE_CHECKING:
@@ -66,8 +67,9 @@ class Report(ABC):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.text import Text
 
-        yield from lay_out(self.title, self.columns, fold(self.rows()), options.max_width)
-        yield from map(Text, self.notes())
+        rows = [tuple(map(printable, row)) for row in fold(self.rows())]
+        yield from lay_out(self.title, self.columns, rows, options.max_width)
+        yield from map(Text, map(printable, self.notes()))
 
     def __repr__(self) -> str:
         return self.to_text()
@@ -78,7 +80,7 @@ class Report(ABC):
 
 def _markdown(text: str) -> str:
     """On one line, and with nothing in it that Markdown would swallow: "<locals>" is a tag, and "*" emphasis."""
-    return " ".join(text.split("\n")).replace("<", "&lt;").replace("*", "\\*")
+    return " ".join(printable(text).split("\n")).replace("<", "&lt;").replace("*", "\\*")
 
 
 def plural(count: int, noun: str) -> str:

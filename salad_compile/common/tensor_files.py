@@ -25,7 +25,7 @@ def open_safetensors(file: Path) -> Iterator[Any]:
     """The opened file, of which only the header was read.
 
     Raises:
-        ValueError: truncated, no such file, no safetensors file, or a header that no file of ours has.
+        ValueError: truncated, no such file, no safetensors file, or a header that no file of ours has. It is named.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -38,8 +38,16 @@ def open_safetensors(file: Path) -> Iterator[Any]:
                 raise ValueError(f"its header would have {length:,} bytes")
             content = stack.enter_context(safe_open(_same_file(raw.fileno(), file), framework="pt"))
         except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{file.name} cannot be read ({error}): truncated, or removed?") from error
+            raise ValueError(f"{file} cannot be read: {_reason(error)}.") from error
         yield content
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"it is no complete safetensors file, but perhaps one truncated by an interrupted copy or download ({error})"
 
 
 def _same_file(descriptor: int, file: Path) -> str:

@@ -31,14 +31,12 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @contextlib.contextmanager
 def open_salad(file: Path) -> Iterator[Any]:
-    """The opened file. Raises CorruptFileError: it is no complete safetensors file."""
+    """The opened file. Raises CorruptFileError: it cannot be read, or is no complete safetensors file."""
     with contextlib.ExitStack() as stack:
         try:
             content = stack.enter_context(open_safetensors(file))
         except ValueError as error:
-            raise CorruptFileError(
-                f"{file} is not a complete safetensors file ({error}): truncated by an interrupted copy or download?"
-            ) from error
+            raise CorruptFileError(str(error)) from error
         yield content
 
 

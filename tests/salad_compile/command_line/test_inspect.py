@@ -59,7 +59,7 @@ def test_what_is_no_salad_file(command: Run, wan: Path, salad_file: Path, tmp_pa
     truncated.write_bytes(salad_file.read_bytes()[:1000])
     file, said = {
         "base": (wan / "diffusion_pytorch_model.safetensors", "not a SALAD file"),
-        "truncated": (truncated, "not a complete safetensors file"),
+        "truncated": (truncated, "no complete safetensors file"),
         "missing": (tmp_path / "missing.safetensors", "no SALAD file at"),
     }[kind]
     outcome = command("inspect", file)
