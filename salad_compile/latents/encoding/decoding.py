@@ -135,6 +135,8 @@ def _decode(clip: Clip, container: Any, stream: Any, rate: float | None) -> Iter
     with container:
         try:
             for number, frame in enumerate(container.decode(stream)):
+                if frame.is_corrupt:  # FFmpeg fills what is missing with a guess, and says so here alone
+                    raise item_error(clip.name, f"it cannot be decoded: its frame {number + 1} is damaged")
                 time = frame.time if frame.time is not None else number / (rate or 1.0)
                 pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
                 aspect = float(_pixel_aspect(stream))

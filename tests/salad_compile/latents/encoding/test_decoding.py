@@ -118,6 +118,26 @@ def test_no_damage_of_a_file_ends_the_encoding(tmp_path: Path) -> None:
             read(tmp_path / "b.mp4", PLAIN)
 
 
+def test_what_ffmpeg_guessed_is_no_frame_of_a_clip(tmp_path: Path) -> None:
+    """Damage in the middle of a file: frames that FFmpeg marks as guessed were taken for those of the clip."""
+    av = pytest.importorskip("av")
+    whole = world.write_video(tmp_path / "a.mp4", world.moving(40, 96, 96)).read_bytes()
+    refused, damaged = 0, tmp_path / "b.mp4"
+    for seed in range(30):
+        draw, content = random.Random(seed), bytearray(whole)
+        start = draw.randrange(len(content) // 3, 2 * len(content) // 3)
+        content[start : start + 20] = draw.randbytes(20)
+        damaged.write_bytes(content)
+        marked: list[bool] = []
+        with contextlib.suppress(av.error.FFmpegError), av.open(str(damaged)) as container:
+            marked += (frame.is_corrupt for frame in container.decode(video=0))
+        if any(marked):
+            refused += 1
+            with pytest.raises(LatentItemError, match=f"its frame {marked.index(True) + 1} is damaged"):
+                read(damaged, ClipSize((len(marked),), 96, 96))
+    assert refused
+
+
 def test_pixels_of_no_shape_are_not_scaled(tmp_path: Path) -> None:
     folder = world.write_images(tmp_path / "clip", world.moving(1, 2, 4000))
     assert read(folder, ClipSize((1,), 40, 64)).shape == (1, 3, 40, 64)
