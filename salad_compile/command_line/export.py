@@ -10,6 +10,7 @@ from typing import Any
 from salad_compile.command_line import model_arguments
 from salad_compile.command_line.output import show
 from salad_compile.common.files import read_json
+from salad_compile.common.paths import as_directory
 from salad_compile.common.schema import DIGEST, SummaryFields, decode_file, fields_of
 from salad_compile.errors import ConfigError
 from salad_compile.exchange.formats import FORMATS
@@ -50,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Load, export, report."""
     import salad_compile
+    from salad_compile.exchange.export_directory import require_replaceable
 
+    require_replaceable(as_directory(arguments.output).resolve())  # before the model is loaded
     salad = file_at(arguments.salad)  # once: of a run it may warn
     training = _read_training(arguments, salad)
     report = salad_compile.export(

@@ -9,6 +9,7 @@ from typing import Any
 
 from salad_compile.command_line.model_arguments import DEFAULT_PIXELS, device_of, positive
 from salad_compile.command_line.output import tell
+from salad_compile.common.paths import as_directory
 from salad_compile.common.reports import plural
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -81,6 +82,7 @@ def encode(arguments: argparse.Namespace) -> int:
     from salad_compile.latents.encoding.finding import find_clips, require_apart
     from salad_compile.latents.encoding.sizes import ClipSize
 
+    as_directory(arguments.output)  # before the encoders are loaded
     size = ClipSize(
         tuple(arguments.frames), arguments.height, arguments.width, arguments.fps, buckets=arguments.buckets
     )

@@ -15,8 +15,9 @@ from salad_compile.command_line.experts import FIRST, Expert, experts_of
 from salad_compile.command_line.model_arguments import assignments
 from salad_compile.command_line.output import tell
 from salad_compile.common.files import read_json
+from salad_compile.common.paths import as_directory
 from salad_compile.common.printable import printable
-from salad_compile.errors import ConfigError, SaladError
+from salad_compile.errors import ConfigError, SaladError, TrainingError
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -39,6 +40,7 @@ example:
     accelerate launch -m salad_compile.command_line train --model wan --latents data --output run
 """
 
+_TOO_SMALL = 75  # exit code of a process whose dry run found too little disk; 1 is that of a crash
 START_METHOD = "spawn"  # of the processes of --processes; CUDA cannot be used after a fork
 
 
@@ -75,11 +77,18 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--processes takes a number of at least 1, got {arguments.processes}.")
     settings, config = settings_of(arguments), config_of(arguments)  # errors in them show before anything is loaded
     experts = experts_of(arguments, settings)
+    for expert in experts:
+        as_directory(expert.output)
     if arguments.processes > 1:
         from salad_compile.training.launching import run_processes
 
         alone = argparse.Namespace(**{**vars(arguments), "processes": 1})
-        signal = run_processes(_process, (alone,), arguments.processes, START_METHOD)
+        try:
+            signal = run_processes(_process, (alone,), arguments.processes, START_METHOD)
+        except TrainingError as error:
+            if getattr(error.__cause__, "exit_code", None) == _TOO_SMALL:
+                return 1
+            raise
         finished = all(_is_finished(expert) for expert in experts)
         return 128 + signal if signal and not finished else 0
     if arguments.dry_run:
@@ -236,7 +245,9 @@ def _process(arguments: argparse.Namespace) -> None:
 
     with logs_on_stderr(verbose=arguments.verbose, silent=arguments.quiet), quiet(arguments.quiet):
         try:
-            run(arguments)
+            code = run(arguments)
         except (SaladError, OSError) as error:
             print(f"salad-compile: error: {printable(str(error))}", file=sys.stderr)
             sys.exit(2)
+    if arguments.dry_run and code:
+        sys.exit(_TOO_SMALL)

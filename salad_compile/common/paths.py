@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from salad_compile.errors import ConfigError
+from salad_compile.errors import ConfigError, WriteError
 
 
 def as_path(path: str | bytes | os.PathLike[str]) -> Path:
@@ -31,11 +31,25 @@ def as_path(path: str | bytes | os.PathLike[str]) -> Path:
 
 
 def as_directory(path: str | bytes | os.PathLike[str]) -> Path:
-    """As :func:`as_path`, of a directory that is written to and need not exist. Raises ConfigError for a file, too."""
+    """As :func:`as_path`, of a directory that is written to and need not exist: what must be known before long work.
+
+    Raises:
+        ConfigError: it is a file, too. WriteError: it, or what it would be made in, cannot be written to.
+    """
     found = as_path(path)
-    if found.exists() and not found.is_dir():
-        raise ConfigError(f"{found} is a file: name a directory.")
+    there = next(place for place in (found.absolute(), *found.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{there} is a file: name a directory.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        failure = WriteError(f"{there} cannot be written to: name a directory elsewhere, or change its permissions.")
+        failure.errno = errno.EACCES
+        raise failure
     return found
+
+
+def nearest_directory(path: Path) -> Path:
+    """The directory itself, or the nearest one above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
 
 
 def require_regular(path: Path, *, follow: bool = True) -> None:

@@ -84,7 +84,7 @@ def export(
     chosen = choose_formats(formats)
     modules = bare_components(model)
     target = as_path(directory).resolve()
-    _on_first_rank(lambda: _require_replaceable(target))
+    _on_first_rank(lambda: require_replaceable(target))
     parts = [Component.of(name, module) for name, module in modules.items() if branches(module)]
     if not parts:
         describe(next(iter(modules.values())))  # raises NotConvertedError
@@ -101,8 +101,12 @@ def export(
 # --- before anything is written --------------------------------------------------------------------------------------
 
 
-def _require_replaceable(target: Path) -> None:
-    """Replacing a directory deletes what is in it: only what an export wrote may be."""
+def require_replaceable(target: Path) -> None:
+    """Whether :func:`export` may write there. Replacing a directory deletes what is in it: only an export's may be.
+
+    Raises:
+        WriteError: it is a file, or holds something that no export wrote.
+    """
     if not target.exists():
         return
     if not target.is_dir():

@@ -16,10 +16,13 @@ import torch
 import torch.nn as nn
 
 from salad_compile.common.files import name_failures
-from salad_compile.common.paths import as_directory
+from salad_compile.common.locks import hold
+from salad_compile.common.paths import as_directory, nearest_directory
 from salad_compile.common.wrappers import single_model
 from salad_compile.config import SaladConfig
 from salad_compile.latents import LatentDataset
+from salad_compile.salad_files.runs import complete_checkpoints
+from salad_compile.training.checkpoints import as_begun
 from salad_compile.training.families import family_of
 from salad_compile.training.flow_matching import Forward
 from salad_compile.training.loop import Given, Run, prepare
@@ -29,6 +32,8 @@ from salad_compile.training.records import peak_memory
 from salad_compile.training.rehearsal import COUNTED_STEPS, Rehearsal, clock
 from salad_compile.training.samples import Decode
 from salad_compile.training.settings import TrainSettings
+
+_FOLDER = ".salad-dry-run-"  # how its name begins
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,8 @@ def estimate(
 ) -> Estimate:
     """Take three steps, one validation forward and one checkpoint, and tell what a whole run would take.
 
-    Arguments and errors are those of :func:`salad_compile.training.train`; every process calls it. Branches are
+    Arguments and errors are those of :func:`salad_compile.training.train`; every process calls it. Of a run that the
+    directory holds already, settings of the conversion that are not given are those that it began with. Branches are
     afterwards as they were; the model is prepared for training, as train() leaves it. Nothing stays on the disk. Of
     data with several sizes up to three are measured, the largest among them, and the others are interpolated.
     """
@@ -123,20 +129,18 @@ def estimate(
     require_kinds(settings, latents, validation, forward)
     wanted = dataclasses.replace(settings, trackers=(), steps=max(settings.steps, COUNTED_STEPS))
     given = Given(latents, validation, family_of(bare, wanted, forward), decode)
-    run = prepare(bare, given, wanted, target, found=None, config=config)
+    begun = complete_checkpoints(target)
+    run = prepare(bare, given, wanted, target, found=None, config=as_begun(config, begun[-1] if begun else None))
     parameters = run.engine.parameters
     keep = torch.clone if run.accelerator.is_fsdp2 else _on_the_host  # so that the peak is that of the run
     before = {name: keep(parameter.detach()) for name, parameter in parameters.items()}
     run.engine.bare.train()
-    with contextlib.closing(Rehearsal(run, settings)) as rehearsal:
+    with _put_back(parameters, before), contextlib.closing(Rehearsal(run, settings)) as rehearsal:
         step_seconds = rehearsal.step_seconds()
         validation_seconds = 0.0 if validation is None else rehearsal.validation_seconds(validation)
         sample_seconds = rehearsal.sample_seconds()
         checkpoint_seconds, disk, free = _checkpoints(run, settings, target)
         first = rehearsal.first_seconds + rehearsal.compile_seconds()
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(before[name])
     device = run.accelerator.device
     return Estimate(
         settings.steps,
@@ -153,14 +157,26 @@ def estimate(
     )
 
 
+@contextlib.contextmanager
+def _put_back(parameters: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Afterwards, whatever happened within, the parameters have the values of before."""
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
+
+
 def _on_the_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("cpu", copy=True)
 
 
 def _checkpoints(run: Run, settings: TrainSettings, directory: Path) -> tuple[float, int, int]:
     """Seconds of all checkpoints, the bytes that a run leaves at most, and those that are free."""
-    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
-    writer = run.writer
+    there, writer = nearest_directory(directory), run.writer
+    writer.directory = there
+    writer.require_room()
     with _shared_folder(run, there) as folder:
         writer.directory = folder
         began = clock(run.accelerator.device)
@@ -178,15 +194,20 @@ def _checkpoints(run: Run, settings: TrainSettings, directory: Path) -> tuple[fl
 
 @contextlib.contextmanager
 def _shared_folder(run: Run, parent: Path) -> Iterator[Path]:
-    """A folder that all processes see, and which the first one removes."""
+    """A folder that all processes see, and which the first one removes, with those of dry runs that were killed."""
     from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 
     main = run.accelerator.is_main_process
+    for left in parent.glob(f"{_FOLDER}*") if main else ():
+        with contextlib.suppress(OSError), hold(left, seconds=0) as alone:  # another dry run holds its own
+            if alone:
+                shutil.rmtree(left, ignore_errors=True)
     with name_failures(parent):
-        made = [tempfile.mkdtemp(prefix=".salad-dry-run-", dir=parent) if main else ""]
+        made = [tempfile.mkdtemp(prefix=_FOLDER, dir=parent) if main else ""]
     (name,) = broadcast_object_list(made)
     try:
-        yield Path(name)
+        with hold(Path(name)) if main else contextlib.nullcontext():
+            yield Path(name)
     finally:
         if main:
             shutil.rmtree(name, ignore_errors=True)

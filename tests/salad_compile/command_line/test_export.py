@@ -34,6 +34,14 @@ def test_formats_and_the_training_beside_the_file(command: Run, wan: Path, salad
     assert changed.abs().max() > 1e-2
 
 
+def test_where_nothing_can_be_written_is_told_before_the_model_is_loaded(
+    command: Run, wan: Path, tmp_path: Path
+) -> None:
+    outcome = command("export", "--model", tmp_path / "nowhere", "--salad", tmp_path / "nowhere", "--output", wan)
+    assert outcome.code == WRONG
+    assert f"{wan} holds config.json, diffusion_pytorch_model.safetensors, which no export wrote" in outcome.err
+
+
 def test_both_experts(command: Run, pipeline: Path, wan: Path, salad_file: Path, tmp_path: Path) -> None:
     whole = tmp_path / "pipeline"
     shutil.copytree(pipeline, whole)

@@ -243,6 +243,19 @@ def test_wrong_words(command: Run, given: Path, tmp_path: Path, more: list[str],
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_dry_run_without_room_ends_with_1(
+    given: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setattr(train_command, "START_METHOD", "fork")
+    monkeypatch.setattr(train_command, "_estimate_all", lambda *given: 1)
+    code = salad_compile.command_line.main(
+        ["train", *map(str, words(given, tmp_path / "run", "--dry-run", "--processes", processes))]
+    )
+    assert code == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_process_that_fails_says_why_once(
     given: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 import salad_compile
 from salad_compile.common.files import read_json, write_at_once, write_directory_at_once
+from salad_compile.common.paths import as_directory
 from salad_compile.common.schema import SummaryFields, decode_file
 from salad_compile.common.tensor_files import open_safetensors
 from salad_compile.errors import ConfigError, CorruptFileError, WriteError
@@ -68,6 +70,20 @@ def test_what_is_no_path(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(ConfigError, match=r"a path is|is no name of a file"):
             take()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_cannot_be_written_to_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert as_directory(tmp_path / "new" / "newer") == tmp_path / "new" / "newer"
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file: name a directory"):
+        as_directory(tmp_path / "file" / "new")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # the user of tests may write anywhere
+    for directory in (tmp_path, tmp_path / "new" / "newer"):
+        with pytest.raises(WriteError, match=f"{tmp_path} cannot be written to") as told:
+            as_directory(directory)
+        assert told.value.errno == errno.EACCES
 
 
 def test_a_name_that_is_too_long(tmp_path: Path) -> None:

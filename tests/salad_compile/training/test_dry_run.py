@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from salad_compile.errors import ConfigError
+from salad_compile.common.locks import hold
+from salad_compile.errors import ConfigError, WriteError
 from salad_compile.latents import LatentItem, open_latents, write_latents
 from salad_compile.sites.branch import branches
 from salad_compile.training import Estimate, TrainSettings, estimate, records, rehearsal, train
@@ -129,6 +131,33 @@ def test_steps_while_the_sparsity_grows_are_longer(tmp_path: Path, monkeypatch: 
     found = estimate(model, data, settings, tmp_path / "run", forward=forward)
     assert found.step_seconds == pytest.approx((10 * (0.8 + 0.3) / 2 + 30 * 0.3) / 40)
     assert mean_sparsity(branches(model)) == pytest.approx(0.7)
+
+
+def test_what_a_killed_one_left_is_removed_and_what_a_living_one_has_is_not(tmp_path: Path) -> None:
+    left, living = tmp_path / ".salad-dry-run-left", tmp_path / ".salad-dry-run-living"
+    for folder in (left, living):
+        (folder / "checkpoints").mkdir(parents=True)
+    with hold(living):
+        estimate(converted(), latents(tmp_path / "latents"), RUN, tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [living.name, "latents"]
+
+
+def test_a_failure_leaves_the_branches_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = converted(), latents(tmp_path / "latents")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters() if ".salad." in name}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 5000))  # type: ignore[attr-defined]
+    with pytest.raises(WriteError, match=f"{tmp_path} has room for 0 MiB"):
+        estimate(model, data, RUN, tmp_path / "run")
+    assert all(torch.equal(model.get_parameter(name), parameter) for name, parameter in before.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["latents"]
+
+
+def test_a_run_that_began_otherwise_is_told_as_it_will_go_on(tmp_path: Path) -> None:
+    given = {name: value for name, value in CONFIG.to_dict().items() if not name.startswith("compensation")}
+    data, model = latents(tmp_path / "latents"), base(num_layers=1)
+    train(base(num_layers=1), data, dataclasses.replace(RUN, steps=1), tmp_path / "run", config=CONFIG)
+    estimate(model, data, RUN, tmp_path / "run", config=given)
+    assert CONFIG.compensation == next(iter(branches(model).values())).config.compensation == "none"
 
 
 def test_mistakes_are_those_of_train(tmp_path: Path) -> None:

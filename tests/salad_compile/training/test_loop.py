@@ -339,7 +339,7 @@ def test_room_for_one_checkpoint_is_asked_for_at_the_start(
 
 def test_a_target_that_cannot_be_written_is_one_sentence(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match=r"file/run/checkpoints could not be written") as caught:
+    with pytest.raises(ConfigError, match=r"file is a file: name a directory") as caught:
         run(data, tmp_path / "file" / "run")
     assert "\n" not in str(caught.value)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
