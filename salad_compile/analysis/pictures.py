@@ -23,7 +23,7 @@ from salad_compile.analysis.diagnosis import Detail, Diagnosis, SiteDiagnosis, d
 from salad_compile.analysis.forwards import converted_branches, forward_inputs, run_observed
 from salad_compile.analysis.site_call import SiteCall
 from salad_compile.common.files import write_at_once
-from salad_compile.common.paths import as_path
+from salad_compile.common.paths import as_directory
 from salad_compile.common.progress import ProgressBar
 from salad_compile.common.reports import Report
 from salad_compile.errors import MissingPackageError
@@ -94,7 +94,7 @@ def save_pictures(model: Any, inputs: Any, directory: str | os.PathLike[str], ab
             :func:`diagnose`. OSError: a file cannot be written.
     """
     _require_matplotlib()
-    target = as_path(directory)
+    target = as_directory(directory)
     bare, found = converted_branches(model, "save_pictures")
     collected = _Collected()
     run_observed(bare, forward_inputs(bare, inputs), collected.look, "pictures")

@@ -22,12 +22,12 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
+from salad_compile.command_line.failures import own_error, sentence_of
 from salad_compile.command_line.logging_setup import logs_on_stderr
 from salad_compile.command_line.parser import Parser
-from salad_compile.common.printable import printable
 from salad_compile.common.progress import quiet
 from salad_compile.common.version import __version__
-from salad_compile.errors import ConfigError, MissingPackageError, SaladError
+from salad_compile.errors import ConfigError, MissingPackageError
 
 OK, NO, WRONG, FAILED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 3, 130, 141
 
@@ -180,23 +180,14 @@ def _command_in(argv: Sequence[str]) -> str | None:
 
 def _report_error(error: Exception, *, debug: bool) -> int:
     """Print what went wrong; returns the exit code."""
-    own = _own_error(error)
-    if debug or own is None:
+    said = sentence_of(error)
+    if debug or said is None:
         traceback.print_exception(error)
-    if own is None:
+    if said is None:
         print(f"{PROGRAM}: unexpected error: {type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
-    print(f"{PROGRAM}: error: {printable(str(own)) or type(own).__name__}", file=sys.stderr)
-    return NO if type(own).__name__ in ("NoEligibleSiteError", "NoAttentionError") else WRONG
-
-
-def _own_error(error: Exception) -> Exception | None:
-    """The error that has a message for users: ours, the system's, or ours in what torch wraps it in."""
-    inner = getattr(error, "inner_exception", None)  # of torch._dynamo.exc.BackendCompilerFailed
-    for candidate in (error, inner):
-        if isinstance(candidate, (SaladError, OSError)) or type(candidate).__name__ == "UnsupportedKernelError":
-            return candidate
-    return None
+    print(f"{PROGRAM}: error: {said}", file=sys.stderr)
+    return NO if type(own_error(error)).__name__ in ("NoEligibleSiteError", "NoAttentionError") else WRONG
 
 
 def _drop_output() -> None:

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the file")
     group.add_argument("--output", required=True, metavar="PATH", help="a file, or a directory for salad.safetensors")
     group.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of LoRA's random halves; default 0")
+    group.add_argument(
+        "--seed", type=model_arguments.seed, default=0, metavar="N", help="of LoRA's random halves; default 0"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

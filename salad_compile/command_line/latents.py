@@ -166,7 +166,8 @@ def _statistics(source: str) -> LatentStatistics:
         values = json.loads(Path(source).read_text(encoding="utf-8"))
         return statistics_of_config(values) or LatentStatistics.from_dict(values)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ConfigError(
-            f"--statistics {source}: {error}. It is {' or '.join(KNOWN_STATISTICS)}, a directory of a pipeline, or "
+            f"--statistics {source}: {what}. It is {' or '.join(KNOWN_STATISTICS)}, a directory of a pipeline, or "
             "a JSON file with mean and std per channel."
         ) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from salad_compile.command_line.model_source import ModelSource, find_model, import_name, load_model, stored_dtype
+from salad_compile.common.checks import LARGEST_SIZE, is_count
 from salad_compile.common.files import read_json
 from salad_compile.config import ROPE_PLACEMENTS, SaladConfig
 from salad_compile.definition import patterns
@@ -325,8 +326,16 @@ def _value(text: str) -> Any:
 def positive(text: str) -> int:
     """An argument that counts something."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number of 1 or more")
+    if not is_count(value, 1, LARGEST_SIZE):
+        raise argparse.ArgumentTypeError(f"{value} is not a number of 1 or more, below 2**31")
+    return value
+
+
+def seed(text: str) -> int:
+    """An argument for torch's generators."""
+    value = int(text)
+    if not is_count(value, 0, 2**63 - 1):
+        raise argparse.ArgumentTypeError(f"{value} is not a seed, which is 0 or more, below 2**63")
     return value
 
 
@@ -336,6 +345,6 @@ def triple(text: str) -> tuple[int, int, int]:
         t, h, w = (int(part) for part in text.lower().split("x"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size: write three numbers, 21x30x52") from None
-    if min(t, h, w) < 1:
+    if not all(is_count(size, 1, LARGEST_SIZE) for size in (t, h, w)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size")
     return t, h, w

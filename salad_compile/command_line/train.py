@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salad_compile.command_line.experts import FIRST, Expert, experts_of
+from salad_compile.command_line.failures import sentence_of
 from salad_compile.command_line.model_arguments import assignments
 from salad_compile.command_line.output import tell
 from salad_compile.common.files import read_json
 from salad_compile.common.paths import as_directory
-from salad_compile.common.printable import printable
-from salad_compile.errors import ConfigError, SaladError, TrainingError
+from salad_compile.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -80,8 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
     for expert in experts:
         as_directory(expert.output)
     if arguments.processes > 1:
+        from salad_compile.training.feeding import require_divisible
         from salad_compile.training.launching import run_processes
 
+        require_divisible(settings, arguments.processes)  # before so many are started
         alone = argparse.Namespace(**{**vars(arguments), "processes": 1})
         try:
             signal = run_processes(_process, (alone,), arguments.processes, START_METHOD)
@@ -246,8 +248,11 @@ def _process(arguments: argparse.Namespace) -> None:
     with logs_on_stderr(verbose=arguments.verbose, silent=arguments.quiet), quiet(arguments.quiet):
         try:
             code = run(arguments)
-        except (SaladError, OSError) as error:
-            print(f"salad-compile: error: {printable(str(error))}", file=sys.stderr)
+        except Exception as error:
+            said = sentence_of(error)
+            if said is None:
+                raise
+            print(f"salad-compile: error: {said}", file=sys.stderr)
             sys.exit(2)
     if arguments.dry_run and code:
         sys.exit(_TOO_SMALL)

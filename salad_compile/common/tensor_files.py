@@ -35,7 +35,7 @@ def open_safetensors(file: Path) -> Iterator[Any]:
             raw = stack.enter_context(file.open("rb"))
             length = int.from_bytes(raw.read(8), "little")
             if length > LARGEST_HEADER:
-                raise ValueError(f"its header would have {length:,} bytes")
+                raise ValueError(f"it is no safetensors file: its header would have {length:,} bytes")
             content = stack.enter_context(safe_open(_same_file(raw.fileno(), file), framework="pt"))
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read: {_reason(error)}.") from error

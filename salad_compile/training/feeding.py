@@ -33,12 +33,7 @@ class Feed:
     """
 
     def __init__(self, latents: LatentDataset, settings: TrainSettings, rank: int, world: int) -> None:
-        share = settings.micro_batch * world
-        if settings.batch % share:
-            raise ConfigError(
-                f"batch ({settings.batch}) must be a multiple of micro_batch x processes ({settings.micro_batch} x "
-                f"{world}): change one of them."
-            )
+        share = require_divisible(settings, world)
         self.latents, self.settings = latents, settings
         self.batches = ShapeBatches(latents.shapes, settings.batch, seed=settings.seed)  # of all processes together
         self.rank, self.world = rank, world
@@ -120,6 +115,17 @@ def name_dead_readers() -> Iterator[None]:
             "they were, and the same command goes on from the newest. Too little memory is the usual reason, or too "
             "little shared memory (docker run --shm-size): --set workers=0 reads in the training process."
         ) from error
+
+
+def require_divisible(settings: TrainSettings, world: int) -> int:
+    """The samples of one forward of all processes together. Raises ConfigError: the batch is no multiple of them."""
+    share = settings.micro_batch * world
+    if settings.batch % share:
+        raise ConfigError(
+            f"batch ({settings.batch}) must be a multiple of micro_batch x processes ({settings.micro_batch} x "
+            f"{world}): change one of them."
+        )
+    return share
 
 
 class _Places:

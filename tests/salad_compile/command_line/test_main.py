@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import salad_compile
 from salad_compile import command_line
@@ -66,6 +67,9 @@ def test_version(command: Run) -> None:
         (["inspect", "file", "--xylophone"], "unrecognized arguments: --xylophone\n"),
         (["plan", "model", "--latent", "21x60"], "'21x60' is not a size: write three numbers, 21x30x52"),
         (["plan", "model", "--frames", "0"], "0 is not a number of 1 or more"),
+        (["plan", "model", "--frames", "9" * 30], "is not a number of 1 or more, below 2**31"),
+        (["plan", "model", "--latent", f"{9 * 10**30}x1x1"], "is not a size"),
+        (["convert", "model", "--output", "file", "--seed", "-1"], "-1 is not a seed, which is 0 or more, below 2**63"),
         (["latents", "inspect", "data", "--sample", "0"], "0 is not a number of 1 or more"),
         (["latents", "inspect", ""], "what inspect is given is empty"),
         (["train", "--model", "wan", "--latents", "data", "--output", ""], "what --output is given is empty"),
@@ -117,6 +121,26 @@ def test_an_unexpected_error_has_a_traceback_and_a_code_of_its_own(
     assert outcome.code == FAILED
     assert "Traceback" in outcome.err
     assert "ZeroDivisionError: by zero" in outcome.err.splitlines()[-1]
+
+
+def out_of_memory() -> Exception:
+    """What the allocator of the CPU raises, as a compiler passes it on."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    wrapped = RuntimeError("while compiling")
+    wrapped.__cause__ = caught.value
+    return wrapped
+
+
+@pytest.mark.parametrize("make", [out_of_memory, MemoryError, lambda: torch.OutOfMemoryError("CUDA out of memory")])
+def test_memory_that_runs_out_is_one_line_with_what_helps(
+    command: Run, monkeypatch: pytest.MonkeyPatch, make: Any
+) -> None:
+    fake_command(monkeypatch, make())
+    outcome = command("doctor")
+    assert outcome.code == WRONG
+    assert outcome.err.startswith("salad-compile: error: memory ran out: fewer frames or a smaller size take less")
+    assert len(outcome.err.splitlines()) == 1
 
 
 def test_an_error_that_torch_wrapped_is_ours(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:

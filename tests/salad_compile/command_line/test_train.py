@@ -231,6 +231,7 @@ def test_from_a_file_of_branches(command: Run, given: Path, tmp_path: Path) -> N
         (["--set", "learning_rat=1"], "Did you mean 'learning_rate'"),
         (["--set", "steps"], "--set takes FIELD=VALUE"),
         (["--convert", "sparsit=0.5"], "Did you mean 'sparsity'"),
+        (["--processes", "99999"], "must be a multiple of micro_batch x processes"),
         (["--processes", "0"], "--processes takes a number of at least 1"),
         (["--settings", "missing.json"], "missing.json"),
         (["--forward", "nowhere:f", "--convert", "min_tokens=16"], "'nowhere' cannot be imported"),
