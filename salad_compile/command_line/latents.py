@@ -163,7 +163,7 @@ def _statistics(source: str) -> LatentStatistics:
             raise ConfigError(f"--statistics {source}: no VAE with statistics is there.")
         return found
     try:
-        values = json.loads(Path(source).read_text(encoding="utf-8"))
+        values = json.loads(Path(source).read_text(encoding="utf-8-sig"))
         return statistics_of_config(values) or LatentStatistics.from_dict(values)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else error

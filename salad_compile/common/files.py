@@ -181,7 +181,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if size > LARGEST_FILE:
         raise ConfigError(f"{path} is not a file of settings: it has {size:,} bytes.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows put a mark in front
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(values, dict):

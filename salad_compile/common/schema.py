@@ -124,13 +124,14 @@ class VersionFields(Struct, kw_only=True):
 
 
 class FingerprintFields(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Model and data of a run."""
+    """Model and data of a run. `values`: a digest of some items; older checkpoints have none."""
 
     base_class: Text
     base_digest: Digest
     config: ConfigFields
     base_weights: float
     data: Digest
+    values: Digest | None = None
 
 
 class StateFields(Struct, forbid_unknown_fields=True, kw_only=True):

@@ -8,8 +8,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from salad_compile.common.files import read_json
 from salad_compile.common.logs import logger
 from salad_compile.common.paths import as_path
 from salad_compile.common.progress import ProgressBar
@@ -26,6 +27,7 @@ from salad_compile.latents.statistics import LatentStatistics
 from salad_compile.latents.storing import save_text, writing_in
 
 PLAN = "salad_conversion.json"
+_FILES = "files_sha256"  # in it; conversions of earlier releases have none
 _ROWS_PER_FILE = 16  # of a Parquet file, which is held in memory: a Wan clip of 480p and 81 frames takes up to 16 MB
 
 
@@ -93,7 +95,7 @@ def convert_latents(
         raise ConfigError("FastVideo's latents are not normalised: pass statistics= of their VAE to undo it.")
     _require_apart(goal, origin)
     with writing_in(goal):
-        _claim(goal, _plan(latents, to))
+        _claim(goal, {**_plan(latents, to), _FILES: _digest_of_files(origin)})
         return _write_all(latents, origin, goal, to, on_error, progress)
 
 
@@ -157,21 +159,32 @@ def _target(to: str, goal: Path, latents: StoredLatents) -> _Target:
     )
 
 
-def _plan(latents: StoredLatents, to: str) -> str:
-    """Everything that must be equal for a conversion to be resumed."""
+def _plan(latents: StoredLatents, to: str) -> dict[str, Any]:
+    """Everything that must be equal for a conversion to be resumed, but for the files that it reads."""
     listed = json.dumps([latents.names, latents.shapes])
-    return json.dumps(
-        {
-            "from": latents.layout,
-            "to": to,
-            "items": len(latents),
-            "items_sha256": hashlib.sha256(listed.encode()).hexdigest(),
-            "normalized": latents.normalized,
-            "statistics": None if latents.statistics is None else latents.statistics.to_dict(),
-            "rows_per_file": _ROWS_PER_FILE,
-        },
-        indent=1,
+    plan: dict[str, Any] = json.loads(
+        json.dumps(
+            {
+                "from": latents.layout,
+                "to": to,
+                "items": len(latents),
+                "items_sha256": hashlib.sha256(listed.encode()).hexdigest(),
+                "normalized": latents.normalized,
+                "statistics": None if latents.statistics is None else latents.statistics.to_dict(),
+                "rows_per_file": _ROWS_PER_FILE,
+            }
+        )
     )
+    return plan
+
+
+def _digest_of_files(origin: Path) -> str:
+    """Of names, sizes and times of all files of the source: items that were made anew are not those of before."""
+    every = [origin] if origin.is_file() else origin.rglob("*")
+    files = sorted(path for path in every if path.is_file() and not path.name.startswith("."))
+    stats = [(path.relative_to(origin).as_posix(), path.stat()) for path in files]
+    listed = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
 
 
 def _require_apart(goal: Path, origin: Path) -> None:
@@ -183,7 +196,7 @@ def _require_apart(goal: Path, origin: Path) -> None:
         raise ConfigError(f"the destination {goal} is a file.")
 
 
-def _claim(goal: Path, plan: str) -> None:
+def _claim(goal: Path, plan: dict[str, Any]) -> None:
     """Leave a note of this conversion in an empty destination, or find the one of an interrupted run.
 
     Raises:
@@ -191,12 +204,15 @@ def _claim(goal: Path, plan: str) -> None:
     """
     note = goal / PLAN
     if note.exists():
-        if note.read_text(encoding="utf-8", errors="replace") != plan:
+        before = read_json(note)
+        different = [name for name in plan if before.get(name) != plan[name] and (name in before or name != _FILES)]
+        if different:
             raise ConfigError(
-                f"{goal} holds another conversion ({PLAN} differs): other items, format, normalisation or statistics. "
-                "Write to another directory, or delete it."
+                f"{goal} holds another conversion ({PLAN} differs in {', '.join(different)}): of other items, of files "
+                "that have changed since, or of another format, normalisation or statistics. Write to another "
+                "directory, or delete it."
             )
         return
     if any(not file.name.startswith(".") for file in goal.iterdir()):
         raise ConfigError(f"{goal} is not empty, and not left by an interrupted conversion.")
-    save_text(note, plan)
+    save_text(note, json.dumps(plan, indent=1))

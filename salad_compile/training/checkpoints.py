@@ -38,6 +38,7 @@ from salad_compile.errors import (
     WriteError,
 )
 from salad_compile.latents import LatentDataset
+from salad_compile.latents.checking import evenly_spaced
 from salad_compile.salad_files.contents import describe
 from salad_compile.salad_files.location import FILE_NAME
 from salad_compile.salad_files.runs import (
@@ -66,6 +67,7 @@ class Fingerprint:
         base_class, base_digest, config: of the model, as in the header of a SALAD file.
         base_weights: sum of the absolute values of all frozen parameters, in fp64.
         data: a digest of the names and shapes of all items, in their order, not of their values.
+        values: a digest of the values of some items, spread over the data: all would take as long as reading them.
     """
 
     base_class: str
@@ -73,6 +75,7 @@ class Fingerprint:
     config: dict[str, Any]
     base_weights: float
     data: str
+    values: str
 
     @classmethod
     def of(cls, model: nn.Module, latents: LatentDataset) -> Fingerprint:
@@ -82,13 +85,22 @@ class Fingerprint:
         """
         header = describe(model)
         config = json.loads(json.dumps(header.config.to_dict()))
-        return cls(header.base_class, header.base_digest, config, _weight_sum(model), digest_of_items(latents))
+        data, values = digest_of_items(latents), _digest_of_values(latents)
+        return cls(header.base_class, header.base_digest, config, _weight_sum(model), data, values)
 
 
 def digest_of_items(latents: LatentDataset) -> str:
     """Of the names and shapes of all items, in their order."""
     listing = json.dumps([list(latents.names), [list(shape) for shape in latents.shapes]])
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _digest_of_values(latents: LatentDataset) -> str:
+    found = hashlib.sha256()
+    for index in evenly_spaced(_SAMPLED, len(latents)):
+        item = latents[index]
+        found.update(digest_of({"latent": item.latent, "text": item.text, **item.extras}, {}).encode())
+    return found.hexdigest()
 
 
 def _weight_sum(model: nn.Module) -> float:
@@ -107,6 +119,7 @@ def _weight_sum(model: nn.Module) -> float:
     return total
 
 
+_SAMPLED = 4  # items
 _OF_CONVERSION = "the conversion's"
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -193,6 +206,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         yield "the model's base_weights: its frozen parameters have other values"
     if before["data"] != now["data"]:
         yield "data: the latents have other names, shapes or another order"
+    elif before["values"] not in (None, now["values"]):
+        yield "data: latents or texts of the same names have other values, as when clips were encoded anew"
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -283,8 +283,10 @@ class Run:
             file = save(self.engine.bare, self.directory / FILE_NAME)
             if self.average is not None:
                 self.average.swap()
-                save(self.engine.bare, self.directory / EMA_FILE_NAME)
-                self.average.swap()
+                try:
+                    save(self.engine.bare, self.directory / EMA_FILE_NAME)
+                finally:
+                    self.average.swap()
         self.accelerator.wait_for_everyone()
         log = read_log(self.directory)
         loss = next((line["loss"] for line in reversed(log) if "loss" in line), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,7 @@ from salad_compile.latents import (
     open_latents,
     write_latents,
 )
+from salad_compile.latents.layouts import Writable
 from tests.salad_compile.latents.data import (
     fastvideo_row,
     make_item,
@@ -93,6 +95,28 @@ def test_chunks_past_ten_keep_their_order(tmp_path: Path, monkeypatch: pytest.Mo
     write_latents(make_items(12), tmp_path / "a", statistics=WAN_2_1)
     convert_latents(tmp_path / "a", tmp_path / "b", to="fastvideo", progress=False)
     assert open_latents(tmp_path / "b", sample=0).names == [f"clip{number}" for number in range(12)]
+
+
+@pytest.mark.parametrize("to", ["salad", "musubi", "fastvideo"])
+def test_items_that_were_made_anew_are_not_taken_for_those_of_before(tmp_path: Path, to: Writable) -> None:
+    """Of the same names and shapes, as after captions were mended and encoded again."""
+    source, goal = tmp_path / "source", tmp_path / "goal"
+    write_musubi(source, make_items(2))
+    convert_latents(source, goal, to=to, progress=False)
+    assert convert_latents(source, goal, to=to, progress=False).kept == 2
+    write_musubi(source, [replace(item, text=item.text + 1) for item in make_items(2)])
+    with pytest.raises(ConfigError, match=r"holds another conversion.*files that have changed since"):
+        convert_latents(source, goal, to=to, progress=False)
+
+
+def test_a_conversion_that_an_earlier_release_began_goes_on(tmp_path: Path) -> None:
+    write_musubi(tmp_path / "source", make_items(2))
+    convert_latents(tmp_path / "source", tmp_path / "goal", progress=False)
+    note = tmp_path / "goal" / converting.PLAN
+    plan = json.loads(note.read_text())
+    del plan["files_sha256"]
+    note.write_text(json.dumps(plan, indent=1))
+    assert convert_latents(tmp_path / "source", tmp_path / "goal", progress=False).kept == 2
 
 
 def run_and_be_killed(source: Path, goal: Path, to: str, file: int) -> None:

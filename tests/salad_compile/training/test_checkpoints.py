@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,10 +14,10 @@ import pytest
 import torch
 
 from salad_compile.errors import ConfigError, ResumeError, TrainingError
-from salad_compile.latents import LatentDataset
+from salad_compile.latents import LatentDataset, open_latents, write_latents
 from salad_compile.training import records as records_module
 from salad_compile.training import train
-from tests.salad_compile.training.tiny import SETTINGS, converted, latents
+from tests.salad_compile.training.tiny import SETTINGS, converted, items, latents
 
 RUN = dataclasses.replace(SETTINGS, steps=4, checkpoint_every=1, keep_last=4)
 
@@ -68,6 +69,19 @@ def test_without_a_checkpoint_to_go_on_from_nothing_is_replaced(
     with pytest.raises(ResumeError, match=said):
         train(converted(), data, RUN, directory)
     assert contents(directory) == before
+
+
+def test_data_of_the_same_names_and_other_values_are_told(data: LatentDataset, directory: Path, tmp_path: Path) -> None:
+    anew = (dataclasses.replace(item, text=item.text + 1) for item in items())
+    write_latents(anew, tmp_path / "anew")
+    more = dataclasses.replace(RUN, steps=5)
+    with pytest.raises(ResumeError, match="data: latents or texts of the same names have other values"):
+        train(converted(), open_latents(tmp_path / "anew"), more, directory)
+    state = directory / "checkpoints" / "step-00000004" / "state.json"
+    content = json.loads(state.read_text())
+    del content["fingerprint"]["values"], content["digest"]  # as an earlier release wrote it
+    state.write_text(json.dumps(content))
+    assert train(converted(), data, more, directory).step == 5
 
 
 def test_a_damaged_checkpoint_takes_no_place_of_a_complete_one(

@@ -74,6 +74,11 @@ def test_wrong_settings(changes: dict[str, Any], said: str) -> None:
         TrainSettings.from_dict(changes)
 
 
+def test_a_file_of_an_editor_that_marks_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text('{"steps": 3}', encoding="utf-8-sig")
+    assert TrainSettings.from_file(tmp_path / "settings.json").steps == 3
+
+
 @pytest.mark.parametrize(("text", "said"), [("{", "not a JSON file"), ("[1]", "holds a list")])
 def test_wrong_files(tmp_path: Path, text: str, said: str) -> None:
     file = tmp_path / "settings.json"
