@@ -33,6 +33,7 @@ class StoredLatents(LatentDataset):
         statistics: how the latents that come out were normalised; None: not known.
         guesses_statistics: nothing said them. takes_statistics_of_model: nothing but the model's VAE said them.
         problems: items that were left out.
+        text_lengths: tokens of each text; None where headers do not say it.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class StoredLatents(LatentDataset):
         self._places = [place for place, entry in enumerate(source.entries) if entry.name not in bad]
         kept = [source.entries[place] for place in self._places]
         self.names = [entry.name for entry in kept]
+        self.text_lengths = [entry.text_length for entry in kept]
         self.shapes = [entry.shape for entry in kept if entry.shape is not None]
         if not kept:
             raise LatentItemError(

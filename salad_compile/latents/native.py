@@ -216,7 +216,8 @@ class NativeSource(LatentSource):
             return Entry(name, shape, f"{record['file']} is missing")
         if size != record["bytes"]:
             return Entry(name, shape, f"{record['file']} has {size} bytes, the index says {record['bytes']}")
-        return Entry(name, shape, None if shape else f"the index says shape {record['shape']}")
+        problem = None if shape else f"the index says shape {record['shape']}"
+        return Entry(name, shape, problem, record["text_shape"][0])
 
 
 def read_info(directory: Path) -> LatentStatistics | None:

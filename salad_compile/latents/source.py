@@ -23,11 +23,15 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Entry:
-    """An item before it is read. One with a `problem` is never read, and may have no shape."""
+    """An item before it is read. One with a `problem` is never read, and may have no shape.
+
+    text_length: tokens of its text, where headers say it.
+    """
 
     name: str
     shape: Shape | None = None
     problem: str | None = None
+    text_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def check_item(item: LatentItem, shape: Shape) -> LatentItem:
         if not is_finite(tensor):
             raise item_error(item.name, f"its {name} holds NaN or infinity")
     text = text if text.dtype == torch.bfloat16 else text.float()
-    return replace(item, latent=latent.float(), text=text)
+    return replace(item, latent=latent.float(), text=text, fps=item.fps or None)
 
 
 def require_kinds(item: object) -> None:

@@ -41,7 +41,7 @@ from salad_compile.training.feeding import Feed, name_dead_readers
 from salad_compile.training.flow_matching import Forward, Noised
 from salad_compile.training.interrupts import StopRequest
 from salad_compile.training.outcome import TrainResult, outcome_of
-from salad_compile.training.preparation import make_trainable, require_converted, require_kinds
+from salad_compile.training.preparation import make_trainable, require_alike, require_converted, require_kinds
 from salad_compile.training.records import EMA_FILE_NAME, Records, flat, read_log, require_trackers, set_aside
 from salad_compile.training.samples import Decode, SampleStrips, require_decode
 from salad_compile.training.settings import TrainSettings
@@ -123,6 +123,8 @@ def prepare(
     require_decode(settings, given.decode)
     accelerator = make_accelerator(settings, directory)
     feed = Feed(given.latents, settings, accelerator.process_index, accelerator.num_processes)
+    if given.validation is not None:
+        require_alike(given.validation, given.latents, given.family)
     require_converted(bare, given.latents, settings, as_begun(config, found), given.family)
     make_trainable(bare, settings.precision)
     fingerprint = Fingerprint.of(bare, given.latents)

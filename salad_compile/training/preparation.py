@@ -35,6 +35,27 @@ def require_kinds(settings: object, latents: object, validation: object, forward
         raise ConfigError(f"forward is a function, f(model, latents, timesteps, texts), got {forward!r:.80}.")
 
 
+def require_alike(validation: LatentDataset, latents: LatentDataset, family: Family) -> None:
+    """Whether held-out data are of the kind that the model is trained on.
+
+    Raises:
+        ConfigError: their latents, texts or conditions are of another size or model.
+    """
+    try:
+        held, item = validation[0], latents[0]
+        family.require_sizes(validation, held)
+        family.check(validation)
+        for what, found, wanted in (
+            ("channels", held.latent.shape[0], item.latent.shape[0]),
+            ("numbers in each token of a text", held.text.shape[1], item.text.shape[1]),
+        ):
+            if found != wanted:
+                raise ConfigError(f"{held.name!r} has {found} {what}, and {item.name!r} of the training {wanted}.")
+        family.inputs(family.validation_sample(held, 0, 0))  # names what it lacks
+    except ConfigError as error:
+        raise ConfigError(f"the validation data do not fit: {error}") from error
+
+
 def require_converted(
     model: nn.Module,
     latents: LatentDataset,
@@ -49,9 +70,10 @@ def require_converted(
         ConfigError: the conversion does not fit the settings. And what :func:`salad_compile.convert` raises.
     """
     known = branches(model)
-    family.check(latents)
     index = max(range(len(latents.shapes)), key=lambda i: torch.Size(latents.shapes[i]).numel())
     largest = latents[index]
+    family.require_sizes(latents, largest)
+    family.check(latents)
     family.require_used(largest)
     require_conversion(
         bool(known or config is not None),

@@ -25,6 +25,8 @@ class CogVideoX(Family):
 
     needed: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states", "timestep", "image_rotary_emb")
 
+    text_width: ClassVar[str] = "text_embed_dim"
+
     def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
         super().__init__(model, settings)
         import diffusers
@@ -32,6 +34,12 @@ class CogVideoX(Family):
         make: Any = diffusers.CogVideoXDDIMScheduler
         scheduler = make(rescale_betas_zero_snr=True, snr_shift_scale=settings.snr_shift_scale)
         self.kept: Tensor = scheduler.alphas_cumprod.double()
+
+    @property
+    def most_text(self) -> tuple[int, str]:
+        usual, helps = super().most_text
+        most = int(self.config.max_text_seq_length)
+        return (most, f"{self.name} takes no more, encode a shorter caption") if most < usual else (usual, helps)
 
     def check(self, latents: LatentDataset) -> None:
         super().check(latents)

@@ -67,6 +67,7 @@ class Family(ABC):
             ConfigError: the items lack a condition that the model takes.
         """
 
+    text_width: ClassVar[str] = ""  # of the configuration: what says how wide texts are
     takes_first_frame: ClassVar[bool] = False  # in the place of a noisy one, with a timestep of its own
 
     def check(self, latents: LatentDataset) -> None:
@@ -83,6 +84,45 @@ class Family(ABC):
             )
         if self.given_share and min(shape[1] for shape in latents.shapes) < 2:
             raise ConfigError("some latents have one frame: where the first one is given, nothing is left to predict.")
+
+    @property
+    def most_text(self) -> tuple[int, str]:
+        """The longest text that a sample may have, in tokens, and what helps where one is longer."""
+        return self.settings.text_tokens, "set text_tokens to at least that"
+
+    def require_sizes(self, latents: LatentDataset, item: LatentItem) -> None:
+        """Whether latents and texts have the sizes that the model takes, as far as headers and one item of them say.
+
+        Raises:
+            ConfigError: they have not, and the forward would fail at the first item that has not.
+        """
+        self._require_text(latents, item)
+        channels, taken = latents.shapes[0][0], getattr(self.config, "in_channels", None)
+        if taken is not None and channels > taken:
+            raise ConfigError(
+                f"the latents have {channels} channels, and {self.name} takes {taken}: they are of the VAE of another "
+                "model."
+            )
+        patch = getattr(self.config, "patch_size", None) or 1
+        rows, columns = (patch, patch) if isinstance(patch, int) else patch[-2:]
+        for name, (_, _, height, width) in zip(latents.names, latents.shapes, strict=True):
+            if height % rows or width % columns:
+                raise ConfigError(
+                    f"the latent of {name!r} is {height} x {width}, and {self.name} cuts it into patches of {rows} x "
+                    f"{columns}, which do not divide it: encode clips at another size."
+                )
+
+    def _require_text(self, latents: LatentDataset, item: LatentItem) -> None:
+        most, helps = self.most_text
+        for name, length in zip(latents.names, getattr(latents, "text_lengths", ()), strict=False):
+            if (length or 0) > most:
+                raise ConfigError(f"the text of {name!r} has {length} tokens, and at most {most} are taken: {helps}.")
+        width, found = getattr(self.config, self.text_width, None), item.text.shape[1]
+        if width is not None and found != width:
+            raise ConfigError(
+                f"the text of {item.name!r} is {found} wide, and {self.name} takes texts of {width}: it is of "
+                "the text encoder of another model."
+            )
 
     def require_used(self, item: LatentItem) -> None:
         """Whether the model is given what the items carry; a control video that it is not given is said.
@@ -159,6 +199,9 @@ class OwnForward(Family):
 
     def require_used(self, item: LatentItem) -> None:
         """It gets all of them."""
+
+    def require_sizes(self, latents: LatentDataset, item: LatentItem) -> None:
+        """It may make anything of them."""
 
     def predict(self, model: nn.Module, batch: Noised) -> Tensor:
         return predict(self.forward, model, batch)

@@ -22,6 +22,7 @@ class HunyuanVideo(Family):
         *("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"),
     )
     known: ClassVar[tuple[str, ...]] = ("guidance",)
+    text_width: ClassVar[str] = "text_embed_dim"
 
     def inputs(self, batch: Noised) -> dict[str, Any]:
         latents = batch.latents

@@ -24,6 +24,7 @@ class LTXVideo(Family):
         *("num_frames", "height", "width", "rope_interpolation_scale"),
     )
 
+    text_width: ClassVar[str] = "caption_channels"
     takes_first_frame: ClassVar[bool] = True
 
     def inputs(self, batch: Noised) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Wan(Family):
 
     needed: ClassVar[tuple[str, ...]] = ("hidden_states", "timestep", "encoder_hidden_states", "return_dict")
     known: ClassVar[tuple[str, ...]] = (_FEATURE,)
+    text_width: ClassVar[str] = "text_dim"
     takes_first_frame: ClassVar[bool] = True
 
     def inputs(self, batch: Noised) -> dict[str, Any]:

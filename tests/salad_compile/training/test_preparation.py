@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from salad_compile.errors import ConfigError
+from salad_compile.latents import LatentDataset, LatentItem, open_latents, write_latents
 from salad_compile.salad_files.salad_file import branch_state
 from salad_compile.sites.branch import branches
 from salad_compile.training import estimate, train
 from salad_compile.training.families import family_of
 from salad_compile.training.preparation import make_trainable, require_converted
 from salad_compile.training.tensors import trained_parameters
-from tests.salad_compile.training.tiny import CONFIG, SETTINGS, base, converted, items, latents
+from tests.salad_compile.training.tiny import CONFIG, SETTINGS, SHAPE, base, converted, items, latents, wan_forward
 from tests.support import randomise_branches
 
 
@@ -40,6 +41,44 @@ def test_arguments_of_another_kind(function: Any, change: dict[str, Any], said: 
     with pytest.raises(ConfigError, match=said):
         function(converted(), **given)
     assert not (tmp_path / "run").exists()
+
+
+def odd(root: Path, **changes: Any) -> LatentDataset:
+    """Items that differ from those of `latents` in one thing."""
+    given = {"shape": SHAPE, "length": 5, "width": 16} | changes
+    draw = torch.Generator().manual_seed(1)
+    text = torch.randn(given["length"], given["width"], generator=draw)
+    write_latents([LatentItem(f"odd{i}", torch.randn(given["shape"], generator=draw), text) for i in range(4)], root)
+    return open_latents(root, sample=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shape": (16, 3, 8, 8)}, "the latents have 16 channels, and WanTransformer3DModel takes 4"),
+        ({"shape": (4, 3, 7, 8)}, "the latent of 'odd0' is 7 x 8, .* patches of 2 x 2, which do not divide it"),
+        ({"width": 8}, "the text of 'odd0' is 8 wide, and WanTransformer3DModel takes texts of 16"),
+        ({"length": 9}, "the text of 'odd0' has 9 tokens, and at most 8 are taken: set text_tokens"),
+    ],
+)
+@pytest.mark.parametrize("function", [train, estimate])
+def test_data_of_another_model_are_told_before_anything_is_trained(
+    function: Any, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    good, bad = latents(tmp_path / "data"), odd(tmp_path / "odd", **changes)
+    model = base(num_layers=1)
+    with pytest.raises(ConfigError, match=said):
+        function(model, bad, SETTINGS, tmp_path / "run", config=CONFIG)
+    assert not branches(model)
+    with pytest.raises(ConfigError, match=f"the validation data do not fit: {said}"):
+        function(converted(), good, SETTINGS, tmp_path / "run", validation=bad)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_forward_of_ones_own_takes_validation_as_it_takes_the_data(tmp_path: Path) -> None:
+    good, other = latents(tmp_path / "data"), odd(tmp_path / "odd", width=8)
+    with pytest.raises(ConfigError, match=r"'odd0' has 8 numbers in each token of a text, and .* 16"):
+        train(converted(), good, SETTINGS, tmp_path / "run", validation=other, forward=wan_forward)
 
 
 def test_branches_are_fp32_and_trainable_and_the_base_is_neither() -> None:
