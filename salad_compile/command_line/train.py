@@ -22,7 +22,7 @@ from salad_compile.errors import ConfigError, TrainingError
 if TYPE_CHECKING:
     import torch.nn as nn
 
-    from salad_compile.latents.dataset import StoredLatents
+    from salad_compile.latents.dataset import OnError, StoredLatents
     from salad_compile.training import TrainResult, TrainSettings
 
 HELP = """\
@@ -52,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--latents", required=True, metavar="PATH", help="precomputed data, in any known layout")
     parser.add_argument("--validation", metavar="PATH", help="held-out data, for a validation loss")
+    parser.add_argument(
+        "--skip", action="store_true", help="put another item in the place of a damaged one (default: an error)"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="directory of the run")
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="number of processes on this machine (DDP)"
@@ -135,9 +138,10 @@ def _given(
     from salad_compile.latents import open_latents
 
     vae = statistics_of(arguments.model)
-    validation = open_latents(arguments.validation, vae=vae) if arguments.validation else None
+    on_error: OnError = "skip" if arguments.skip else "raise"
+    validation = open_latents(arguments.validation, vae=vae, on_error=on_error) if arguments.validation else None
     forward = import_name(arguments.forward) if arguments.forward else None
-    latents = open_latents(arguments.latents, vae=vae)
+    latents = open_latents(arguments.latents, vae=vae, on_error=on_error)
     told = _is_first() and not arguments.quiet
     settings = with_schedule(arguments, expert.settings, latents.shapes, told=told)
     model = _model(arguments, expert)

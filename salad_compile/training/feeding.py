@@ -9,13 +9,18 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from salad_compile.errors import ConfigError, TrainingError
+from salad_compile.errors import ConfigError, LatentItemError, TrainingError
 from salad_compile.latents import LatentDataset, LatentItem, ShapeBatches
 from salad_compile.training.settings import TrainSettings
 
+_GOES_ON = (
+    "The checkpoints are as they were: mend its file, or go on with another item in its place (train --skip, in Python "
+    'open_latents(..., on_error="skip")).'
+)
 Placed = tuple[int, LatentItem]  # place in the global batch, item
 
 
@@ -60,7 +65,7 @@ class Feed:
             generator=torch.Generator(),  # of its own, or it would draw from the global one
         )
         with _held_back():  # the processes that it starts inherit that
-            return iter(loader)
+            return _unfailed(iter(loader))
 
 
 _ENDS = {signal.SIGTERM}
@@ -106,7 +111,7 @@ def name_dead_readers() -> Iterator[None]:
         yield
     except Exception as error:
         cause: BaseException | None = error  # raised in the middle of a forward, it makes others on its way
-        while cause is not None and "DataLoader worker" not in str(cause):
+        while cause is not None and "DataLoader worker (pid" not in str(cause):  # else it was raised in one
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
@@ -141,16 +146,28 @@ class _Places:
                 yield [(place, indices[place]) for place in places]
 
 
-class _Placing(torch.utils.data.Dataset[Placed]):
-    """Items by (place, index)."""
+class _Placing(torch.utils.data.Dataset[Any]):
+    """Items by (place, index). An error is handed over as it is: raised in a process, it would be its traceback."""
 
     def __init__(self, latents: LatentDataset) -> None:
         self.latents = latents
 
-    def __getitem__(self, key: tuple[int, int]) -> Placed:
+    def __getitem__(self, key: tuple[int, int]) -> Placed | LatentItemError:
         place, index = key
-        return place, self.latents[index]
+        try:
+            return place, self.latents[index]
+        except (LatentItemError, OSError) as error:
+            return LatentItemError(f"{str(error).rstrip('.')}. {_GOES_ON}")
 
 
-def _as_it_is(batch: list[Placed]) -> list[Placed]:
+def _as_it_is(batch: list[Any]) -> list[Any]:
     return batch
+
+
+def _unfailed(batches: Iterator[list[Any]]) -> Iterator[list[Placed]]:
+    """Raises LatentItemError in the place of the first batch that holds one."""
+    for batch in batches:
+        for each in batch:
+            if isinstance(each, LatentItemError):
+                raise each
+        yield batch

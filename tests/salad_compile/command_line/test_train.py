@@ -257,6 +257,26 @@ def test_a_dry_run_without_room_ends_with_1(
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_damaged_items_are_an_error_or_skipped(command: Run, given: Path, tmp_path: Path) -> None:
+    shutil.copytree(given / "latents", tmp_path / "latents")
+    file = tmp_path / "latents" / "items" / "clip4.safetensors"
+    file.write_bytes(file.read_bytes()[:-8] + b"\xff" * 8)
+    given_words = words(
+        given,
+        tmp_path / "run",
+        "--conversion",
+        given / "conversion.json",
+        "--latents",
+        tmp_path / "latents",
+        "--steps",
+        3,
+    )
+    outcome = command("train", *given_words)
+    assert outcome.code == WRONG
+    assert "clip4" in outcome.err
+    assert command("train", *given_words, "--skip").code == 0
+
+
 def test_a_process_that_fails_says_why_once(
     given: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
