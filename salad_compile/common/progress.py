@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from salad_compile.common.printable import printable
@@ -14,6 +14,12 @@ REFRESH_SECONDS = 0.1
 LINE_SECONDS = 60.0
 
 _quiet = False
+
+Tell = Callable[[int, int], object]  # how many parts of something are done, and of how many
+
+
+def untold(done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 @contextlib.contextmanager
@@ -58,7 +64,7 @@ class ProgressBar:
         self._progress.start()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Move on by `count` steps. note: stands behind the bar from now on."""
+        """Move on by `count` steps; 0: something else is under way. note: stands behind the bar from now on."""
         self._done += count
         if self._done > self._total:  # more was needed than was foreseen
             self._total = self._done
@@ -82,8 +88,8 @@ class ProgressBar:
         left = round(pace * (self._total - self._done))
         hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
         note = f", {self._note}" if self._note else ""
-        text = f"{self._what}: {self._done}/{self._total}{note}, {hours}:{minutes:02}:{seconds:02} left"
-        print(text, file=sys.stderr, flush=True)
+        time_left = f", {hours}:{minutes:02}:{seconds:02} left" if self._done > self._first else ""  # else unknown
+        print(f"{self._what}: {self._done}/{self._total}{note}{time_left}", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """A line of its own on stderr, above the bar."""

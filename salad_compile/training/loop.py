@@ -186,7 +186,7 @@ class Run:
         try:
             self._measure_first(first, records)
             if self.strips is not None and first == 0:
-                records.samples(0, self.strips.write(0))
+                records.samples(0, self.strips.write(0, records.telling("samples")))
             with self._drawn(first) as drawn:
                 while step < self.settings.steps and not stopped:
                     micro = [next(drawn) for _ in range(self.feed.accumulation)]
@@ -242,7 +242,7 @@ class Run:
         if known:
             logger.warning("the validation data is not what it was: first losses are measured again, at step %d", step)
         now = step in (0, self.settings.steps) or bool(known)
-        measured = first_losses(self.engine, self.validation, self.family, now=now)
+        measured = first_losses(self.engine, self.validation, self.family, now=now, telling=records.telling)
         records.first(step, {"validation_data": data, **measured})
 
     def _after(self, step: int, records: Records, stopped: int) -> None:
@@ -250,9 +250,10 @@ class Run:
         last = step == settings.steps
         due = settings.validation_every and step % settings.validation_every == 0
         if self.validation is not None and (due or last):
-            records.validation(step, validation_loss(self.engine, self.validation, self.family))
+            tell = records.telling("validation")
+            records.validation(step, validation_loss(self.engine, self.validation, self.family, tell))
         if self.strips is not None and (last or step % settings.sample_every == 0):
-            records.samples(step, self.strips.write(step))
+            records.samples(step, self.strips.write(step, records.telling("samples")))
         if last or stopped or step % settings.checkpoint_every == 0:
             records.sync()
             self._checkpoint(step)

@@ -16,7 +16,7 @@ from salad_compile.common.checks import is_int
 from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.paths import as_path
-from salad_compile.common.progress import ProgressBar
+from salad_compile.common.progress import ProgressBar, Tell
 from salad_compile.errors import MissingPackageError
 from salad_compile.salad_files.location import FILE_NAME
 from salad_compile.salad_files.runs import SUMMARY_FILE, checkpoint_name
@@ -172,6 +172,15 @@ class Records:
         seconds = round(outcome.seconds, 3)
         self._log({"step": step, "validation_loss": loss, "gap_closed": outcome.gap_closed, "seconds": seconds})
         self.bar.say(f"step {step}: {outcome.verdict()}")
+
+    def telling(self, what: str) -> Tell:
+        """For what takes long between two steps: how far it is stands behind the bar."""
+
+        def tell(done: int, total: int) -> None:
+            if self.main:
+                self.bar.advance(0, note=f"{what} {done} of {total}")
+
+        return tell
 
     def samples(self, step: int, files: list[Path]) -> None:
         """After clips were sampled, in the process that wrote them."""

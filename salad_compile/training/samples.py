@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from salad_compile.common.files import write_at_once
+from salad_compile.common.progress import Tell, untold
 from salad_compile.common.sharding import reshard
 from salad_compile.errors import ConfigError, MissingPackageError
 from salad_compile.latents import LatentDataset, LatentItem
@@ -63,8 +64,8 @@ class SampleStrips:
         self.latents, self.indices = latents, range(count)
         self._dense: dict[int, Tensor] = {}  # frames: the base does not change
 
-    def write(self, step: int) -> list[Path]:
-        """One picture for each item. Under FSDP2 every process calls it; the first one writes.
+    def write(self, step: int, tell: Tell = untold) -> list[Path]:
+        """One picture for each item; `tell` after each. Under FSDP2 every process calls it; the first one writes.
 
         Raises:
             WriteError: the disk is full, say.
@@ -80,6 +81,7 @@ class SampleStrips:
                 rows = {"dense": self._dense[index], f"SALAD, step {step}": self._frames(item, index)}
                 if main:
                     found.append(self._save(rows, self.folder / f"{checkpoint_name(step)}-{index}.png"))
+                tell(index + 1, len(self.indices))
         accelerator.wait_for_everyone()
         return found
 

@@ -55,8 +55,9 @@ def test_without_a_terminal_a_line_every_so_many_steps_or_seconds(monkeypatch: p
     assert all(re.fullmatch(r"0:00:0\d left", line.rsplit(", ", 1)[1]) for line in lines)
     monkeypatch.setattr("salad_compile.common.progress.LINE_SECONDS", 0)
     with ProgressBar("items", 2) as bar:
-        bar.advance()
-    assert "items: 1/2, 0:00:00 left" in stream.getvalue()
+        bar.advance(0, note="looking for them")
+        bar.advance(note="")
+    assert stream.getvalue().splitlines()[-2:] == ["items: 0/2, looking for them", "items: 1/2, 0:00:00 left"]
     before = stream.getvalue()
     with quiet(True), ProgressBar("items", 2, every=1) as bar:
         bar.advance()

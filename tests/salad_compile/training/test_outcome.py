@@ -63,6 +63,20 @@ def test_first_losses_are_those_of_the_base_and_of_a_fresh_conversion(tmp_path: 
     assert f"## Training\n\nV{sentence[1:]}.\n\n- steps: 3" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_what_comes_before_the_first_step_and_between_steps_shows_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("salad_compile.common.progress.LINE_SECONDS", 0)
+    held_out = latents(tmp_path / "held-out", 2, prefix="held", seed=9)
+    settings = dataclasses.replace(RUN, steps=1, validation_every=1)
+    train(converted(), latents(tmp_path / "latents"), settings, tmp_path / "run", validation=held_out)
+    said = capsys.readouterr().err.splitlines()
+    count = 2 * settings.validation_points
+    for what in ("validation, dense", "validation, untrained", "validation"):
+        assert f"train: 0/1, {what} {count} of {count}" in said
+    assert any(line.startswith(f"train: 1/1, validation {count} of {count}") for line in said)
+
+
 def test_a_continued_run_keeps_its_first_losses_and_adds_its_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
