@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from salad_compile.command_line.model_source import ModelSource, find_model, import_name, load_model, stored_dtype
+from salad_compile.command_line.model_source import ModelSource, find_model, import_name, load_model
+from salad_compile.command_line.weight_files import stored_dtype
 from salad_compile.common.checks import LARGEST_SIZE, is_count
 from salad_compile.common.files import read_json
 from salad_compile.config import ROPE_PLACEMENTS, SaladConfig

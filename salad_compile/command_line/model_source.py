@@ -17,15 +17,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salad_compile.command_line.bounded_building import bounded_building, first_impossible
+from salad_compile.command_line.weight_files import WEIGHTS, require_own_files, stored_dtype
 from salad_compile.common.files import read_json
 from salad_compile.common.logs import logger
 from salad_compile.errors import HubError, MissingPackageError, ModelSourceError, did_you_mean
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import torch.nn as nn
 
 CONFIG, PIPELINE_INDEX = "config.json", "model_index.json"
-WEIGHTS = ("*.safetensors", "*.bin")
 RANDOM_SEED = 0  # the same random model at every call, so that what was exported for one fits the next
 
 
@@ -171,27 +170,6 @@ def import_name(reference: str) -> Any:
     if not hasattr(module, name):
         raise ModelSourceError(f"{place!r} has no {name!r}.{did_you_mean(name, vars(module))}")
     return getattr(module, name)
-
-
-def stored_dtype(directory: Path) -> torch.dtype | None:
-    """The dtype of most stored weights, from the header of the first safetensors file; None if there is none.
-
-    Raises:
-        ModelSourceError: the file is not complete.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as content:
-                slices = [content.get_slice(key) for key in content.keys()]  # noqa: SIM118 (it is not a dictionary)
-        except SafetensorError as error:
-            raise ModelSourceError(f"{file} is not a complete safetensors file: {error}") from error
-        counts: dict[str, int] = {}
-        for part in slices:
-            counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + math.prod(part.get_shape())
-        return _torch_dtype(max(counts, key=counts.__getitem__)) if counts else None
-    return None
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -343,7 +321,7 @@ def _from_pretrained(cls: Any, found: ModelSource, dtype: torch.dtype | None) ->
 
     silence_progress()
     assert found.directory is not None
-    _require_shards_inside(found.directory)
+    require_own_files(found.directory)
     dtype = dtype or stored_dtype(found.directory) or torch.float32
     try:
         with bounded_building():
@@ -354,20 +332,6 @@ def _from_pretrained(cls: Any, found: ModelSource, dtype: torch.dtype | None) ->
     if missing:  # diffusers warns, and leaves them without values
         raise ModelSourceError(f"the weights of {found.name} lack {missing[0]!r} and {len(missing) - 1} more: a shard?")
     return model
-
-
-def _require_shards_inside(directory: Path) -> None:
-    """Raises ModelSourceError for an index of weights that names files elsewhere."""
-    for index in sorted(directory.glob("*.index.json")):
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ModelSourceError(f"{index} has no weight_map from names of tensors to names of files.")
-        for name in sorted(set(shards.values())):
-            place = PurePosixPath(name)
-            if place.is_absolute() or ".." in place.parts or "\\" in name:
-                raise ModelSourceError(
-                    f"{index} names {name!r}, which leads out of {directory}: nothing is read there."
-                )
 
 
 def silence_progress() -> None:
@@ -391,10 +355,3 @@ def _fill(model: nn.Module, file: Path) -> nn.Module:
     except RuntimeError as error:
         raise ModelSourceError(f"{file} does not fit {type(model).__name__}: {error}") from error
     return model
-
-
-def _torch_dtype(stored: str) -> torch.dtype | None:
-    """A dtype by its name in safetensors; None for storage formats that no layer computes in."""
-    import torch
-
-    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(stored)
