@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from salad_compile.common.checks import is_text
+from salad_compile.common.paths import require_regular
 from salad_compile.errors import ConfigError, did_you_mean
 
 # Tables that are found by themselves: the names of datasets on the Hub, of DiffSynth-Studio and of musubi-tuner.
@@ -36,12 +37,13 @@ class Captions:
             return (text, None) if text else ("", f"its caption in {self.table} is empty")
         beside = clip.with_name(f"{clip.name if clip.is_dir() else clip.stem}.txt")
         try:
+            require_regular(beside)  # a pipe would be waited for
             text = beside.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
             listed = f", and it is not listed in {self.table}" if self.table else ""
             return "", f"it has no caption: there is no {beside.name} beside it{listed}"
         except UnicodeDecodeError:
-            return "", f"its caption {beside.name} is not UTF-8"
+            return "", f"its caption {beside.name} is not UTF-8: save it as that"
         except OSError as error:
             return "", f"its caption {beside.name} cannot be read: {error}"
         return (text, None) if text else ("", f"its caption {beside.name} is empty")

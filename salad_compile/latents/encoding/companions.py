@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from salad_compile.common.paths import require_regular
 from salad_compile.latents.source import item_error
 
 ROLES = ("control", "mask", "reference")
@@ -85,6 +86,7 @@ def read_image(name: str, path: Path) -> Tensor:
     from PIL import Image, ImageOps
 
     try:
+        require_regular(path)
         with Image.open(path) as image:
             turned = ImageOps.exif_transpose(image)
             if turned.mode.startswith("I"):  # 16 bits of gray, which `convert` would cut off at 255

@@ -16,6 +16,7 @@ import torch
 from salad_compile.common.logs import logger
 from salad_compile.common.paths import as_directory
 from salad_compile.common.progress import ProgressBar
+from salad_compile.common.reports import plural
 from salad_compile.errors import ConfigError, LatentItemError
 from salad_compile.latents.dataset import summary_of
 from salad_compile.latents.encoding.decoding import read_beside, read_frames, require_av
@@ -132,8 +133,8 @@ class _Encoding:
                 bar.advance(note=f"{len(self.skipped)} skipped" if self.skipped else None)
         if self.cut:
             logger.warning(
-                "%d captions are longer than what the text encoder of %s takes, and their ends are cut off: %s first",
-                *(len(self.cut), self.encoder.name, self.cut[0]),
+                "%s too long for the text encoder of %s, and the end is cut off: %s first",
+                *(plural(len(self.cut), "caption"), self.encoder.name, self.cut[0]),
             )
         if not written + kept - outside:
             raise LatentItemError(f"no clip of {self.clips.folder} could be encoded. {summary_of(self.skipped)}")

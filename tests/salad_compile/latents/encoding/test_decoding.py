@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 import struct
@@ -145,6 +146,13 @@ def test_pixels_of_no_shape_are_not_scaled(tmp_path: Path) -> None:
         LatentItemError, match="clip: it cannot be cut to this size: it says that it has 4000 x 2 pixels"
     ):
         read(folder, ClipSize((1,), 480, 832))
+
+
+def test_a_pipe_among_images_is_not_waited_for(tmp_path: Path) -> None:
+    folder = world.write_images(tmp_path / "clip", world.moving(1))
+    os.mkfifo(folder / "frame1.png")
+    with pytest.raises(LatentItemError, match=r"^clip: frame1\.png cannot be decoded: it is a device, a pipe"):
+        read(folder, ClipSize((2,), 40, 64))
 
 
 def test_images_are_as_a_viewer_shows_them(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_clips_that_cannot_be_encoded_are_skipped_and_named(tmp_path: Path, capl
     }
     assert open_latents(tmp_path / "data").names == ["birds/one", "cat"]
     assert all(f"skipped: {name}" in caplog.text for name in reasons)
-    assert "1 captions are longer than what the text encoder of WanPipeline takes" in caplog.text
+    assert "1 caption too long for the text encoder of WanPipeline, and the end is cut off: cat first" in caplog.text
     assert "their ends are cut off: cat first" in caplog.text
 
 

@@ -146,6 +146,14 @@ def test_tables_that_cannot_be_used(
         find_clips(tmp_path, **options)  # type: ignore[arg-type]
 
 
+def test_a_pipe_in_the_place_of_a_caption_is_not_waited_for(tmp_path: Path) -> None:
+    put(tmp_path, "a.mp4", "a.txt", "b.mp4")
+    os.mkfifo(tmp_path / "b.txt")
+    found = find_clips(tmp_path)
+    assert [clip.name for clip in found.clips] == ["a"]
+    assert "its caption b.txt cannot be read: " in str(found.left_out[0])
+
+
 def test_half_a_sign_is_no_caption(tmp_path: Path) -> None:
     put(tmp_path, "a.mp4", "b.mp4")
     rows = [{"file": "a.mp4", "text": "a cat"}, {"file": "b.mp4", "text": "a dog \ud83d"}]  # a picture, cut in two
