@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ STATE_FILE = "state.json"
 TENSORS_FILE = "training.safetensors"
 SUMMARY_FILE = "training.json"  # of a finished run
 STATE_VERSION = 1
+_NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def checkpoint_paths(directory: Path) -> list[Path]:
+    """What has the name of a checkpoint in a run's directory, the newest last; a copy under another name has not."""
+    return sorted(path for path in (directory / FOLDER).glob("step-*") if _NAME.fullmatch(path.name))
+
+
 def complete_checkpoints(directory: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run, the newest last; a warning names damaged ones.
 
@@ -37,7 +44,7 @@ def complete_checkpoints(directory: Path) -> list[Checkpoint]:
         FormatVersionError: one was written by another release.
     """
     found = []
-    for path in sorted((directory / FOLDER).glob("step-*")):
+    for path in checkpoint_paths(directory):
         try:
             found.append(read_checkpoint(path))
         except FormatVersionError:

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from salad_compile.common.files import beside, flush_to_disk, name_failures
+from salad_compile.common.files import beside, flush_to_disk, name_failures, remove
 from salad_compile.common.schema import fields_of, stamp
 from salad_compile.common.tensor_files import digest_of, first_not_finite, open_safetensors
 from salad_compile.config import SaladConfig
@@ -49,6 +49,7 @@ from salad_compile.salad_files.runs import (
     TENSORS_FILE,
     Checkpoint,
     checkpoint_name,
+    checkpoint_paths,
     complete_checkpoints,
     is_complete,
 )
@@ -144,7 +145,7 @@ def newest_checkpoint(directory: Path, resume: bool) -> Checkpoint | None:
 
 def _require_nothing_to_lose(directory: Path) -> None:
     """Raises ResumeError where a run that begins again would replace what cannot be made again from its checkpoints."""
-    damaged = sorted((directory / FOLDER).glob("step-*"))
+    damaged = checkpoint_paths(directory)
     if damaged:
         raise ResumeError(
             f"none of the checkpoints in {damaged[0].parent} is complete, so the run cannot go on. Pass another "
@@ -198,7 +199,12 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     for name in ("base_class", "base_digest"):
         if before[name] != now[name]:
             yield f"the model's {name} (was {before[name][:40]}, is {now[name][:40]})"
-    old, new = (SaladConfig.from_dict(each["config"]) for each in (before, now))
+    try:
+        old = SaladConfig.from_dict(before["config"])
+    except ConfigError as error:  # as of a pattern that is not registered in this process
+        yield f"{_OF_CONVERSION} settings, which cannot be read here ({error})"
+        return
+    new = SaladConfig.from_dict(now["config"])
     for name in old.different(new):
         yield f"{_OF_CONVERSION} {name} (was {getattr(old, name)!r}, is {getattr(new, name)!r})"
     # another device may sum in another order
@@ -311,7 +317,7 @@ class CheckpointWriter:
 
     def _remove_old(self) -> None:
         """Remove what is older than the last few complete ones; a damaged one takes no place of theirs."""
-        there = sorted(self.folder.glob("step-*"))
+        there = checkpoint_paths(self.directory)
         kept = [path for path in there if is_complete(path)][-self.settings.keep_last :]
         for path in there[: there.index(kept[0])]:
             _remove(path)
@@ -319,7 +325,7 @@ class CheckpointWriter:
     def remove_leftovers(self) -> None:
         """Delete what a killed run had not finished writing or removing."""
         for path in self.folder.glob(".step-*"):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
     def read(self, checkpoint: Checkpoint) -> None:
         """Load branches, optimizer and moving average.
@@ -371,4 +377,4 @@ def _remove(path: Path) -> None:
     leaving = beside(path, "removed")
     with contextlib.suppress(FileNotFoundError):
         path.replace(leaving)
-    shutil.rmtree(leaving, ignore_errors=True)
+    remove(leaving)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -17,9 +18,9 @@ from salad_compile.common.files import name_failures, write_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.paths import as_path
 from salad_compile.common.progress import ProgressBar, Tell
-from salad_compile.errors import MissingPackageError
+from salad_compile.errors import CheckpointError, MissingPackageError
 from salad_compile.salad_files.location import FILE_NAME
-from salad_compile.salad_files.runs import SUMMARY_FILE, checkpoint_name
+from salad_compile.salad_files.runs import SUMMARY_FILE, checkpoint_name, finished_steps
 from salad_compile.training.outcome import Outcome, outcome_of
 from salad_compile.training.settings import TrainSettings
 
@@ -230,9 +231,15 @@ def require_trackers(trackers: tuple[str, ...]) -> None:
 
 
 def set_aside(directory: Path, step: int) -> None:
-    """The results of a run that goes on are no longer those of its newest state: they get their step's name."""
+    """The results of a run that goes on are no longer those of its newest state: they get their step's name.
+
+    Args:
+        step: of the checkpoint it goes on from, for a summary that does not say of which step it is.
+    """
     if not (directory / SUMMARY_FILE).exists():
         return
+    with contextlib.suppress(CheckpointError, OSError):
+        step = finished_steps(directory) or step
     for name in (FILE_NAME, EMA_FILE_NAME, SUMMARY_FILE):  # after a kill in between the next start does the rest
         file = directory / name
         if file.exists():

@@ -106,6 +106,36 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_complete_one(
     assert train(converted(), data, RUN, directory).finished
 
 
+def test_copies_under_other_names_and_links_stay_what_they_are(data: LatentDataset, directory: Path) -> None:
+    folder = directory / "checkpoints"
+    kept = folder / "step-00000002-good"
+    shutil.copytree(folder / "step-00000002", kept)
+    shutil.move(folder / "step-00000003", directory / "elsewhere")
+    (folder / "step-00000003").symlink_to(directory / "elsewhere")
+    before = contents(kept) | contents(directory / "elsewhere")
+    train(converted(), data, dataclasses.replace(RUN, steps=6, keep_last=1), directory)
+    assert sorted(os.listdir(folder)) == [kept.name, "step-00000006"]  # both came before the last one
+    assert contents(kept) | contents(directory / "elsewhere") == before
+
+
+def test_results_are_set_aside_under_their_own_step(data: LatentDataset, directory: Path) -> None:
+    damage(directory / "checkpoints" / "step-00000004")
+    train(converted(), data, dataclasses.replace(RUN, steps=5), directory)
+    assert (directory / "salad-step-00000004.safetensors").exists()
+    assert not (directory / "salad-step-00000003.safetensors").exists()
+
+
+def test_a_conversion_that_cannot_be_read_here_is_told(data: LatentDataset, directory: Path) -> None:
+    """As of a pattern that is registered elsewhere."""
+    state = directory / "checkpoints" / "step-00000004" / "state.json"
+    content = json.loads(state.read_text())
+    content["fingerprint"]["config"]["pattern"] = "mine"
+    del content["digest"]
+    state.write_text(json.dumps(content))
+    with pytest.raises(ResumeError, match=r"settings, which cannot be read here.*got 'mine'"):
+        train(converted(), data, dataclasses.replace(RUN, steps=5), directory)
+
+
 def test_a_kill_while_results_are_set_aside_loses_none(
     data: LatentDataset, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
