@@ -9,7 +9,8 @@ A command is a module of this package with
 Modules are imported when their command is asked for, and import torch when they run: `--help` is quick.
 
 Exit codes: 0 done; 1 a negative result (nothing to convert, a fault found); 2 wrong usage or input; 3 an unexpected
-error, with its traceback; 130 interrupted (143: by SIGTERM); 141 the reader of a pipe went away, as with other tools.
+error, with its traceback; 130 interrupted (143, 129: by SIGTERM, SIGHUP); 141 the reader of a pipe went away, as with
+other tools.
 """
 
 from __future__ import annotations

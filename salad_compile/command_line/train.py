@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 HELP = """\
 Fine-tunes a model on precomputed latents and texts: converts it, or takes the branches of --salad, and trains these
 alone. Writes log.jsonl, checkpoints/ and in the end salad.safetensors and training.json. Run again, the same command
-resumes from the newest checkpoint; SIGTERM and Ctrl-C finish the step and write one (exit code 143, 130). Without
---processes it is one process, or one of those that accelerate's launcher started (DDP, FSDP2). --dry-run takes three
-steps, writes nothing, and tells how many hours, and how much memory and disk the run takes on this machine. Of a
-pipeline with two experts both are trained, one after the other, each on its own noise (boundary_ratio).
+resumes from the newest checkpoint; SIGTERM, Ctrl-C and a terminal that is closed finish the step and write one (exit
+code 143, 130, 129). Without --processes it is one process, or one of those that accelerate's launcher started (DDP,
+FSDP2). --dry-run takes three steps, writes nothing, and tells how many hours, and how much memory and disk the run
+takes on this machine. Of a pipeline with two experts both are trained, one after the other, each on its own noise
+(boundary_ratio).
 
 example:
     salad-compile train --model Wan2.1-T2V-1.3B-Diffusers --latents data --output run --dry-run

@@ -15,6 +15,7 @@ import torch
 
 from salad_compile.errors import ConfigError, LatentItemError, TrainingError
 from salad_compile.latents import LatentDataset, LatentItem, ShapeBatches
+from salad_compile.training.interrupts import HANGUP
 from salad_compile.training.settings import TrainSettings
 
 _GOES_ON = (
@@ -90,7 +91,9 @@ def _outlive_signals(worker: int) -> None:
     Terminals, `timeout` and job schedulers send their signals to a whole group of processes. The training process then
     finishes its step, for which it still needs this one.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, HANGUP):
+        if number is not None:
+            signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None and sys.platform == "linux":  # others have no sigwaitinfo
         signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from salad_compile.errors import TrainingError
-from salad_compile.training.interrupts import SIGNALS
+from salad_compile.training.interrupts import HANGUP, Terminal, signals_to_handle
 
 GRACE_SECONDS = 5.0  # for the others, when one has failed
 
@@ -22,7 +22,7 @@ GRACE_SECONDS = 5.0  # for the others, when one has failed
 def run_processes(function: Callable[..., None], arguments: tuple[Any, ...], count: int, start_method: str) -> int:
     """`function(*arguments)` in `count` processes, under the environment of torch.distributed; returns when all ended.
 
-    SIGTERM and SIGINT are forwarded. If this process dies, the others are stopped too.
+    SIGTERM, SIGINT and SIGHUP are forwarded. If this process dies, the others are stopped too.
 
     Returns:
         The number of the first signal that was forwarded, or 0.
@@ -74,14 +74,17 @@ def _free_port() -> int:
 def _forward_signals(processes: list[Any]) -> Iterator[list[int]]:
     """Yields the numbers of the signals that came."""
     came: list[int] = []
+    terminal = Terminal()
 
     def hand_on(number: int, frame: Any) -> None:
         came.append(number)
+        if number == HANGUP:
+            terminal.leave()
         for process in processes:
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    before = {number: signal.signal(number, hand_on) for number in signals_to_handle()}
     try:
         yield came
     finally:

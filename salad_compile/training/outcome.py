@@ -89,7 +89,7 @@ class TrainResult:
     """How a run ended.
 
     Attributes:
-        finished: False after SIGTERM or SIGINT; the same call resumes.
+        finished: False after SIGTERM, SIGINT or SIGHUP; the same call resumes.
         step: optimizer steps taken. loss: of the last one, None if it was left out.
         validation_loss: of the last validation, or None.
         file: the SALAD file of the trained branches; None unless finished.

@@ -18,7 +18,7 @@ from tests.salad_compile.training.tiny import SETTINGS, write_run
 RUN = dataclasses.replace(SETTINGS, steps=400, batch=2, micro_batch=1, checkpoint_every=400, workers=2)
 
 
-@pytest.mark.parametrize(("number", "distilled"), [(signal.SIGTERM, 0), (signal.SIGINT, 400)])
+@pytest.mark.parametrize(("number", "distilled"), [(signal.SIGTERM, 0), (signal.SIGINT, 400), (signal.SIGHUP, 0)])
 def test_a_signal_to_the_group_ends_with_a_checkpoint(tmp_path: Path, number: signal.Signals, distilled: int) -> None:
     write_run(tmp_path, dataclasses.replace(RUN, distillation_steps=distilled))
     output = tmp_path / "run"

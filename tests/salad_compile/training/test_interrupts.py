@@ -3,24 +3,67 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
 from salad_compile.training import interrupts
 from salad_compile.training.interrupts import SIGNALS, StopRequest
+from tests.end_to_end.train_life import forkserver
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_twice_at_once_is_one_request(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+    found = signal.signal(number, signal.SIG_DFL)  # nohup and jobs in the background ignore some
+    try:
+        with StopRequest() as stop:
+            assert not stop.asked
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            assert stop.number == number
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, found)
+
+
+def test_a_hangup_that_nohup_ignores_is_none() -> None:
+    found = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.asked
+    finally:
+        signal.signal(signal.SIGHUP, found)
+
+
+def work_until_asked(terminal: str, file: str) -> None:
+    """Say something in a terminal, as the first process of its session, and go on saying it when that is gone."""
+    os.setsid()
+    descriptor = os.open(terminal, os.O_RDWR)  # the terminal of this session now
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
     with StopRequest() as stop:
-        assert not stop.asked
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
-        assert stop.asked
-    assert signal.getsignal(number) is before
+        os.write(1, b"ready")
+        while not stop.asked:
+            time.sleep(0.01)
+        os.write(2, b"a checkpoint")
+        os.write(1, b"a result")
+    Path(file).write_text(str(stop.number))
+
+
+def test_a_terminal_that_is_closed_does_not_end_what_is_done(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    process = forkserver().Process(target=work_until_asked, args=(os.ttyname(theirs), str(tmp_path / "done")))
+    process.start()
+    assert os.read(ours, 5) == b"ready"
+    os.close(theirs)
+    os.close(ours)
+    process.join()
+    assert (tmp_path / "done").read_text() == str(int(signal.SIGHUP))
 
 
 def test_a_later_signal_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
