@@ -65,7 +65,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     call it (sharded parameters are gathered); rank 0 writes.
 
     Args:
-        path: a file, or a directory, in which the file is called `salad.safetensors`.
+        path: a file, or a directory, in which the file is called `salad.safetensors`; with a slash at its end it is
+            one that is made.
 
     Returns:
         The path of the file.
@@ -80,7 +81,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     state = gathered_state(bare)
     target = as_path(path)
     with name_failures(target):
-        target = target / FILE_NAME if target.is_dir() else target
+        target = target / FILE_NAME if target.is_dir() or os.fsdecode(path).endswith("/") else target
     if is_first_rank():
         write(state, header, target)
         logger.info("saved %d tensors of %s to %s", len(state), plural(len(header.sites), "site"), target)

@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from salad_compile.common.logs import logger
 from salad_compile.common.placement import placement
+from salad_compile.common.reports import plural
 from salad_compile.config import SaladConfig
 from salad_compile.conversion.convert import convert
 from salad_compile.errors import ConfigError, require_conversion
@@ -52,8 +53,23 @@ def require_alike(validation: LatentDataset, latents: LatentDataset, family: Fam
             if found != wanted:
                 raise ConfigError(f"{held.name!r} has {found} {what}, and {item.name!r} of the training {wanted}.")
         family.inputs(family.validation_sample(held, 0, 0))  # names what it lacks
+        _warn_of_items_in_both(validation, latents)
     except ConfigError as error:
         raise ConfigError(f"the validation data do not fit: {error}") from error
+
+
+def _warn_of_items_in_both(validation: LatentDataset, latents: LatentDataset) -> None:
+    """By name, and by the values of the first one: names of two sources may be the same by chance."""
+    places = {name: index for index, name in enumerate(latents.names)}
+    both = [index for index, name in enumerate(validation.names) if name in places]
+    if both:
+        held, item = validation[both[0]], latents[places[validation.names[both[0]]]]
+        if torch.equal(held.latent, item.latent):
+            logger.warning(
+                "the validation data hold %s of the training data, %s first: their loss does not say what the model "
+                "does with clips that it has not seen",
+                *(plural(len(both), "item"), held.name),
+            )
 
 
 def require_converted(

@@ -135,6 +135,13 @@ def test_saving_is_atomic(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [entry.name for entry in file.parent.iterdir()] == [file.name]
 
 
+def test_a_slash_at_the_end_makes_a_directory(tmp_path: Path) -> None:
+    model = converted()
+    file = salad_compile.save(model, f"{tmp_path}/new/")
+    assert file == tmp_path / "new" / "salad.safetensors"
+    assert describe(salad_compile.load(CASE.build(), tmp_path / "new")) == describe(model)
+
+
 def with_nan(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         next(iter(branches(model).values())).gate_weight.view(-1)[0] = torch.nan

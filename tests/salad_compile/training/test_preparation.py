@@ -15,7 +15,7 @@ from salad_compile.salad_files.salad_file import branch_state
 from salad_compile.sites.branch import branches
 from salad_compile.training import estimate, train
 from salad_compile.training.families import family_of
-from salad_compile.training.preparation import make_trainable, require_converted
+from salad_compile.training.preparation import make_trainable, require_alike, require_converted
 from salad_compile.training.tensors import trained_parameters
 from tests.salad_compile.training.tiny import CONFIG, SETTINGS, SHAPE, base, converted, items, latents, wan_forward
 from tests.support import randomise_branches
@@ -73,6 +73,15 @@ def test_data_of_another_model_are_told_before_anything_is_trained(
     with pytest.raises(ConfigError, match=f"the validation data do not fit: {said}"):
         function(converted(), good, SETTINGS, tmp_path / "run", validation=bad)
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_with_what_is_trained_on_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = latents(tmp_path / "data")
+    family = family_of(converted(), SETTINGS)
+    require_alike(latents(tmp_path / "others", seed=5), data, family)  # other clips of the same names
+    assert not caplog.text
+    require_alike(data, data, family)
+    assert "the validation data hold 9 items of the training data, clip0 first" in caplog.text
 
 
 def test_a_forward_of_ones_own_takes_validation_as_it_takes_the_data(tmp_path: Path) -> None:
