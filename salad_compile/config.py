@@ -80,7 +80,7 @@ def _check_attention_options(options: SaladConfig | BackendOptions) -> None:
     )
     require(
         is_count(options.min_tokens),
-        f"min_tokens is a number of tokens, 0 to 2**53, got {options.min_tokens!r}.",
+        f"min_tokens is a number of tokens, 0 or more and at most 2**53, got {options.min_tokens!r}.",
     )
 
 
@@ -354,8 +354,8 @@ class BackendOptions:
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> BackendOptions:
         """Raises ConfigError for an unknown key or a wrong value."""
+        check_names(cls, options or {}, "option")
         given = dict(options or {})
-        check_names(cls, given, "option")
         made = cls(**given)
         object.__setattr__(made, "given", frozenset(given))
         return made

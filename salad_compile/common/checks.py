@@ -54,12 +54,19 @@ def check_choice(name: str, value: object, valid: tuple[Any, ...]) -> None:
     raise ConfigError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}.{hint}")
 
 
+def require_mapping(given: object, what: str) -> None:
+    """Raises ConfigError unless it is a dictionary."""
+    require(isinstance(given, Mapping), f"{what} are a dictionary from names to values, got {given!r:.80}.")
+
+
 def check_names(cls: type, given: Mapping[str, Any], what: str) -> None:
     """Raises ConfigError for a name that the dataclass `cls` does not have, naming the nearest valid one."""
+    require_mapping(given, f"{what}s")
     valid = [field.name for field in dataclasses.fields(cls) if field.init]
     for name in given:
         if name not in valid:  # looking for the nearest takes longer than all other checks
-            raise ConfigError(f"unknown {what} {name!r}.{did_you_mean(name, valid)} Valid: {', '.join(valid)}.")
+            hint = did_you_mean(name, valid) if isinstance(name, str) else ""
+            raise ConfigError(f"unknown {what} {name!r}.{hint} Valid: {', '.join(valid)}.")
 
 
 def checked_names(what: str) -> Callable[[type[Settings]], type[Settings]]:

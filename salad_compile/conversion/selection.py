@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from salad_compile.common.checks import require
 from salad_compile.definition import patterns
 from salad_compile.definition.pattern import SiteFacts
 from salad_compile.errors import PatternError, SiteFilterError, did_you_mean
@@ -23,11 +24,12 @@ def filter_sites(sites: list[AttentionSite], globs: str | Sequence[str] | None) 
         globs: names with the wildcards of `fnmatch`; a leading "!" leaves out. Only "!" globs: all others stay.
 
     Raises:
-        SiteFilterError: a glob matches no attention call.
+        SiteFilterError: a glob matches no attention call. ConfigError: they are no names.
     """
     if globs is None:
         return sites
-    given = [globs] if isinstance(globs, str) else list(globs)
+    given = [globs] if isinstance(globs, str) else list(globs) if isinstance(globs, Iterable) else [globs]
+    require(all(isinstance(glob, str) for glob in given), f"sites is a name or a list of names, got {globs!r:.80}.")
     wanted = [glob for glob in given if not glob.startswith("!")]
     unwanted = [glob.removeprefix("!") for glob in given if glob.startswith("!")]
     require_matches(sites, [*wanted, *unwanted], "sites")

@@ -15,6 +15,7 @@ import torch.nn as nn
 
 from salad_compile.analysis.inspection import summary
 from salad_compile.analysis.summary import Summary
+from salad_compile.common.checks import require_mapping
 from salad_compile.common.files import write_directory_at_once
 from salad_compile.common.logs import logger
 from salad_compile.common.paths import as_path
@@ -82,6 +83,8 @@ def export(
         model and what was at `directory` are as they were.
     """
     chosen = choose_formats(formats)
+    if training is not None:
+        require_mapping(training, "facts of the training")
     modules = bare_components(model)
     target = as_path(directory).resolve()
     _on_first_rank(lambda: require_replaceable(target))

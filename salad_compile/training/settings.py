@@ -10,9 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
-from salad_compile.common.checks import check_choice, check_names, checked_names, is_count, is_int, is_number
+from salad_compile.common.checks import (
+    check_choice,
+    check_names,
+    checked_names,
+    is_count,
+    is_int,
+    is_number,
+    require_mapping,
+)
 from salad_compile.common.files import read_json
 from salad_compile.common.paths import as_path
+from salad_compile.config import BackendOptions
 from salad_compile.errors import ConfigError
 
 SCHEMA_VERSION = 1
@@ -168,6 +177,7 @@ class TrainSettings:
         check_choice("gradient_checkpointing", self.gradient_checkpointing, (False, True))
         held = _fits_json(self.compile_options)
         _require(held, "compile_options", "a dictionary of values that JSON can hold", self.compile_options)
+        BackendOptions.from_options(self.compile_options)  # else its mistakes show in the first forward
         _require(isinstance(self.trackers, tuple), "trackers", "a list of names", self.trackers)
         for tracker in self.trackers:
             check_choice("trackers", tracker, TRACKERS)
@@ -218,6 +228,7 @@ class TrainSettings:
         Raises:
             ConfigError: an unknown name, another schema version, or a value that is not valid.
         """
+        require_mapping(values, "training settings")
         given = dict(values)
         version = given.pop("schema_version", SCHEMA_VERSION)
         if version != SCHEMA_VERSION:

@@ -98,6 +98,7 @@ def test_a_setting_of_any_kind_is_refused_or_fits_into_a_file(cls: Any) -> None:
         (TrainSettings, {"gradient_checkpointing": "yes"}, "gradient_checkpointing must be one of"),
         (TrainSettings, {"compile_options": {"x": torch.float32}}, "that JSON can hold"),
         (TrainSettings, {"learning_rate": 10**400}, "learning_rate"),
+        (TrainSettings, {"compile_options": {"lowring": "eager"}}, "unknown option 'lowring'. Did you mean 'lowering'"),
         (SaladConfig, {"sparsty": 0.9}, "unknown setting 'sparsty'. Did you mean 'sparsity'"),
         (BackendOptions, {"lowring": "eager"}, "unknown option 'lowring'. Did you mean 'lowering'"),
         (BackendOptions, {"given": frozenset()}, "unknown option 'given'"),
@@ -116,6 +117,13 @@ def test_constructors_name_the_nearest(cls: type, values: dict[str, Any], messag
         dataclasses.replace(cls(), sparsityy=1)
     fields = [field.name for field in dataclasses.fields(cls) if field.init]
     assert list(inspect.signature(cls).parameters) == fields  # what editors and help() show
+
+
+@pytest.mark.parametrize("make", [SaladConfig.from_dict, TrainSettings.from_dict, BackendOptions.from_options])
+@pytest.mark.parametrize("values", [{1: 2}, {None: 2}, 5, "x", [("steps", 2)], [1]])
+def test_what_is_no_dictionary_of_names_is_refused(make: Any, values: Any) -> None:
+    with pytest.raises(ConfigError, match=r"unknown|are a dictionary"):
+        make(values)
 
 
 def test_densities_are_integers() -> None:

@@ -45,6 +45,8 @@ def choose_formats(names: str | Iterable[str] | None) -> list[ExportFormat]:
     """
     if names is None:
         return list(FORMATS.values())
+    if not isinstance(names, Iterable):
+        raise ConfigError(f"formats are names of {', '.join(FORMATS)}, got {names!r:.80}.")
     given = (names,) if isinstance(names, str) else tuple(names)
     for name in given:
         if name not in FORMATS:

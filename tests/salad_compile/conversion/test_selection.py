@@ -10,7 +10,7 @@ import torch
 
 import salad_compile
 from salad_compile.backend.dynamo import record_graphs
-from salad_compile.errors import NoEligibleSiteError, SiteFilterError
+from salad_compile.errors import ConfigError, NoEligibleSiteError, SiteFilterError
 from salad_compile.sites.branch import branches
 from tests import toys
 from tests.salad_compile.conversion.test_convert import assert_unchanged, fingerprint
@@ -30,6 +30,12 @@ def stack() -> toys.Stack:
 def chosen(sites: Any) -> list[int]:
     plan = salad_compile.plan(stack(), INPUTS, config=CONFIG, sites=sites)
     return [int(site.name.removeprefix("layers.")) for site in plan.eligible]
+
+
+@pytest.mark.parametrize("sites", [5, [5], [None], {1: 2}])
+def test_what_are_no_names(sites: Any) -> None:
+    with pytest.raises(ConfigError, match="sites is a name or a list of names"):
+        chosen(sites)
 
 
 @pytest.mark.parametrize(

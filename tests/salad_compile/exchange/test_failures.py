@@ -62,11 +62,22 @@ def room_for(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("formats", "message"),
-    [("comfy", r"'comfy'.*Did you mean 'comfyui'"), (("salad", "peftt"), "Did you mean 'peft'"), ((), "no format")],
+    [
+        ("comfy", r"'comfy'.*Did you mean 'comfyui'"),
+        (("salad", "peftt"), "Did you mean 'peft'"),
+        ((), "no format"),
+        (5, "formats are names of salad, .*got 5"),
+    ],
 )
 def test_unknown_formats(formats: Any, message: str, model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         salad_compile.export(model, tmp_path / "out", formats)
+    assert not list(tmp_path.iterdir())
+
+
+def test_facts_that_are_no_dictionary(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="facts of the training are a dictionary"):
+        salad_compile.export(model, tmp_path / "out", "salad", training=5)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
