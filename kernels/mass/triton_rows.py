@@ -106,10 +106,9 @@ def rows_kernel(
         extra = mean * mean
         if EXTRA >= VARIANCE:
             of_squares = tl.sum(tl.reshape(squares, (BLOCKS, CELLS, TILE_D)), 1) / whole
-            # The difference is what is compared: one multiplication and subtraction in a single rounding may be
-            # below zero where the rounded square equals the other number. NaN stays NaN.
-            variance = of_squares - extra
-            extra = tl.where(variance < 0.0, 0.0, variance)
+            # Not below but at most: where both are equal, multiplying and subtracting with a single rounding leaves
+            # what the square was rounded by, and sqrt makes NaN of it. NaN stays NaN.
+            extra = tl.where(of_squares <= extra, 0.0, of_squares - extra)
         if EXTRA == SPREAD:
             tl.store(spread_ptr + of_head * blocks + block, tl.sum(extra, 1), mask=block < blocks)
         else:
