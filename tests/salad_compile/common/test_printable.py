@@ -54,6 +54,8 @@ def test_in_bars_and_logs(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> No
     stream = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("COLUMNS", "400")
+    # pytest keeps what reaches the root logger, and pytest-xdist cannot send half of a surrogate pair on
+    monkeypatch.setattr(logger, "propagate", False)
     with ProgressBar(HOSTILE, 2, every=1) as bar:
         bar.advance(note=HOSTILE)
         bar.say(HOSTILE)
