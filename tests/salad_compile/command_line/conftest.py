@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import salad_compile
+from salad_compile.calls import adapters
 from salad_compile.command_line import main
 from tests.models.zoo import CASES
 from tests.support import converted
@@ -35,6 +36,12 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def no_adapters_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests before this one registered in the same process, and no forward called, is no business of a command."""
+    monkeypatch.setattr(adapters, "_unmet", {})
 
 
 @pytest.fixture
