@@ -59,7 +59,7 @@ TRAINING_FREE_COMPENSATION: Compensation = "tail"
 
 def _check_sparsity(value: object) -> None:
     require(
-        is_number(value) and 0 <= value < 1,  # type: ignore[operator]
+        is_number(value) and 0 <= value < 1,
         f"sparsity is the share of attention that is left out: a number in [0, 1), got {value!r}. "
         "0 computes everything, 0.9 computes a tenth.",
     )

@@ -7,7 +7,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from salad_compile.errors import ConfigError, did_you_mean
 
@@ -26,22 +26,22 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Whether it is an integer, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_count(value: object, least: int = 0, most: int = LARGEST_COUNT) -> bool:
+def is_count(value: object, least: int = 0, most: int = LARGEST_COUNT) -> TypeGuard[int]:
     """Whether it is an integer from `least` to `most`, and not a bool."""
-    return is_int(value) and least <= value <= most  # type: ignore[operator]
+    return is_int(value) and least <= value <= most
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is an integer or a float, finite also as a float, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def is_text(value: object) -> bool:
+def is_text(value: object) -> TypeGuard[str]:
     """Whether it is text that a file can hold: not half of a sign, as in JSON that was cut off in the middle of one."""
     return isinstance(value, str) and not _HALF.search(value)
 

@@ -37,7 +37,7 @@ def as_directory(path: str | bytes | os.PathLike[str]) -> Path:
         ConfigError: it is a file, too. WriteError: it, or what it would be made in, cannot be written to.
     """
     found = as_path(path)
-    there = next(place for place in (found.absolute(), *found.absolute().parents) if place.exists())
+    there = next(place for place in _upwards(found) if place.exists())
     if not there.is_dir():
         raise ConfigError(f"{there} is a file: name a directory.")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -49,7 +49,12 @@ def as_directory(path: str | bytes | os.PathLike[str]) -> Path:
 
 def nearest_directory(path: Path) -> Path:
     """The directory itself, or the nearest one above it that exists."""
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+    return next(place for place in _upwards(path) if place.is_dir())
+
+
+def _upwards(path: Path) -> tuple[Path, ...]:
+    """The path and all above it; the last one, the root, is there."""
+    return (path.absolute(), *path.absolute().parents)
 
 
 def require_regular(path: Path, *, follow: bool = True) -> None:

@@ -25,7 +25,7 @@ from salad_compile.latents.source import (
     Entry,
     LatentSource,
     as_latent_shape,
-    attempt,
+    entry_of,
     folders_beside,
     strip_padding,
     unique_names,
@@ -81,8 +81,7 @@ class AIToolkitSource(LatentSource):
                 return Entry(name, shape, f"{said} in {TEXTS}")
             return Entry(name, shape)
 
-        entry, problem = attempt(look)
-        return entry or Entry(name, problem=problem)
+        return entry_of(name, look)
 
 
 def _latent_files(path: Path) -> list[Path]:

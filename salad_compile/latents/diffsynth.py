@@ -20,7 +20,7 @@ from torch import Tensor
 from salad_compile.common.inside import require_inside
 from salad_compile.latents.item import CLIP_FEATURE, LATENTS_IMAGE, VACE_CONTEXT, LatentItem
 from salad_compile.latents.pickles import load_mapped, require_checksums, single
-from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, attempt, strip_padding
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, entry_of, strip_padding
 from salad_compile.latents.statistics import WAN_2_1
 
 _LATENT, _TEXT = "input_latents", "context"
@@ -68,8 +68,7 @@ class DiffSynthSource(LatentSource):
             others.update(key for key, value in both.items() if isinstance(value, Tensor) and key not in known)
             return Entry(name, as_latent_shape(single(both[_LATENT], 4).shape))
 
-        entry, problem = attempt(look)
-        return entry or Entry(name, problem=problem)
+        return entry_of(name, look)
 
 
 def _files(path: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from salad_compile.common.inside import require_inside
 from salad_compile.errors import LatentLayoutError
 from salad_compile.latents.item import CLIP_FEATURE, FIRST_FRAME, LatentItem
 from salad_compile.latents.pickles import load_bytes, single
-from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, attempt, strip_padding
+from salad_compile.latents.source import Entry, LatentSource, as_latent_shape, entry_of, strip_padding
 from salad_compile.latents.statistics import WAN_2_1
 
 LATENTS, DATABASE = "latents", "metadata.db"
@@ -88,8 +88,7 @@ class DiffusionPipeSource(LatentSource):
             others.update(key for key, value in values.items() if isinstance(value, Tensor) and key not in _KNOWN)
             return Entry(name, as_latent_shape(single(values["latents"], 4).shape))
 
-        entry, problem = attempt(look)
-        return entry or Entry(name, problem=problem)
+        return entry_of(name, look)
 
 
 class _Cache:

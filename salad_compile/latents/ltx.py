@@ -23,7 +23,7 @@ from salad_compile.latents.source import (
     Entry,
     LatentSource,
     as_latent_shape,
-    attempt,
+    entry_of,
     folders_beside,
     strip_padding,
 )
@@ -79,8 +79,7 @@ class LTXSource(LatentSource):
             others.update(key for key in values if key not in _KNOWN)
             return Entry(name, as_latent_shape(_latent(values).shape))
 
-        entry, problem = attempt(look)
-        return entry or Entry(name, problem=problem)
+        return entry_of(name, look)
 
 
 def _root(path: Path) -> Path:

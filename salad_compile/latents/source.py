@@ -96,6 +96,12 @@ def attempt(look: Callable[[], Found]) -> tuple[Found | None, str]:
         return None, _reason(error)
 
 
+def entry_of(name: str, look: Callable[[], Entry]) -> Entry:
+    """The entry that `look` makes of files, or one whose problem is why it does not."""
+    entry, problem = attempt(look)
+    return entry or Entry(name, problem=problem)
+
+
 def _reason(error: Exception) -> str:
     """In one line. What readers say themselves are ValueErrors; others need their kind: a KeyError is a name alone."""
     said = str(error).partition("\n")[0]
