@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -30,9 +31,15 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+def begin_session() -> None:
+    """Be the first process of a session, as under a terminal, whose hangup counts: nohup hands on that none does."""
+    os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def live(arguments: list[str], folder: str) -> None:
     """Run the command in a process group of its own; what it and its processes say goes into `folder`/said."""
-    os.setsid()
+    begin_session()
     said = os.open(Path(folder) / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, sys.stdout.fileno())
     os.dup2(said, sys.stderr.fileno())

@@ -13,7 +13,7 @@ import pytest
 
 from salad_compile.training import interrupts
 from salad_compile.training.interrupts import SIGNALS, StopRequest
-from tests.end_to_end.train_life import forkserver
+from tests.end_to_end.train_life import begin_session, forkserver
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -42,7 +42,7 @@ def test_a_hangup_that_nohup_ignores_is_none() -> None:
 
 def work_until_asked(terminal: str, file: str) -> None:
     """Say something in a terminal, as the first process of its session, and go on saying it when that is gone."""
-    os.setsid()
+    begin_session()
     descriptor = os.open(terminal, os.O_RDWR)  # the terminal of this session now
     for standard in (1, 2):
         os.dup2(descriptor, standard)
@@ -62,7 +62,8 @@ def test_a_terminal_that_is_closed_does_not_end_what_is_done(tmp_path: Path) -> 
     assert os.read(ours, 5) == b"ready"
     os.close(theirs)
     os.close(ours)
-    process.join()
+    process.join(60)
+    process.kill()
     assert (tmp_path / "done").read_text() == str(int(signal.SIGHUP))
 
 
